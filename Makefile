@@ -1,0 +1,49 @@
+# make demo          FFNet-1 on photographs: plain PyTorch against the kernels
+# make test          lint, types and all tests
+# make bench         the quick benchmark suite
+#
+# Each makes .venv if there is none (versions: requirements.txt) and builds. On a machine that has torch and no network,
+# `make demo CURRENT=1` uses the interpreter PYTHON as it is.
+
+PYTHON ?= python3
+VENV ?= .venv
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name build.py) setup.py pyproject.toml
+
+ifdef CURRENT
+RUN := $(PYTHON)
+READY := build/.current
+else
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.ready
+endif
+
+.PHONY: demo test lint bench clean
+demo: $(READY)
+	$(RUN) -m ffnet demo $(ARGS)
+
+test: lint
+	$(RUN) -m pytest $(ARGS)
+
+lint: $(READY)
+	@$(RUN) -c "import ruff, mypy" 2>/dev/null || { echo "lint: ruff or mypy is not installed, skipped"; exit 0; }; \
+	$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m mypy
+
+bench: $(READY)
+	$(RUN) -m benchmarks --suite quick $(ARGS)
+
+$(VENV)/.packages: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)/bin/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/.ready: $(VENV)/.packages $(SOURCES)
+	$(VENV)/bin/python -m pip install --quiet --no-build-isolation --no-deps -e .
+	touch $@
+
+build/.current: $(SOURCES)
+	$(PYTHON) csrc/build.py --out ffnet_kernels/lib --work build/native || echo "running on the reference"
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info ffnet_kernels/lib

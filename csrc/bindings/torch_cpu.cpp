@@ -1,0 +1,154 @@
+// The CPU kernels as operators of torch's dispatcher, through the LibTorch stable ABI only: this library runs in any
+// torch from TORCH_TARGET_VERSION on. Schemas, fakes and autograd are in ffnet_kernels/operators.py; arguments have been
+// checked by ffnet_kernels/checks.py, and what memory safety needs is checked here again.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <atomic>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "../cpu/select.h"
+
+namespace {
+
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Threads take the next index when they finish one, so that a stolen core does not hold up the rest.
+void run_on_torch_threads(int64_t count, void (*body)(void*, int64_t), void* context) {
+  std::atomic<int64_t> next{0};
+  const int64_t threads = std::min<int64_t>(count, torch::stable::get_num_threads());
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) body(context, i);
+  });
+}
+
+ffnet::Executor executor() { return {static_cast<int>(torch::stable::get_num_threads()), run_on_torch_threads}; }
+
+ffnet::Activation parse_activation(const std::string& name) {
+  using ffnet::Activation;
+  if (name == "none") return Activation::none;
+  if (name == "gelu") return Activation::gelu;
+  if (name == "gelu_tanh") return Activation::gelu_tanh;
+  if (name == "relu") return Activation::relu;
+  if (name == "silu") return Activation::silu;
+  STD_TORCH_CHECK(false, "ffnet_kernels (cpu): unknown activation '", name, "'");
+}
+
+void check_float_cpu(const Tensor& t, const char* name, int64_t dim) {
+  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float && t.dim() == dim,
+                  "ffnet_kernels (cpu): ", name, " must be a ", dim, "-dimensional float32 CPU tensor");
+}
+
+ffnet::Strides strides(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
+
+// A per-channel vector as contiguous memory; keeps the copy alive where one was needed.
+class ChannelVector {
+ public:
+  ChannelVector(const std::optional<Tensor>& vector, const char* name, int64_t channels) {
+    if (!vector) return;
+    check_float_cpu(*vector, name, 1);
+    STD_TORCH_CHECK(vector->size(0) == channels, "ffnet_kernels (cpu): ", name, " must have ", channels, " elements");
+    tensor_ = torch::stable::contiguous(*vector);
+    data_ = tensor_->const_data_ptr<float>();
+  }
+  const float* data() const { return data_; }
+
+ private:
+  std::optional<Tensor> tensor_;
+  const float* data_ = nullptr;
+};
+
+ffnet::Filter filter(const Tensor& weight, const char* name, const ChannelVector& bias) {
+  check_float_cpu(weight, name, 4);
+  STD_TORCH_CHECK(weight.size(1) == 1 && weight.size(2) > 0 && weight.size(3) > 0, "ffnet_kernels (cpu): ", name,
+                  " must have the shape [O, 1, kh, kw]");
+  return {weight.const_data_ptr<float>(), bias.data(), weight.size(2), weight.size(3),
+          weight.stride(0), weight.stride(2), weight.stride(3)};
+}
+
+// torch's own test, by strides: the format a convolution of this tensor would answer in (see operators.py).
+bool suggests_channels_last(const Tensor& t) {
+  const auto sizes = t.sizes(), stride = t.strides();
+  if (stride[1] == 0) return false;
+  int64_t least = 0;
+  for (const int d : {1, 3, 2, 0}) {
+    if (sizes[d] == 0 || stride[d] < least || (d == 0 && least == stride[1])) return false;
+    least = sizes[d] > 1 ? stride[d] * sizes[d] : stride[d];
+  }
+  return true;
+}
+
+Tensor empty_map(const Tensor& like, std::initializer_list<int64_t> size, bool channels_last) {
+  return torch::stable::empty(size, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
+                              channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
+Tensor depthwise_conv2d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                        const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                        const std::string& activation) {
+  check_float_cpu(x, "x", 4);
+  STD_TORCH_CHECK(stride.size() == 2 && stride[0] > 0 && stride[1] > 0, "ffnet_kernels (cpu): stride must be two positive numbers");
+  STD_TORCH_CHECK(padding.size() == 4, "ffnet_kernels (cpu): padding must be (top, bottom, left, right)");
+  const int64_t n = x.size(0), c = x.size(1), outputs = weight.size(0);
+  STD_TORCH_CHECK(c > 0 && outputs % c == 0, "ffnet_kernels (cpu): weight must have a multiple of x's channels");
+  const ChannelVector bias_vector(bias, "bias", outputs);
+
+  ffnet::DepthwiseConv2d op{};
+  op.filter = filter(weight, "weight", bias_vector);
+  op.n = n, op.channels = c, op.multiplier = outputs / c;
+  op.h = x.size(2), op.w = x.size(3);
+  op.stride_h = stride[0], op.stride_w = stride[1];
+  op.pad_top = padding[0], op.pad_left = padding[2];
+  const int64_t room_h = op.h + padding[0] + padding[1] - op.filter.kh, room_w = op.w + padding[2] + padding[3] - op.filter.kw;
+  STD_TORCH_CHECK(room_h >= 0 && room_w >= 0, "ffnet_kernels (cpu): the padded map is smaller than the kernel");
+  op.out_h = room_h / op.stride_h + 1, op.out_w = room_w / op.stride_w + 1;
+  op.activation = parse_activation(activation);
+
+  Tensor out = empty_map(x, {n, outputs, op.out_h, op.out_w}, suggests_channels_last(x) || suggests_channels_last(weight));
+  op.x = x.const_data_ptr<float>(), op.x_stride = strides(x);
+  op.out = out.mutable_data_ptr<float>(), op.out_stride = strides(out);
+  if (n > 0) ffnet::active_kernels().depthwise_conv2d(op, executor());
+  return out;
+}
+
+Tensor ffnified_attention(const Tensor& query, const Tensor& key, const std::optional<Tensor>& key_bias,
+                          const Tensor& value, const std::optional<Tensor>& value_bias, const std::string& activation,
+                          const std::optional<Tensor>& scale, const std::optional<Tensor>& residual) {
+  check_float_cpu(query, "query", 4);
+  const int64_t n = query.size(0), c = query.size(1), h = query.size(2), w = query.size(3);
+  STD_TORCH_CHECK(c > 0 && h > 0 && w > 0, "ffnet_kernels (cpu): query must have channels, height and width");
+  STD_TORCH_CHECK(key.size(0) == c && value.size(0) == c, "ffnet_kernels (cpu): key and value must have query's channels");
+  const ChannelVector key_vector(key_bias, "key_bias", c), value_vector(value_bias, "value_bias", c), scale_vector(scale, "scale", c);
+
+  ffnet::FfnifiedAttention op{};
+  op.key = filter(key, "key", key_vector), op.value = filter(value, "value", value_vector);
+  op.n = n, op.channels = c, op.h = h, op.w = w;
+  op.key_pad_top = (op.key.kh - 1) / 2, op.key_pad_left = (op.key.kw - 1) / 2;
+  op.value_pad_top = (op.value.kh - 1) / 2, op.value_pad_left = (op.value.kw - 1) / 2;
+  op.activation = parse_activation(activation);
+  op.scale = scale_vector.data();
+  if (residual) {
+    check_float_cpu(*residual, "residual", 4);
+    for (int d = 0; d < 4; ++d)
+      STD_TORCH_CHECK(residual->size(d) == query.size(d), "ffnet_kernels (cpu): residual must have query's shape");
+    op.residual = residual->const_data_ptr<float>(), op.residual_stride = strides(*residual);
+  }
+  Tensor out = empty_map(query, {n, c, h, w}, suggests_channels_last(query) || suggests_channels_last(key) || suggests_channels_last(value));
+  op.query = query.const_data_ptr<float>(), op.query_stride = strides(query);
+  op.out = out.mutable_data_ptr<float>(), op.out_stride = strides(out);
+  if (n > 0) ffnet::active_kernels().ffnified_attention(op, executor());
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(ffnet_kernels, CPU, m) {
+  m.impl("depthwise_conv2d", TORCH_BOX(&depthwise_conv2d));
+  m.impl("ffnified_attention", TORCH_BOX(&ffnified_attention));
+}

@@ -1,0 +1,146 @@
+// One output row of a depthwise convolution, for one vector of channels: the inner kernel of every operator here.
+//
+// Outputs are made in blocks that live in registers; every input pixel is loaded once per filter row and added to all
+// outputs it reaches. Taps that fall on padding are skipped, not multiplied by zero, and the order of additions depends
+// on nothing but the filter, so a result does not change with tiling or threads.
+#pragma once
+
+#include <utility>
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace ffnet::FFNET_ISA {
+
+// Input of an output row: kh row pointers (null where the row is padding) of `width` vectors, `pixel` floats apart.
+struct RowInput {
+  const float* const* rows;
+  int64_t pixel, width;
+};
+
+// Weights packed [kh][kw][lanes], bias [lanes].
+struct PackedFilter {
+  const float* weights;
+  const float* bias;
+  int kh, kw, stride, pad_left;
+};
+
+struct RowOutput {
+  float* data;
+  int64_t pixel, width;
+};
+
+using ConvRow = void (*)(const RowInput&, const PackedFilter&, const RowOutput&);
+
+// Outputs per register block. With 16 registers: 8 sums, 7 weights of a filter row and the pixel.
+constexpr int kMaxBlock = Vec::registers == 32 ? 16 : 8;
+
+template <int K, int S, int B>
+void conv_block(const RowInput& in, const PackedFilter& filter, int64_t first, float* out, int64_t out_pixel) {
+  constexpr int kReach = S * (B - 1) + K;  // input pixels under the block
+  const int64_t begin = first * S - filter.pad_left;
+  const bool inside = begin >= 0 && begin + kReach <= in.width;
+  Vec sum[B];
+#pragma GCC unroll 16
+  for (int b = 0; b < B; ++b) sum[b] = Vec::load(filter.bias);
+  const float* weights = filter.weights;
+  for (int ky = 0; ky < filter.kh; ++ky, weights += K * Vec::lanes) {
+    const float* row = in.rows[ky];
+    if (!row) continue;
+    Vec w[K];
+#pragma GCC unroll 16
+    for (int kx = 0; kx < K; ++kx) w[kx] = Vec::load(weights + kx * Vec::lanes);
+    int64_t offset = begin * in.pixel;
+    const auto accumulate = [&](bool check) __attribute__((always_inline)) {
+#pragma GCC unroll 64
+      for (int j = 0; j < kReach; ++j, offset += in.pixel) {
+        if (check && static_cast<uint64_t>(begin + j) >= static_cast<uint64_t>(in.width)) continue;
+        const Vec x = Vec::load(row + offset);
+#pragma GCC unroll 16
+        for (int kx = 0; kx < K; ++kx) {
+          if (j >= kx && (j - kx) % S == 0 && (j - kx) / S < B) sum[(j - kx) / S] = fma(x, w[kx], sum[(j - kx) / S]);
+        }
+      }
+    };
+    if (inside) {
+      accumulate(false);
+    } else {
+      accumulate(true);
+    }
+  }
+#pragma GCC unroll 16
+  for (int b = 0; b < B; ++b) sum[b].store(out + b * out_pixel);
+}
+
+// Any filter width and stride: weights stay in memory, one filter tap at a time over the block. Each filter row is summed
+// by itself first, which keeps the rounding of a 31 x 31 filter as small as that of a blocked sum.
+constexpr int kAnyBlock = kMaxBlock / 2;
+
+inline void conv_block_any(const RowInput& in, const PackedFilter& filter, int64_t first, int count, float* out,
+                           int64_t out_pixel) {
+  constexpr int B = kAnyBlock;
+  Vec sum[B];
+#pragma GCC unroll 16
+  for (int b = 0; b < B; ++b) sum[b] = Vec::load(filter.bias);
+  const int64_t step = filter.stride * in.pixel;
+  for (int ky = 0; ky < filter.kh; ++ky) {
+    const float* row = in.rows[ky];
+    if (!row) continue;
+    Vec row_sum[B];
+#pragma GCC unroll 16
+    for (int b = 0; b < B; ++b) row_sum[b] = Vec::fill(0);
+    for (int kx = 0; kx < filter.kw; ++kx) {
+      const Vec w = Vec::load(filter.weights + (ky * filter.kw + kx) * Vec::lanes);
+      const int64_t begin = first * filter.stride - filter.pad_left + kx, offset = begin * in.pixel;
+      if (count == B && begin >= 0 && begin + filter.stride * (B - 1) < in.width) {
+#pragma GCC unroll 16
+        for (int b = 0; b < B; ++b) row_sum[b] = fma(Vec::load(row + offset + b * step), w, row_sum[b]);
+      } else {
+#pragma GCC unroll 16
+        for (int b = 0; b < B; ++b) {
+          const int64_t x = begin + b * filter.stride;
+          if (b < count && x >= 0 && x < in.width) row_sum[b] = fma(Vec::load(row + offset + b * step), w, row_sum[b]);
+        }
+      }
+    }
+#pragma GCC unroll 16
+    for (int b = 0; b < B; ++b) sum[b] = sum[b] + row_sum[b];
+  }
+#pragma GCC unroll 16
+  for (int b = 0; b < B; ++b)
+    if (b < count) sum[b].store(out + b * out_pixel);
+}
+
+template <int K, int S, size_t... I>
+FFNET_INLINE void conv_row_blocks(const RowInput& in, const PackedFilter& filter, const RowOutput& out,
+                                  std::index_sequence<I...>) {
+  using Block = void (*)(const RowInput&, const PackedFilter&, int64_t, float*, int64_t);
+  static constexpr Block make[] = {conv_block<K, S, I + 1>...};
+  const int64_t blocks = (out.width + kMaxBlock - 1) / kMaxBlock;  // of nearly equal size
+  for (int64_t i = 0; i < blocks; ++i) {
+    const int64_t first = i * out.width / blocks, last = (i + 1) * out.width / blocks;
+    make[last - first - 1](in, filter, first, out.data + first * out.pixel, out.pixel);
+  }
+}
+
+template <int K, int S>
+void conv_row(const RowInput& in, const PackedFilter& filter, const RowOutput& out) {
+  conv_row_blocks<K, S>(in, filter, out, std::make_index_sequence<kMaxBlock>());
+}
+
+inline void conv_row_any(const RowInput& in, const PackedFilter& filter, const RowOutput& out) {
+  for (int64_t first = 0; first < out.width; first += kAnyBlock) {
+    const int64_t left = out.width - first;
+    conv_block_any(in, filter, first, left < kAnyBlock ? static_cast<int>(left) : kAnyBlock,
+                   out.data + first * out.pixel, out.pixel);
+  }
+}
+
+inline ConvRow select_conv_row(const Filter& filter, int64_t stride) {
+  constexpr int64_t kTallest = 9;  // beyond, one running sum would round worse than conv_row_any
+  if (filter.kh <= kTallest && filter.kw == 7) return stride == 1 ? conv_row<7, 1> : conv_row<7, 2>;
+  if (filter.kh <= kTallest && filter.kw == 3) return stride == 1 ? conv_row<3, 1> : conv_row<3, 2>;
+  return conv_row_any;
+}
+
+}  // namespace ffnet::FFNET_ISA

@@ -1,0 +1,23 @@
+// The table of one instruction set; compiled once for each.
+#include "kernels.h"
+
+#include "simd.h"
+
+namespace ffnet {
+namespace FFNET_ISA {
+void depthwise_conv2d(const DepthwiseConv2d&, const Executor&);
+void ffnified_attention(const FfnifiedAttention&, const Executor&);
+}  // namespace FFNET_ISA
+
+#define FFNET_JOIN(a, b) a##b
+#define FFNET_TABLE_NAME(isa) FFNET_JOIN(isa, _kernels)
+#define FFNET_STRING(isa) #isa
+#define FFNET_ISA_NAME(isa) FFNET_STRING(isa)
+
+const Kernels* FFNET_TABLE_NAME(FFNET_ISA)() {
+  static constexpr Kernels table = {FFNET_ISA_NAME(FFNET_ISA), FFNET_ISA::Vec::lanes, FFNET_ISA::depthwise_conv2d,
+                                    FFNET_ISA::ffnified_attention};
+  return &table;
+}
+
+}  // namespace ffnet

@@ -1,0 +1,75 @@
+// What a CPU kernel takes, and the table of kernels each instruction set provides.
+// Free of torch: kernels compile in seconds and run under sanitizers or another host.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace ffnet {
+
+enum class Activation : int { none, gelu, gelu_tanh, relu, silu };
+
+// Strides of a [N, C, H, W] map, in elements.
+struct Strides {
+  int64_t n, c, h, w;
+};
+
+// A depthwise filter [O, 1, kh, kw] with element strides, and its bias [O] (contiguous, may be null).
+struct Filter {
+  const float* weight;
+  const float* bias;
+  int64_t kh, kw;
+  int64_t stride_o, stride_h, stride_w;
+};
+
+// Runs body(context, i) once for every i in [0, count), on any threads, in any order.
+struct Executor {
+  int threads;
+  void (*run)(int64_t count, void (*body)(void* context, int64_t index), void* context);
+};
+
+// out[n, o, i, j] = act(bias[o] + sum_{ky, kx} x[n, o / multiplier, i*stride_h - pad_top + ky, ...] * weight[o, ky, kx])
+struct DepthwiseConv2d {
+  int64_t n, channels, multiplier;
+  int64_t h, w, out_h, out_w;
+  int64_t stride_h, stride_w, pad_top, pad_left;
+  const float* x;
+  Strides x_stride;
+  Filter filter;
+  Activation activation;
+  float* out;
+  Strides out_stride;
+};
+
+// out = residual + scale * (DW(act(DW(query; key)); value)), both convolutions stride 1 and "same" padded.
+struct FfnifiedAttention {
+  int64_t n, channels, h, w;
+  const float* query;
+  Strides query_stride;
+  Filter key, value;
+  int64_t key_pad_top, key_pad_left, value_pad_top, value_pad_left;
+  Activation activation;
+  const float* scale;     // [C] contiguous, may be null
+  const float* residual;  // may be null
+  Strides residual_stride;
+  float* out;
+  Strides out_stride;
+};
+
+struct Kernels {
+  const char* isa;
+  int lanes;  // channels computed together
+  void (*depthwise_conv2d)(const DepthwiseConv2d&, const Executor&);
+  void (*ffnified_attention)(const FfnifiedAttention&, const Executor&);
+};
+
+// Instruction sets, slowest first; null where this build holds none for them.
+const Kernels* baseline_kernels();
+const Kernels* avx2_kernels();
+const Kernels* avx512_kernels();
+
+// Scratch of at least `floats` floats, 64-byte aligned, owned by the calling thread and reused between calls.
+// Throws std::bad_alloc.
+float* thread_scratch(size_t floats);
+
+}  // namespace ffnet

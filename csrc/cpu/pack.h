@@ -1,0 +1,134 @@
+// Moving filters and map rows between their strided layout and vectors of channels.
+#pragma once
+
+#include "conv_row.h"
+#include "kernels.h"
+
+namespace ffnet::FFNET_ISA {
+
+constexpr int64_t kLanes = Vec::lanes;
+
+FFNET_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+FFNET_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+FFNET_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Hands out the parts of a thread's scratch. A row pointer takes the room of two floats.
+struct Arena {
+  static constexpr int64_t kPointer = 2;
+  static_assert(sizeof(const float*) <= kPointer * sizeof(float));
+  float* at;
+  explicit Arena(int64_t size) : at(thread_scratch(static_cast<size_t>(size))) {}
+  float* floats(int64_t count) {
+    float* part = at;
+    at += count;
+    return part;
+  }
+  const float** pointers(int64_t count) { return reinterpret_cast<const float**>(floats(count * kPointer)); }
+};
+
+// Floats that pack_filter writes.
+FFNET_INLINE int64_t packed_floats(const Filter& f) { return (f.kh * f.kw + 1) * kLanes; }
+
+// Packs output channels [o, o + count) as [kh][kw][lanes] then the bias; missing lanes and a missing bias are zero.
+// A weight whose channels lie next to each other (see ffnet_kernels.optimize) is copied a vector at a time.
+inline PackedFilter pack_filter(const Filter& f, int64_t o, int64_t count, int stride, int64_t pad_left, float* out) {
+  const int64_t taps = f.kh * f.kw;
+  for (int64_t ky = 0; ky < f.kh; ++ky) {
+    for (int64_t kx = 0; kx < f.kw; ++kx) {
+      const float* from = f.weight + o * f.stride_o + ky * f.stride_h + kx * f.stride_w;
+      float* to = out + (ky * f.kw + kx) * kLanes;
+      if (f.stride_o == 1 && count == kLanes) {
+        Vec::load(from).store(to);
+      } else {
+        for (int64_t l = 0; l < kLanes; ++l) to[l] = l < count ? from[l * f.stride_o] : 0;
+      }
+    }
+  }
+  float* bias = out + taps * kLanes;
+  for (int64_t l = 0; l < kLanes; ++l) bias[l] = f.bias && l < count ? f.bias[o + l] : 0;
+  return {out, bias, static_cast<int>(f.kh), static_cast<int>(f.kw), stride, static_cast<int>(pad_left)};
+}
+
+// Which channels a vector holds: lane l is channel (first + l) / multiplier of the map; lanes past `count` are zero.
+struct Lanes {
+  int64_t first, count, multiplier;
+};
+
+// True where a row can be used in place: unit channel stride, one channel a lane, no lane missing.
+FFNET_INLINE bool in_place(const Lanes& lanes, int64_t channel_stride) {
+  return channel_stride == 1 && lanes.multiplier == 1 && lanes.count == kLanes;
+}
+
+// Row of a strided map -> [width][lanes]. `row` points at channel 0, column 0.
+inline void gather_row(const float* row, int64_t stride_c, int64_t stride_w, int64_t width, const Lanes& lanes,
+                       float* out) {
+  for (int64_t l = 0; l < kLanes; ++l) {
+    if (l >= lanes.count) {
+      for (int64_t i = 0; i < width; ++i) out[i * kLanes + l] = 0;
+      continue;
+    }
+    const float* from = row + (lanes.first + l) / lanes.multiplier * stride_c;
+    for (int64_t i = 0; i < width; ++i) out[i * kLanes + l] = from[i * stride_w];
+  }
+}
+
+// [width][lanes] -> row of a strided map, one channel a lane.
+inline void scatter_row(const float* in, int64_t width, const Lanes& lanes, float* row, int64_t stride_c,
+                        int64_t stride_w) {
+  for (int64_t l = 0; l < lanes.count; ++l) {
+    float* to = row + (lanes.first + l) * stride_c;
+    for (int64_t i = 0; i < width; ++i) to[i * stride_w] = in[i * kLanes + l];
+  }
+}
+
+// Rows [first, last) of one image and one vector of channels, used in place where the layout allows, else gathered.
+class Rows {
+ public:
+  Rows(const float* image, const Strides& stride, int64_t width, const Lanes& lanes, int64_t first, int64_t last,
+       float* scratch)
+      : first_(first), last_(last) {
+    if (in_place(lanes, stride.c)) {
+      base_ = image + lanes.first;
+      row_ = stride.h, pixel_ = stride.w, base_row_ = 0;
+      return;
+    }
+    base_ = scratch;
+    row_ = width * kLanes, pixel_ = kLanes, base_row_ = first;
+    for (int64_t r = first; r < last; ++r)
+      gather_row(image + r * stride.h, stride.c, stride.w, width, lanes, scratch + (r - first) * row_);
+  }
+  int64_t pixel() const { return pixel_; }
+  // Null outside [first, last).
+  const float* operator[](int64_t r) const { return r >= first_ && r < last_ ? base_ + (r - base_row_) * row_ : nullptr; }
+
+ private:
+  const float* base_;
+  int64_t row_, pixel_, base_row_, first_, last_;
+};
+
+// How the work is cut: task = (vector of channels, image, strip of output rows), channels outermost so that a thread
+// packs a filter once for a run of tasks.
+struct Tiling {
+  int64_t vectors, images, strips, rows, height;
+  int64_t tasks() const { return vectors * images * strips; }
+  int64_t vector(int64_t task) const { return task / (images * strips); }
+  int64_t image(int64_t task) const { return task / strips % images; }
+  int64_t first_row(int64_t task) const { return task % strips * rows; }
+  int64_t last_row(int64_t task) const { return min_of(first_row(task) + rows, height); }
+};
+
+// Cuts into as many strips as balance the threads, counting `halo` rows of extra work a strip, each strip holding at
+// most `max_rows` rows.
+inline Tiling tile(int64_t channels, int64_t images, int64_t height, int64_t halo, int64_t max_rows, int threads) {
+  const int64_t vectors = ceil_div(channels, kLanes), fewest = ceil_div(height, max_rows);
+  Tiling best{};
+  int64_t best_cost = INT64_MAX;
+  for (int64_t strips = fewest; strips <= max_of(fewest, min_of(height, 64)); ++strips) {
+    const int64_t rows = ceil_div(height, strips), used = ceil_div(height, rows);
+    const int64_t cost = ceil_div(vectors * images * used, threads) * (rows + halo);
+    if (cost < best_cost) best_cost = cost, best = {vectors, images, used, rows, height};
+  }
+  return best;
+}
+
+}  // namespace ffnet::FFNET_ISA

@@ -1,0 +1,24 @@
+// Which instruction set runs: the best of this processor, or the one that was asked for.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+// Shared between the operators and the Python helper, so exported from a library that hides everything else.
+#define FFNET_EXPORT __attribute__((visibility("default")))
+
+namespace ffnet {
+
+// Those that this build holds and this processor (and its operating system) runs, slowest first.
+FFNET_EXPORT const std::vector<const Kernels*>& usable_kernels();
+
+// The kernels calls use: those of `select_isa`, else of the environment variable FFNET_KERNELS_ISA, else the fastest.
+// Throws std::invalid_argument where the variable names none that is usable.
+FFNET_EXPORT const Kernels& active_kernels();
+
+// Makes `isa` the active one; an empty name returns to the default. Throws std::invalid_argument.
+FFNET_EXPORT void select_isa(const std::string& isa);
+
+}  // namespace ffnet

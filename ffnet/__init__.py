@@ -1,0 +1,34 @@
+"""FFNet image classifiers in PyTorch (arXiv 2406.02021).
+
+>>> model = ffnet.create_model("ffnet_1", checkpoint="ffnet_1.pth").eval()
+>>> fused = ffnet.reparameterize(model)  # same outputs, plain convolutions
+"""
+
+from .checkpoint import KeyReport, load_checkpoint
+from .folding import reparameterize
+from .mixers import MetaMixer, conv_ffn_mixer, ffnified_attention_mixer, self_attention_mixer
+from .model import FFNet, create_model, ffnet_1, ffnet_2, ffnet_3, ffnet_4, list_models
+from .profile import count_macs, count_parameters
+from .timm_registry import register_timm, register_when_imported
+
+__all__ = [
+    "FFNet",
+    "KeyReport",
+    "MetaMixer",
+    "conv_ffn_mixer",
+    "count_macs",
+    "count_parameters",
+    "create_model",
+    "ffnet_1",
+    "ffnet_2",
+    "ffnet_3",
+    "ffnet_4",
+    "ffnified_attention_mixer",
+    "list_models",
+    "load_checkpoint",
+    "register_timm",
+    "reparameterize",
+    "self_attention_mixer",
+]
+
+register_when_imported()

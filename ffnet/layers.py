@@ -1,0 +1,215 @@
+"""Layers of FFNet: convolutions with batch normalisation that fold into one convolution for inference.
+
+Child names (``c``, ``bn``, ``conv``, ``conv1``) are those of the published checkpoints. ``forward`` is the
+training-time form; `FoldableConv.fused` gives the inference-time form, one biased convolution.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["BNConv", "BranchedDepthwise", "ConvBN", "DropPath", "FoldableConv", "LayerNorm2d", "SkipConv"]
+
+
+def widen(tensor: Tensor) -> Tensor:
+    """The tensor detached and in float64, to fold with; on the CPU where the device has no float64."""
+    tensor = tensor.detach()
+    return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()
+
+
+def norm_as_affine(bn: Any) -> tuple[Tensor, Tensor]:
+    """Scale and shift [C] (float64) of a batch normalisation that uses its running statistics."""
+    scale = widen(bn.weight) / (widen(bn.running_var) + bn.eps).sqrt()
+    return scale, widen(bn.bias) - widen(bn.running_mean) * scale
+
+
+class FoldableConv(nn.Module, ABC):
+    """A layer that equals one biased convolution once its normalisation uses running statistics."""
+
+    @abstractmethod
+    def template(self) -> nn.Conv2d:
+        """The convolution whose geometry, device, dtype and ``requires_grad`` the fused one takes."""
+
+    @abstractmethod
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """Weight [O, I/groups, kh, kw] and bias [O] of the fused convolution, in float64."""
+
+    def fused(self) -> nn.Conv2d:
+        """The equivalent convolution, as a new module that shares no storage with this one."""
+        like = self.template()
+        conv = nn.Conv2d(
+            like.in_channels,
+            like.out_channels,
+            like.kernel_size,  # type: ignore[arg-type]
+            like.stride,  # type: ignore[arg-type]
+            like.padding,  # type: ignore[arg-type]
+            like.dilation,  # type: ignore[arg-type]
+            like.groups,
+            device="meta",  # no initialisation: both parameters are replaced below
+        )
+        weight, bias = (tensor.to(like.weight, copy=True) for tensor in self.folded())
+        conv.weight = nn.Parameter(weight, requires_grad=like.weight.requires_grad)
+        conv.bias = nn.Parameter(bias, requires_grad=like.weight.requires_grad)
+        return conv.train(self.training)
+
+
+class ConvBN(FoldableConv):
+    """Convolution without bias, zero padding k//2, then batch normalisation: [N, I, H, W] → [N, O, H', W']."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 1,
+        stride: int = 1,
+        groups: int = 1,
+        *,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.c = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=False, **factory
+        )
+        self.bn = nn.BatchNorm2d(out_channels, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.c(x))
+
+    def template(self) -> nn.Conv2d:
+        return self.c
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        scale, shift = norm_as_affine(self.bn)
+        return widen(self.c.weight) * scale[:, None, None, None], shift
+
+
+class BNConv(FoldableConv):
+    """Batch normalisation, then a 1×1 convolution without bias: [N, I, H, W] → [N, O, H, W].
+
+    The kernel is fixed at 1×1: through a zero-padded kernel the shift of the normalisation would not fold.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, *, device: Any = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.bn = nn.BatchNorm2d(in_channels, **factory)
+        self.c = nn.Conv2d(in_channels, out_channels, 1, bias=False, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.bn(x))
+
+    def template(self) -> nn.Conv2d:
+        return self.c
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        scale, shift = norm_as_affine(self.bn)
+        weight = widen(self.c.weight)
+        return weight * scale[:, None, None], weight.flatten(1) @ shift
+
+
+class SkipConv(FoldableConv):
+    """``conv(x) + x`` around a 1×1 `BNConv`: [N, C, H, W] → [N, C, H, W]."""
+
+    def __init__(self, channels: int, *, device: Any = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.conv = BNConv(channels, channels, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) + x
+
+    def template(self) -> nn.Conv2d:
+        return self.conv.template()
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        weight, bias = self.conv.folded()
+        identity = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
+        return weight + identity[:, :, None, None], bias
+
+
+class BranchedDepthwise(FoldableConv):
+    """Large and small depthwise `ConvBN` in parallel, outputs added: [N, I, H, W] → [N, O, H', W'].
+
+    Each branch is padded by half its own kernel, so that both are centred on the same input pixel.
+
+    Args:
+        in_channels: I, also the number of groups.
+        out_channels: O, a multiple of I.
+        kernel_size: Odd size of the large kernel.
+        small_kernel: Odd size of the small kernel, at most ``kernel_size``.
+        stride: Stride of both branches.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 7,
+        small_kernel: int = 3,
+        stride: int = 1,
+        *,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not (kernel_size % 2 and small_kernel % 2 and small_kernel <= kernel_size):
+            raise ValueError(f"expected odd kernels, the small one first, got {small_kernel} and {kernel_size}")
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.conv = ConvBN(in_channels, out_channels, kernel_size, stride, in_channels, **factory)
+        self.conv1 = ConvBN(in_channels, out_channels, small_kernel, stride, in_channels, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) + self.conv1(x)
+
+    def template(self) -> nn.Conv2d:
+        return self.conv.template()
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        weight, bias = self.conv.folded()
+        small_weight, small_bias = self.conv1.folded()
+        margin = (weight.shape[-1] - small_weight.shape[-1]) // 2
+        return weight + F.pad(small_weight, [margin] * 4), bias + small_bias
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """Layer normalisation over the channels of a channels-first map [N, C, H, W]."""
+
+    def __init__(
+        self, channels: int, eps: float = 1e-6, *, device: Any = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__(channels, eps=eps, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training, zeroes a residual branch per sample and rescales the rest by 1/(1 - rate)."""
+
+    def __init__(self, rate: float = 0.0) -> None:
+        super().__init__()
+        if not 0.0 <= rate < 1.0:
+            raise ValueError(f"expected a drop path rate in [0, 1), got {rate}")
+        self.rate = rate
+
+    @property
+    def active(self) -> bool:
+        return self.training and self.rate > 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.active:
+            return x
+        keep = 1.0 - self.rate
+        mask = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep)
+        return x * mask.div_(keep)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:.3f}"

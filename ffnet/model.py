@@ -1,0 +1,373 @@
+"""FFNet image classifiers: "FFNet: MetaMixer-based Efficient Convolutional Mixer Design" (arXiv 2406.02021).
+
+Module names follow the published checkpoints, which load unchanged (`ffnet.load_checkpoint`).
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as run_checkpointed
+
+from .checkpoint import load_checkpoint
+from .folding import reparameterize
+from .layers import BranchedDepthwise, ConvBN, LayerNorm2d, SkipConv, norm_as_affine, widen
+from .mixers import ChannelMixer, TokenMixer, conv_ffn_mixer, ffnified_attention_mixer
+
+__all__ = ["FFNet", "create_model", "ffnet_1", "ffnet_2", "ffnet_3", "ffnet_4", "list_models"]
+
+IMAGENET_CONFIG: dict[str, Any] = {
+    "input_size": (3, 256, 256),
+    "crop_pct": 0.9,
+    "interpolation": "bicubic",
+    "mean": (0.485, 0.456, 0.406),
+    "std": (0.229, 0.224, 0.225),
+    "first_conv": "patch_embed.0.c",
+    "classifier": "head",
+}
+
+
+class Stem(nn.Sequential):
+    """Two 3×3 convolutions of stride 2, GELU between: [N, I, H, W] → [N, dim, H/4, W/4]."""
+
+    def __init__(self, in_chans: int, width: int, dim: int, **factory: Any) -> None:
+        super().__init__(
+            ConvBN(in_chans, width, 3, stride=2, **factory), nn.GELU(), ConvBN(width, dim, 3, stride=2, **factory)
+        )
+
+
+class Downsample(nn.Module):
+    """Branched depthwise 7×7 of stride 2, then a pointwise skip convolution: [N, I, H, W] → [N, O, H/2, W/2]."""
+
+    def __init__(self, in_dim: int, dim: int, **factory: Any) -> None:
+        super().__init__()
+        self.proj = nn.Sequential(BranchedDepthwise(in_dim, dim, 7, stride=2, **factory), SkipConv(dim, **factory))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x)
+
+
+class Block(nn.Module):
+    """Token mixer, then channel mixer, each residual: [N, C, H, W] → [N, C, H, W]."""
+
+    def __init__(
+        self,
+        dim: int,
+        token_kernel: int,
+        channel_kernel: int,
+        expansion: float,
+        layer_scale_init: float | None,
+        drop_path: float,
+        slot: bool,
+        **factory: Any,
+    ) -> None:
+        super().__init__()
+        residual = {"layer_scale_init": layer_scale_init, "drop_path": drop_path, **factory}
+        self.token_mixer = nn.Sequential(
+            TokenMixer(ffnified_attention_mixer(dim, token_kernel, **factory), dim, **residual)
+        )
+        if slot:  # the reference's place for squeeze-and-excitation, which every published model leaves empty
+            self.token_mixer.append(nn.Identity())
+        self.channel_mixer = ChannelMixer(conv_ffn_mixer(dim, channel_kernel, expansion, **factory), dim, **residual)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.channel_mixer(self.token_mixer(x))
+
+
+class FFNet(nn.Module):
+    """FFNet classifier: [N, in_chans, H, W] → [N, num_classes], any H and W.
+
+    Args:
+        depths: Blocks of each stage.
+        dims: Channels of each stage, each a multiple of the one before.
+        token_kernels: Depthwise kernel of the token mixers of each stage; 7 gets a parallel 3×3 branch.
+        channel_kernel: Depthwise kernel of all channel mixers; 7 gets a parallel 3×3 branch.
+        expansion: Hidden width of the channel mixers over C.
+        stem_width: Channels between the two convolutions of the stem.
+        layer_scale_init: Initial layer scale, or None for none.
+        drop_path_rate: Stochastic depth rate of the last block; rises linearly from 0 over the blocks.
+        drop_rate: Dropout rate before the head.
+        num_classes: Outputs of the head; 0 for pooled features [N, dims[-1]].
+        in_chans: Channels of the input.
+        norm: Final normalisation, ``"batch"`` or ``"layer"``.
+        config: Preprocessing entries that differ from ``IMAGENET_CONFIG``; the result is ``model.config``.
+
+    Raises:
+        ValueError: If an argument is out of its range, with the value that came.
+    """
+
+    def __init__(
+        self,
+        depths: Sequence[int],
+        dims: Sequence[int],
+        token_kernels: Sequence[int] = (3, 3, 7, 7),
+        channel_kernel: int = 7,
+        expansion: float = 3,
+        stem_width: int = 64,
+        layer_scale_init: float | None = None,
+        drop_path_rate: float = 0.0,
+        drop_rate: float = 0.0,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        norm: str = "batch",
+        config: Mapping[str, Any] | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not len(depths) == len(dims) == len(token_kernels) > 0:
+            raise ValueError(
+                f"expected depths, dims and token_kernels of one length, got {depths}, {dims}, {token_kernels}"
+            )
+        if any(dim % in_dim for in_dim, dim in itertools.pairwise(dims)):
+            raise ValueError(f"expected each of dims to be a multiple of the one before, got {dims}")
+        if any(kernel < 1 or kernel % 2 == 0 for kernel in (*token_kernels, channel_kernel)):
+            raise ValueError(f"expected odd kernels, got {token_kernels} for tokens and {channel_kernel} for channels")
+        if not 0.0 <= drop_path_rate < 1.0:
+            raise ValueError(f"expected drop_path_rate in [0, 1), got {drop_path_rate}")
+        if in_chans < 1:
+            raise ValueError(f"expected in_chans >= 1, got {in_chans}")
+        if norm not in ("batch", "layer"):
+            raise ValueError(f"expected norm 'batch' or 'layer', got {norm!r}")
+
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.in_chans = in_chans
+        self.num_features = self.head_hidden_size = dims[-1]
+        self.grad_checkpointing = False
+        self.norm_folded = False
+        self.feature_info = [
+            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(dims)
+        ]
+
+        self.patch_embed = Stem(in_chans, stem_width, dims[0], **factory)
+        self.stages = nn.ModuleList()
+        steps = max(sum(depths) - 1, 1)
+        for i, (depth, dim, token_kernel) in enumerate(zip(depths, dims, token_kernels, strict=True)):
+            first = sum(depths[:i])
+            rates = [drop_path_rate * (first + j) / steps for j in range(depth)]
+            blocks = [
+                Block(dim, token_kernel, channel_kernel, expansion, layer_scale_init, rate, slot=j % 2 == 0, **factory)
+                for j, rate in enumerate(rates)
+            ]
+            downsample = [Downsample(dims[i - 1], dim, **factory)] if i > 0 else []
+            self.stages.append(nn.Sequential(*downsample, *blocks))
+        self.norm: nn.Module = (nn.BatchNorm2d if norm == "batch" else LayerNorm2d)(dims[-1], **factory)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.config = {**IMAGENET_CONFIG, **(config or {})}
+        self.config["input_size"] = (in_chans, *self.config["input_size"][1:])
+        self.reset_classifier(num_classes)
+        self.apply(_init_weights)
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replaces the head by a new one with ``num_classes`` outputs, 0 for none.
+
+        Raises:
+            ValueError: If ``num_classes`` is negative.
+            RuntimeError: If the final norm has been folded into the present head.
+        """
+        if num_classes < 0:
+            raise ValueError(f"expected num_classes >= 0, got {num_classes}")
+        self._require_norm("a new head")
+        self.num_classes = self.config["num_classes"] = num_classes
+        self.head: nn.Module = nn.Identity()
+        if num_classes > 0:
+            like = next(self.parameters())
+            self.head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
+            _init_weights(self.head)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recomputes each block in the backward pass instead of storing its maps.
+
+        Batch normalisation in training mode then sees every batch twice, so its running statistics move twice as fast.
+        """
+        self.grad_checkpointing = enable
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Map of the last stage before the final norm: [N, dims[-1], H/32, W/32]."""
+        x = self._forward_stem(x)
+        for stage in self.stages:
+            x = self._forward_stage(stage, x)
+        return x
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Norm, global average pool and head: map of the last stage → [N, num_classes].
+
+        With ``pre_logits``, stops before the head: [N, dims[-1]].
+
+        Raises:
+            RuntimeError: With ``pre_logits``, if the final norm has been folded into the head.
+        """
+        if pre_logits:
+            self._require_norm("pre_logits")
+        x = self.head_drop(self.norm(x).mean((2, 3)))
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Maps of several stages, with timm's signature.
+
+        Args:
+            x: Input [N, in_chans, H, W].
+            indices: Which stages, negative from the end; n for the last n; None for all.
+            norm: Apply the final norm to the map of the last stage.
+            stop_early: Do not run the stages after the last one asked for.
+            output_fmt: ``"NCHW"``, the only format.
+            intermediates_only: Return the maps alone.
+
+        Returns:
+            The maps in the order of the stages (strides 4, 8, 16, 32), preceded, unless ``intermediates_only``, by what
+            `forward_features` returns (with ``stop_early``, by the map of the last stage that ran).
+
+        Raises:
+            ValueError: If ``output_fmt`` is another or an index is out of range.
+            RuntimeError: With ``norm``, if the final norm has been folded into the head.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"expected output_fmt 'NCHW', got {output_fmt!r}")
+        if norm:
+            self._require_norm("norm=True")
+        wanted = _stage_indices(indices, len(self.stages))
+        last = len(self.stages) - 1
+        intermediates = []
+        x = self._forward_stem(x)
+        for i, stage in enumerate(self.stages):
+            if stop_early and i > max(wanted, default=-1):
+                break
+            x = self._forward_stage(stage, x)
+            if i in wanted:
+                intermediates.append(self.norm(x) if norm and i == last else x)
+        return intermediates if intermediates_only else (x, intermediates)
+
+    def kernel_ready(self) -> FFNet:
+        """The copy of this model on which ``ffnet_kernels.optimize`` enables the fused operators.
+
+        Reparameterised in eval mode (without the extra folds: the operators scale for nothing, and the final norm stays
+        usable); in training mode a plain copy, in which the mixers that need batch statistics
+        keep their layers.
+        """
+        return copy.deepcopy(self) if self.training else reparameterize(self, extra_folds=False)
+
+    @torch.no_grad()
+    def fold_extras(self) -> None:
+        """Folds the final batch norm, in place, into the head: being affine, it commutes with the average pool."""
+        if not isinstance(self.norm, nn.modules.batchnorm._BatchNorm) or not isinstance(self.head, nn.Linear):
+            return
+        scale, shift = norm_as_affine(self.norm)
+        weight = widen(self.head.weight)
+        self.head.bias.copy_(widen(self.head.bias) + weight @ shift)
+        self.head.weight.copy_(weight * scale)
+        self.norm = nn.Identity().train(self.training)
+        self.norm_folded = True
+
+    def _forward_stem(self, x: Tensor) -> Tensor:
+        if x.ndim != 4 or x.shape[1] != self.in_chans:
+            raise ValueError(f"expected input [N, {self.in_chans}, H, W], got {list(x.shape)}")
+        return self.patch_embed(x)
+
+    def _forward_stage(self, stage: nn.Module, x: Tensor) -> Tensor:
+        if not (self.grad_checkpointing and torch.is_grad_enabled()):
+            return stage(x)
+        for block in stage.children():
+            x = run_checkpointed(block, x, use_reentrant=False)
+        return x
+
+    def _require_norm(self, request: str) -> None:
+        if self.norm_folded:
+            raise RuntimeError(
+                f"{request} needs the final norm, which reparameterize() folded into the head; "
+                "reparameterize(model, extra_folds=False) keeps it"
+            )
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, (nn.Conv2d, nn.Linear)):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def _stage_indices(indices: int | Sequence[int] | None, stages: int) -> set[int]:
+    if indices is None:
+        return set(range(stages))
+    if isinstance(indices, int):
+        if not 0 < indices <= stages:
+            raise ValueError(f"expected 1 to {stages} stages, got {indices}")
+        return set(range(stages - indices, stages))
+    if any(not -stages <= i < stages for i in indices):
+        raise ValueError(f"expected stage indices from {-stages} to {stages - 1}, got {list(indices)}")
+    return {i % stages for i in indices}
+
+
+def ffnet_1(**kwargs: Any) -> FFNet:
+    """FFNet-1: 13.7 M parameters, 3.0 G multiply–adds, 81.3 % ImageNet-1K top-1 as published."""
+    preset = {"depths": (2, 2, 8, 2), "dims": (80, 160, 320, 640), "channel_kernel": 3, "drop_path_rate": 0.1}
+    return _build(preset, kwargs)
+
+
+def ffnet_2(**kwargs: Any) -> FFNet:
+    """FFNet-2: 26.9 M parameters, 6.0 G multiply–adds, 82.9 % ImageNet-1K top-1 as published."""
+    preset = {"depths": (3, 3, 15, 3), "dims": (88, 176, 352, 704), "drop_path_rate": 0.15}
+    return _build(preset, kwargs)
+
+
+def ffnet_3(**kwargs: Any) -> FFNet:
+    """FFNet-3: 48.3 M parameters, 10.1 G multiply–adds, 83.9 % ImageNet-1K top-1 as published."""
+    preset = {"depths": (4, 4, 22, 5), "dims": (96, 192, 384, 768), "drop_path_rate": 0.35}
+    return _build({**preset, "layer_scale_init": 1e-6, "config": {"crop_pct": 0.95}}, kwargs)
+
+
+def ffnet_4(**kwargs: Any) -> FFNet:
+    """FFNet-4: 79.2 M parameters, 19.2 G multiply–adds; 43.1 G and 85.3 % ImageNet-1K top-1 at 384² as published."""
+    preset = {"depths": (4, 4, 27, 3), "dims": (128, 256, 512, 1024), "drop_path_rate": 0.4}
+    return _build({**preset, "layer_scale_init": 1e-6, "config": {"crop_pct": 0.95}}, kwargs)
+
+
+def _build(preset: dict[str, Any], overrides: dict[str, Any]) -> FFNet:
+    return FFNet(**{**preset, **overrides})
+
+
+_MODELS = {entry.__name__: entry for entry in (ffnet_1, ffnet_2, ffnet_3, ffnet_4)}
+
+
+def list_models() -> list[str]:
+    """Names that `create_model` knows."""
+    return list(_MODELS)
+
+
+def create_model(name: str, *, checkpoint: str | PathLike[str] | None = None, **kwargs: Any) -> FFNet:
+    """Builds a model by name.
+
+    Args:
+        name: One of `list_models`.
+        checkpoint: File to load, see `ffnet.load_checkpoint`; without it the weights are random.
+        **kwargs: Arguments of `FFNet` that replace those of the named model.
+
+    Raises:
+        ValueError: If the name is unknown.
+        TypeError: If `FFNet` does not know a keyword argument.
+    """
+    if name not in _MODELS:
+        raise ValueError(f"expected one of {', '.join(_MODELS)}, got {name!r}")
+    model = _MODELS[name](**kwargs)
+    if checkpoint is not None:
+        load_checkpoint(model, checkpoint)
+    return model

@@ -1,0 +1,144 @@
+"""Who runs a call: the preference order of backends, the override, and the explanation of a decision."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+
+from .backends import cpu, reference
+
+logger = logging.getLogger("ffnet_kernels")
+
+#: Fastest first; the reference takes every call.
+BACKENDS: Mapping[str, ModuleType] = {"cpu": cpu, "reference": reference}
+NAMES = ("auto", "reference", "cpu", "triton", "cuda")
+_NOT_IN_THIS_BUILD = "not part of this version of ffnet-kernels"
+
+
+class BackendError(RuntimeError):
+    """A backend that was asked for cannot run the call; the text says why."""
+
+
+class _State(threading.local):
+    forced: str = "auto"
+
+
+_state = _State()
+
+
+class use_backend(contextlib.ContextDecorator):
+    """Forces every operator call of this thread onto one backend, as a context manager or a decorator.
+
+    Args:
+        name: ``"auto"`` (choose per call), ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
+
+    Raises:
+        ValueError: on entry of an unknown name.
+        BackendError: on entry, where the backend is not available on this machine; in a call, where it does not take
+            that call.
+
+    The environment variable ``FFNET_KERNELS_BACKEND`` sets the default of every thread.
+    """
+
+    def __init__(self, name: str) -> None:
+        _check_name(name, "use_backend")
+        self.name = name
+        self._previous: list[str] = []
+
+    def __enter__(self) -> use_backend:
+        _require(self.name)
+        self._previous.append(_state.forced)
+        _state.forced = self.name
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        _state.forced = self._previous.pop()
+
+
+def available_backends() -> tuple[str, ...]:
+    """The backends that can run on this machine, fastest first; always ends with ``"reference"``."""
+    return tuple(name for name, backend in BACKENDS.items() if backend.unavailable() is None)
+
+
+def why_unavailable(name: str) -> str | None:
+    """Why a backend cannot run on this machine, or None where it can."""
+    return BACKENDS[name].unavailable() if name in BACKENDS else _NOT_IN_THIS_BUILD
+
+
+def select(operator: str, args: tuple) -> ModuleType:
+    """The backend that runs this call. Raises BackendError where a forced one does not take it."""
+    forced = _state.forced
+    if forced == "auto":
+        if torch.compiler.is_exporting():
+            return reference  # an exported program holds plain aten operators and runs anywhere
+        for backend in _AVAILABLE:
+            if backend.refusal(operator, args) is None:
+                return backend
+    backend = BACKENDS[forced]
+    reason = backend.refusal(operator, args)
+    if reason is None:
+        return backend
+    if operator.endswith("_backward"):
+        return reference  # a backend may hold the forward kernel only
+    raise BackendError(f"{operator}: backend '{forced}' does not take this call: {reason}")
+
+
+class Decision(NamedTuple):
+    """Which backend runs a call, which variant of it, and why the faster ones do not."""
+
+    operator: str
+    backend: str
+    variant: str
+    refused: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.operator} -> {self.backend} ({self.variant})"]
+        lines += [f"  not {name}: {reason}" for name, reason in self.refused.items()]
+        return "\n".join(lines)
+
+
+def decide(operator: str, args: tuple) -> Decision:
+    """As :func:`select`, with the reasons."""
+    chosen = select(operator, args)
+    name = next(n for n, backend in BACKENDS.items() if backend is chosen)
+    refused: dict[str, str] = {}
+    for other in NAMES[:0:-1]:
+        if other == name:
+            break
+        if _state.forced not in ("auto", other):
+            refused[other] = f"'{_state.forced}' is forced"
+        else:
+            refused[other] = why_unavailable(other) or BACKENDS[other].refusal(operator, args) or "slower here"
+    return Decision(operator, name, chosen.describe(operator, args), refused)
+
+
+def _check_name(name: Any, origin: str) -> None:
+    if name not in NAMES:
+        raise ValueError(f"{origin}: expected one of {', '.join(NAMES)}, got {name!r}")
+
+
+def _require(name: str) -> None:
+    reason = None if name == "auto" else why_unavailable(name)
+    if reason is not None:
+        raise BackendError(f"backend '{name}' is not available: {reason}")
+
+
+def _read_environment() -> None:
+    name = os.environ.get("FFNET_KERNELS_BACKEND") or "auto"
+    _check_name(name, "FFNET_KERNELS_BACKEND")
+    _require(name)
+    _State.forced = name
+
+
+_AVAILABLE: tuple[ModuleType, ...] = tuple(BACKENDS[name] for name in available_backends())
+for _name in BACKENDS:
+    if (_reason := why_unavailable(_name)) is not None:
+        logger.info("backend '%s' is not available: %s", _name, _reason)
+_read_environment()

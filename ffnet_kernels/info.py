@@ -1,0 +1,81 @@
+"""What this installation is and can do."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from typing import Any
+
+import torch
+
+from . import dispatch, native
+
+#: Every environment variable that is read; the README's table is checked against it.
+ENVIRONMENT = {
+    "FFNET_KERNELS_BACKEND": "backend of all calls: auto, reference, cpu, triton or cuda",
+    "FFNET_KERNELS_ISA": "instruction set of the CPU kernels: baseline, avx2 or avx512",
+    "FFNET_KERNELS_LIBRARY_DIR": "folder of the native libraries, in place of the package's own",
+}
+
+
+def info() -> dict[str, Any]:
+    """Versions, processor, instruction sets, native libraries, backends and why any is missing, as plain data.
+
+    ``python -m ffnet_kernels info`` prints it.
+    """
+    helper = native.helper()
+    usable = dispatch.available_backends()
+    loaded = native.cpu_library_error() is None
+    return {
+        "ffnet_kernels": _version("ffnet-kernels"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "isa": helper.isa() if helper and loaded else None,
+        "usable_isas": helper.usable_isas() if helper else [],
+        "backends": {
+            name: "available" if name in usable else f"unavailable: {dispatch.why_unavailable(name)}"
+            for name in dispatch.NAMES[1:]
+        },
+        "libraries": [str(native.library_dir() / native.CPU_LIBRARY)] if loaded else [],
+        "build": native.build_record(),
+        "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
+    }
+
+
+def format_info() -> str:
+    """:func:`info` as aligned text."""
+    lines = []
+    for name, value in info().items():
+        if isinstance(value, dict):
+            lines += [f"{name}:", *(f"  {key:24} {_text(entry)}" for key, entry in value.items())]
+        else:
+            lines.append(f"{name + ':':16} {_text(value)}")
+    return "\n".join(lines)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return "; ".join(f"{key} {entry}".strip() for key, entry in value.items()) or "none"
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return str(value)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed (run from its source)"
+
+
+def processor() -> str:
+    """The processor's model name."""
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

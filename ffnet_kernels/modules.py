@@ -1,0 +1,185 @@
+"""The operators as modules."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .checks import ACTIVATIONS
+from .functional import channel_mixer, depthwise_conv2d, ffnified_attention
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """An ``nn.Conv2d`` with ``groups == in_channels`` that runs on :func:`ffnet_kernels.depthwise_conv2d`.
+
+    Same constructor, parameters, state dict and results as ``nn.Conv2d``; whatever the operator does not take (an
+    unbatched map, dilation, other paddings or strides) runs as ``nn.Conv2d`` runs it.
+
+    Args:
+        channels: input channels.
+        kernel_size, stride, padding, bias: as ``nn.Conv2d``; padding defaults to "same" (any stride, see
+            :func:`ffnet_kernels.depthwise_conv2d`).
+        multiplier: outputs per input channel, 1 or 2.
+        activation: applied to the result: ``"none"``, ``"gelu"``, ``"gelu_tanh"``, ``"relu"``, ``"silu"``.
+
+    Shape: ``[N, C, H, W]`` to ``[N, C·multiplier, H', W']``.
+    """
+
+    activation: str = "none"
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | None = None,
+        *,
+        multiplier: int = 1,
+        bias: bool = True,
+        activation: str = "none",
+        device=None,
+        dtype=None,
+    ) -> None:
+        kernel = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
+        if padding is None:
+            if any(k % 2 == 0 for k in kernel):
+                raise ValueError(f"padding: an even kernel {kernel} needs an explicit padding")
+            padding = (kernel[0] // 2, kernel[1] // 2)
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        super().__init__(
+            channels, channels * multiplier, kernel_size, stride, padding, groups=channels, bias=bias,
+            device=device, dtype=dtype,
+        )  # fmt: skip
+        self.activation = activation
+
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d, activation: str = "none") -> DepthwiseConv2d:
+        """A module that shares the parameters, buffers and hooks of ``conv``, which must satisfy :meth:`takes`."""
+        if not cls.takes(conv):
+            raise ValueError(f"from_conv: expected a depthwise convolution this operator takes, got {conv}")
+        module = cls.__new__(cls)
+        module.__dict__ = dict(conv.__dict__)
+        module.activation = activation
+        return module
+
+    @staticmethod
+    def takes(conv: nn.Module) -> bool:
+        """Whether ``conv`` is a depthwise convolution that the operator computes."""
+        return (
+            type(conv) is nn.Conv2d
+            and conv.groups == conv.in_channels
+            and conv.out_channels in (conv.in_channels, 2 * conv.in_channels)
+            and conv.dilation == (1, 1)
+            and set(conv.stride) <= {1, 2}
+            and conv.padding_mode == "zeros"
+            and (not isinstance(conv.padding, str) or conv.padding == "valid" or conv.stride == (1, 1))
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() == 3:
+            return self.forward(input[None])[0]
+        return depthwise_conv2d(
+            input, self.weight, self.bias,
+            stride=self.stride, padding=self.padding, activation=self.activation,  # type: ignore[arg-type]
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.activation == "none" else f", activation={self.activation}")
+
+
+class FFNifiedAttention(nn.Module):
+    """The token mixer after its query projection, see :func:`ffnet_kernels.ffnified_attention`.
+
+    Args:
+        channels: C.
+        kernel_size: of keys and values, odd.
+        activation: between them.
+        bias: whether keys and values have biases.
+        layer_scale: initial value of a learned scale per channel, or None for none.
+
+    Shape: query ``[N, C, H, W]``, optional residual ``[N, C, H, W]``, to ``[N, C, H, W]``.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int = 7,
+        *,
+        activation: str = "gelu",
+        bias: bool = True,
+        layer_scale: float | None = None,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        shape = (channels, 1, kernel_size, kernel_size)
+        self.activation = activation
+        self.key = nn.Parameter(torch.empty(shape, **factory))
+        self.value = nn.Parameter(torch.empty(shape, **factory))
+        self.key_bias = nn.Parameter(torch.zeros(channels, **factory)) if bias else None
+        self.value_bias = nn.Parameter(torch.zeros(channels, **factory)) if bias else None
+        self.scale = None if layer_scale is None else nn.Parameter(torch.full((channels,), layer_scale, **factory))
+        for weight in (self.key, self.value):
+            nn.init.trunc_normal_(weight, std=0.02)
+
+    def forward(self, query: Tensor, residual: Tensor | None = None) -> Tensor:
+        return ffnified_attention(
+            query, self.key, self.key_bias, self.value, self.value_bias,
+            activation=self.activation, scale=self.scale, residual=residual,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return f"{self.key.shape[0]}, kernel_size={self.key.shape[2]}, activation={self.activation}"
+
+
+class ChannelMixer(nn.Module):
+    """The convolutional feed-forward network, see :func:`ffnet_kernels.channel_mixer`.
+
+    Args:
+        channels: C, of input and output.
+        kernel_size: of the depthwise convolution, odd.
+        expansion: hidden channels per channel.
+        activation: on the hidden map.
+        bias: whether the three convolutions have biases.
+        layer_scale: initial value of a learned scale per channel, or None for none.
+
+    Shape: ``[N, C, H, W]``, optional residual of the same shape, to ``[N, C, H, W]``.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int = 7,
+        expansion: float = 3,
+        *,
+        activation: str = "gelu",
+        bias: bool = True,
+        layer_scale: float | None = None,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        hidden = int(channels * expansion)
+        self.activation = activation
+        self.weight = nn.Parameter(torch.empty((channels, 1, kernel_size, kernel_size), **factory))
+        self.expand_weight = nn.Parameter(torch.empty((hidden, channels), **factory))
+        self.project_weight = nn.Parameter(torch.empty((channels, hidden), **factory))
+        self.bias = nn.Parameter(torch.zeros(channels, **factory)) if bias else None
+        self.expand_bias = nn.Parameter(torch.zeros(hidden, **factory)) if bias else None
+        self.project_bias = nn.Parameter(torch.zeros(channels, **factory)) if bias else None
+        self.scale = None if layer_scale is None else nn.Parameter(torch.full((channels,), layer_scale, **factory))
+        for weight in (self.weight, self.expand_weight, self.project_weight):
+            nn.init.trunc_normal_(weight, std=0.02)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return channel_mixer(
+            x, self.weight, self.bias, self.expand_weight, self.expand_bias, self.project_weight, self.project_bias,
+            activation=self.activation, scale=self.scale, residual=residual,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        hidden, channels = self.expand_weight.shape
+        return f"{channels}, hidden={hidden}, kernel_size={self.weight.shape[2]}, activation={self.activation}"

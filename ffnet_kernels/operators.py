@@ -1,0 +1,169 @@
+"""The operators in torch's dispatcher: schemas, shapes (fakes) and autograd, the same for every backend.
+
+``torch.ops.ffnet_kernels.<operator>`` runs a native kernel where its library has registered one for the device, else
+the reference. Users call :mod:`ffnet_kernels.functional`, which checks the arguments and chooses the backend.
+
+A backward operator returns the wanted gradients only, in the order of the tensor arguments; ``mask`` says which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import dispatch
+from .backends import reference
+
+
+@dataclass(frozen=True)
+class Operator:
+    """Its arguments as the schema has them; ``tensors`` are those that may need a gradient."""
+
+    name: str
+    arguments: str
+    tensors: tuple[int, ...]
+    infer: Callable[..., tuple[Sequence[int], tuple[Tensor, ...]]]
+
+    @property
+    def schema(self) -> str:
+        return f"{self.name}({self.arguments}) -> Tensor"
+
+    @property
+    def backward_schema(self) -> str:
+        return f"{self.name}_backward(Tensor grad, {self.arguments}, bool[] mask) -> Tensor[]"
+
+
+def _infer_depthwise_conv2d(x, weight, bias, stride, padding, activation):
+    height = (x.shape[2] + padding[0] + padding[1] - weight.shape[2]) // stride[0] + 1
+    width = (x.shape[3] + padding[2] + padding[3] - weight.shape[3]) // stride[1] + 1
+    return (x.shape[0], weight.shape[0], height, width), (x, weight)
+
+
+def _infer_ffnified_attention(query, key, key_bias, value, *_):
+    return query.shape, (query, key, value)
+
+
+def _infer_channel_mixer(x, weight, bias, expand_weight, expand_bias, project_weight, *_):
+    return (x.shape[0], project_weight.shape[0], x.shape[2], x.shape[3]), (x, weight)
+
+
+OPERATORS = (
+    Operator(
+        "depthwise_conv2d",
+        "Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[4] padding, str activation",
+        (0, 1, 2),
+        _infer_depthwise_conv2d,
+    ),
+    Operator(
+        "ffnified_attention",
+        "Tensor query, Tensor key, Tensor? key_bias, Tensor value, Tensor? value_bias, str activation, "
+        "Tensor? scale, Tensor? residual",
+        (0, 1, 2, 3, 4, 6, 7),
+        _infer_ffnified_attention,
+    ),
+    Operator(
+        "channel_mixer",
+        "Tensor x, Tensor weight, Tensor? bias, Tensor expand_weight, Tensor? expand_bias, Tensor project_weight, "
+        "Tensor? project_bias, str activation, Tensor? scale, Tensor? residual",
+        (0, 1, 2, 3, 4, 5, 6, 8, 9),
+        _infer_channel_mixer,
+    ),
+)
+
+
+def suggests_channels_last(x: Tensor) -> bool:
+    """Whether a convolution of this tensor answers in channels-last: torch's own test by strides, ties to NCHW."""
+    stride, least = x.stride(), 0
+    if stride[1] == 0:
+        return False
+    for d in (1, 3, 2, 0):
+        if x.shape[d] == 0 or stride[d] < least or (d == 0 and least == stride[1]):
+            return False
+        least = stride[d] * x.shape[d] if x.shape[d] > 1 else stride[d]
+    return True
+
+
+def empty_output(shape: Sequence[int], maps: Sequence[Tensor]) -> Tensor:
+    """Uninitialised [N, C, H, W] in the format ``conv2d`` would give: channels-last if its input or filter is."""
+    channels_last = any(suggests_channels_last(t) for t in maps)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=maps[0].dtype, device=maps[0].device, memory_format=memory_format)
+
+
+def _define(library: torch.library.Library, operator: Operator) -> None:
+    namespace = library.ns
+    forward_name, backward_name = f"{namespace}::{operator.name}", f"{namespace}::{operator.name}_backward"
+    forward = getattr(reference, operator.name)
+    backward = getattr(reference, f"{operator.name}_backward")
+    arity = operator.arguments.count(",") + 1
+
+    def forward_fallback(*args):
+        out = empty_output(*operator.infer(*args))
+        return out.copy_(forward(*args))
+
+    def backward_fallback(*call):
+        grads = backward(*call)
+        return [torch.empty_like(t).copy_(g) for t, g in zip(wanted(*call), grads, strict=True)]
+
+    def wanted(grad, *args_and_mask):
+        *args, mask = args_and_mask
+        return [args[i] for i, m in zip(operator.tensors, mask, strict=True) if m]
+
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*(inputs[i] for i in operator.tensors))
+        ctx.static = tuple(None if i in operator.tensors else value for i, value in enumerate(inputs))
+
+    def differentiate(ctx, grad):
+        args = list(ctx.static)
+        for i, tensor in zip(operator.tensors, ctx.saved_tensors, strict=True):
+            args[i] = tensor
+        mask = [ctx.needs_input_grad[i] for i in operator.tensors]
+        call = (grad, *args, mask)
+        grads = iter(getattr(dispatch.select(f"{operator.name}_backward", call), f"{operator.name}_backward")(*call))
+        wanted_at = dict(zip(operator.tensors, mask, strict=True))
+        return tuple(next(grads) if wanted_at.get(i) else None for i in range(arity))
+
+    def setup_backward_context(ctx, inputs, output):
+        ctx.tensors = (0, *(i + 1 for i in operator.tensors))
+        ctx.save_for_backward(*(inputs[i] for i in ctx.tensors))
+        ctx.static = tuple(None if i in ctx.tensors else value for i, value in enumerate(inputs))
+
+    def differentiate_backward(ctx, grads):
+        # Second derivatives go through the reference, whose gradients are differentiable themselves.
+        args = list(ctx.static)
+        for i, tensor in zip(ctx.tensors, ctx.saved_tensors, strict=True):
+            args[i] = tensor
+        inputs = [args[i] for i in ctx.tensors if args[i] is not None and ctx.needs_input_grad[i]]
+        with torch.enable_grad():
+            outputs = backward(*args)
+        pairs = [
+            (out, grad) for out, grad in zip(outputs, grads, strict=True) if grad is not None and out.requires_grad
+        ]
+        second = torch.autograd.grad(
+            [out for out, _ in pairs], inputs, [grad for _, grad in pairs],
+            allow_unused=True, create_graph=torch.is_grad_enabled(),
+        )  # fmt: skip
+        found = iter(second)
+        return tuple(
+            next(found) if i in ctx.tensors and args[i] is not None and ctx.needs_input_grad[i] else None
+            for i in range(arity + 2)
+        )
+
+    library.define(operator.schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.define(operator.backward_schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(operator.name, forward_fallback, "CompositeExplicitAutograd")
+    library.impl(f"{operator.name}_backward", backward_fallback, "CompositeExplicitAutograd")
+    torch.library.register_fake(forward_name, lambda *args: empty_output(*operator.infer(*args)), lib=library)
+    torch.library.register_fake(backward_name, lambda *call: [torch.empty_like(t) for t in wanted(*call)], lib=library)
+    torch.library.register_autograd(forward_name, differentiate, setup_context=setup_context, lib=library)
+    torch.library.register_autograd(
+        backward_name, differentiate_backward, setup_context=setup_backward_context, lib=library
+    )
+
+
+LIBRARY = torch.library.Library("ffnet_kernels", "DEF")
+for _operator in OPERATORS:
+    _define(LIBRARY, _operator)
