@@ -113,6 +113,11 @@ def _cases() -> Iterator[tuple[str, str, tuple]]:
                 name = f"ffnified_attention k={kernel} C={channels} {size}"
                 args = (x, weight, bias, value, random(channels), "gelu", random(channels), residual)
                 yield name, "ffnified_attention", args
+                hidden = 2 * channels + 1
+                expand, project = random(hidden, channels) / channels**0.5, random(channels, hidden) / hidden**0.5
+                name = f"channel_mixer k={kernel} C={channels} D={hidden} {size}"
+                args = (x, weight, bias, expand, random(hidden), project, random(channels), "gelu", bias, residual)
+                yield name, "channel_mixer", args
 
 
 def _formatted(x: Tensor, channels_last: bool) -> Tensor:

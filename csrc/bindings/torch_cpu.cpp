@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <optional>
 #include <string>
@@ -89,6 +90,15 @@ Tensor empty_map(const Tensor& like, std::initializer_list<int64_t> size, bool c
                               channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
+template <class Op>
+void set_residual(Op& op, const std::optional<Tensor>& residual, const std::array<int64_t, 4>& shape) {
+  if (!residual) return;
+  check_float_cpu(*residual, "residual", 4);
+  for (int d = 0; d < 4; ++d)
+    STD_TORCH_CHECK(residual->size(d) == shape[d], "ffnet_kernels (cpu): residual must have the result's shape");
+  op.residual = residual->const_data_ptr<float>(), op.residual_stride = strides(*residual);
+}
+
 Tensor depthwise_conv2d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                         const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                         const std::string& activation) {
@@ -133,16 +143,56 @@ Tensor ffnified_attention(const Tensor& query, const Tensor& key, const std::opt
   op.value_pad_top = (op.value.kh - 1) / 2, op.value_pad_left = (op.value.kw - 1) / 2;
   op.activation = parse_activation(activation);
   op.scale = scale_vector.data();
-  if (residual) {
-    check_float_cpu(*residual, "residual", 4);
-    for (int d = 0; d < 4; ++d)
-      STD_TORCH_CHECK(residual->size(d) == query.size(d), "ffnet_kernels (cpu): residual must have query's shape");
-    op.residual = residual->const_data_ptr<float>(), op.residual_stride = strides(*residual);
-  }
+  set_residual(op, residual, {n, c, h, w});
   Tensor out = empty_map(query, {n, c, h, w}, suggests_channels_last(query) || suggests_channels_last(key) || suggests_channels_last(value));
   op.query = query.const_data_ptr<float>(), op.query_stride = strides(query);
   op.out = out.mutable_data_ptr<float>(), op.out_stride = strides(out);
   if (n > 0) ffnet::active_kernels().ffnified_attention(op, executor());
+  return out;
+}
+
+// A 1x1 weight [rows, columns] with adjacent columns; keeps the copy alive where one was needed.
+class PointwiseWeight {
+ public:
+  PointwiseWeight(const Tensor& weight, const char* name, int64_t columns) : tensor_(weight) {
+    check_float_cpu(weight, name, 2);
+    STD_TORCH_CHECK(weight.size(1) == columns, "ffnet_kernels (cpu): ", name, " must have ", columns, " columns");
+    if (weight.stride(1) != 1) tensor_ = torch::stable::contiguous(weight);
+  }
+  const float* data() const { return tensor_.const_data_ptr<float>(); }
+  int64_t rows() const { return tensor_.size(0); }
+  int64_t stride() const { return tensor_.stride(0); }
+
+ private:
+  Tensor tensor_;
+};
+
+Tensor channel_mixer(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                     const Tensor& expand_weight, const std::optional<Tensor>& expand_bias,
+                     const Tensor& project_weight, const std::optional<Tensor>& project_bias,
+                     const std::string& activation, const std::optional<Tensor>& scale,
+                     const std::optional<Tensor>& residual) {
+  check_float_cpu(x, "x", 4);
+  const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
+  STD_TORCH_CHECK(c > 0 && h > 0 && w > 0 && weight.size(0) == c, "ffnet_kernels (cpu): weight must have x's channels");
+  const PointwiseWeight expand(expand_weight, "expand_weight", c), project(project_weight, "project_weight", expand.rows());
+  const ChannelVector bias_vector(bias, "bias", c), expand_vector(expand_bias, "expand_bias", expand.rows()),
+      project_vector(project_bias, "project_bias", project.rows()), scale_vector(scale, "scale", project.rows());
+
+  ffnet::ChannelMixer op{};
+  op.filter = filter(weight, "weight", bias_vector);
+  op.n = n, op.channels = c, op.h = h, op.w = w;
+  op.hidden = expand.rows(), op.outputs = project.rows();
+  op.pad_top = (op.filter.kh - 1) / 2, op.pad_left = (op.filter.kw - 1) / 2;
+  op.expand = expand.data(), op.expand_stride = expand.stride(), op.expand_bias = expand_vector.data();
+  op.project = project.data(), op.project_stride = project.stride(), op.project_bias = project_vector.data();
+  op.activation = parse_activation(activation);
+  op.scale = scale_vector.data();
+  set_residual(op, residual, {n, op.outputs, h, w});
+  Tensor out = empty_map(x, {n, op.outputs, h, w}, suggests_channels_last(x) || suggests_channels_last(weight));
+  op.x = x.const_data_ptr<float>(), op.x_stride = strides(x);
+  op.out = out.mutable_data_ptr<float>(), op.out_stride = strides(out);
+  if (n > 0) ffnet::active_kernels().channel_mixer(op, executor());
   return out;
 }
 
@@ -151,4 +201,5 @@ Tensor ffnified_attention(const Tensor& query, const Tensor& key, const std::opt
 STABLE_TORCH_LIBRARY_IMPL(ffnet_kernels, CPU, m) {
   m.impl("depthwise_conv2d", TORCH_BOX(&depthwise_conv2d));
   m.impl("ffnified_attention", TORCH_BOX(&ffnified_attention));
+  m.impl("channel_mixer", TORCH_BOX(&channel_mixer));
 }

@@ -26,21 +26,24 @@ void run_task(void* context, int64_t task) {
   const int64_t in_last = min_of(op.h, (last - 1) * op.stride_h - op.pad_top + kh);
   const int64_t gathered = max_of(0, in_last - in_first) * op.w * kLanes;
   const int64_t filter_floats = packed_floats(op.filter), line = op.out_w * kLanes;
-  Arena arena(filter_floats + line + gathered + kh * Arena::kPointer);
+  const bool direct = in_place(out_lanes, op.out_stride.c);
+  const int64_t out_floats = direct ? 0 : (last - first) * line;
+  Arena arena(filter_floats + out_floats + gathered + kh * Arena::kPointer);
   const PackedFilter filter = pack_filter(op.filter, o, lanes.count, static_cast<int>(op.stride_w), op.pad_left,
                                           arena.floats(filter_floats));
-  float* out_line = arena.floats(line);
+  float* out_rows = arena.floats(out_floats);
   const Rows input(op.x + n * op.x_stride.n, op.x_stride, op.w, lanes, in_first, in_last, arena.floats(gathered));
   const float** rows = arena.pointers(kh);
-  const bool direct = in_place(out_lanes, op.out_stride.c);
+  float* out_image = op.out + n * op.out_stride.n;
   for (int64_t r = first; r < last; ++r) {
     for (int64_t ky = 0; ky < kh; ++ky) rows[ky] = input[r * op.stride_h - op.pad_top + ky];
-    float* out_row = op.out + n * op.out_stride.n + r * op.out_stride.h;
-    const RowOutput out = direct ? RowOutput{out_row + o, op.out_stride.w, op.out_w}
-                                 : RowOutput{out_line, kLanes, op.out_w};
+    const RowOutput out = direct ? RowOutput{out_image + r * op.out_stride.h + o, op.out_stride.w, op.out_w}
+                                 : RowOutput{out_rows + (r - first) * line, kLanes, op.out_w};
     work.conv_row({rows, input.pixel(), op.w}, filter, out);
     activate_row(out.data, out.pixel, out.width, op.activation);
-    if (!direct) scatter_row(out.data, out.width, out_lanes, out_row, op.out_stride.c, op.out_stride.w);
+  }
+  if (!direct) {
+    scatter_rows(out_rows, last - first, op.out_w, out_lanes, out_image + first * op.out_stride.h, op.out_stride);
   }
 }
 

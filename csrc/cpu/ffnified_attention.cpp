@@ -42,20 +42,21 @@ void run_task(void* context, int64_t task) {
   // Middle rows this strip needs, and the query rows those need.
   const int64_t mid_first = max_of(0, first - op.value_pad_top), mid_last = min_of(op.h, last - op.value_pad_top + kh2 - 1);
   const int64_t in_first = max_of(0, mid_first - op.key_pad_top), in_last = min_of(op.h, mid_last - op.key_pad_top + kh1 - 1);
-  const int64_t gathered = (in_last - in_first) * line;
+  const bool direct = in_place(lanes, op.out_stride.c), direct_residual = in_place(lanes, op.residual_stride.c);
+  const int64_t gathered = (in_last - in_first) * line, out_floats = direct ? 0 : (last - first) * line;
   const int64_t key_floats = packed_floats(op.key), value_floats = packed_floats(op.value);
-  Arena arena(key_floats + value_floats + (kh2 + 2) * line + kLanes + gathered + (kh1 + kh2) * Arena::kPointer);
+  Arena arena(key_floats + value_floats + (kh2 + 1) * line + out_floats + kLanes + gathered + (kh1 + kh2) * Arena::kPointer);
   const PackedFilter key = pack_filter(op.key, c, lanes.count, 1, op.key_pad_left, arena.floats(key_floats));
   const PackedFilter value = pack_filter(op.value, c, lanes.count, 1, op.value_pad_left, arena.floats(value_floats));
   float* ring = arena.floats(kh2 * line);
-  float* out_line = arena.floats(line);
+  float* out_rows = arena.floats(out_floats);
   float* residual_line = arena.floats(line);
   float* scale = arena.floats(kLanes);
   for (int64_t l = 0; l < kLanes; ++l) scale[l] = op.scale && l < lanes.count ? op.scale[c + l] : 1;
   const Rows query(op.query + n * op.query_stride.n, op.query_stride, op.w, lanes, in_first, in_last, arena.floats(gathered));
   const float** key_rows = arena.pointers(kh1);
   const float** value_rows = arena.pointers(kh2);
-  const bool direct = in_place(lanes, op.out_stride.c), direct_residual = in_place(lanes, op.residual_stride.c);
+  float* out_image = op.out + n * op.out_stride.n;
 
   int64_t made = mid_first;  // middle rows [mid_first, made) have been computed
   for (int64_t r = first; r < last; ++r) {
@@ -69,8 +70,8 @@ void run_task(void* context, int64_t task) {
       const int64_t m = r - op.value_pad_top + ky;
       value_rows[ky] = m >= 0 && m < op.h ? ring + m % kh2 * line : nullptr;
     }
-    float* out_row = op.out + n * op.out_stride.n + r * op.out_stride.h;
-    const RowOutput out = direct ? RowOutput{out_row + c, op.out_stride.w, op.w} : RowOutput{out_line, kLanes, op.w};
+    const RowOutput out = direct ? RowOutput{out_image + r * op.out_stride.h + c, op.out_stride.w, op.w}
+                                 : RowOutput{out_rows + (r - first) * line, kLanes, op.w};
     work.conv_value({value_rows, kLanes, op.w}, value, out);
     if (op.residual) {
       const float* from = op.residual + n * op.residual_stride.n + r * op.residual_stride.h;
@@ -83,8 +84,8 @@ void run_task(void* context, int64_t task) {
     } else if (op.scale) {
       finish_row<false>(out.data, out.pixel, op.w, Vec::load(scale), nullptr, 0);
     }
-    if (!direct) scatter_row(out.data, out.width, lanes, out_row, op.out_stride.c, op.out_stride.w);
   }
+  if (!direct) scatter_rows(out_rows, last - first, op.w, lanes, out_image + first * op.out_stride.h, op.out_stride);
 }
 
 }  // namespace

@@ -56,11 +56,33 @@ struct FfnifiedAttention {
   Strides out_stride;
 };
 
+// out = residual + scale * (project * act(expand * (DW(x; filter)) + expand_bias) + project_bias), "same" padded.
+struct ChannelMixer {
+  int64_t n, channels, hidden, outputs, h, w;
+  const float* x;
+  Strides x_stride;
+  Filter filter;
+  int64_t pad_top, pad_left;
+  const float* expand;  // [hidden][channels], rows expand_stride apart
+  int64_t expand_stride;
+  const float* expand_bias;  // [hidden] contiguous, may be null
+  const float* project;      // [outputs][hidden], rows project_stride apart
+  int64_t project_stride;
+  const float* project_bias;  // [outputs] contiguous, may be null
+  Activation activation;
+  const float* scale;     // [outputs] contiguous, may be null
+  const float* residual;  // may be null
+  Strides residual_stride;
+  float* out;
+  Strides out_stride;
+};
+
 struct Kernels {
   const char* isa;
   int lanes;  // channels computed together
   void (*depthwise_conv2d)(const DepthwiseConv2d&, const Executor&);
   void (*ffnified_attention)(const FfnifiedAttention&, const Executor&);
+  void (*channel_mixer)(const ChannelMixer&, const Executor&);
 };
 
 // Instruction sets, slowest first; null where this build holds none for them.

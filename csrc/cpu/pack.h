@@ -3,6 +3,7 @@
 
 #include "conv_row.h"
 #include "kernels.h"
+#include "transpose.h"
 
 namespace ffnet::FFNET_ISA {
 
@@ -59,26 +60,47 @@ FFNET_INLINE bool in_place(const Lanes& lanes, int64_t channel_stride) {
   return channel_stride == 1 && lanes.multiplier == 1 && lanes.count == kLanes;
 }
 
-// Row of a strided map -> [width][lanes]. `row` points at channel 0, column 0.
+// `width` pixels of a strided map -> [width][lanes]. `row` points at channel 0 of the first pixel.
 inline void gather_row(const float* row, int64_t stride_c, int64_t stride_w, int64_t width, const Lanes& lanes,
                        float* out) {
+  int64_t done = 0;
+  if (stride_w == 1 && lanes.multiplier == 1 && lanes.count == kLanes) {
+    for (; done + kLanes <= width; done += kLanes)
+      transpose_block(row + lanes.first * stride_c + done, stride_c, out + done * kLanes, kLanes);
+  }
   for (int64_t l = 0; l < kLanes; ++l) {
-    if (l >= lanes.count) {
-      for (int64_t i = 0; i < width; ++i) out[i * kLanes + l] = 0;
-      continue;
-    }
     const float* from = row + (lanes.first + l) / lanes.multiplier * stride_c;
-    for (int64_t i = 0; i < width; ++i) out[i * kLanes + l] = from[i * stride_w];
+    for (int64_t i = done; i < width; ++i) out[i * kLanes + l] = l < lanes.count ? from[i * stride_w] : 0;
   }
 }
 
-// [width][lanes] -> row of a strided map, one channel a lane.
+// [width][lanes] -> `width` pixels of a strided map, one channel a lane.
 inline void scatter_row(const float* in, int64_t width, const Lanes& lanes, float* row, int64_t stride_c,
                         int64_t stride_w) {
+  int64_t done = 0;
+  if (stride_w == 1 && lanes.count == kLanes) {
+    for (; done + kLanes <= width; done += kLanes)
+      transpose_block(in + done * kLanes, kLanes, row + lanes.first * stride_c + done, stride_c);
+  }
   for (int64_t l = 0; l < lanes.count; ++l) {
     float* to = row + (lanes.first + l) * stride_c;
-    for (int64_t i = 0; i < width; ++i) to[i * stride_w] = in[i * kLanes + l];
+    for (int64_t i = done; i < width; ++i) to[i * stride_w] = in[i * kLanes + l];
   }
+}
+
+// The same for whole rows `stride.h` apart; rows that follow each other in memory move as one.
+inline void gather_rows(const float* image, const Strides& stride, int64_t rows, int64_t width, const Lanes& lanes,
+                        float* out) {
+  if (stride.h == width * stride.w) width *= rows, rows = 1;
+  for (int64_t r = 0; r < rows; ++r)
+    gather_row(image + r * stride.h, stride.c, stride.w, width, lanes, out + r * width * kLanes);
+}
+
+inline void scatter_rows(const float* in, int64_t rows, int64_t width, const Lanes& lanes, float* image,
+                         const Strides& stride) {
+  if (stride.h == width * stride.w) width *= rows, rows = 1;
+  for (int64_t r = 0; r < rows; ++r)
+    scatter_row(in + r * width * kLanes, width, lanes, image + r * stride.h, stride.c, stride.w);
 }
 
 // Rows [first, last) of one image and one vector of channels, used in place where the layout allows, else gathered.
@@ -90,12 +112,11 @@ class Rows {
     if (in_place(lanes, stride.c)) {
       base_ = image + lanes.first;
       row_ = stride.h, pixel_ = stride.w, base_row_ = 0;
-      return;
+    } else {
+      base_ = scratch;
+      row_ = width * kLanes, pixel_ = kLanes, base_row_ = first;
+      if (last > first) gather_rows(image + first * stride.h, stride, last - first, width, lanes, scratch);
     }
-    base_ = scratch;
-    row_ = width * kLanes, pixel_ = kLanes, base_row_ = first;
-    for (int64_t r = first; r < last; ++r)
-      gather_row(image + r * stride.h, stride.c, stride.w, width, lanes, scratch + (r - first) * row_);
   }
   int64_t pixel() const { return pixel_; }
   // Null outside [first, last).

@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import native
 
 _ops = torch.ops.ffnet_kernels
-_OPERATORS = ("depthwise_conv2d", "ffnified_attention")
+_OPERATORS = ("depthwise_conv2d", "ffnified_attention", "channel_mixer")
 
 
 def unavailable() -> str | None:
@@ -29,7 +29,7 @@ def refusal(operator: str, args: tuple) -> str | None:
 def describe(operator: str, args: tuple) -> str:
     helper = native.helper()
     isa = f"{helper.isa()}, {helper.lanes()} channels a vector" if helper else "instruction set chosen at run time"
-    filters = [args[1]] if operator == "depthwise_conv2d" else [args[1], args[3]]
+    filters = [args[1], args[3]] if operator == "ffnified_attention" else [args[1]]
     widths = {weight.shape[3] for weight in filters}
     kernel = "unrolled rows" if widths <= {3, 7} else "generic rows"
     layout = "read in place" if args[0].stride(1) == 1 else "gathered to channel vectors"
@@ -42,3 +42,7 @@ def depthwise_conv2d(*args) -> Tensor:
 
 def ffnified_attention(*args) -> Tensor:
     return _ops.ffnified_attention.default(*args)
+
+
+def channel_mixer(*args) -> Tensor:
+    return _ops.channel_mixer.default(*args)
