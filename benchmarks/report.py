@@ -9,11 +9,11 @@ from .machine import machine_line
 from .peers import OURS
 from .results import Measurement, Result, Row, peers_of
 
-HEADERS = ("contender", "median ms", "quartiles", "GFLOP/s", "GB/s", "error", "", "time / ours", "")
+HEADERS = ("contender", "median ms", "quartiles", "busy", "GFLOP/s", "GB/s", "error", "", "time / ours", "")
 NOTES = (
     "Time is the median of samples taken in turn, in one process; all contenders have the same dtype and threads. "
     "Each reads maps in the layout its name says, ours and torch.compile in that of the case; converting layouts, "
-    "laying out weights and compiling are not counted, and freed memory is kept, so that fresh pages are not either.",
+    "laying out weights and compiling are not counted. busy: samples, of all, in which another process took a core.",
     "GFLOP/s counts taps on padding; GB/s counts each input, weight and output once. error is the largest one against "
     "float64 over the largest output; it is ok up to twice that of plain PyTorch (models: four times) and four "
     "roundings.",
@@ -35,7 +35,7 @@ def report(result: Result) -> str:
 
 def table(row: Row) -> str:
     """One line a contender."""
-    return markdown(HEADERS, [_line(row, m) for m in row.measurements], left=(0, 6, 8))
+    return markdown(HEADERS, [_line(row, m) for m in row.measurements], left=(0, 7, 9))
 
 
 def summary(rows: Sequence[Row]) -> str:
@@ -75,16 +75,22 @@ def ratio_text(row: Row, measurement: Measurement) -> str:
     return "-" if ratio is None else f"{ratio:.2f}x"
 
 
+def busy_text(measurement: Measurement) -> str:
+    """Samples in which another process took a core, of all."""
+    return f"{measurement.disturbed}/{len(measurement.samples_ms)}"
+
+
 def _line(row: Row, m: Measurement) -> tuple[str, ...]:
     name = f"{m.contender} ({m.detail})" if m.detail else m.contender
     if not m.samples_ms:
-        return (name, *["-"] * 7, "did not run: see below")
+        return (name, *["-"] * 8, "did not run: see below")
     first, third = m.quartiles_ms
     ratio = row.ratio(m.contender, OURS)
     return (
         name,
         f"{m.median_ms:.3f}",
         f"{first:.3f}..{third:.3f}",
+        busy_text(m),
         f"{row.gflops(m):.1f}",
         f"{row.gbytes(m):.1f}",
         error_text(m),

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import os
 import statistics
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +25,7 @@ class Measurement:
         detail: what is worth knowing of how it ran, e.g. the backend.
         samples_ms: milliseconds a call, each the mean of ``repeats`` calls.
         repeats: calls of a sample.
+        disturbed: samples during which another process took a core from this one.
         error: largest error against float64, relative to the largest element; None where the output is not finite.
         passed: whether the error is within the limit.
         reason: why it did not run.
@@ -36,6 +36,7 @@ class Measurement:
     detail: str = ""
     samples_ms: tuple[float, ...] = ()
     repeats: int = 0
+    disturbed: int = 0
     error: float | None = None
     passed: bool = False
     reason: str | None = None
@@ -121,16 +122,12 @@ def _measurement(plain: dict[str, Any]) -> Measurement:
 def replacing(path: Path) -> Iterator[Path]:
     """A file beside ``path`` to write to, put in its place if the block succeeds: readers never see half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
+    temporary = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
     try:
-        yield Path(name)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)  # mkstemp's files are private, results are not
-        os.replace(name, path)
+        yield temporary
+        os.replace(temporary, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
+import resource
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,6 @@ from torch import Tensor
 
 from . import progress
 from .machine import machine
-from .memory import keep_freed_memory
 from .peers import Contender, first_line
 from .results import Measurement, Result, Row
 from .work import Program, Work, build
@@ -52,6 +52,7 @@ class _Entry:
     program: Program
     repeats: int = 1
     samples: list[float] = field(default_factory=list)
+    disturbed: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,6 @@ class Runner:
     @torch.inference_mode()
     def run(self, case: Counted, work: Work) -> Outcome:
         """One case. A contender that fails is kept, with the reason."""
-        keep_freed_memory()
         expected = work.expected()
         limit = work.error_limit(expected, work.plain("nchw").outputs())
         entries: list[_Entry] = []
@@ -97,7 +97,9 @@ class Runner:
                 for sample in range(self.samples):
                     # Rotated, so that nobody always runs in the caches the same neighbour left.
                     for entry in _rotated(entries, sample):
+                        switches = _preemptions()
                         entry.samples.append(self._time(entry.program, entry.repeats))
+                        entry.disturbed += _preemptions() > switches
                     bar.update()
         for entry in entries:
             error = _largest_error(outputs[entry.contender], expected)
@@ -107,6 +109,7 @@ class Runner:
                 entry.program.detail,
                 tuple(1e3 * seconds for seconds in entry.samples),
                 entry.repeats,
+                entry.disturbed,
                 _relative(error, expected),
                 error <= limit,  # NaN compares false
             )
@@ -144,6 +147,11 @@ def run_cases(cases: Iterable, runner: Runner) -> Result:
 def _rotated(entries: list[_Entry], by: int) -> list[_Entry]:
     by %= max(1, len(entries))
     return entries[by:] + entries[:by]
+
+
+def _preemptions() -> int:
+    """How often another process took a core from one of our threads."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 def _largest_error(output: Tensor, expected: Tensor) -> float:

@@ -9,13 +9,14 @@ namespace ffnet::FFNET_ISA {
 
 FFNET_INLINE Vec relu(Vec x) { return at_least(x, Vec::fill(0)); }
 
-// x * (1/2 + H(x)), H(x) = erf(x / sqrt 2) / 2: the form that gives NaN for -inf, as torch does.
+// x / 2 + |x| * H(|x|), H(t) = erf(t / sqrt 2) / 2, which is odd. NaN for -inf, as torch has it.
 FFNET_INLINE Vec gelu(Vec x) {
   namespace k = gelu_coefficients;
+  const Vec t = abs(x);
 #if defined(__AVX512F__)
   // Table form: adding 1.5 * 2^23 rounds to the nearest segment and leaves its number in the low bits.
   const Vec magic = Vec::fill(12582912.f);
-  const Vec s = at_most(abs(x) * Vec::fill(k::inverse_width), Vec::fill(k::last_segment));
+  const Vec s = at_most(t * Vec::fill(k::inverse_width), Vec::fill(k::last_segment));
   const Vec shifted = s + magic;
   const __m512i segment = _mm512_castps_si512(shifted.v);
   const auto coefficient = [&](int d) { return Vec{_mm512_permutexvar_ps(segment, _mm512_load_ps(k::table[d]))}; };
@@ -27,15 +28,15 @@ FFNET_INLINE Vec gelu(Vec x) {
   h = fma(h, u, coefficient(1));
   h = fma(h, u, coefficient(0));
 #else
-  const Vec t = at_most(abs(x), Vec::fill(k::limit)), u = t * t;
+  const Vec s = at_most(t, Vec::fill(k::limit)), u = s * s;
   Vec p = Vec::fill(k::p[5]), q = Vec::fill(k::q[5]);
   for (int d = 4; d >= 0; --d) {
     p = fma(p, u, Vec::fill(k::p[d]));
     q = fma(q, u, Vec::fill(k::q[d]));
   }
-  const Vec h = at_most(t * p / q, Vec::fill(0.5f));
+  const Vec h = at_most(s * p / q, Vec::fill(0.5f));
 #endif
-  return x * (Vec::fill(0.5f) + copy_sign(h, x));
+  return fma(t, h, x * Vec::fill(0.5f));
 }
 
 // exp on [-87, inf]; below it stays at exp(-87), which 1 + exp does not see.

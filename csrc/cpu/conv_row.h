@@ -72,43 +72,62 @@ void conv_block(const RowInput& in, const PackedFilter& filter, int64_t first, f
   for (int b = 0; b < B; ++b) sum[b].store(out + b * out_pixel);
 }
 
-// Any filter width and stride: weights stay in memory, one filter tap at a time over the block. Each filter row is summed
-// by itself first, which keeps the rounding of a 31 x 31 filter as small as that of a blocked sum.
-constexpr int kAnyBlock = kMaxBlock / 2;
-
-inline void conv_block_any(const RowInput& in, const PackedFilter& filter, int64_t first, int count, float* out,
-                           int64_t out_pixel) {
-  constexpr int B = kAnyBlock;
-  Vec sum[B];
+// Adds taps [0, T) of one filter row, T <= 7, to a block whose first input pixel under these taps is `begin`.
+template <int T, int S, int B>
+FFNET_INLINE void add_taps(Vec (&sum)[B], const float* row, int64_t begin, int64_t pixel, int64_t width,
+                           const float* weights) {
+  Vec w[T];
 #pragma GCC unroll 16
-  for (int b = 0; b < B; ++b) sum[b] = Vec::load(filter.bias);
-  const int64_t step = filter.stride * in.pixel;
+  for (int kx = 0; kx < T; ++kx) w[kx] = Vec::load(weights + kx * Vec::lanes);
+  int64_t offset = begin * pixel;
+#pragma GCC unroll 64
+  for (int j = 0; j < S * (B - 1) + T; ++j, offset += pixel) {
+    if (static_cast<uint64_t>(begin + j) >= static_cast<uint64_t>(width)) continue;
+    const Vec x = Vec::load(row + offset);
+#pragma GCC unroll 16
+    for (int kx = 0; kx < T; ++kx)
+      if (j >= kx && (j - kx) % S == 0 && (j - kx) / S < B) sum[(j - kx) / S] = fma(x, w[kx], sum[(j - kx) / S]);
+  }
+}
+
+// Any filter size: rows of it are taken seven taps at a time, as conv_block takes seven. One running sum over a large
+// filter would round badly, so after every kRunningTaps or more it is added to a total and starts anew.
+template <int S, int B>
+void conv_block_any(const RowInput& in, const PackedFilter& filter, int64_t first, int count, float* out,
+                    int64_t out_pixel) {
+  constexpr int kRunningTaps = 49;
+  Vec total[B], sum[B];
+#pragma GCC unroll 16
+  for (int b = 0; b < B; ++b) total[b] = Vec::load(filter.bias), sum[b] = Vec::fill(0);
+  const int64_t begin = first * S - filter.pad_left;
+  int taps = 0;
   for (int ky = 0; ky < filter.kh; ++ky) {
     const float* row = in.rows[ky];
-    if (!row) continue;
-    Vec row_sum[B];
-#pragma GCC unroll 16
-    for (int b = 0; b < B; ++b) row_sum[b] = Vec::fill(0);
-    for (int kx = 0; kx < filter.kw; ++kx) {
-      const Vec w = Vec::load(filter.weights + (ky * filter.kw + kx) * Vec::lanes);
-      const int64_t begin = first * filter.stride - filter.pad_left + kx, offset = begin * in.pixel;
-      if (count == B && begin >= 0 && begin + filter.stride * (B - 1) < in.width) {
-#pragma GCC unroll 16
-        for (int b = 0; b < B; ++b) row_sum[b] = fma(Vec::load(row + offset + b * step), w, row_sum[b]);
-      } else {
-#pragma GCC unroll 16
-        for (int b = 0; b < B; ++b) {
-          const int64_t x = begin + b * filter.stride;
-          if (b < count && x >= 0 && x < in.width) row_sum[b] = fma(Vec::load(row + offset + b * step), w, row_sum[b]);
-        }
+    taps += filter.kw;
+    if (row) {
+      const float* w = filter.weights + ky * filter.kw * Vec::lanes;
+      int kx = 0;
+      for (; kx + 7 <= filter.kw; kx += 7)
+        add_taps<7, S, B>(sum, row, begin + kx, in.pixel, in.width, w + kx * Vec::lanes);
+      const float* rest = w + kx * Vec::lanes;
+      switch (filter.kw - kx) {
+        case 1: add_taps<1, S, B>(sum, row, begin + kx, in.pixel, in.width, rest); break;
+        case 2: add_taps<2, S, B>(sum, row, begin + kx, in.pixel, in.width, rest); break;
+        case 3: add_taps<3, S, B>(sum, row, begin + kx, in.pixel, in.width, rest); break;
+        case 4: add_taps<4, S, B>(sum, row, begin + kx, in.pixel, in.width, rest); break;
+        case 5: add_taps<5, S, B>(sum, row, begin + kx, in.pixel, in.width, rest); break;
+        case 6: add_taps<6, S, B>(sum, row, begin + kx, in.pixel, in.width, rest); break;
       }
     }
+    if (taps >= kRunningTaps || ky + 1 == filter.kh) {
 #pragma GCC unroll 16
-    for (int b = 0; b < B; ++b) sum[b] = sum[b] + row_sum[b];
+      for (int b = 0; b < B; ++b) total[b] = total[b] + sum[b], sum[b] = Vec::fill(0);
+      taps = 0;
+    }
   }
 #pragma GCC unroll 16
   for (int b = 0; b < B; ++b)
-    if (b < count) sum[b].store(out + b * out_pixel);
+    if (b < count) total[b].store(out + b * out_pixel);
 }
 
 template <int K, int S, size_t... I>
@@ -128,19 +147,26 @@ void conv_row(const RowInput& in, const PackedFilter& filter, const RowOutput& o
   conv_row_blocks<K, S>(in, filter, out, std::make_index_sequence<kMaxBlock>());
 }
 
-inline void conv_row_any(const RowInput& in, const PackedFilter& filter, const RowOutput& out) {
-  for (int64_t first = 0; first < out.width; first += kAnyBlock) {
+// Blocks are whole or half: of a half-filled one the outputs past the end are computed and dropped.
+template <int S>
+void conv_row_any(const RowInput& in, const PackedFilter& filter, const RowOutput& out) {
+  constexpr int kHalf = kMaxBlock / 2;
+  int64_t first = 0;
+  for (; out.width - first > kHalf; first += kMaxBlock) {
     const int64_t left = out.width - first;
-    conv_block_any(in, filter, first, left < kAnyBlock ? static_cast<int>(left) : kAnyBlock,
-                   out.data + first * out.pixel, out.pixel);
+    conv_block_any<S, kMaxBlock>(in, filter, first, left < kMaxBlock ? static_cast<int>(left) : kMaxBlock,
+                                 out.data + first * out.pixel, out.pixel);
   }
+  if (first < out.width)
+    conv_block_any<S, kHalf>(in, filter, first, static_cast<int>(out.width - first), out.data + first * out.pixel,
+                             out.pixel);
 }
 
 inline ConvRow select_conv_row(const Filter& filter, int64_t stride) {
   constexpr int64_t kTallest = 9;  // beyond, one running sum would round worse than conv_row_any
   if (filter.kh <= kTallest && filter.kw == 7) return stride == 1 ? conv_row<7, 1> : conv_row<7, 2>;
   if (filter.kh <= kTallest && filter.kw == 3) return stride == 1 ? conv_row<3, 1> : conv_row<3, 2>;
-  return conv_row_any;
+  return stride == 1 ? conv_row_any<1> : conv_row_any<2>;
 }
 
 }  // namespace ffnet::FFNET_ISA

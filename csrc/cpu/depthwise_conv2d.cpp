@@ -5,8 +5,6 @@
 namespace ffnet::FFNET_ISA {
 namespace {
 
-constexpr int64_t kStripFloats = 48 * 1024;  // gathered input a task keeps, well inside L2
-
 struct Work {
   const DepthwiseConv2d& op;
   Tiling tiling;
@@ -50,7 +48,8 @@ void run_task(void* context, int64_t task) {
 }  // namespace
 
 void depthwise_conv2d(const DepthwiseConv2d& op, const Executor& executor) {
-  const int64_t strip = max_of(1, (kStripFloats / (op.w * kLanes) - op.filter.kh) / op.stride_h);
+  const bool gathered = op.x_stride.c != 1 || op.multiplier != 1;
+  const int64_t strip = ceil_div(longest_strip(gathered, op.w, op.h, op.filter.kh), op.stride_h);
   Work work{op, tile(op.channels * op.multiplier, op.n, op.out_h, 1, strip, executor.threads),
             select_conv_row(op.filter, op.stride_w)};
   executor.run(work.tiling.tasks(), run_task, &work);

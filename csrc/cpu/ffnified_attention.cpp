@@ -8,8 +8,6 @@
 namespace ffnet::FFNET_ISA {
 namespace {
 
-constexpr int64_t kStripFloats = 48 * 1024;  // gathered query a task keeps, well inside L2
-
 struct Work {
   const FfnifiedAttention& op;
   Tiling tiling;
@@ -92,7 +90,7 @@ void run_task(void* context, int64_t task) {
 
 void ffnified_attention(const FfnifiedAttention& op, const Executor& executor) {
   const int64_t halo = max_of(1, op.value.kh / 2);  // recomputed rows of the middle map are half the work of a row
-  const int64_t strip = max_of(1, kStripFloats / (op.w * kLanes) - op.key.kh - op.value.kh);
+  const int64_t strip = longest_strip(op.query_stride.c != 1, op.w, op.h, op.key.kh + op.value.kh);
   Work work{op, tile(op.channels, op.n, op.h, halo, strip, executor.threads), select_conv_row(op.key, 1),
             select_conv_row(op.value, 1)};
   executor.run(work.tiling.tasks(), run_task, &work);

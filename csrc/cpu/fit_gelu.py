@@ -1,8 +1,8 @@
-"""Fits the coefficients of GELU(x) = x * (1/2 + H(x)), H(x) = erf(x / sqrt 2) / 2, and writes gelu_coefficients.h.
+"""Fits the coefficients of GELU(x) = x/2 + |x| H(|x|), H(t) = erf(t / sqrt 2) / 2, and writes gelu_coefficients.h.
 
     python csrc/cpu/fit_gelu.py          # rewrites the header, prints the errors it reached
 
-Two forms of the odd function H, for t = |x|:
+Two forms of H, for t = |x|:
   table     16 segments centred on k * WIDTH, a polynomial of degree 5 in the distance to the centre (AVX-512: one
             register holds one coefficient of all segments, so a look-up is one permute). The last segment is 1/2.
   rational  t * P(t^2) / Q(t^2) up to LIMIT, where it reaches 1/2 (everything else).

@@ -138,6 +138,13 @@ struct Tiling {
   int64_t last_row(int64_t task) const { return min_of(first_row(task) + rows, height); }
 };
 
+// Rows a strip should have at most: where the map is gathered, what keeps the copy inside L2, but never so few that
+// the `halo` rows around a strip outweigh it.
+inline int64_t longest_strip(bool gathered, int64_t width, int64_t height, int64_t halo) {
+  constexpr int64_t kGatheredFloats = 48 * 1024;
+  return gathered ? max_of(kGatheredFloats / (width * kLanes) - halo, max_of(1, 2 * halo)) : height;
+}
+
 // Cuts into as many strips as balance the threads, counting `halo` rows of extra work a strip, each strip holding at
 // most `max_rows` rows.
 inline Tiling tile(int64_t channels, int64_t images, int64_t height, int64_t halo, int64_t max_rows, int threads) {

@@ -37,11 +37,6 @@ FFNET_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.
 FFNET_INLINE Vec at_most(Vec x, Vec limit) { return {_mm512_min_ps(limit.v, x.v)}; }
 FFNET_INLINE Vec at_least(Vec x, Vec limit) { return {_mm512_max_ps(limit.v, x.v)}; }
 FFNET_INLINE Vec abs(Vec x) { return {_mm512_abs_ps(x.v)}; }
-FFNET_INLINE Vec copy_sign(Vec magnitude, Vec sign) {
-  const __m512i bit = _mm512_set1_epi32(INT32_MIN);  // 0xCA: bit ? sign : magnitude, per bit
-  return {_mm512_castsi512_ps(_mm512_ternarylogic_epi32(bit, _mm512_castps_si512(sign.v),
-                                                        _mm512_castps_si512(magnitude.v), 0xCA))};
-}
 FFNET_INLINE Vec round(Vec x) { return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 // x * 2^n for integral n in [-126, 128]; overflows to infinity.
 FFNET_INLINE Vec scale_by_power(Vec x, Vec n) { return {_mm512_scalef_ps(x.v, n.v)}; }
@@ -64,10 +59,6 @@ FFNET_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.
 FFNET_INLINE Vec at_most(Vec x, Vec limit) { return {_mm256_min_ps(limit.v, x.v)}; }
 FFNET_INLINE Vec at_least(Vec x, Vec limit) { return {_mm256_max_ps(limit.v, x.v)}; }
 FFNET_INLINE Vec abs(Vec x) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.f), x.v)}; }
-FFNET_INLINE Vec copy_sign(Vec magnitude, Vec sign) {
-  const __m256 bit = _mm256_set1_ps(-0.f);
-  return {_mm256_or_ps(_mm256_and_ps(bit, sign.v), _mm256_andnot_ps(bit, magnitude.v))};
-}
 FFNET_INLINE Vec round(Vec x) { return {_mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 // Two steps of half the power each: 2^128 itself is not a float.
 FFNET_INLINE Vec scale_by_power(Vec x, Vec n) {
@@ -105,9 +96,6 @@ FFNET_INLINE Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
 FFNET_INLINE Vec at_most(Vec x, Vec limit) { return {limit.v < x.v ? limit.v : x.v}; }
 FFNET_INLINE Vec at_least(Vec x, Vec limit) { return {limit.v > x.v ? limit.v : x.v}; }
 FFNET_INLINE Vec abs(Vec x) { return {(Floats)((Ints)x.v & INT32_MAX)}; }
-FFNET_INLINE Vec copy_sign(Vec magnitude, Vec sign) {
-  return {(Floats)(((Ints)sign.v & INT32_MIN) | ((Ints)magnitude.v & INT32_MAX))};
-}
 FFNET_INLINE Vec round(Vec x) {  // |x| < 2^22
   const Floats magic = {12582912.f, 12582912.f, 12582912.f, 12582912.f};
   return {(x.v + magic) - magic};
