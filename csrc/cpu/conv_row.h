@@ -35,43 +35,6 @@ using ConvRow = void (*)(const RowInput&, const PackedFilter&, const RowOutput&)
 // Outputs per register block. With 16 registers: 8 sums, 7 weights of a filter row and the pixel.
 constexpr int kMaxBlock = Vec::registers == 32 ? 16 : 8;
 
-template <int K, int S, int B>
-void conv_block(const RowInput& in, const PackedFilter& filter, int64_t first, float* out, int64_t out_pixel) {
-  constexpr int kReach = S * (B - 1) + K;  // input pixels under the block
-  const int64_t begin = first * S - filter.pad_left;
-  const bool inside = begin >= 0 && begin + kReach <= in.width;
-  Vec sum[B];
-#pragma GCC unroll 16
-  for (int b = 0; b < B; ++b) sum[b] = Vec::load(filter.bias);
-  const float* weights = filter.weights;
-  for (int ky = 0; ky < filter.kh; ++ky, weights += K * Vec::lanes) {
-    const float* row = in.rows[ky];
-    if (!row) continue;
-    Vec w[K];
-#pragma GCC unroll 16
-    for (int kx = 0; kx < K; ++kx) w[kx] = Vec::load(weights + kx * Vec::lanes);
-    int64_t offset = begin * in.pixel;
-    const auto accumulate = [&](bool check) __attribute__((always_inline)) {
-#pragma GCC unroll 64
-      for (int j = 0; j < kReach; ++j, offset += in.pixel) {
-        if (check && static_cast<uint64_t>(begin + j) >= static_cast<uint64_t>(in.width)) continue;
-        const Vec x = Vec::load(row + offset);
-#pragma GCC unroll 16
-        for (int kx = 0; kx < K; ++kx) {
-          if (j >= kx && (j - kx) % S == 0 && (j - kx) / S < B) sum[(j - kx) / S] = fma(x, w[kx], sum[(j - kx) / S]);
-        }
-      }
-    };
-    if (inside) {
-      accumulate(false);
-    } else {
-      accumulate(true);
-    }
-  }
-#pragma GCC unroll 16
-  for (int b = 0; b < B; ++b) sum[b].store(out + b * out_pixel);
-}
-
 // Adds taps [0, T) of one filter row, T <= 7, to a block whose first input pixel under these taps is `begin`.
 template <int T, int S, int B>
 FFNET_INLINE void add_taps(Vec (&sum)[B], const float* row, int64_t begin, int64_t pixel, int64_t width,
@@ -88,6 +51,21 @@ FFNET_INLINE void add_taps(Vec (&sum)[B], const float* row, int64_t begin, int64
     for (int kx = 0; kx < T; ++kx)
       if (j >= kx && (j - kx) % S == 0 && (j - kx) / S < B) sum[(j - kx) / S] = fma(x, w[kx], sum[(j - kx) / S]);
   }
+}
+
+// Outputs [first, first + B) of a row, for a filter K wide.
+template <int K, int S, int B>
+void conv_block(const RowInput& in, const PackedFilter& filter, int64_t first, float* out, int64_t out_pixel) {
+  Vec sum[B];
+#pragma GCC unroll 16
+  for (int b = 0; b < B; ++b) sum[b] = Vec::load(filter.bias);
+  for (int ky = 0; ky < filter.kh; ++ky) {
+    if (in.rows[ky])
+      add_taps<K, S, B>(sum, in.rows[ky], first * S - filter.pad_left, in.pixel, in.width,
+                        filter.weights + ky * K * Vec::lanes);
+  }
+#pragma GCC unroll 16
+  for (int b = 0; b < B; ++b) sum[b].store(out + b * out_pixel);
 }
 
 // Any filter size: rows of it are taken seven taps at a time, as conv_block takes seven. One running sum over a large
