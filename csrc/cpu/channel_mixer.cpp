@@ -36,7 +36,8 @@ void mix_pixels(const Work& work, const float* image, int64_t first, int64_t las
     const Rows input(image, op.x_stride, op.w, lanes, in_first, in_last, gathered);
     for (int64_t r = first; r < last; ++r) {
       for (int64_t ky = 0; ky < kh; ++ky) rows[ky] = input[r - op.pad_top + ky];
-      work.conv_row({rows, input.pixel(), op.w}, filter, {lines + (r - first) * op.w * kLanes, kLanes, op.w});
+      prefetch_row(input[r + 1 - op.pad_top + kh - 1], input.pixel(), 0, op.w);
+      work.conv_row({rows, input.pixel(), op.w}, filter, {lines + (r - first) * op.w * kLanes, kLanes, 0, op.w});
     }
     for (int64_t p = 0; p < padded; p += kLanes)
       transpose_block(lines + p * kLanes, kLanes, panels + p / kPanel * panel_floats + c * kPanel + p % kPanel, kPanel);
@@ -117,7 +118,7 @@ Tiling tile_rows(const ChannelMixer& op, int threads) {
     const int64_t pixels = ceil_div(rows * op.w, kPanel) * kPanel, strips = ceil_div(op.h, rows);
     if (rows > 1 && pixels * op.hidden > kHiddenFloats) break;
     const int64_t cost = ceil_div(op.n * strips, threads) * (pixels + weights);
-    if (cost < best_cost) best_cost = cost, best = {1, op.n, strips, rows, op.h};
+    if (cost < best_cost) best_cost = cost, best = {1, 1, op.n, strips, rows, op.h};
   }
   return best;
 }

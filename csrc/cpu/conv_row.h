@@ -25,9 +25,10 @@ struct PackedFilter {
   int kh, kw, stride, pad_left;
 };
 
+// Outputs [first, last) of a row; `data` is output 0.
 struct RowOutput {
   float* data;
-  int64_t pixel, width;
+  int64_t pixel, first, last;
 };
 
 using ConvRow = void (*)(const RowInput&, const PackedFilter&, const RowOutput&);
@@ -113,9 +114,9 @@ FFNET_INLINE void conv_row_blocks(const RowInput& in, const PackedFilter& filter
                                   std::index_sequence<I...>) {
   using Block = void (*)(const RowInput&, const PackedFilter&, int64_t, float*, int64_t);
   static constexpr Block make[] = {conv_block<K, S, I + 1>...};
-  const int64_t blocks = (out.width + kMaxBlock - 1) / kMaxBlock;  // of nearly equal size
+  const int64_t width = out.last - out.first, blocks = (width + kMaxBlock - 1) / kMaxBlock;  // of nearly equal size
   for (int64_t i = 0; i < blocks; ++i) {
-    const int64_t first = i * out.width / blocks, last = (i + 1) * out.width / blocks;
+    const int64_t first = out.first + i * width / blocks, last = out.first + (i + 1) * width / blocks;
     make[last - first - 1](in, filter, first, out.data + first * out.pixel, out.pixel);
   }
 }
@@ -129,14 +130,14 @@ void conv_row(const RowInput& in, const PackedFilter& filter, const RowOutput& o
 template <int S>
 void conv_row_any(const RowInput& in, const PackedFilter& filter, const RowOutput& out) {
   constexpr int kHalf = kMaxBlock / 2;
-  int64_t first = 0;
-  for (; out.width - first > kHalf; first += kMaxBlock) {
-    const int64_t left = out.width - first;
+  int64_t first = out.first;
+  for (; out.last - first > kHalf; first += kMaxBlock) {
+    const int64_t left = out.last - first;
     conv_block_any<S, kMaxBlock>(in, filter, first, left < kMaxBlock ? static_cast<int>(left) : kMaxBlock,
                                  out.data + first * out.pixel, out.pixel);
   }
-  if (first < out.width)
-    conv_block_any<S, kHalf>(in, filter, first, static_cast<int>(out.width - first), out.data + first * out.pixel,
+  if (first < out.last)
+    conv_block_any<S, kHalf>(in, filter, first, static_cast<int>(out.last - first), out.data + first * out.pixel,
                              out.pixel);
 }
 

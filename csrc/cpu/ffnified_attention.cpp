@@ -32,7 +32,7 @@ void finish_row(float* out, int64_t pixel, int64_t width, Vec scale, const float
 void run_task(void* context, int64_t task) {
   const Work& work = *static_cast<const Work*>(context);
   const FfnifiedAttention& op = work.op;
-  const int64_t c = work.tiling.vector(task) * kLanes, n = work.tiling.image(task);
+  const int64_t c = work.tiling.first_channel(task), n = work.tiling.image(task);
   const int64_t first = work.tiling.first_row(task), last = work.tiling.last_row(task);
   const Lanes lanes{c, min_of(kLanes, op.channels - c), 1};
   const int64_t kh1 = op.key.kh, kh2 = op.value.kh, line = op.w * kLanes;
@@ -60,19 +60,21 @@ void run_task(void* context, int64_t task) {
   for (int64_t r = first; r < last; ++r) {
     for (const int64_t need = min_of(op.h, r - op.value_pad_top + kh2); made < need; ++made) {
       for (int64_t ky = 0; ky < kh1; ++ky) key_rows[ky] = query[made - op.key_pad_top + ky];
-      const RowOutput middle{ring + made % kh2 * line, kLanes, op.w};
+      prefetch_row(query[made + 1 - op.key_pad_top + kh1 - 1], query.pixel(), 0, op.w);
+      const RowOutput middle{ring + made % kh2 * line, kLanes, 0, op.w};
       work.conv_key({key_rows, query.pixel(), op.w}, key, middle);
-      activate_row(middle.data, middle.pixel, middle.width, op.activation);
+      activate_row(middle.data, kLanes, op.w, op.activation);
     }
     for (int64_t ky = 0; ky < kh2; ++ky) {
       const int64_t m = r - op.value_pad_top + ky;
       value_rows[ky] = m >= 0 && m < op.h ? ring + m % kh2 * line : nullptr;
     }
-    const RowOutput out = direct ? RowOutput{out_image + r * op.out_stride.h + c, op.out_stride.w, op.w}
-                                 : RowOutput{out_rows + (r - first) * line, kLanes, op.w};
+    const RowOutput out = direct ? RowOutput{out_image + r * op.out_stride.h + c, op.out_stride.w, 0, op.w}
+                                 : RowOutput{out_rows + (r - first) * line, kLanes, 0, op.w};
+    const float* from = op.residual ? op.residual + n * op.residual_stride.n + r * op.residual_stride.h : nullptr;
+    if (from && direct_residual) prefetch_row(from + c, op.residual_stride.w, 0, op.w);
     work.conv_value({value_rows, kLanes, op.w}, value, out);
-    if (op.residual) {
-      const float* from = op.residual + n * op.residual_stride.n + r * op.residual_stride.h;
+    if (from) {
       if (direct_residual) {
         finish_row<true>(out.data, out.pixel, op.w, Vec::load(scale), from + c, op.residual_stride.w);
       } else {
@@ -91,7 +93,7 @@ void run_task(void* context, int64_t task) {
 void ffnified_attention(const FfnifiedAttention& op, const Executor& executor) {
   const int64_t halo = max_of(1, op.value.kh / 2);  // recomputed rows of the middle map are half the work of a row
   const int64_t strip = longest_strip(op.query_stride.c != 1, op.w, op.h, op.key.kh + op.value.kh);
-  Work work{op, tile(op.channels, op.n, op.h, halo, strip, executor.threads), select_conv_row(op.key, 1),
+  Work work{op, tile(ceil_div(op.channels, kLanes), 1, op.n, op.h, halo, strip, executor.threads), select_conv_row(op.key, 1),
             select_conv_row(op.value, 1)};
   executor.run(work.tiling.tasks(), run_task, &work);
 }

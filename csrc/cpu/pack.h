@@ -106,6 +106,7 @@ inline void scatter_rows(const float* in, int64_t rows, int64_t width, const Lan
 // Rows [first, last) of one image and one vector of channels, used in place where the layout allows, else gathered.
 class Rows {
  public:
+  Rows() = default;
   Rows(const float* image, const Strides& stride, int64_t width, const Lanes& lanes, int64_t first, int64_t last,
        float* scratch)
       : first_(first), last_(last) {
@@ -123,20 +124,35 @@ class Rows {
   const float* operator[](int64_t r) const { return r >= first_ && r < last_ ? base_ + (r - base_row_) * row_ : nullptr; }
 
  private:
-  const float* base_;
-  int64_t row_, pixel_, base_row_, first_, last_;
+  const float* base_ = nullptr;
+  int64_t row_ = 0, pixel_ = 0, base_row_ = 0, first_ = 0, last_ = 0;
 };
 
-// How the work is cut: task = (vector of channels, image, strip of output rows), channels outermost so that a thread
-// packs a filter once for a run of tasks.
+// Asks for pixels [first, last) of a row that will be needed one row later; a vector of channels of a channels-last map
+// is one cache line of each pixel, a pattern that hardware prefetchers do not follow.
+FFNET_INLINE void prefetch_row(const float* row, int64_t pixel, int64_t first, int64_t last) {
+  if (!row) return;
+  for (int64_t i = first; i < last; ++i) __builtin_prefetch(row + i * pixel);
+}
+
+// How the work is cut: task = (group of adjacent vectors of channels, image, strip of output rows), channels outermost
+// so that consecutive tasks share filters.
 struct Tiling {
-  int64_t vectors, images, strips, rows, height;
-  int64_t tasks() const { return vectors * images * strips; }
-  int64_t vector(int64_t task) const { return task / (images * strips); }
+  int64_t groups, group_size, images, strips, rows, height;
+  int64_t tasks() const { return groups * images * strips; }
+  int64_t first_channel(int64_t task) const { return task / (images * strips) * group_size * kLanes; }
   int64_t image(int64_t task) const { return task / strips % images; }
   int64_t first_row(int64_t task) const { return task % strips * rows; }
   int64_t last_row(int64_t task) const { return min_of(first_row(task) + rows, height); }
 };
+
+// Vectors of channels that one task takes through its rows together: whole runs of a channels-last row are used while
+// their pages and lines are at hand. What the group rereads, `row_floats` for each vector, should stay in L2.
+constexpr int64_t kMaxGroup = 8;
+inline int64_t group_size(bool gathered, int64_t row_floats, int64_t vectors) {
+  constexpr int64_t kGroupFloats = 64 * 1024;
+  return gathered ? 1 : max_of(1, min_of(min_of(kMaxGroup, vectors), kGroupFloats / row_floats));
+}
 
 // Rows a strip should have at most: where the map is gathered, what keeps the copy inside L2, but never so few that
 // the `halo` rows around a strip outweigh it.
@@ -147,14 +163,15 @@ inline int64_t longest_strip(bool gathered, int64_t width, int64_t height, int64
 
 // Cuts into as many strips as balance the threads, counting `halo` rows of extra work a strip, each strip holding at
 // most `max_rows` rows.
-inline Tiling tile(int64_t channels, int64_t images, int64_t height, int64_t halo, int64_t max_rows, int threads) {
-  const int64_t vectors = ceil_div(channels, kLanes), fewest = ceil_div(height, max_rows);
+inline Tiling tile(int64_t vectors, int64_t group, int64_t images, int64_t height, int64_t halo, int64_t max_rows,
+                   int threads) {
+  const int64_t groups = ceil_div(vectors, group), fewest = ceil_div(height, max_rows);
   Tiling best{};
   int64_t best_cost = INT64_MAX;
   for (int64_t strips = fewest; strips <= max_of(fewest, min_of(height, 64)); ++strips) {
     const int64_t rows = ceil_div(height, strips), used = ceil_div(height, rows);
-    const int64_t cost = ceil_div(vectors * images * used, threads) * (rows + halo);
-    if (cost < best_cost) best_cost = cost, best = {vectors, images, used, rows, height};
+    const int64_t cost = ceil_div(groups * images * used, threads) * (rows + halo);
+    if (cost < best_cost) best_cost = cost, best = {groups, group, images, used, rows, height};
   }
   return best;
 }
