@@ -151,8 +151,8 @@ def plan(ninja: Ninja, out: Path, compiler: list[str], sanitize: bool) -> dict[s
     link = [*compiler, "-shared", *extra]
     cpu_library = ninja.add(
         out / "libffnet_kernels_cpu.so",
-        [*link, *map(str, objects), f"-L{library}", "-ltorch_cpu", "-Wl,--no-undefined", "-Wl,-soname,libffnet_kernels_cpu.so", "-o",
-         str(out / "libffnet_kernels_cpu.so")],
+        [*link, *map(str, objects), f"-L{library}", "-ltorch_cpu", "-Wl,--no-undefined",
+         "-Wl,-soname,libffnet_kernels_cpu.so", "-o", str(out / "libffnet_kernels_cpu.so")],
         objects,
     )  # fmt: skip
     record: dict[str, object] = {

@@ -57,25 +57,20 @@ void write_panel(const ChannelMixer& op, int64_t n, const float* panel, int64_t 
   float* out = op.out + n * op.out_stride.n;
   const float* residual = op.residual ? op.residual + n * op.residual_stride.n : nullptr;
   const bool vectors = op.out_stride.c == 1 && (!residual || op.residual_stride.c == 1);
-  const int64_t whole = vectors ? op.outputs / kLanes * kLanes : 0;
-  for (int64_t c = 0; c < whole; c += kLanes) {
-    const Vec scale = op.scale ? Vec::load(op.scale + c) : Vec::fill(1);
+  for (int64_t c = 0; vectors && c < op.outputs; c += kLanes) {
+    const int64_t channels = min_of(kLanes, op.outputs - c);
+    const Vec scale = op.scale ? Vec::load_first(op.scale + c, channels) : Vec::fill(1);
     for (int64_t p = 0; p < count; p += kLanes) {
-      Vec pixel[kLanes];
-#pragma GCC unroll 16
-      for (int l = 0; l < kLanes; ++l) pixel[l] = Vec::load(panel + (c + l) * kPanel + p);
-      transpose(pixel);
       float block[kLanes * kLanes];
-#pragma GCC unroll 16
-      for (int l = 0; l < kLanes; ++l) pixel[l].store(block + l * kLanes);
+      transpose_block(panel + c * kPanel + p, kPanel, block, kLanes);
       for (int64_t i = 0; i < kLanes && p + i < count; ++i) {
-        const Vec value = Vec::load(block + i * kLanes);
-        const Vec base = residual ? Vec::load(residual + residual_at(first + p + i) + c) : Vec::fill(0);
-        fma(value, scale, base).store(out + out_at(first + p + i) + c);
+        Vec base = Vec::fill(0);
+        if (residual) base = Vec::load_first(residual + residual_at(first + p + i) + c, channels);
+        fma(Vec::load(block + i * kLanes), scale, base).store_first(out + out_at(first + p + i) + c, channels);
       }
     }
   }
-  for (int64_t c = whole; c < op.outputs; ++c) {
+  for (int64_t c = 0; !vectors && c < op.outputs; ++c) {
     const float scale = op.scale ? op.scale[c] : 1;
     for (int64_t p = 0; p < count; ++p) {
       const float base = residual ? residual[residual_at(first + p) + c * op.residual_stride.c] : 0;

@@ -36,7 +36,7 @@ void run_task(void* context, int64_t task) {
   for (int64_t i = 0; i < count; ++i) {
     const int64_t c = o + i * kLanes;
     const Lanes lanes{c, min_of(kLanes, outputs - c), op.multiplier}, out_lanes{c, lanes.count, 1};
-    const PackedFilter filter = pack_filter(op.filter, c, lanes.count, static_cast<int>(op.stride_w), op.pad_left,
+    const PackedFilter filter = pack_filter(op.filter, c, lanes.count, op.stride_w, op.pad_left,
                                             arena.floats(filter_floats));
     const Rows input(op.x + n * op.x_stride.n, op.x_stride, op.w, lanes, in_first, in_last, arena.floats(gathered));
     columns[i] = {out_lanes, filter, input, in_place(out_lanes, op.out_stride.c), arena.floats(out_floats)};

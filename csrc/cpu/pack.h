@@ -30,26 +30,6 @@ struct Arena {
 // Floats that pack_filter writes.
 FFNET_INLINE int64_t packed_floats(const Filter& f) { return (f.kh * f.kw + 1) * kLanes; }
 
-// Packs output channels [o, o + count) as [kh][kw][lanes] then the bias; missing lanes and a missing bias are zero.
-// A weight whose channels lie next to each other (see ffnet_kernels.optimize) is copied a vector at a time.
-inline PackedFilter pack_filter(const Filter& f, int64_t o, int64_t count, int stride, int64_t pad_left, float* out) {
-  const int64_t taps = f.kh * f.kw;
-  for (int64_t ky = 0; ky < f.kh; ++ky) {
-    for (int64_t kx = 0; kx < f.kw; ++kx) {
-      const float* from = f.weight + o * f.stride_o + ky * f.stride_h + kx * f.stride_w;
-      float* to = out + (ky * f.kw + kx) * kLanes;
-      if (f.stride_o == 1 && count == kLanes) {
-        Vec::load(from).store(to);
-      } else {
-        for (int64_t l = 0; l < kLanes; ++l) to[l] = l < count ? from[l * f.stride_o] : 0;
-      }
-    }
-  }
-  float* bias = out + taps * kLanes;
-  for (int64_t l = 0; l < kLanes; ++l) bias[l] = f.bias && l < count ? f.bias[o + l] : 0;
-  return {out, bias, static_cast<int>(f.kh), static_cast<int>(f.kw), stride, static_cast<int>(pad_left)};
-}
-
 // Which channels a vector holds: lane l is channel (first + l) / multiplier of the map; lanes past `count` are zero.
 struct Lanes {
   int64_t first, count, multiplier;
@@ -63,29 +43,56 @@ FFNET_INLINE bool in_place(const Lanes& lanes, int64_t channel_stride) {
 // `width` pixels of a strided map -> [width][lanes]. `row` points at channel 0 of the first pixel.
 inline void gather_row(const float* row, int64_t stride_c, int64_t stride_w, int64_t width, const Lanes& lanes,
                        float* out) {
-  int64_t done = 0;
-  if (stride_w == 1 && lanes.multiplier == 1 && lanes.count == kLanes) {
-    for (; done + kLanes <= width; done += kLanes)
-      transpose_block(row + lanes.first * stride_c + done, stride_c, out + done * kLanes, kLanes);
+  if (stride_c == 1 && lanes.multiplier <= 2) {
+    const int64_t count = ceil_div(lanes.count, lanes.multiplier);
+    const float* from = row + lanes.first / lanes.multiplier;
+    for (int64_t i = 0; i < width; ++i) {
+      const Vec pixel = Vec::load_first(from + i * stride_w, count);
+      (lanes.multiplier == 1 ? pixel : duplicate_lanes(pixel, std::make_index_sequence<Vec::lanes>()))
+          .store(out + i * kLanes);
+    }
+    return;
+  }
+  if (stride_w == 1 && lanes.multiplier == 1) {
+    const float* from = row + lanes.first * stride_c;
+    for (int64_t i = 0; i < width; i += kLanes, out += kLanes * kLanes) {
+      if (lanes.count == kLanes && i + kLanes <= width) {
+        transpose_block(from + i, stride_c, out, kLanes);
+      } else {
+        const int64_t pixels = min_of(kLanes, width - i);
+        transpose_part(from + i, stride_c, lanes.count, pixels, out, kLanes, pixels, kLanes);
+      }
+    }
+    return;
   }
   for (int64_t l = 0; l < kLanes; ++l) {
     const float* from = row + (lanes.first + l) / lanes.multiplier * stride_c;
-    for (int64_t i = done; i < width; ++i) out[i * kLanes + l] = l < lanes.count ? from[i * stride_w] : 0;
+    for (int64_t i = 0; i < width; ++i) out[i * kLanes + l] = l < lanes.count ? from[i * stride_w] : 0;
   }
 }
 
 // [width][lanes] -> `width` pixels of a strided map, one channel a lane.
 inline void scatter_row(const float* in, int64_t width, const Lanes& lanes, float* row, int64_t stride_c,
                         int64_t stride_w) {
-  int64_t done = 0;
-  if (stride_w == 1 && lanes.count == kLanes) {
-    for (; done + kLanes <= width; done += kLanes)
-      transpose_block(in + done * kLanes, kLanes, row + lanes.first * stride_c + done, stride_c);
+  if (stride_c == 1) {
+    for (int64_t i = 0; i < width; ++i)
+      Vec::load(in + i * kLanes).store_first(row + lanes.first + i * stride_w, lanes.count);
+    return;
   }
-  for (int64_t l = 0; l < lanes.count; ++l) {
-    float* to = row + (lanes.first + l) * stride_c;
-    for (int64_t i = done; i < width; ++i) to[i * stride_w] = in[i * kLanes + l];
+  if (stride_w == 1) {
+    float* to = row + lanes.first * stride_c;
+    for (int64_t i = 0; i < width; i += kLanes, in += kLanes * kLanes) {
+      if (lanes.count == kLanes && i + kLanes <= width) {
+        transpose_block(in, kLanes, to + i, stride_c);
+      } else {
+        const int64_t pixels = min_of(kLanes, width - i);
+        transpose_part(in, kLanes, pixels, kLanes, to + i, stride_c, lanes.count, pixels);
+      }
+    }
+    return;
   }
+  for (int64_t l = 0; l < lanes.count; ++l)
+    for (int64_t i = 0; i < width; ++i) row[(lanes.first + l) * stride_c + i * stride_w] = in[i * kLanes + l];
 }
 
 // The same for whole rows `stride.h` apart; rows that follow each other in memory move as one.
@@ -101,6 +108,18 @@ inline void scatter_rows(const float* in, int64_t rows, int64_t width, const Lan
   if (stride.h == width * stride.w) width *= rows, rows = 1;
   for (int64_t r = 0; r < rows; ++r)
     scatter_row(in + r * width * kLanes, width, lanes, image + r * stride.h, stride.c, stride.w);
+}
+
+// Packs the filters of a vector of output channels as [kh][kw][lanes], then the bias; what is missing is zero. A filter
+// is a map of kh x kw pixels; ffnet_kernels.optimize stores it channels-last, which is copied a vector at a time.
+inline PackedFilter pack_filter(const Filter& f, int64_t first, int64_t count, int64_t stride, int64_t pad_left,
+                                float* out) {
+  const Lanes lanes{first, count, 1};
+  gather_rows(f.weight, {0, f.stride_o, f.stride_h, f.stride_w}, f.kh, f.kw, lanes, out);
+  float* bias = out + f.kh * f.kw * kLanes;
+  (f.bias ? Vec::load_first(f.bias + first, count) : Vec::fill(0)).store(bias);
+  return {out, bias, static_cast<int>(f.kh), static_cast<int>(f.kw), static_cast<int>(stride),
+          static_cast<int>(pad_left)};
 }
 
 // Rows [first, last) of one image and one vector of channels, used in place where the layout allows, else gathered.

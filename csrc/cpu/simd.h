@@ -27,6 +27,9 @@ struct Vec {
   static FFNET_INLINE Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
   static FFNET_INLINE Vec fill(float x) { return {_mm512_set1_ps(x)}; }
   FFNET_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
+  // The first n lanes only; the others load as zero.
+  static FFNET_INLINE Vec load_first(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps((1u << n) - 1, p)}; }
+  FFNET_INLINE void store_first(float* p, int64_t n) const { _mm512_mask_storeu_ps(p, (1u << n) - 1, v); }
 };
 FFNET_INLINE Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 FFNET_INLINE Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
@@ -50,6 +53,11 @@ struct Vec {
   static FFNET_INLINE Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
   static FFNET_INLINE Vec fill(float x) { return {_mm256_set1_ps(x)}; }
   FFNET_INLINE void store(float* p) const { _mm256_storeu_ps(p, v); }
+  static FFNET_INLINE __m256i first(int64_t n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  }
+  static FFNET_INLINE Vec load_first(const float* p, int64_t n) { return {_mm256_maskload_ps(p, first(n))}; }
+  FFNET_INLINE void store_first(float* p, int64_t n) const { _mm256_maskstore_ps(p, first(n), v); }
 };
 FFNET_INLINE Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
 FFNET_INLINE Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
@@ -87,6 +95,14 @@ struct Vec {
   }
   static FFNET_INLINE Vec fill(float x) { return {Floats{x, x, x, x}}; }
   FFNET_INLINE void store(float* p) const { __builtin_memcpy(p, &v, sizeof v); }
+  static FFNET_INLINE Vec load_first(const float* p, int64_t n) {
+    Vec r = fill(0);
+    for (int64_t i = 0; i < n && i < lanes; ++i) r.v[i] = p[i];
+    return r;
+  }
+  FFNET_INLINE void store_first(float* p, int64_t n) const {
+    for (int64_t i = 0; i < n && i < lanes; ++i) p[i] = v[i];
+  }
 };
 FFNET_INLINE Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
 FFNET_INLINE Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }

@@ -29,6 +29,12 @@ FFNET_INLINE void exchange_all(Vec (&rows)[Vec::lanes]) {
 // rows[i] lane j <-> rows[j] lane i
 FFNET_INLINE void transpose(Vec (&rows)[Vec::lanes]) { exchange_all<Vec::lanes / 2>(rows); }
 
+// Lanes 0 0 1 1 2 2 ... of x.
+template <size_t... L>
+FFNET_INLINE Vec duplicate_lanes(Vec x, std::index_sequence<L...>) {
+  return {__builtin_shufflevector(x.v, x.v, L / 2 ...)};
+}
+
 // Copies the lanes x lanes block at `from` (rows `from_stride` floats apart) transposed to `to`.
 FFNET_INLINE void transpose_block(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
   Vec rows[Vec::lanes];
@@ -37,6 +43,20 @@ FFNET_INLINE void transpose_block(const float* from, int64_t from_stride, float*
   transpose(rows);
 #pragma GCC unroll 16
   for (int i = 0; i < Vec::lanes; ++i) rows[i].store(to + i * to_stride);
+}
+
+// The same where only part of the block is there: reads `in_rows` rows of `in_lanes` (the rest counts as zero), writes
+// `out_rows` rows of `out_lanes`.
+FFNET_INLINE void transpose_part(const float* from, int64_t from_stride, int64_t in_rows, int64_t in_lanes, float* to,
+                                 int64_t to_stride, int64_t out_rows, int64_t out_lanes) {
+  Vec rows[Vec::lanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < Vec::lanes; ++i)
+    rows[i] = i < in_rows ? Vec::load_first(from + i * from_stride, in_lanes) : Vec::fill(0);
+  transpose(rows);
+#pragma GCC unroll 16
+  for (int i = 0; i < Vec::lanes; ++i)
+    if (i < out_rows) rows[i].store_first(to + i * to_stride, out_lanes);
 }
 
 }  // namespace ffnet::FFNET_ISA
