@@ -13,11 +13,15 @@ struct Work {
 
 // One vector of output channels of a task.
 struct Column {
-  Lanes out_lanes;
+  Lanes lanes;
   PackedFilter filter;
   Rows input;
-  bool direct;  // output rows are written in place, else into `rows` and scattered at the end
-  float* rows;
+  bool direct;  // output rows are written in place, else into out_rows and scattered at the end
+  float* out_rows;
+  // Of the row being made: its output, the first input row that only the next one needs, the input rows.
+  float* out;
+  const float* next;
+  const float** in_rows;
 };
 
 void run_task(void* context, int64_t task) {
@@ -31,7 +35,7 @@ void run_task(void* context, int64_t task) {
   const int64_t in_last = min_of(op.h, (last - 1) * op.stride_h - op.pad_top + kh);
   const int64_t gathered = max_of(0, in_last - in_first) * op.w * kLanes;
   const int64_t filter_floats = packed_floats(op.filter), line = op.out_w * kLanes, out_floats = (last - first) * line;
-  Arena arena(count * (filter_floats + out_floats + gathered) + kh * Arena::kPointer);
+  Arena arena(count * (filter_floats + out_floats + gathered + kh * Arena::kPointer));
   Column columns[kMaxGroup];
   for (int64_t i = 0; i < count; ++i) {
     const int64_t c = o + i * kLanes;
@@ -39,29 +43,35 @@ void run_task(void* context, int64_t task) {
     const PackedFilter filter = pack_filter(op.filter, c, lanes.count, op.stride_w, op.pad_left,
                                             arena.floats(filter_floats));
     const Rows input(op.x + n * op.x_stride.n, op.x_stride, op.w, lanes, in_first, in_last, arena.floats(gathered));
-    columns[i] = {out_lanes, filter, input, in_place(out_lanes, op.out_stride.c), arena.floats(out_floats)};
+    const bool direct = in_place(out_lanes, op.out_stride.c);
+    float* out = arena.floats(out_floats);
+    columns[i] = {out_lanes, filter, input, direct, out, nullptr, nullptr, arena.pointers(kh)};
   }
-  const float** rows = arena.pointers(kh);
   float* out_image = op.out + n * op.out_stride.n;
   for (int64_t r = first; r < last; ++r) {
+    for (int64_t i = 0; i < count; ++i) {
+      Column& column = columns[i];
+      const int64_t top = r * op.stride_h - op.pad_top;
+      for (int64_t ky = 0; ky < kh; ++ky) column.in_rows[ky] = column.input[top + ky];
+      column.next = column.input[top + op.stride_h + kh - 1];
+      column.out = column.direct ? out_image + r * op.out_stride.h + column.lanes.first
+                                 : column.out_rows + (r - first) * line;
+    }
     for (int64_t block = 0; block < op.out_w; block += kMaxBlock) {
       const int64_t end = min_of(block + kMaxBlock, op.out_w);
       for (int64_t i = 0; i < count; ++i) {
         const Column& column = columns[i];
-        for (int64_t ky = 0; ky < kh; ++ky) rows[ky] = column.input[r * op.stride_h - op.pad_top + ky];
-        float* row = column.direct ? out_image + r * op.out_stride.h + column.out_lanes.first : column.rows + (r - first) * line;
         const int64_t pixel = column.direct ? op.out_stride.w : kLanes;
-        prefetch_row(column.input[(r + 1) * op.stride_h - op.pad_top + kh - 1], column.input.pixel(),
-                     block * op.stride_w, min_of(end * op.stride_w, op.w));
-        work.conv_row({rows, column.input.pixel(), op.w}, column.filter, {row, pixel, block, end});
-        activate_row(row + block * pixel, pixel, end - block, op.activation);
+        prefetch_row(column.next, column.input.pixel(), block * op.stride_w, min_of(end * op.stride_w, op.w));
+        work.conv_row({column.in_rows, column.input.pixel(), op.w}, column.filter, {column.out, pixel, block, end});
+        activate_row(column.out + block * pixel, pixel, end - block, op.activation);
       }
     }
   }
   for (int64_t i = 0; i < count; ++i) {
     const Column& column = columns[i];
     if (!column.direct)
-      scatter_rows(column.rows, last - first, op.out_w, column.out_lanes, out_image + first * op.out_stride.h,
+      scatter_rows(column.out_rows, last - first, op.out_w, column.lanes, out_image + first * op.out_stride.h,
                    op.out_stride);
   }
 }
