@@ -1,7 +1,7 @@
 """Builds the native libraries (csrc/build.py) into ``ffnet_kernels/lib``; the metadata is in pyproject.toml.
 
-    pip install --no-build-isolation .        # with the torch that is installed
-    pip install --no-build-isolation -e .     # editable
+pip install --no-build-isolation .        # with the torch that is installed
+pip install --no-build-isolation -e .     # editable
 """
 
 import importlib.util

@@ -10,8 +10,8 @@ from .peers import OURS
 from .results import Result, Row, peers_of, replacing
 
 OURS_COLOR, PEER_COLOR = "#1b6ca8", "#b4bcc4"
-PEER_COLORS = ("#b4bcc4", "#1b6ca8", "#e0a458", "#9c6b98", "#6ba368")
-TEXT_COLOR, GRID_COLOR = "#222222", "#e3e6e8"
+PEER_COLORS = ("#b4bcc4", "#7fa8c9", "#e0a458", "#9c6b98", "#6ba368")
+TEXT_COLOR, SLOWER_COLOR, GRID_COLOR = "#222222", "#b03a2e", "#e3e6e8"
 BAR_INCHES = 0.2
 
 
@@ -75,13 +75,20 @@ def ratio_chart(result: Result, path: Path, title: str) -> None:
         axes.barh(positions, ratios, height=0.9 * height, color=PEER_COLORS[index % len(PEER_COLORS)], label=peer)
         for position, ratio in zip(positions, ratios, strict=True):
             axes.annotate(
-                f"{ratio:.2f}×", (ratio, position), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8
+                f"{ratio:.2f}×",
+                (1 if 0.7 < ratio < 1 else ratio, position),  # clear of the line at 1
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8,
+                color=SLOWER_COLOR if ratio < 1 else TEXT_COLOR,
+                weight="bold" if ratio < 1 else "normal",
             )
     axes.axvline(1, color=TEXT_COLOR, linewidth=1)
     axes.set_yticks(range(len(result.rows)), _short_names(result.rows))
     axes.set_ylim(len(result.rows) - 0.4, -0.6)  # first case on top
     axes.set_xlim(0, 1.12 * longest)
-    axes.set_xlabel("time of the peer / time of ours; beyond 1 ours is faster")
+    axes.set_xlabel("time of the peer / time of ours; beyond 1 ours is faster, red: ours is slower")
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(peers), frameon=False)
     _save(figure, path)
 

@@ -79,7 +79,7 @@ def select(operator: str, args: tuple) -> ModuleType:
         if torch.compiler.is_exporting():
             return reference  # an exported program holds plain aten operators and runs anywhere
         for backend in _AVAILABLE:
-            if backend.refusal(operator, args) is None:
+            if backend.refusal(operator, args) is None and backend.slower(operator, args) is None:
                 return backend
     backend = BACKENDS[forced]
     reason = backend.refusal(operator, args)
@@ -115,7 +115,11 @@ def decide(operator: str, args: tuple) -> Decision:
         if _state.forced not in ("auto", other):
             refused[other] = f"'{_state.forced}' is forced"
         else:
-            refused[other] = why_unavailable(other) or BACKENDS[other].refusal(operator, args) or "slower here"
+            backend = BACKENDS.get(other)
+            reason = why_unavailable(other)
+            if reason is None and backend is not None:
+                reason = backend.refusal(operator, args) or backend.slower(operator, args)
+            refused[other] = reason or "not chosen"
     return Decision(operator, name, chosen.describe(operator, args), refused)
 
 

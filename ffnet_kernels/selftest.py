@@ -111,13 +111,13 @@ def _cases() -> Iterator[tuple[str, str, tuple]]:
                 value = random(channels, 1, kernel, kernel) / kernel
                 residual = _formatted(random(2, channels, *size), stride == 1)
                 name = f"ffnified_attention k={kernel} C={channels} {size}"
-                args = (x, weight, bias, value, random(channels), "gelu", random(channels), residual)
-                yield name, "ffnified_attention", args
+                attention = (x, weight, bias, value, random(channels), "gelu", random(channels), residual)
+                yield name, "ffnified_attention", attention
                 hidden = 2 * channels + 1
                 expand, project = random(hidden, channels) / channels**0.5, random(channels, hidden) / hidden**0.5
                 name = f"channel_mixer k={kernel} C={channels} D={hidden} {size}"
-                args = (x, weight, bias, expand, random(hidden), project, random(channels), "gelu", bias, residual)
-                yield name, "channel_mixer", args
+                mixer = (x, weight, bias, expand, random(hidden), project, random(channels), "gelu", bias, residual)
+                yield name, "channel_mixer", mixer
 
 
 def _formatted(x: Tensor, channels_last: bool) -> Tensor:

@@ -26,6 +26,15 @@ def refusal(operator: str, args: tuple) -> str | None:
     return None
 
 
+def slower(operator: str, args: tuple) -> str | None:
+    x = args[0]
+    if x.shape[1] < 4 and x.stride(1) == 1:
+        return "slower on a channels-last map of fewer than 4 channels, which leaves most of a vector idle"
+    if x.shape[2] * x.shape[3] <= 4 and x.shape[0] > 1:
+        return "slower on maps of up to 2×2 pixels"
+    return None
+
+
 def describe(operator: str, args: tuple) -> str:
     helper = native.helper()
     isa = f"{helper.isa()}, {helper.lanes()} channels a vector" if helper else "instruction set chosen at run time"

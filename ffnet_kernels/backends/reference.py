@@ -43,6 +43,10 @@ def refusal(operator: str, args: tuple) -> str | None:
     return None
 
 
+def slower(operator: str, args: tuple) -> str | None:
+    return None
+
+
 def describe(operator: str, args: tuple) -> str:
     return "plain PyTorch operators"
 

@@ -1,0 +1,220 @@
+"""The demo: photographs through every way to run a model, side by side. ``python -m ffnet demo --help``."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.chart import ChartError, latency_chart
+from benchmarks.machine import machine, machine_line
+from benchmarks.peers import OURS, AsTrained, Contender, Eager, Ours, TorchCompile
+from benchmarks.report import busy_text, error_text, markdown, ratio_text
+from benchmarks.results import Result, write_json
+from benchmarks.runner import Outcome, Runner
+from benchmarks.specs import ModelCase
+from benchmarks.work import ModelWork
+
+from . import FFNet, create_model, load_checkpoint
+from .preprocess import load_image, preprocess
+
+SEED = 0
+TOP = 5
+HEADERS = ("contender", "median ms", "quartiles", "busy", "time / ours", "error")
+
+
+class DemoError(Exception):
+    """The settings ask for something that is not there; the text says what, in one line."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to run; see ``python -m ffnet demo --help``."""
+
+    model: str = "ffnet_1"
+    images: Sequence[Path] = ()
+    checkpoint: Path | None = None
+    labels: Path | None = None
+    size: int | None = None
+    batch: int = 1
+    dtype: str = "float32"
+    threads: int | None = None
+    samples: int = 20
+    compile: bool = True
+    output: Path = Path("demo")
+    json: Path | None = None
+
+
+def run(settings: Settings) -> Result:
+    """Runs the demo, prints its tables and writes its files.
+
+    Raises:
+        DemoError: For a model, picture, checkpoint or labels that cannot be read, or an output that cannot be written.
+    """
+    json_path = settings.json or settings.output / "demo.json"
+    for folder in (settings.output, json_path.parent):
+        _require_writable(folder)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    model = _model(settings)
+    labels = _labels(settings, model)
+    images = list(settings.images) or _own_photographs()
+    photographs = torch.stack([_photograph(path, model, settings.size) for path in images])
+
+    dtype: torch.dtype = getattr(torch, settings.dtype)
+    work = ModelWork(model.to(dtype), _batches(photographs.to(dtype), settings.batch))
+    case = ModelCase(settings.model, settings.batch, photographs.shape[-1], settings.dtype)
+    outcome = Runner(_contenders(settings), settings.samples).run(case, work)
+
+    # The last batch may be filled up with photographs that come a second time.
+    logits = {name: output[: len(images)].double() for name, output in outcome.outputs.items()}
+    predictions = _predictions(images, logits, outcome.expected[: len(images)], labels)
+    extra: dict[str, Any] = {"model": settings.model, "weights": _weights(settings), "predictions": predictions}
+    result = Result(machine(), [outcome.row], extra=extra)
+    print(_text(result, settings))
+    write_json(result, json_path)
+    print(f"\nwrote {json_path}")
+    _draw(outcome, settings.output / "latency.png", result)
+    return result
+
+
+def _require_writable(folder: Path) -> None:
+    """Found out before minutes of measuring, not after."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise DemoError(f"cannot write to {folder}: {error.strerror or error}") from error
+
+
+def _model(settings: Settings) -> FFNet:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        try:
+            model = create_model(settings.model)
+        except ValueError as error:
+            raise DemoError(f"unknown model: {error}") from error
+    if settings.checkpoint:
+        try:
+            load_checkpoint(model, settings.checkpoint)
+        except (OSError, ValueError, ImportError) as error:
+            raise DemoError(str(error).splitlines()[0]) from error
+    return model.eval()
+
+
+def _weights(settings: Settings) -> str:
+    return str(settings.checkpoint) if settings.checkpoint else f"random, seed {SEED}"
+
+
+def _labels(settings: Settings, model: FFNet) -> list[str] | None:
+    if settings.labels is None:
+        return None
+    try:
+        labels = settings.labels.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DemoError(f"cannot read the labels {settings.labels}: {_reason(error)}") from error
+    if len(labels) != model.num_classes:
+        raise DemoError(f"{settings.labels}: expected {model.num_classes} lines, one a class, got {len(labels)}")
+    return labels
+
+
+def _own_photographs() -> list[Path]:
+    # Found without importing it, which takes seconds and loads a second OpenMP runtime.
+    package = importlib.util.find_spec("sklearn")
+    folder = Path(package.origin if package and package.origin else "").parent / "datasets" / "images"
+    photographs = [folder / "china.jpg", folder / "flower.jpg"]
+    if package is None or not all(path.is_file() for path in photographs):
+        raise DemoError("the demo's own photographs come with scikit-learn: install it, or give --image")
+    return photographs
+
+
+def _photograph(path: Path, model: FFNet, size: int | None) -> Tensor:
+    try:
+        image = load_image(path)
+    except OSError as error:
+        raise DemoError(f"cannot read the image {path}: {_reason(error)}") from error
+    return preprocess(image, model.config, size)
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error).splitlines()[0]
+
+
+def _batches(photographs: Tensor, batch: int) -> list[Tensor]:
+    """All photographs in batches of one size, the last filled up from the start."""
+    count = -(-len(photographs) // batch) * batch
+    return list(photographs[torch.arange(count) % len(photographs)].split(batch))
+
+
+def _contenders(settings: Settings) -> list[Contender]:
+    contenders: list[Contender] = [
+        Ours(),
+        Eager("eager nchw", "nchw"),
+        Eager("eager channels-last", "channels_last"),
+        AsTrained(),
+    ]
+    return [*contenders, TorchCompile()] if settings.compile else contenders
+
+
+def _predictions(
+    images: list[Path], logits: dict[str, Tensor], expected: Tensor, labels: list[str] | None
+) -> list[dict[str, Any]]:
+    """Per photograph: our best classes, and how many of float64's best ones each contender names."""
+    predictions = []
+    for i, path in enumerate(images):
+        best = set(expected[i].topk(TOP).indices.tolist())
+        agreement = {name: len(best & set(output[i].topk(TOP).indices.tolist())) for name, output in logits.items()}
+        probabilities, classes = logits[OURS][i].softmax(0).topk(TOP)
+        top = [
+            {"class": index, "name": labels[index] if labels else None, "probability": probability}
+            for index, probability in zip(classes.tolist(), probabilities.tolist(), strict=True)
+        ]
+        predictions.append({"image": str(path), "top": top, "agreement": agreement})
+    return predictions
+
+
+def _text(result: Result, settings: Settings) -> str:
+    (row,) = result.rows
+    predictions = result.extra["predictions"]
+    names = [Path(prediction["image"]).name for prediction in predictions]
+    lines = []
+    for m in row.measurements:
+        if not m.samples_ms:
+            lines.append((m.contender, *["-"] * (len(HEADERS) - 1 + len(names))))
+            continue
+        first, third = m.quartiles_ms
+        agreement = [f"{prediction['agreement'][m.contender]}/{TOP}" for prediction in predictions]
+        latency = (f"{m.median_ms:.2f}", f"{first:.2f}..{third:.2f}", busy_text(m), ratio_text(row, m))
+        lines.append((m.contender, *latency, error_text(m), *agreement))
+    headers = [*HEADERS, *(f"top {TOP} {name}" for name in names)]
+    parts = [
+        f"{row.case}, weights: {result.extra['weights']}",
+        machine_line(result.machine),
+        markdown(headers, lines),
+        f"Latency of one call, {settings.samples} samples taken in turn; busy: those in which another process took a "
+        f"core; error: of the logits against float64, over the largest; top {TOP}: how many of float64's {TOP} best "
+        "classes are among the contender's.",
+        *(f"{m.contender}: {m.reason}" for m in row.measurements if m.reason),
+    ]
+    if settings.checkpoint is None:
+        parts.append("The weights are random (no --checkpoint): the classes below mean nothing.")
+    for name, prediction in zip(names, predictions, strict=True):
+        best = (f"  {100 * t['probability']:6.2f} %  class {t['class']} {t['name'] or ''}" for t in prediction["top"])
+        parts.append("\n".join([f"{name}, by {OURS}:", *(line.rstrip() for line in best)]))
+    return "\n\n".join(parts)
+
+
+def _draw(outcome: Outcome, path: Path, result: Result) -> None:
+    try:
+        latency_chart(outcome.row, path, f"{outcome.row.case}\n{machine_line(result.machine)}")
+        print(f"wrote {path}")
+    except ChartError as error:
+        print(f"no chart: {error}", file=sys.stderr)

@@ -1,0 +1,85 @@
+"""The specs count right, and the work they build is the same for every contender."""
+
+import pytest
+import torch
+
+import ffnet_kernels
+from benchmarks.peers import CONTENDERS, Eager
+from benchmarks.specs import OPERATORS, STAGE_DIMS, SUITES, ModelCase, OperatorCase, suite
+from benchmarks.work import ModelWork, build
+from ffnet import create_model
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_suites_name_their_cases_once(name):
+    names = [case.name for case in suite(name)]
+    assert len(set(names)) == len(names) > 0
+
+
+def test_the_operator_suite_covers_every_stage():
+    cases = suite("ops")
+    covered = {(case.operator, case.channels) for case in cases}
+    assert covered >= {(op, dim) for op in OPERATORS for dims in STAGE_DIMS.values() for dim in dims}
+    assert {(case.channels, case.size) for case in cases} >= {(384, 24)}
+    assert {(case.batch, case.layout) for case in cases} == {
+        (batch, layout) for batch in (1, 8) for layout in ("nchw", "channels_last")
+    }
+
+
+def test_filter():
+    assert {case.operator for case in suite("quick", "channel_mixer")} == {"channel_mixer"}
+    assert suite("quick", "no such case") == []
+
+
+def test_the_stage_dims_are_those_of_the_models():
+    for name, dims in STAGE_DIMS.items():
+        assert [info["num_chs"] for info in create_model(name, device="meta").feature_info] == list(dims)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_counts_of_operators(operator):
+    case = OperatorCase(operator, batch=2, channels=8, size=4, kernel=3)
+    work = build(case)
+    tensors = [value for value in work.arguments.values() if isinstance(value, torch.Tensor)]
+    output = work.expected()
+    assert case.bytes == 4 * (sum(tensor.numel() for tensor in tensors) + output.numel())
+    weights = [tensor for tensor in tensors if tensor.dim() != 1 and tensor.shape[0] != case.batch]
+    assert case.flops == 2 * case.batch * case.size**2 * sum(weight.numel() for weight in weights)
+
+
+def test_counts_of_models():
+    case = ModelCase("ffnet_1", batch=2)
+    assert case.flops == pytest.approx(2 * 2 * 2.985e9, rel=1e-3)
+    assert case.bytes == pytest.approx(4 * (13.66e6 + 2 * 3 * 256**2), rel=1e-3)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_contenders_get_what_their_names_say(operator, layout):
+    work = build(OperatorCase(operator, 1, 8, 6, 3, layout))
+    expected = work.expected()
+    for contender in (CONTENDERS["ours"], Eager("nchw", "nchw"), Eager("channels-last", "channels_last")):
+        program = contender.prepare(work)
+        torch.testing.assert_close(program.outputs().double(), expected, atol=1e-5, rtol=1e-5)
+    arguments = work.fused().function.keywords
+    filters = arguments.get("weight", arguments.get("key"))
+    assert filters.stride(0) == 1
+    map_ = arguments.get("x", arguments.get("query"))
+    assert map_.is_contiguous(memory_format=torch.channels_last if layout == "channels_last" else torch.preserve_format)
+    assert work.fused().detail in ffnet_kernels.available_backends()
+
+
+def test_work_is_the_same_in_every_run():
+    case = OperatorCase("ffnified_attention", 1, 8, 6, 3)
+    assert torch.equal(build(case).expected(), build(case).expected())
+
+
+def test_model_work_times_the_first_batch_and_judges_all():
+    model = create_model("ffnet_1", depths=(1, 1, 1, 1), dims=(8, 8, 8, 8), num_classes=5).eval()
+    work = ModelWork(model, [torch.randn(2, 3, 32, 32), torch.randn(2, 3, 32, 32)])
+    with torch.inference_mode():
+        expected = work.expected()
+        assert expected.shape == (4, 5)
+        for program in (work.fused(), work.plain("nchw"), work.as_trained("channels_last")):
+            torch.testing.assert_close(program.outputs().double(), expected, atol=1e-5, rtol=1e-4)
+            assert torch.equal(program(), program.outputs()[:2])

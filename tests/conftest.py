@@ -1,0 +1,27 @@
+"""Runs the tests against this checkout, with hypothesis profiles that make every run the same."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+
+ROOT = Path(__file__).parents[1]
+# pytest puts tests/ on the path, where tests/ffnet_kernels would pass for a namespace package of that name.
+sys.path.insert(0, str(ROOT))
+
+_COMMON = {"derandomize": True, "database": None, "deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+_ONCE = [Phase.explicit, Phase.generate]  # a failing case is repeated as it is; "thorough" shrinks it first
+settings.register_profile("standard", max_examples=100, phases=_ONCE, **_COMMON)
+settings.register_profile("quick", max_examples=20, phases=_ONCE, **_COMMON)  # under sanitizers, which are slow
+settings.register_profile("thorough", max_examples=3000, **{**_COMMON, "derandomize": False})
+settings.load_profile("standard")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "sanitize: builds the native code with sanitizers and runs tests under them")
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    return ROOT

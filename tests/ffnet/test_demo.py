@@ -1,0 +1,163 @@
+"""The command line of ffnet: the demo from picture to files, and one line for what the user can put right."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ffnet import create_model
+from ffnet.__main__ import main
+from ffnet.preprocess import load_image, preprocess
+
+CONFIG = create_model("ffnet_1", device="meta").config
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "picture.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 72, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """The demo sets them for the process; one, since busy cores make small maps on several very slow."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def demo(tmp_path, *options):
+    fast = ("--size", "64", "--samples", "1", "--threads", "1", "--no-compile", "--output", tmp_path / "out")
+    return main(["demo", *map(str, fast), *map(str, options)])
+
+
+def test_demo_on_its_own_photographs(tmp_path, capsys):
+    assert demo(tmp_path) == 0
+    text = capsys.readouterr().out
+    for part in ("as trained", "china.jpg", "flower.jpg", "5/5", "weights are random", "mean nothing"):
+        assert part in text
+    result = json.loads((tmp_path / "out" / "demo.json").read_text())
+    measurements = result["rows"][0]["measurements"]
+    assert [m["contender"] for m in measurements] == ["ours", "eager nchw", "eager channels-last", "as trained"]
+    assert all(m["passed"] for m in measurements)
+    assert all(len(p["top"]) == 5 and p["agreement"]["ours"] == 5 for p in result["extra"]["predictions"])
+    assert (tmp_path / "out" / "latency.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_demo_with_a_checkpoint_labels_and_a_batch(tmp_path, picture, capsys):
+    torch.manual_seed(1)
+    model = create_model("ffnet_1").eval()
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "ffnet_1.pth")
+    (tmp_path / "labels.txt").write_text("\n".join(f"name{i}" for i in range(1000)))
+    options = ("--checkpoint", tmp_path / "ffnet_1.pth", "--labels", tmp_path / "labels.txt", "--batch", "2")
+    assert demo(tmp_path, "--image", picture, *options, "--json", tmp_path / "own.json") == 0
+    (prediction,) = json.loads((tmp_path / "own.json").read_text())["extra"]["predictions"]
+    with torch.inference_mode():
+        probabilities = model(preprocess(load_image(picture), CONFIG, 64)[None])[0].softmax(0)
+    best = prediction["top"][0]
+    assert best["class"] == probabilities.argmax().item()
+    assert best["probability"] == pytest.approx(probabilities.max().item(), rel=1e-4)
+    text = capsys.readouterr().out
+    assert f"class {best['class']} name{best['class']}" in text
+    assert "mean nothing" not in text
+
+
+def test_without_scikit_learn(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert demo(tmp_path) == 2
+    assert "--image" in capsys.readouterr().err
+
+
+def test_without_pillow(tmp_path, monkeypatch, capsys):
+    for module in ("ffnet.demo", "ffnet.preprocess"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.delattr("ffnet.demo", raising=False)
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    assert demo(tmp_path) == 2
+    assert "ffnet-kernels[demo]" in capsys.readouterr().err
+
+
+def test_bfloat16(tmp_path, picture):
+    assert demo(tmp_path, "--image", picture, "--dtype", "bfloat16") == 0
+
+
+@pytest.fixture
+def broken(tmp_path, picture):
+    """A folder of things that are not what they should be."""
+    (tmp_path / "text.jpg").write_text("no picture")
+    (tmp_path / "cut.png").write_bytes(picture.read_bytes()[:200])
+    (tmp_path / "text.pth").write_text("no checkpoint")
+    torch.save({"head.weight": torch.zeros(2, 2)}, tmp_path / "other.pth")
+    (tmp_path / "file").touch()
+    (tmp_path / "labels.txt").write_text("one\ntwo\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--image", "{}/none.jpg", "none.jpg"),
+        ("--image", "{}", "Is a directory"),
+        ("--image", "{}/text.jpg", "text.jpg"),
+        ("--image", "{}/cut.png", "cut.png"),
+        ("--model", "ffnet_9", "ffnet_9"),
+        ("--checkpoint", "{}/none.pth", "none.pth"),
+        ("--checkpoint", "{}/text.pth", "text.pth"),
+        ("--checkpoint", "{}/other.pth", "head.weight"),
+        ("--output", "{}/file/out", "file"),
+        ("--json", "{}/file/out.json", "file"),
+        ("--labels", "{}/none.txt", "none.txt"),
+        ("--labels", "{}/labels.txt", "expected 1000 lines"),
+    ],
+)
+def test_one_line_for_what_the_user_can_put_right(option, value, message, broken, capsys):
+    assert demo(broken, option, value.format(broken)) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("ffnet demo: ")
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize("options", [["--batch", "0"], ["--samples", "x"], ["--size", "16"], ["--dtype", "int8"]])
+def test_wrong_options(options):
+    with pytest.raises(SystemExit) as exit_:
+        main(["demo", *options])
+    assert exit_.value.code == 2
+
+
+def test_list(capsys):
+    assert main(["list"]) == 0
+    first = capsys.readouterr().out.splitlines()[1].split()
+    assert first[:3] == ["ffnet_1", "13,660,152", "13,775,656"]
+    assert first[-2:] == ["2.985", "G"]
+
+
+@pytest.mark.parametrize(("width", "height"), [(100, 100), (640, 427), (50, 300)])
+def test_preprocess_takes_the_normalised_centre(width, height):
+    red = np.zeros((height, width, 3), dtype=np.uint8)
+    red[..., 0] = 255
+    tensor = preprocess(Image.fromarray(red), CONFIG, 64)
+    assert tensor.shape == (3, 64, 64)
+    assert tensor.dtype == torch.float32
+    for value, mean, std, channel in zip((1, 0, 0), CONFIG["mean"], CONFIG["std"], tensor, strict=True):
+        torch.testing.assert_close(channel, torch.full((64, 64), (value - mean) / std))
+
+
+def test_preprocess_crops_what_crop_pct_says():
+    # 284 = floor(256 / 0.9): no resizing, so the 256 pixels in the middle come back as they are.
+    pixels = np.random.default_rng(0).integers(0, 256, (284, 284, 3), dtype=np.uint8)
+    tensor = preprocess(Image.fromarray(pixels), CONFIG)
+    back = tensor.permute(1, 2, 0) * torch.tensor(CONFIG["std"]) + torch.tensor(CONFIG["mean"])
+    torch.testing.assert_close(back, torch.from_numpy(pixels[14:270, 14:270] / np.float32(255)))
+
+
+def test_grey_and_transparent_pictures_are_read_as_rgb(tmp_path):
+    for mode in ("L", "RGBA", "P"):
+        Image.new(mode, (8, 8)).save(tmp_path / "picture.png")
+        assert load_image(tmp_path / "picture.png").mode == "RGB"

@@ -1,0 +1,36 @@
+"""One representative call of every operator, in any layout, dtype and size."""
+
+import torch
+from parity import Case, laid_out
+
+
+def example(
+    operator: str,
+    *,
+    shape: tuple[int, int, int, int] = (2, 19, 9, 11),
+    kernel: tuple[int, int] = (7, 7),
+    layout: str = "nchw",
+    activation: str = "gelu",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    **options,
+) -> Case:
+    """With every optional tensor. ``options``: ``stride``, ``padding``, ``multiplier`` of depthwise_conv2d."""
+    generator = torch.Generator().manual_seed(seed)
+    channels, gain = shape[1], (kernel[0] * kernel[1]) ** -0.5
+
+    def values(*size: int, scale: float = 1.0) -> torch.Tensor:
+        return (torch.randn(size, generator=generator) * scale).to(dtype)
+
+    x = laid_out(shape, layout, generator).to(dtype)
+    weight = values(channels * options.pop("multiplier", 1), 1, *kernel, scale=gain)
+    if operator == "depthwise_conv2d":
+        return Case(operator, (x, weight, values(weight.shape[0])), {"activation": activation, **options})
+    kwargs = {"activation": activation, "scale": values(channels)}
+    if operator == "ffnified_attention":
+        args = (x, weight, values(channels), values(channels, 1, *kernel, scale=gain), values(channels))
+    else:
+        hidden = 2 * channels + 1
+        expand, project = values(hidden, channels, scale=channels**-0.5), values(channels, hidden, scale=hidden**-0.5)
+        args = (x, weight, values(channels), expand, values(hidden), project, values(channels))
+    return Case(operator, args, {**kwargs, "residual": laid_out(shape, layout, generator).to(dtype)})

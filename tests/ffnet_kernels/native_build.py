@@ -1,0 +1,74 @@
+"""Builds copies of csrc/, whole or with a fault planted in one line, into a folder of a test."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def load_builder(csrc: Path) -> ModuleType:
+    name = f"build_of_{csrc.parent.name}"
+    spec = importlib.util.spec_from_file_location(name, csrc / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def compiler() -> list[str]:
+    """The compiler a build takes; skips where there is none."""
+    builder = load_builder(ROOT / "csrc")
+    try:
+        return builder.find_compiler()
+    except builder.CannotBuild as reason:
+        pytest.skip(str(reason))
+
+
+def build_with_fault(folder: Path, source: str, line: str, faulty: str, *, sanitize: bool = False) -> Path:
+    """The folder of a library of the portable kernels in which ``line`` of csrc/``source`` reads ``faulty``."""
+    compiler()
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    text = (folder / "csrc" / source).read_text()
+    assert text.count(line) == 1, f"csrc/{source} no longer holds the line to alter once: {line}"
+    (folder / "csrc" / source).write_text(text.replace(line, faulty))
+    builder = load_builder(folder / "csrc")
+    builder.ISA_FLAGS = {"baseline": []}
+    assert builder.build(folder / "lib", folder / "work", sanitize=sanitize) is None
+    return folder / "lib"
+
+
+def sanitizer_environment() -> dict[str, str]:
+    """Python itself is built without sanitizers: their runtime is loaded before it."""
+    libraries = []
+    for name in ("libasan.so", "libubsan.so"):
+        command = [*compiler(), f"-print-file-name={name}"]
+        path = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        if not Path(path).exists():
+            pytest.skip(f"the compiler has no {name}")
+        libraries.append(path)
+    return {
+        "LD_PRELOAD": " ".join(libraries),
+        # Python and torch keep memory to the end; the kernels own one buffer a thread.
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:exitcode=99:allocator_may_return_null=1",
+        "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
+        "OMP_NUM_THREADS": "2",
+    }
+
+
+def run_tests(library: Path, *arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    """pytest in a process of its own, on another build of the kernels."""
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *arguments],
+        cwd=ROOT,
+        env={**os.environ, **(environment or {}), "FFNET_KERNELS_LIBRARY_DIR": str(library)},
+        capture_output=True,
+        text=True,
+        timeout=570,
+    )

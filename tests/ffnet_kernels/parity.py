@@ -1,0 +1,282 @@
+"""Cases of every operator, as hypothesis strategies, and the rule that judges a kernel's result."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import strategies as st
+from torch import Tensor
+
+import ffnet_kernels as fk
+from ffnet_kernels import checks, native
+from ffnet_kernels.backends import cpu, reference
+from ffnet_kernels.selftest import error_limit as error_limit
+
+_ERROR = native.cpu_library_error()
+_HELPER = None if _ERROR else native.helper()
+#: The instruction sets of this build and processor; None stands for the library's own choice.
+ISAS: list[str | None] = [] if _ERROR else list(_HELPER.usable_isas()) if _HELPER else [None]
+
+needs_native = pytest.mark.skipif(bool(_ERROR), reason=f"no native CPU kernels: {_ERROR}")
+every_isa = pytest.mark.parametrize("isa", ISAS or [pytest.param(None, marks=needs_native)])
+
+OPERATORS = ("depthwise_conv2d", "ffnified_attention", "channel_mixer")
+LAYOUTS = (
+    "nchw",
+    "channels_last",
+    "stepped",
+    "transposed",
+    "batch_inside",
+    "expanded_batch",
+    "expanded_channels",
+    "channel_slice",
+    "window",
+)
+WEIGHT_LAYOUTS = ("nchw", "channels_innermost", "channels_last", "stepped", "transposed", "expanded_batch")
+_WORK = 1_500_000  # multiplications of a case
+_SAMPLE = 4096  # outputs over which plain PyTorch's error is taken
+
+
+class Case(NamedTuple):
+    """A call of a public function, printable enough to repeat it."""
+
+    operator: str
+    args: tuple
+    kwargs: dict
+
+    def __repr__(self) -> str:
+        def text(value: object) -> str:
+            return f"<{list(value.shape)} by {value.stride()}>" if isinstance(value, Tensor) else repr(value)
+
+        named = [f"{name}={text(value)}" for name, value in self.kwargs.items()]
+        return f"{self.operator}({', '.join([*map(text, self.args), *named])})"
+
+    def checked(self) -> tuple:
+        """The arguments as the operators' schemas have them."""
+        names = ("stride", "padding", "activation") if self.operator == "depthwise_conv2d" else ()
+        defaults = {"stride": 1, "padding": "same", "activation": "none"} if names else {}
+        if not names:
+            defaults = {"activation": "gelu", "scale": None, "residual": None}
+        return getattr(checks, self.operator)(*self.args, **{**defaults, **self.kwargs})
+
+    def run(self) -> Tensor:
+        return getattr(fk, self.operator)(*self.args, **self.kwargs)
+
+    def tensors(self) -> list[Tensor]:
+        return [t for t in (*self.args, *self.kwargs.values()) if isinstance(t, Tensor)]
+
+
+@contextlib.contextmanager
+def selected_isa(isa: str | None) -> Iterator[None]:
+    if isa is None:
+        yield
+        return
+    helper = native.helper()
+    previous = helper.isa()
+    helper.select_isa(isa)
+    try:
+        yield
+    finally:
+        helper.select_isa(previous)
+
+
+@contextlib.contextmanager
+def poisoned_outputs() -> Iterator[None]:
+    """Fills with NaN whatever torch allocates, so that an element that is not written shows."""
+    before, filling = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = filling
+
+
+def laid_out(shape: tuple[int, ...], layout: str, generator: torch.Generator, gain: float = 1.0) -> Tensor:
+    """Normally distributed values in a [N, C, H, W] view of the given layout."""
+    n, c, h, w = shape
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator) * gain
+
+    match layout:
+        case "nchw":
+            return normal(n, c, h, w)
+        case "channels_last":
+            return normal(n, h, w, c).permute(0, 3, 1, 2)
+        case "channels_innermost":
+            return normal(c, h, w, n).permute(3, 0, 1, 2)
+        case "stepped":
+            return normal(2 * n + 1, 2 * c + 1, 3 * h + 1, 2 * w + 1)[1::2, 1::2, 1::3, 1::2]
+        case "transposed":
+            return normal(n, c, w, h).mT
+        case "batch_inside":
+            return normal(c, h, n, w).permute(2, 0, 1, 3)
+        case "expanded_batch":
+            return normal(1, c, h, w).expand(n, c, h, w)
+        case "expanded_channels":
+            return normal(n, 1, h, w).expand(n, c, h, w)
+        case "channel_slice":
+            return normal(n, h, w, c + 5).permute(0, 3, 1, 2)[:, 2 : 2 + c]
+        case "window":
+            return normal(n, h + 3, w + 2, c).permute(0, 3, 1, 2)[:, :, 1 : 1 + h, 2:]
+    raise ValueError(layout)
+
+
+def expected_format(operator: str, args: tuple, like: Tensor) -> tuple[bool, bool]:
+    """:func:`formats` of a tensor of ``like``'s shape in the format that convolutions give for (checked) ``args``."""
+    out = args[0]
+    for weight in (args[1], args[3]) if operator == "ffnified_attention" else (args[1],):
+        # Wide padding: a map of one pixel would not tell its format.
+        out = F.conv2d(out, weight, None, 1, (weight.shape[2], weight.shape[3]), groups=args[0].shape[1])
+    channels_last = formats(out) == (False, True)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return formats(torch.empty(like.shape, device="meta", memory_format=memory_format))
+
+
+def formats(x: Tensor) -> tuple[bool, bool]:
+    return x.is_contiguous(), x.is_contiguous(memory_format=torch.channels_last)
+
+
+def reference_of(operator: str, args: tuple) -> tuple[Tensor, Tensor]:
+    """The reference in float64, and in the dtype of the arguments."""
+    run = getattr(reference, operator)
+    return run(*(a.double() if isinstance(a, Tensor) else a for a in args)), run(*args)
+
+
+def limit_of(operator: str, args: tuple, expected: Tensor, eager: Tensor) -> float:
+    """:func:`error_limit`, for a small result with more images: a few elements would judge by plain PyTorch's luck."""
+    if 0 < expected.numel() < _SAMPLE:
+        generator = torch.Generator().manual_seed(0)
+        more = list(args)
+        for i, values in enumerate(args):
+            if values is args[0] or (operator != "depthwise_conv2d" and i == len(args) - 1 and values is not None):
+                images = -(-_SAMPLE * values.shape[0] // expected.numel())
+                more[i] = torch.cat([values, torch.randn(images, *values.shape[1:], generator=generator)])
+        expected, eager = reference_of(operator, tuple(more))
+    return error_limit(expected, eager)
+
+
+def check(case: Case) -> None:
+    """Every instruction set against the float64 reference, relative to plain PyTorch's own error."""
+    operator, args = case.operator, case.checked()
+    if cpu.refusal(operator, args) is not None:
+        decision = fk.explain(operator, *case.args, **case.kwargs)
+        assert decision.backend == "reference"
+        assert decision.refused["cpu"], "a refusal gives its reason"
+        return
+    expected, eager = reference_of(operator, args)
+    limit = limit_of(operator, args, expected, eager)
+    for isa in ISAS:
+        with selected_isa(isa), poisoned_outputs(), fk.use_backend("cpu"):
+            out = case.run()
+        assert out.shape == expected.shape
+        assert out.dtype == eager.dtype
+        if out.numel():  # conv2d's own empty result has the strides of some elementwise product
+            assert formats(out) == expected_format(operator, args, out), f"{isa}: memory format of the output"
+            error = (out.double() - expected).abs().max().item()  # NaN, where an element was not written
+            assert error <= limit, f"{isa}: error {error:.2e} over the limit {limit:.2e}"
+
+
+_extents = st.one_of(st.sampled_from([1, 2, 3, 7, 8, 14, 15, 16, 17, 31, 56, 64]), st.integers(1, 70))
+_channels = st.one_of(st.sampled_from([1, 3, 4, 5, 8, 15, 16, 17, 24, 32, 33, 64, 96, 200]), st.integers(1, 200))
+_sides = st.one_of(st.sampled_from([1, 2, 3, 3, 5, 7, 7, 9, 31]), st.integers(1, 31))
+_kernels = st.one_of(
+    _sides.map(lambda k: (k, k)), st.tuples(_sides, _sides), st.sampled_from([(1, 51), (3, 7), (11, 3)])
+)
+_activations = st.sampled_from(checks.ACTIVATIONS)
+_generators = st.integers(0, 2**31).map(lambda seed: torch.Generator().manual_seed(seed))
+
+
+def _bounded(n: int, c: int, h: int, w: int, cost: int) -> tuple[int, int, int, int]:
+    """Halves the largest of C, H and W until n·c·h·w·cost is affordable."""
+    while n * c * h * w * cost > _WORK and max(c, h, w) > 1:
+        largest = max(c, h, w)
+        c, h, w = (c // 2, h, w) if c == largest else (c, h // 2, w) if h == largest else (c, h, w // 2)
+    return n, c, h, w
+
+
+@st.composite
+def _vectors(draw: st.DrawFn, length: int, generator: torch.Generator) -> Tensor | None:
+    match draw(st.sampled_from(["none", "contiguous", "strided", "expanded", "column"])):
+        case "contiguous":
+            return torch.randn(length, generator=generator)
+        case "strided":
+            return torch.randn(2 * length + 1, generator=generator)[1::2]
+        case "expanded":
+            return torch.randn(1, generator=generator).expand(length)
+        case "column":
+            return torch.randn(length, 1, 1, generator=generator)
+    return None
+
+
+@st.composite
+def depthwise_cases(draw: st.DrawFn) -> Case:
+    generator = draw(_generators)
+    kernel = draw(_kernels)
+    shape = _bounded(draw(st.integers(0, 3)), draw(_channels), draw(_extents), draw(_extents), kernel[0] * kernel[1])
+    outputs = shape[1] * draw(st.sampled_from([1, 1, 2]))
+    paddings: list = ["same", (kernel[0] // 2, kernel[1] // 2), (kernel[0], 0), 3]
+    if shape[2] >= kernel[0] and shape[3] >= kernel[1]:
+        paddings += ["valid", 0]
+    paddings = [p for p in paddings if p == "same" or _fits(p, kernel, shape)]
+    x = laid_out(shape, draw(st.sampled_from(LAYOUTS)), generator)
+    gain = (kernel[0] * kernel[1]) ** -0.5
+    weight = laid_out((outputs, 1, *kernel), draw(st.sampled_from(WEIGHT_LAYOUTS)), generator, gain)
+    stride = draw(st.sampled_from([1, 1, 2, (2, 1), (1, 2)]))
+    kwargs = {"stride": stride, "padding": draw(st.sampled_from(paddings)), "activation": draw(_activations)}
+    return Case("depthwise_conv2d", (x, weight, draw(_vectors(outputs, generator))), kwargs)
+
+
+def _fits(padding, kernel: tuple[int, int], shape: tuple[int, ...]) -> bool:
+    height, width = (0, 0) if padding == "valid" else (padding, padding) if isinstance(padding, int) else padding
+    return shape[2] + 2 * height >= kernel[0] and shape[3] + 2 * width >= kernel[1]
+
+
+@st.composite
+def attention_cases(draw: st.DrawFn) -> Case:
+    generator = draw(_generators)
+    kernels = draw(_kernels), draw(_kernels)
+    cost = sum(kh * kw for kh, kw in kernels)
+    shape = _bounded(draw(st.integers(0, 3)), draw(_channels), draw(_extents), draw(_extents), cost)
+    query = laid_out(shape, draw(st.sampled_from(LAYOUTS)), generator)
+    key, value = (
+        laid_out((shape[1], 1, *k), draw(st.sampled_from(WEIGHT_LAYOUTS)), generator, (k[0] * k[1]) ** -0.5)
+        for k in kernels
+    )
+    vectors = [draw(_vectors(shape[1], generator)) for _ in range(3)]
+    layout = draw(st.sampled_from([None, *LAYOUTS]))
+    residual = None if layout is None else laid_out(shape, layout, generator)
+    kwargs = {"activation": draw(_activations), "scale": vectors[2], "residual": residual}
+    return Case("ffnified_attention", (query, key, vectors[0], value, vectors[1]), kwargs)
+
+
+@st.composite
+def channel_mixer_cases(draw: st.DrawFn) -> Case:
+    generator = draw(_generators)
+    kernel = draw(_kernels)
+    hidden, outputs = draw(_channels), draw(_channels)
+    cost = kernel[0] * kernel[1] + hidden
+    shape = _bounded(draw(st.integers(0, 3)), draw(_channels), draw(_extents), draw(_extents), cost)
+    x = laid_out(shape, draw(st.sampled_from(LAYOUTS)), generator)
+    weight = laid_out(
+        (shape[1], 1, *kernel), draw(st.sampled_from(WEIGHT_LAYOUTS)), generator, (kernel[0] * kernel[1]) ** -0.5
+    )
+
+    def matrix(rows: int, columns: int) -> Tensor:
+        layout = draw(st.sampled_from(["nchw", "stepped", "channels_innermost"]))
+        weight = laid_out((rows, columns, 1, 1), layout, generator, columns**-0.5)
+        return weight if draw(st.booleans()) else weight[:, :, 0, 0]
+
+    expand, project = matrix(hidden, shape[1]), matrix(outputs, hidden)
+    biases = [draw(_vectors(length, generator)) for length in (shape[1], hidden, outputs, outputs)]
+    layout = draw(st.sampled_from([None, *LAYOUTS]))
+    residual = None if layout is None else laid_out((shape[0], outputs, *shape[2:]), layout, generator)
+    kwargs = {"activation": draw(_activations), "scale": biases[3], "residual": residual}
+    return Case("channel_mixer", (x, weight, biases[0], expand, biases[1], project, biases[2]), kwargs)

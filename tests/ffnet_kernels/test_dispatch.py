@@ -1,0 +1,157 @@
+"""Which backend runs a call: the chooser, the override, the environment."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import parity
+import pytest
+import torch
+from examples import example
+
+import ffnet_kernels as fk
+from ffnet_kernels import dispatch
+
+CALL = example("depthwise_conv2d")
+
+
+def chosen(case=CALL):
+    return fk.explain(case.operator, *case.args, **case.kwargs).backend
+
+
+@parity.needs_native
+def test_the_kernels_run_by_default():
+    assert fk.available_backends() == ("cpu", "reference")
+    assert [chosen(example(operator)) for operator in parity.OPERATORS] == ["cpu"] * 3
+
+
+@parity.needs_native
+def test_explain_tells_what_runs_and_why_not_the_others():
+    decision = fk.explain(fk.depthwise_conv2d, *CALL.args)
+    assert decision.operator == "depthwise_conv2d"
+    assert list(decision.refused) == ["cuda", "triton"]
+    assert all(decision.refused.values())
+    assert str(decision).splitlines()[0].startswith("depthwise_conv2d -> cpu (")
+    with parity.selected_isa("baseline"):
+        assert "baseline" in fk.explain(fk.depthwise_conv2d, *CALL.args).variant
+    with fk.use_backend("reference"):
+        forced = fk.explain("depthwise_conv2d", *CALL.args)
+    assert forced.backend == "reference"
+    assert forced.refused["cpu"] == "'reference' is forced"
+
+
+@parity.needs_native
+def test_use_backend_nests_and_restores():
+    before = chosen()
+    override = fk.use_backend("reference")
+    with override:
+        with fk.use_backend("cpu"):
+            assert chosen() == "cpu"
+            with override:
+                assert chosen() == "reference"
+            assert chosen() == "cpu"
+        assert chosen() == "reference"
+        with fk.use_backend("auto"):
+            assert chosen() == "cpu"
+    assert chosen() == before
+
+
+def test_use_backend_restores_after_an_exception():
+    before = chosen()
+    with pytest.raises(ZeroDivisionError), fk.use_backend("reference"):
+        1 / 0  # noqa: B018
+    assert chosen() == before
+
+
+def test_use_backend_decorates():
+    @fk.use_backend("reference")
+    def decorated(depth):
+        return [chosen(), *(decorated(depth - 1) if depth else [])]
+
+    before = chosen()
+    assert decorated(2) == ["reference"] * 3
+    assert chosen() == before
+
+
+def test_use_backend_is_of_one_thread():
+    seen = []
+    with fk.use_backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(chosen()))
+        thread.start()
+        thread.join()
+        assert chosen() == "reference"
+    assert seen == [chosen()]
+
+
+@pytest.mark.parametrize("name", ["CPU", "", "gpu", None, 3])
+def test_an_unknown_backend(name):
+    with pytest.raises(ValueError, match=r"use_backend: expected one of auto, reference, cpu, triton, cuda, got"):
+        fk.use_backend(name)
+
+
+def test_a_backend_that_is_not_available(monkeypatch):
+    monkeypatch.setattr(dispatch.BACKENDS["cpu"], "unavailable", lambda: "no compiler was there")
+    with pytest.raises(fk.BackendError, match=r"backend 'cpu' is not available: no compiler was there"):
+        fk.use_backend("cpu").__enter__()
+    assert chosen(example("depthwise_conv2d", dtype=torch.float64)) == "reference"
+
+
+@parity.needs_native
+@pytest.mark.parametrize("operator", parity.OPERATORS)
+def test_a_forced_backend_that_does_not_take_the_call(operator):
+    case = example(operator, dtype=torch.float64)
+    message = rf"{operator}: backend 'cpu' does not take this call: takes float32, got torch.float64"
+    with fk.use_backend("cpu"), pytest.raises(fk.BackendError, match=message):
+        case.run()
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
+    )
+
+
+WHICH = """
+import torch, ffnet_kernels as fk
+print(fk.explain("depthwise_conv2d", torch.ones(1, 4, 8, 8), torch.ones(4, 1, 3, 3)))
+"""
+
+
+@parity.needs_native
+@pytest.mark.parametrize("isa", parity.ISAS)
+def test_environment_isa(isa):
+    assert f"-> cpu ({isa}," in run(WHICH, FFNET_KERNELS_ISA=isa).stdout
+
+
+def test_environment_backend():
+    assert "-> reference" in run(WHICH, FFNET_KERNELS_BACKEND="reference").stdout
+
+
+@pytest.mark.parametrize(
+    ("environment", "line"),
+    [
+        (
+            {"FFNET_KERNELS_BACKEND": "gpu"},
+            "FFNET_KERNELS_BACKEND: expected one of auto, reference, cpu, triton, cuda, got 'gpu'",
+        ),
+        ({"FFNET_KERNELS_BACKEND": "cpu", "FFNET_KERNELS_LIBRARY_DIR": os.devnull}, "backend 'cpu' is not available: "),
+    ],
+)
+def test_a_bad_backend_in_the_environment_gives_one_line(environment, line):
+    result = run(WHICH, **environment)
+    assert result.returncode == 1
+    assert line in result.stderr.strip().splitlines()[-1]
+
+
+@parity.needs_native
+def test_a_bad_isa_in_the_environment_is_the_reason_why_there_are_no_kernels():
+    code = "from ffnet_kernels import dispatch\nprint(dispatch.why_unavailable('cpu'))\n" + WHICH
+    result = run(code, FFNET_KERNELS_ISA="sse9")
+    reason = result.stdout.splitlines()[0]
+    assert reason.startswith("FFNET_KERNELS_ISA names the instruction set 'sse9', but this build and processor run: ")
+    assert all(isa in reason for isa in parity.ISAS)
+    assert "-> reference" in result.stdout
+    forced = run(WHICH, FFNET_KERNELS_ISA="sse9", FFNET_KERNELS_BACKEND="cpu")
+    assert forced.returncode == 1
+    assert "'sse9'" in forced.stderr.strip().splitlines()[-1]

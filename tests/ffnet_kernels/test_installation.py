@@ -1,0 +1,161 @@
+"""Importing is cheap and complete without kernels; the command line tells what is there and checks it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import parity
+import pytest
+import torch
+
+import ffnet_kernels as fk
+from ffnet_kernels import native
+from ffnet_kernels.backends import cpu
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *arguments], env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.fixture
+def without_kernels(tmp_path):
+    return {"FFNET_KERNELS_LIBRARY_DIR": str(tmp_path)}
+
+
+def test_kernels_are_there_where_a_compiler_is():
+    """Nothing else here runs without: a build that fails silently would skip the tests of every kernel."""
+    if shutil.which("c++") and shutil.which("nm"):
+        assert native.cpu_library_error() is None
+        assert native.helper() is not None
+        assert parity.ISAS
+
+
+def test_import_takes_nothing_but_torch():
+    code = """
+import sys
+sys.modules.update(dict.fromkeys(("triton", "timm", "matplotlib", "PIL", "pybind11", "ninja")))
+import torch
+import subprocess
+def refuse(*_, **__): raise AssertionError("import starts a process")
+subprocess.Popen.__init__ = refuse
+import ffnet_kernels
+loaded = [m for m in ("ffnet", "benchmarks", "torch._inductor", "torch._dynamo", "setuptools") if m in sys.modules]
+print(loaded, ffnet_kernels.available_backends()[-1])
+"""
+    result = run("-c", code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "[] reference"
+
+
+def test_without_libraries_the_reference_runs(without_kernels):
+    code = """
+import torch, ffnet_kernels as fk
+x, w = torch.randn(1, 4, 8, 8), torch.randn(4, 1, 3, 3)
+assert torch.equal(fk.depthwise_conv2d(x, w), torch.nn.functional.conv2d(x, w, padding=1, groups=4))
+raw = torch.ops.ffnet_kernels.depthwise_conv2d(x, w, None, [1, 1], [1, 1, 1, 1], "none")
+assert torch.equal(raw, fk.depthwise_conv2d(x, w))
+print(fk.available_backends(), fk.info()["backends"]["cpu"], fk.info()["libraries"], fk.selftest())
+"""
+    result = run("-c", code, **without_kernels)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("('reference',) unavailable: the package was not built (pip install")
+    assert result.stdout.strip().endswith("[] []")
+
+
+def test_the_build_record_gives_the_reason(without_kernels, tmp_path):
+    record = {"missing": {native.CPU_LIBRARY: "no working C++ compiler"}}
+    (tmp_path / "build_record.json").write_text(json.dumps(record))
+    result = run("-c", "import ffnet_kernels as fk; print(fk.info()['backends']['cpu'])", **without_kernels)
+    assert result.stdout.strip() == "unavailable: no working C++ compiler"
+
+
+@parity.needs_native
+@pytest.mark.parametrize("content", [b"", b"not a library", b"\x7fELF"])
+def test_a_broken_library_is_a_reason(without_kernels, tmp_path, content):
+    (tmp_path / native.CPU_LIBRARY).write_bytes(content)
+    code = "import torch, ffnet_kernels as fk; fk.depthwise_conv2d(torch.ones(1, 4, 8, 8), torch.ones(4, 1, 3, 3)); "
+    result = run("-c", code + "print(fk.info()['backends']['cpu'])", **without_kernels)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(f"unavailable: {native.CPU_LIBRARY} does not load: ")
+
+
+@parity.needs_native
+@pytest.mark.parametrize("content", [b"", b"not a library", None])
+def test_the_helper_is_optional(without_kernels, tmp_path, content):
+    """Without it, or with a broken one, the kernels run; only their instruction set cannot be asked for."""
+    shutil.copy(native.library_dir() / native.CPU_LIBRARY, tmp_path)
+    if content is not None:
+        name = next(native.library_dir().glob("_native*")).name
+        (tmp_path / name).write_bytes(content)
+    code = "import ffnet_kernels as fk; print(fk.available_backends(), fk.info()['usable_isas'], fk.info()['isa'])"
+    result = run("-c", code, **without_kernels)
+    assert result.stdout.strip() == "('cpu', 'reference') [] None", result.stderr
+
+
+def test_info():
+    result = run("-m", "ffnet_kernels", "info")
+    assert result.returncode == 0
+    for name in fk.info():
+        assert f"{name}:" in result.stdout
+
+
+def test_info_as_json():
+    result = run("-m", "ffnet_kernels", "info", "--json", FFNET_KERNELS_BACKEND="reference")
+    assert result.returncode == 0
+    answer = json.loads(result.stdout)
+    assert answer.keys() == fk.info().keys()
+    assert answer["torch"] == torch.__version__
+    assert answer["usable_isas"] == [isa for isa in parity.ISAS if isa]
+    assert answer["environment"]["FFNET_KERNELS_BACKEND"] == "reference"
+
+
+@parity.needs_native
+def test_selftest_passes():
+    result = run("-m", "ffnet_kernels", "selftest", "--verbose")
+    assert result.returncode == 0, result.stdout
+    assert result.stdout.strip().endswith("passed, 0 failed")
+    assert all(f"ok   cpu/{isa}: " in result.stdout for isa in parity.ISAS)
+
+
+def test_selftest_without_kernels(without_kernels):
+    result = run("-m", "ffnet_kernels", "selftest", **without_kernels)
+    assert result.returncode == 0
+    assert "no kernel (reference only)" in result.stdout
+
+
+@pytest.mark.parametrize("arguments", [(), ("speed",), ("info", "--xml")])
+def test_wrong_arguments(arguments):
+    result = run("-m", "ffnet_kernels", *arguments)
+    assert result.returncode == 2
+    assert "usage: python -m ffnet_kernels" in result.stderr
+
+
+def off_by_a_little(out):
+    out.view(-1)[out.numel() // 2] += 1e-4 * out.abs().max()
+
+
+def unwritten(out):
+    out.view(-1)[-1] = float("nan")
+
+
+@parity.needs_native
+@pytest.mark.parametrize("fault", [off_by_a_little, unwritten])
+@pytest.mark.parametrize("operator", ["depthwise_conv2d", "ffnified_attention"])
+def test_selftest_finds_a_fault(monkeypatch, operator, fault):
+    """One wrong element fails every check of the operator, and no other."""
+    correct = getattr(cpu, operator)
+
+    def wrong(*args):
+        out = correct(*args).contiguous()
+        fault(out)
+        return out
+
+    monkeypatch.setattr(cpu, operator, wrong)
+    checks = fk.selftest()
+    assert {check.case.startswith(operator) for check in checks if not check.passed} == {True}
+    assert not [check for check in checks if check.passed and check.case.startswith(operator)]
+    assert [check for check in checks if check.passed]

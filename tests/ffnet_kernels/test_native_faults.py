@@ -1,0 +1,60 @@
+"""The native code under sanitizers, and proofs that the tests see planted faults."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from native_build import ROOT, build_with_fault, run_tests, sanitizer_environment
+
+PARITY = "tests/ffnet_kernels/test_parity.py"
+QUICK = "--hypothesis-profile=quick"
+
+#: Faults are planted where the binding hands a call to the kernels, in what it tells them.
+BINDING = "bindings/torch_cpu.cpp"
+LAUNCH = "if (n > 0) ffnet::active_kernels().depthwise_conv2d(op, executor());"
+FAULTS = {
+    "a row is not written": "if (n > 0 && --op.out_h > 0) ffnet::active_kernels().depthwise_conv2d(op, executor());",
+    "a column of the filter is lost": f"op.filter.kw -= op.filter.kw > 4; {LAUNCH}",
+    "the map is one pixel off": f"op.pad_left += 1; {LAUNCH}",
+}
+
+
+@pytest.mark.sanitize
+def test_parity_under_sanitizers(tmp_path):
+    environment = sanitizer_environment()
+    build = [sys.executable, str(ROOT / "csrc" / "build.py"), "--sanitize", "--out", str(tmp_path)]
+    subprocess.run(build, check=True, capture_output=True, timeout=500)
+    result = run_tests(tmp_path, PARITY, QUICK, environment=environment)
+    assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
+    assert "3 passed" in result.stdout
+
+
+@pytest.mark.sanitize
+def test_sanitizers_see_a_read_past_the_end(tmp_path):
+    environment = sanitizer_environment()
+    library = build_with_fault(tmp_path, BINDING, LAUNCH, f"op.w += 1; {LAUNCH}", sanitize=True)
+    code = """
+import torch, ffnet_kernels as fk
+with fk.use_backend("cpu"):
+    fk.depthwise_conv2d(torch.ones(1, 3, 40, 40), torch.ones(3, 1, 5, 5))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, **environment, "FFNET_KERNELS_LIBRARY_DIR": str(library)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 99, result.stderr[-3000:]
+    assert "AddressSanitizer: heap-buffer-overflow" in result.stderr
+    assert "depthwise_conv2d.cpp" in result.stderr
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_parity_sees_a_fault(tmp_path, fault):
+    library = build_with_fault(tmp_path, BINDING, LAUNCH, FAULTS[fault])
+    result = run_tests(library, PARITY, QUICK, "-k", "depthwise")
+    assert result.returncode == 1, (result.stdout + result.stderr)[-3000:]
+    assert "over the limit" in result.stdout

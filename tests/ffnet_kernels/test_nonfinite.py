@@ -1,0 +1,116 @@
+"""NaN, infinities, huge and denormal numbers come out where the float64 reference has them.
+
+Not where float32 has them: torch's vectorised float32 GELU turns +inf into NaN, its scalar and its float64 one do not.
+"""
+
+import math
+
+import parity
+import pytest
+import torch
+import torch.nn.functional as F
+from examples import example
+
+import ffnet_kernels as fk
+from ffnet_kernels import checks
+
+pytestmark = parity.needs_native
+
+ACTIVATE = {
+    "none": lambda x: x,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+SPECIAL = (math.nan, math.inf, -math.inf)
+every_activation = pytest.mark.parametrize("activation", checks.ACTIVATIONS)
+
+
+def run(case, isa):
+    with parity.selected_isa(isa), fk.use_backend("cpu"), parity.poisoned_outputs():
+        return case.run()
+
+
+def kinds(x):
+    """0 finite, 1 NaN, 2 inf, 3 -inf, element by element."""
+    return x.isnan() * 1 + x.isposinf() * 2 + x.isneginf() * 3
+
+
+def assert_same_kinds(out, expected):
+    wrong = (kinds(out) != kinds(expected)).nonzero()
+    assert not len(wrong), f"at {wrong[0].tolist()}: {out[tuple(wrong[0])]}, not {expected[tuple(wrong[0])]}"
+
+
+@parity.every_isa
+@every_activation
+@pytest.mark.parametrize("operator", parity.OPERATORS)
+@pytest.mark.parametrize("special", SPECIAL)
+@pytest.mark.parametrize("kernel", [(3, 3), (7, 7), (5, 4)])
+def test_planted_in_the_map(operator, isa, activation, special, kernel):
+    case = example(operator, kernel=kernel, activation=activation, shape=(2, 19, 21, 22))
+    x = case.args[0]
+    x[0, 0, 0, 0] = x[0, 7, 10, 12] = x[1, 18, 20, 21] = special
+    expected, _ = parity.reference_of(operator, case.checked())
+    assert kinds(expected).any()
+    assert not kinds(expected).all()
+    assert_same_kinds(run(case, isa), expected)
+
+
+@parity.every_isa
+@pytest.mark.parametrize("operator", parity.OPERATORS)
+@pytest.mark.parametrize("special", SPECIAL)
+def test_planted_in_any_other_tensor(operator, isa, special):
+    case = example(operator, activation="none")
+    for tensor in case.tensors()[1:]:
+        planted = tensor.view(-1)[:1]
+        before = planted.clone()
+        planted.fill_(special)
+        _, eager = parity.reference_of(operator, case.checked())
+        assert kinds(eager).any()
+        assert_same_kinds(run(case, isa), eager)
+        planted.copy_(before)
+
+
+@parity.every_isa
+@pytest.mark.parametrize("special", SPECIAL)
+def test_taps_on_padding_do_not_count(isa, special):
+    """A NaN in a weight that only ever meets padding leaves the result finite, as float32 conv2d does."""
+    case = example("depthwise_conv2d", shape=(1, 5, 3, 3), activation="none")
+    case.args[1][:, :, 0, 0] = special
+    _, eager = parity.reference_of("depthwise_conv2d", case.checked())
+    assert eager.isfinite().all()
+    assert run(case, isa).isfinite().all()
+
+
+@parity.every_isa
+@every_activation
+def test_activations_of_special_numbers(isa, activation):
+    """A 1×1 filter of ones hands its input to the activation."""
+    tiny = torch.finfo(torch.float32).tiny
+    numbers = [*SPECIAL, 0.0, -0.0, tiny, -tiny, tiny / 1024, -tiny / 1024, 1e-20, -1e-20]
+    numbers += [sign * x for x in (1e30, 3e38, 1e4, 200, 104, 90, 88.8, 88, 50, 17, 10) for sign in (1, -1)]
+    x = torch.tensor(numbers).reshape(1, 1, 1, -1).repeat(1, 17, 2, 1)
+    expected = ACTIVATE[activation](x.double())
+    eager = ACTIVATE[activation](x)
+    out = run(parity.Case("depthwise_conv2d", (x, torch.ones(17, 1, 1, 1)), {"activation": activation}), isa)
+    assert_same_kinds(out, expected)
+    # Element by element. Activations of x round by the size of x, in their tails too.
+    finite = expected.isfinite() & eager.isfinite()
+    error = (out.double() - expected).abs()[finite]
+    roundings = 4 * torch.finfo(torch.float32).eps * x.double().abs()[finite] + 2 * torch.finfo(torch.float32).tiny
+    limit = 2 * (eager.double() - expected).abs()[finite] + roundings
+    worst = (error - limit).argmax()
+    assert error[worst] <= limit[worst], f"{activation}({x[finite][worst]}) = {out[finite][worst]}"
+
+
+@parity.every_isa
+@pytest.mark.parametrize("operator", parity.OPERATORS)
+@pytest.mark.parametrize("gain", [1e-38, 1e-30, 1e15, 1e30])
+def test_huge_and_tiny_maps(operator, isa, gain):
+    case = example(operator, activation="relu")
+    args = (case.args[0] * gain, *case.args[1:])
+    case = case._replace(args=args)
+    expected, eager = parity.reference_of(operator, case.checked())
+    error = (run(case, isa).double() - expected).abs().max()
+    assert error <= parity.error_limit(expected, eager)
