@@ -46,4 +46,4 @@ build/.current: $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf build dist *.egg-info ffnet_kernels/lib
+	rm -rf build dist *.egg-info ffnet_kernels/lib/*.so ffnet_kernels/lib/build_record.json

@@ -12,7 +12,6 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-LIBRARY_PATTERNS = ["lib/*.so", "lib/build_record.json"]
 
 
 def load_builder():
@@ -45,8 +44,12 @@ class BuildNative(build_ext):
 
 
 setup(
-    packages=["ffnet_kernels", "ffnet_kernels.backends", "ffnet", "benchmarks"],
-    package_data={"ffnet_kernels": ["py.typed", *LIBRARY_PATTERNS], "ffnet": ["py.typed"]},
+    packages=["ffnet_kernels", "ffnet_kernels.backends", "ffnet_kernels.lib", "ffnet", "benchmarks"],
+    package_data={
+        "ffnet_kernels": ["py.typed"],
+        "ffnet_kernels.lib": ["*.so", "build_record.json"],
+        "ffnet": ["py.typed"],
+    },
     ext_modules=[Extension("ffnet_kernels.lib._native", sources=[])],
     cmdclass={"build_ext": BuildNative},
 )
