@@ -31,7 +31,9 @@ ISA_FLAGS = {
     "avx2": ["-mavx2", "-mfma"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma"],
 }
-KERNEL_SOURCES = ["kernels.cpp", "depthwise_conv2d.cpp", "ffnified_attention.cpp", "channel_mixer.cpp"]
+KERNEL_SOURCES = [
+    "kernels.cpp", "depthwise_conv2d.cpp", "depthwise_conv2d_wgrad.cpp", "ffnified_attention.cpp", "channel_mixer.cpp",
+]  # fmt: skip
 COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra"]
 KERNEL_FLAGS = ["-ffp-contract=fast", "-Wno-maybe-uninitialized"]  # gcc warns of its own AVX-512 header
 SANITIZE_FLAGS = [

@@ -164,6 +164,43 @@ def _define(library: torch.library.Library, operator: Operator) -> None:
     )
 
 
+def _define_wgrad(library: torch.library.Library) -> None:
+    """Weight and bias gradient of a stride-1 convolution with one output per channel, a primitive of the backward passes.
+
+    It is linear in both arguments, and its own gradients are a convolution and an input gradient.
+    """
+    name = f"{library.ns}::depthwise_conv2d_wgrad"
+
+    def fallback(grad, x, kernel_size, padding):
+        weight = x.new_empty((x.shape[1], 1, *kernel_size))
+        mask = (False, True, True)
+        return tuple(reference.convolve_backward(grad, x, weight, (1, 1), padding, mask)[1:])
+
+    def fake(grad, x, kernel_size, padding):
+        return x.new_empty((x.shape[1], 1, *kernel_size)), x.new_empty((x.shape[1],))
+
+    def setup_context(ctx, inputs, output):
+        grad, x, ctx.kernel_size, ctx.padding = inputs
+        ctx.save_for_backward(grad, x)
+
+    def differentiate(ctx, grad_weight, grad_bias):
+        grad, x = ctx.saved_tensors
+        grad_grad = grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_grad = reference.convolve(x, grad_weight, grad_bias, (1, 1), ctx.padding)
+        if ctx.needs_input_grad[1]:
+            mask = (True, False, False)
+            grad_x = reference.convolve_backward(grad, x, grad_weight, (1, 1), ctx.padding, mask)[0]
+        return grad_grad, grad_x, None, None
+
+    arguments = "Tensor grad, Tensor x, int[2] kernel_size, int[4] padding"
+    library.define(f"depthwise_conv2d_wgrad({arguments}) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl("depthwise_conv2d_wgrad", fallback, "CompositeExplicitAutograd")
+    torch.library.register_fake(name, fake, lib=library)
+    torch.library.register_autograd(name, differentiate, setup_context=setup_context, lib=library)
+
+
 LIBRARY = torch.library.Library("ffnet_kernels", "DEF")
 for _operator in OPERATORS:
     _define(LIBRARY, _operator)
+_define_wgrad(LIBRARY)

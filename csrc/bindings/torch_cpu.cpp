@@ -10,6 +10,7 @@
 #include <atomic>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "../cpu/select.h"
@@ -127,6 +128,30 @@ Tensor depthwise_conv2d(const Tensor& x, const Tensor& weight, const std::option
   return out;
 }
 
+std::tuple<Tensor, Tensor> depthwise_conv2d_wgrad(const Tensor& grad, const Tensor& x,
+                                                  const std::vector<int64_t>& kernel_size,
+                                                  const std::vector<int64_t>& padding) {
+  check_float_cpu(x, "x", 4);
+  check_float_cpu(grad, "grad", 4);
+  STD_TORCH_CHECK(kernel_size.size() == 2 && kernel_size[0] > 0 && kernel_size[1] > 0 && padding.size() == 4,
+                  "ffnet_kernels (cpu): kernel_size must be (kh, kw), padding (top, bottom, left, right)");
+  ffnet::DepthwiseWgrad op{};
+  op.n = x.size(0), op.channels = x.size(1), op.h = x.size(2), op.w = x.size(3);
+  op.out_h = grad.size(2), op.out_w = grad.size(3);
+  op.kh = kernel_size[0], op.kw = kernel_size[1], op.pad_top = padding[0], op.pad_left = padding[2];
+  STD_TORCH_CHECK(op.channels > 0 && grad.size(0) == op.n && grad.size(1) == op.channels &&
+                      op.out_h == op.h + padding[0] + padding[1] - op.kh + 1 &&
+                      op.out_w == op.w + padding[2] + padding[3] - op.kw + 1,
+                  "ffnet_kernels (cpu): grad must have the shape of the convolution's result");
+  Tensor weight_grad = empty_map(x, {op.channels, 1, op.kh, op.kw}, false);
+  Tensor bias_grad = torch::stable::empty({op.channels}, ScalarType::Float, std::nullopt, x.device());
+  op.x = x.const_data_ptr<float>(), op.x_stride = strides(x);
+  op.grad = grad.const_data_ptr<float>(), op.grad_stride = strides(grad);
+  op.weight_grad = weight_grad.mutable_data_ptr<float>(), op.bias_grad = bias_grad.mutable_data_ptr<float>();
+  ffnet::active_kernels().depthwise_conv2d_wgrad(op, executor());
+  return {weight_grad, bias_grad};
+}
+
 Tensor ffnified_attention(const Tensor& query, const Tensor& key, const std::optional<Tensor>& key_bias,
                           const Tensor& value, const std::optional<Tensor>& value_bias, const std::string& activation,
                           const std::optional<Tensor>& scale, const std::optional<Tensor>& residual) {
@@ -200,6 +225,7 @@ Tensor channel_mixer(const Tensor& x, const Tensor& weight, const std::optional<
 
 STABLE_TORCH_LIBRARY_IMPL(ffnet_kernels, CPU, m) {
   m.impl("depthwise_conv2d", TORCH_BOX(&depthwise_conv2d));
+  m.impl("depthwise_conv2d_wgrad", TORCH_BOX(&depthwise_conv2d_wgrad));
   m.impl("ffnified_attention", TORCH_BOX(&ffnified_attention));
   m.impl("channel_mixer", TORCH_BOX(&channel_mixer));
 }

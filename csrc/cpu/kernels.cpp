@@ -6,6 +6,7 @@
 namespace ffnet {
 namespace FFNET_ISA {
 void depthwise_conv2d(const DepthwiseConv2d&, const Executor&);
+void depthwise_conv2d_wgrad(const DepthwiseWgrad&, const Executor&);
 void ffnified_attention(const FfnifiedAttention&, const Executor&);
 void channel_mixer(const ChannelMixer&, const Executor&);
 }  // namespace FFNET_ISA
@@ -17,6 +18,7 @@ void channel_mixer(const ChannelMixer&, const Executor&);
 
 const Kernels* FFNET_TABLE_NAME(FFNET_ISA)() {
   static constexpr Kernels table = {FFNET_ISA_NAME(FFNET_ISA), FFNET_ISA::Vec::lanes, FFNET_ISA::depthwise_conv2d,
+                                    FFNET_ISA::depthwise_conv2d_wgrad,
                                     FFNET_ISA::ffnified_attention, FFNET_ISA::channel_mixer};
   return &table;
 }

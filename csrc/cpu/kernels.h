@@ -41,6 +41,18 @@ struct DepthwiseConv2d {
   Strides out_stride;
 };
 
+// Gradients of the weight [C, 1, kh, kw] and the bias [C] of a stride-1 convolution with one output per channel, both
+// contiguous; bias_grad may be null.
+struct DepthwiseWgrad {
+  int64_t n, channels, h, w, out_h, out_w, kh, kw, pad_top, pad_left;
+  const float* x;
+  Strides x_stride;
+  const float* grad;
+  Strides grad_stride;
+  float* weight_grad;
+  float* bias_grad;
+};
+
 // out = residual + scale * (DW(act(DW(query; key)); value)), both convolutions stride 1 and "same" padded.
 struct FfnifiedAttention {
   int64_t n, channels, h, w;
@@ -81,6 +93,7 @@ struct Kernels {
   const char* isa;
   int lanes;  // channels computed together
   void (*depthwise_conv2d)(const DepthwiseConv2d&, const Executor&);
+  void (*depthwise_conv2d_wgrad)(const DepthwiseWgrad&, const Executor&);
   void (*ffnified_attention)(const FfnifiedAttention&, const Executor&);
   void (*channel_mixer)(const ChannelMixer&, const Executor&);
 };

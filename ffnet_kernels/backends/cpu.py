@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
 from .. import native
+from . import gradients, reference
 
 _ops = torch.ops.ffnet_kernels
-_OPERATORS = ("depthwise_conv2d", "ffnified_attention", "channel_mixer")
+_PRIMITIVES = sys.modules[__name__]  # for the backward passes: convolve and convolve_backward below
 
 
 def unavailable() -> str | None:
@@ -17,8 +20,6 @@ def unavailable() -> str | None:
 
 def refusal(operator: str, args: tuple) -> str | None:
     x = args[0]
-    if operator not in _OPERATORS:
-        return f"no CPU kernel for {operator} yet"
     if x.device.type != "cpu":
         return f"takes CPU tensors, got {x.device}"
     if x.dtype != torch.float32:
@@ -55,3 +56,38 @@ def ffnified_attention(*args) -> Tensor:
 
 def channel_mixer(*args) -> Tensor:
     return _ops.channel_mixer.default(*args)
+
+
+def depthwise_conv2d_backward(*args) -> list[Tensor]:
+    return gradients.depthwise_conv2d_backward(_PRIMITIVES, *args)
+
+
+def ffnified_attention_backward(*args) -> list[Tensor]:
+    return gradients.ffnified_attention_backward(_PRIMITIVES, *args)
+
+
+def channel_mixer_backward(*args) -> list[Tensor]:
+    return gradients.channel_mixer_backward(_PRIMITIVES, *args)
+
+
+def convolve(x, weight, bias, stride, padding) -> Tensor:
+    return _ops.depthwise_conv2d.default(x, weight, bias, stride, padding, "none")
+
+
+def convolve_backward(grad, x, weight, stride, padding, mask) -> list:
+    """Gradients of x, weight and bias, None where the mask says that one is not wanted: natively for stride 1 and one
+    output per channel."""
+    kh, kw = weight.shape[2], weight.shape[3]
+    top, bottom, left, right = padding
+    mirrored = (kh - 1 - top, kh - 1 - bottom, kw - 1 - left, kw - 1 - right)
+    if tuple(stride) != (1, 1) or weight.shape[0] != x.shape[1] or min(mirrored) < 0:
+        return reference.convolve_backward(grad, x, weight, stride, padding, mask)
+    if x.stride(1) == 1 and grad.stride(1) != 1:  # such as the expanded gradient of a sum
+        grad = grad.contiguous(memory_format=torch.channels_last)
+    grads: list[Tensor | None] = [None, None, None]
+    if mask[0]:
+        grads[0] = convolve(grad, weight.flip(2, 3), None, (1, 1), mirrored)
+    if mask[1] or mask[2]:
+        wanted = _ops.depthwise_conv2d_wgrad.default(grad, x, (kh, kw), padding)
+        grads[1:] = [g if m else None for g, m in zip(wanted, mask[1:], strict=True)]
+    return grads
