@@ -122,7 +122,7 @@ def channel_mixer_backward(
 
 
 def same_padding(weight: Tensor) -> tuple[int, int, int, int]:
-    kh, kw = weight.shape[2], weight.shape[3]
+    kh, kw = int(weight.shape[2]), int(weight.shape[3])  # never symbolic: convolution takes plain numbers
     return (kh - 1) // 2, kh // 2, (kw - 1) // 2, kw // 2
 
 
