@@ -1,5 +1,6 @@
 # make demo          FFNet-1 on photographs: plain PyTorch against the kernels
-# make test          lint, types and all tests
+# make test          all tests, lint and types among them
+# make lint          lint and types only
 # make bench         the quick benchmark suite
 #
 # Each makes .venv if there is none (versions: requirements.txt) and builds. On a machine that has torch and no network,
@@ -21,7 +22,7 @@ endif
 demo: $(READY)
 	$(RUN) -m ffnet demo $(ARGS)
 
-test: lint
+test: $(READY)
 	$(RUN) -m pytest $(ARGS)
 
 lint: $(READY)

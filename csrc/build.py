@@ -203,9 +203,6 @@ def build(out: Path, work: Path, *, sanitize: bool = False, verbose: bool = Fals
     out, work = out.resolve(), work.resolve()
     out.mkdir(parents=True, exist_ok=True)
     work.mkdir(parents=True, exist_ok=True)
-    for stale in (*out.glob("*.so"), out / "build_record.json"):
-        if stale.suffix != ".so" or os.environ.get("FFNET_KERNELS_CLEAN"):
-            stale.unlink(missing_ok=True)
     try:
         compiler = find_compiler()
         ninja = Ninja(work)

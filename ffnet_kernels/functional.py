@@ -145,7 +145,10 @@ def explain(operator: str | Callable[..., Tensor], *args, **kwargs) -> dispatch.
 
 def _autocast(x: Tensor, *others: Tensor | None) -> tuple:
     """Under autocast, everything in its dtype, as convolutions do it."""
-    if not isinstance(x, Tensor) or not torch.is_autocast_enabled(x.device.type):
+    if not isinstance(x, Tensor):
         return (x, *others)
-    dtype = torch.get_autocast_dtype(x.device.type)
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return (x, *others)
+    dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in (x, *others))

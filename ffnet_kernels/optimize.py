@@ -113,7 +113,7 @@ def _following_activations(module: nn.Module, convolutions: dict[str, nn.Module]
     shared = {id(child) for child in children.values() if sum(child is other for other in children.values()) > 1}
     found = {}
     for name, conv in convolutions.items():
-        if len(calls.get(name, ())) != 1 or id(conv) in shared or conv._forward_hooks:
+        if len(calls.get(name, ())) != 1 or id(conv) in shared or _observes_output(conv):
             continue
         (call,) = calls[name]
         users = list(call.users)
@@ -121,10 +121,16 @@ def _following_activations(module: nn.Module, convolutions: dict[str, nn.Module]
             continue
         follower = str(users[0].target)
         activation = _activation_name(children.get(follower))
-        hooked = follower in children and (children[follower]._forward_hooks or children[follower]._forward_pre_hooks)
-        if activation and len(calls[follower]) == 1 and id(children[follower]) not in shared and not hooked:
+        if activation is None or len(calls[follower]) != 1 or id(children[follower]) in shared:
+            continue
+        if not _observes_output(children[follower]) and not children[follower]._forward_pre_hooks:
             found[name] = (activation, follower)
     return found
+
+
+def _observes_output(module: nn.Module) -> bool:
+    """Whether a hook sees the module's result or its gradient, which fusing would change or never make."""
+    return bool(module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
 def _lay_out(model: nn.Module) -> None:

@@ -105,9 +105,11 @@ Tensor depthwise_conv2d(const Tensor& x, const Tensor& weight, const std::option
                         const std::string& activation) {
   check_float_cpu(x, "x", 4);
   STD_TORCH_CHECK(stride.size() == 2 && stride[0] > 0 && stride[1] > 0, "ffnet_kernels (cpu): stride must be two positive numbers");
-  STD_TORCH_CHECK(padding.size() == 4, "ffnet_kernels (cpu): padding must be (top, bottom, left, right)");
+  STD_TORCH_CHECK(padding.size() == 4 && *std::min_element(padding.begin(), padding.end()) >= 0,
+                  "ffnet_kernels (cpu): padding must be (top, bottom, left, right), none of them negative");
+  check_float_cpu(weight, "weight", 4);
   const int64_t n = x.size(0), c = x.size(1), outputs = weight.size(0);
-  STD_TORCH_CHECK(c > 0 && outputs % c == 0, "ffnet_kernels (cpu): weight must have a multiple of x's channels");
+  STD_TORCH_CHECK(c > 0 && outputs > 0 && outputs % c == 0, "ffnet_kernels (cpu): weight must have a multiple of x's channels");
   const ChannelVector bias_vector(bias, "bias", outputs);
 
   ffnet::DepthwiseConv2d op{};
@@ -156,6 +158,8 @@ Tensor ffnified_attention(const Tensor& query, const Tensor& key, const std::opt
                           const Tensor& value, const std::optional<Tensor>& value_bias, const std::string& activation,
                           const std::optional<Tensor>& scale, const std::optional<Tensor>& residual) {
   check_float_cpu(query, "query", 4);
+  check_float_cpu(key, "key", 4);
+  check_float_cpu(value, "value", 4);
   const int64_t n = query.size(0), c = query.size(1), h = query.size(2), w = query.size(3);
   STD_TORCH_CHECK(c > 0 && h > 0 && w > 0, "ffnet_kernels (cpu): query must have channels, height and width");
   STD_TORCH_CHECK(key.size(0) == c && value.size(0) == c, "ffnet_kernels (cpu): key and value must have query's channels");
@@ -198,6 +202,7 @@ Tensor channel_mixer(const Tensor& x, const Tensor& weight, const std::optional<
                      const std::string& activation, const std::optional<Tensor>& scale,
                      const std::optional<Tensor>& residual) {
   check_float_cpu(x, "x", 4);
+  check_float_cpu(weight, "weight", 4);
   const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
   STD_TORCH_CHECK(c > 0 && h > 0 && w > 0 && weight.size(0) == c, "ffnet_kernels (cpu): weight must have x's channels");
   const PointwiseWeight expand(expand_weight, "expand_weight", c), project(project_weight, "project_weight", expand.rows());

@@ -19,11 +19,15 @@ struct Matrix {
   int64_t stride;  // floats from row to row; columns are adjacent
 };
 
+// One running sum over the whole depth would round badly; after so many products it is added to C and starts anew.
+constexpr int64_t kRunningDepth = 128;
+
+// C += A * B for R rows and one panel.
 template <int R>
-void gemm_block(const Matrix& a, int64_t depth, const float* b, const float* bias, float* c) {
+void gemm_block(const Matrix& a, int64_t depth, const float* b, float* c) {
   Vec sum[R][2];
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = Vec::fill(bias ? bias[r] : 0);
+  for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = Vec::fill(0);
   const float* row[R];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) row[r] = a.data + r * a.stride;
@@ -38,17 +42,24 @@ void gemm_block(const Matrix& a, int64_t depth, const float* b, const float* bia
   }
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
-    sum[r][0].store(c + r * kPanel);
-    sum[r][1].store(c + r * kPanel + Vec::lanes);
+    float* at = c + r * kPanel;
+    (Vec::load(at) + sum[r][0]).store(at);
+    (Vec::load(at + Vec::lanes) + sum[r][1]).store(at + Vec::lanes);
   }
 }
 
 template <size_t... I>
 FFNET_INLINE void gemm_rows(int64_t rows, const Matrix& a, int64_t depth, const float* b, const float* bias, float* c,
                             std::index_sequence<I...>) {
-  using Block = void (*)(const Matrix&, int64_t, const float*, const float*, float*);
+  using Block = void (*)(const Matrix&, int64_t, const float*, float*);
   static constexpr Block make[] = {gemm_block<I + 1>...};
-  make[rows - 1](a, depth, b, bias, c);
+  for (int64_t r = 0; r < rows; ++r) {
+    const Vec start = Vec::fill(bias ? bias[r] : 0);
+    start.store(c + r * kPanel);
+    start.store(c + r * kPanel + Vec::lanes);
+  }
+  for (int64_t k = 0; k < depth; k += kRunningDepth)
+    make[rows - 1]({a.data + k, a.stride}, min_of(kRunningDepth, depth - k), b + k * kPanel, c);
 }
 
 // C panels = act(A * B panels + bias). Panels of B lie b_panel floats apart, those of C c_panel. A block of A's rows

@@ -50,7 +50,19 @@ def ffnified_attention_backward(
 
 
 def channel_mixer_backward(
-    p: Primitives, grad, x, weight, bias, expand_weight, expand_bias, project_weight, project_bias, activation, scale, residual, mask
+    p: Primitives,
+    grad,
+    x,
+    weight,
+    bias,
+    expand_weight,
+    expand_bias,
+    project_weight,
+    project_bias,
+    activation,
+    scale,
+    residual,
+    mask,
 ) -> list[Tensor]:
     pads = same_padding(weight)
     expand, project = expand_weight[:, :, None, None], project_weight[:, :, None, None]
@@ -78,7 +90,7 @@ def channel_mixer_backward(
 
 
 def same_padding(weight: Tensor) -> tuple[int, int, int, int]:
-    kh, kw = weight.shape[2], weight.shape[3]
+    kh, kw = int(weight.shape[2]), int(weight.shape[3])  # never symbolic: convolution takes plain numbers
     return (kh - 1) // 2, kh // 2, (kw - 1) // 2, kw // 2
 
 

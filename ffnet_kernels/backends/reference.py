@@ -90,5 +90,3 @@ def _finish(out: Tensor, scale: Tensor | None, residual: Tensor | None) -> Tenso
     if scale is not None:
         out = out * scale[:, None, None]
     return out if residual is None else residual + out
-
-

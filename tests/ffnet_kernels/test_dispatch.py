@@ -42,6 +42,18 @@ def test_explain_tells_what_runs_and_why_not_the_others():
 
 
 @parity.needs_native
+@pytest.mark.parametrize("operator", parity.OPERATORS)
+@pytest.mark.parametrize(("shape", "layout"), [((2, 3, 9, 9), "channels_last"), ((4, 32, 2, 2), "nchw")])
+def test_what_plain_pytorch_does_faster_is_left_to_it(operator, shape, layout):
+    case = example(operator, shape=shape, layout=layout)
+    decision = fk.explain(operator, *case.args, **case.kwargs)
+    assert decision.backend == "reference"
+    assert decision.refused["cpu"].startswith("slower on")
+    with fk.use_backend("cpu"):
+        assert chosen(case) == "cpu"
+
+
+@parity.needs_native
 def test_use_backend_nests_and_restores():
     before = chosen()
     override = fk.use_backend("reference")

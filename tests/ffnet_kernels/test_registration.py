@@ -32,10 +32,12 @@ def test_opcheck_forward(operator, layout, batch):
 @pytest.mark.parametrize("batch", [0, 2])
 def test_opcheck_backward(operator, layout, batch):
     args = example(operator.name, shape=(batch, 5, 6, 7), kernel=(3, 3), layout=layout).checked()
-    grad = torch.randn(getattr(torch.ops.ffnet_kernels, operator.name)(*args).shape)
+    shape = getattr(torch.ops.ffnet_kernels, operator.name)(*args).shape
+    grad = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     backward = getattr(torch.ops.ffnet_kernels, f"{operator.name}_backward").default
     for mask in ([True] * len(operator.tensors), [i % 2 == 0 for i in range(len(operator.tensors))]):
-        torch.library.opcheck(backward, (*grad_enabled((grad, *args)), mask))
+        # Traced second derivatives add up in another order: float32 sums of some hundred terms.
+        torch.library.opcheck(backward, (*grad_enabled((grad, *args)), mask), atol=1e-5, rtol=1e-5)
 
 
 @every_operator
