@@ -165,9 +165,9 @@ def _define(library: torch.library.Library, operator: Operator) -> None:
 
 
 def _define_wgrad(library: torch.library.Library) -> None:
-    """Weight and bias gradient of a stride-1 convolution with one output per channel, a primitive of the backward passes.
+    """Weight and bias gradient of a stride-1 convolution with one output per channel: what backward passes are made of.
 
-    It is linear in both arguments, and its own gradients are a convolution and an input gradient.
+    It is linear in both maps; its own gradients are a convolution and an input gradient.
     """
     name = f"{library.ns}::depthwise_conv2d_wgrad"
 

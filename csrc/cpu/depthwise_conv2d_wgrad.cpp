@@ -14,6 +14,7 @@ namespace {
 
 constexpr int kTaps = 7;                    // sums in registers
 constexpr int64_t kStripFloats = 4 * 1024;  // of each map: both stay in L1
+constexpr int64_t kRunningPixels = 64;      // one running sum over a whole map would round badly
 constexpr int64_t kLeastTasks = 32;         // images are cut until there are as many
 
 // No standard container: its functions, compiled for this instruction set, could be linked into the baseline.
@@ -85,20 +86,23 @@ void add_image(const DepthwiseWgrad& op, int64_t n, const Lanes& lanes, float* s
   float* grad_scratch = arena.floats(op.out_h * op.out_w * kLanes);
   const Rows x(op.x + n * op.x_stride.n, op.x_stride, op.w, lanes, 0, op.h, x_scratch);
   const Rows grad(op.grad + n * op.grad_stride.n, op.grad_stride, op.out_w, lanes, 0, op.out_h, grad_scratch);
-  const int64_t strip = max_of(1, kStripFloats / (op.w * kLanes));
+  const int64_t run = max_of(1, kRunningPixels / op.out_w), strip = max_of(run, kStripFloats / (op.w * kLanes));
   for (int64_t first = 0; first < op.out_h; first += strip) {
     const int64_t last = min_of(first + strip, op.out_h);
     for (int64_t ky = 0; ky < op.kh; ++ky) {
       for (int64_t kx = 0; kx < op.kw; kx += kTaps) {
-        kAddStrip[min_of(kTaps, op.kw - kx) - 1](grad, x, first, last, ky - op.pad_top, kx - op.pad_left, op.out_w,
-                                                 op.w, sums + (ky * op.kw + kx) * kLanes);
+        const AddStrip add = kAddStrip[min_of(kTaps, op.kw - kx) - 1];
+        float* row_sums = sums + (ky * op.kw + kx) * kLanes;
+        for (int64_t r = first; r < last; r += run)
+          add(grad, x, r, min_of(r + run, last), ky - op.pad_top, kx - op.pad_left, op.out_w, op.w, row_sums);
       }
     }
-    Vec bias = Vec::fill(0);
-    for (int64_t r = first; r < last; ++r)
-      for (int64_t j = 0; j < op.out_w; ++j) bias = bias + Vec::load(grad[r] + j * grad.pixel());
     float* bias_sum = sums + op.kh * op.kw * kLanes;
-    (Vec::load(bias_sum) + bias).store(bias_sum);
+    for (int64_t r = first; r < last; ++r) {
+      Vec bias = Vec::fill(0);
+      for (int64_t j = 0; j < op.out_w; ++j) bias = bias + Vec::load(grad[r] + j * grad.pixel());
+      (Vec::load(bias_sum) + bias).store(bias_sum);
+    }
   }
 }
 

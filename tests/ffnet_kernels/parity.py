@@ -15,6 +15,7 @@ from torch import Tensor
 import ffnet_kernels as fk
 from ffnet_kernels import checks, native
 from ffnet_kernels.backends import cpu, reference
+from ffnet_kernels.operators import OPERATORS as DEFINITIONS
 from ffnet_kernels.selftest import error_limit as error_limit
 
 _ERROR = native.cpu_library_error()
@@ -25,6 +26,7 @@ ISAS: list[str | None] = [] if _ERROR else list(_HELPER.usable_isas()) if _HELPE
 needs_native = pytest.mark.skipif(bool(_ERROR), reason=f"no native CPU kernels: {_ERROR}")
 every_isa = pytest.mark.parametrize("isa", ISAS or [pytest.param(None, marks=needs_native)])
 
+OPERATORS_BY_NAME = {definition.name: definition for definition in DEFINITIONS}
 OPERATORS = ("depthwise_conv2d", "ffnified_attention", "channel_mixer")
 LAYOUTS = (
     "nchw",
@@ -150,7 +152,7 @@ def formats(x: Tensor) -> tuple[bool, bool]:
     return x.is_contiguous(), x.is_contiguous(memory_format=torch.channels_last)
 
 
-def reference_of(operator: str, args: tuple) -> tuple[Tensor, Tensor]:
+def reference_of(operator: str, args: tuple) -> tuple:
     """The reference in float64, and in the dtype of the arguments."""
     run = getattr(reference, operator)
     return run(*(a.double() if isinstance(a, Tensor) else a for a in args)), run(*args)
@@ -188,6 +190,40 @@ def check(case: Case) -> None:
             assert formats(out) in expected_formats(operator, args, out), f"{isa}: memory format of the output"
             error = (out.double() - expected).abs().max().item()  # NaN, where an element was not written
             assert error <= limit, f"{isa}: error {error:.2e} over the limit {limit:.2e}"
+
+
+def check_gradients(case: Case) -> None:
+    """As :func:`check`, for the gradient of every tensor of the call, of a random gradient of its result.
+
+    A gradient of a few elements would judge by plain PyTorch's luck: its share of error is that of the call's worst.
+    """
+    args = case.checked()
+    shape = reference_of(case.operator, args)[1].shape
+    grad = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    mask = [args[i] is not None for i in OPERATORS_BY_NAME[case.operator].tensors]
+    call = (grad, *args, mask)
+    expected, eager = reference_of(f"{case.operator}_backward", call)
+    few, share = (
+        64,
+        max((relative_error(plain, exact) for plain, exact in zip(eager, expected, strict=True)), default=0),
+    )
+    for isa in ISAS:
+        with selected_isa(isa), poisoned_outputs():
+            got = getattr(cpu, f"{case.operator}_backward")(*call)
+        assert len(got) == len(expected)
+        for i, (result, exact, plain) in enumerate(zip(got, expected, eager, strict=True)):
+            assert result.shape == exact.shape
+            if result.numel():
+                error = (result.double() - exact).abs().max().item()
+                limit = error_limit(exact, plain)
+                if result.numel() < few:
+                    limit = max(limit, 2 * share * exact.abs().max().item())
+                assert error <= limit, f"{isa}: gradient {i}: error {error:.2e} over the limit {limit:.2e}"
+
+
+def relative_error(x: Tensor, exact: Tensor) -> float:
+    """The largest error over the largest exact value."""
+    return ((x.double() - exact).abs().max() / exact.abs().max().clamp(min=1e-30)).item() if x.numel() else 0.0
 
 
 _extents = st.one_of(st.sampled_from([1, 2, 3, 7, 8, 14, 15, 16, 17, 31, 56, 64]), st.integers(1, 70))

@@ -19,3 +19,18 @@ def test_ffnified_attention(case):
 @given(case=parity.channel_mixer_cases())
 def test_channel_mixer(case):
     parity.check(case)
+
+
+@given(case=parity.depthwise_cases())
+def test_depthwise_conv2d_gradients(case):
+    parity.check_gradients(case)
+
+
+@given(case=parity.attention_cases())
+def test_ffnified_attention_gradients(case):
+    parity.check_gradients(case)
+
+
+@given(case=parity.channel_mixer_cases())
+def test_channel_mixer_gradients(case):
+    parity.check_gradients(case)
