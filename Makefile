@@ -43,8 +43,8 @@ $(VENV)/.ready: $(VENV)/.packages $(SOURCES)
 	touch $@
 
 build/.current: $(SOURCES)
-	$(PYTHON) csrc/build.py --out ffnet_kernels/lib --work build/native || echo "running on the reference"
-	touch $@
+	mkdir -p build
+	$(PYTHON) csrc/build.py --out ffnet_kernels/lib --work build/native && touch $@ || echo "running on the reference"
 
 clean:
-	rm -rf build dist *.egg-info ffnet_kernels/lib/*.so ffnet_kernels/lib/build_record.json
+	rm -rf build dist *.egg-info $(VENV)/.ready ffnet_kernels/lib/*.so ffnet_kernels/lib/build_record.json

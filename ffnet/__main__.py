@@ -49,6 +49,8 @@ def _demo(options: argparse.Namespace) -> None:
         from . import demo  # here, since it needs the benchmarks and they need this package
     except ImportError as error:
         raise UserError(f"{error} (pip install 'ffnet-kernels[demo]' brings what the demo needs)") from error
+    if options.json is not None and options.json.is_dir():
+        raise UserError(f"--json {options.json}: is a folder")
     settings = demo.Settings(
         model=options.model,
         images=tuple(options.image),

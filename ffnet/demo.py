@@ -172,7 +172,8 @@ def _predictions(
     for i, path in enumerate(images):
         best = set(expected[i].topk(TOP).indices.tolist())
         agreement = {name: len(best & set(output[i].topk(TOP).indices.tolist())) for name, output in logits.items()}
-        probabilities, classes = logits[OURS][i].softmax(0).topk(TOP)
+        shown = logits.get(OURS, expected)  # ours may have failed: a forced backend refuses what it does not take
+        probabilities, classes = shown[i].softmax(0).topk(TOP)
         top = [
             {"class": index, "name": labels[index] if labels else None, "probability": probability}
             for index, probability in zip(classes.tolist(), probabilities.tolist(), strict=True)

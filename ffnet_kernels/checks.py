@@ -14,6 +14,7 @@ ACTIVATIONS = ("none", "gelu", "gelu_tanh", "relu", "silu")
 
 def depthwise_conv2d(x, weight, bias, stride, padding, activation) -> tuple:
     _check_map("x", x)
+    _check_extent("x", x)
     channels = x.shape[1]
     kernel = _check_filter("weight", weight, x)
     outputs = weight.shape[0]
@@ -134,8 +135,10 @@ def _matrix(name: str, weight, inputs: int, like: Tensor) -> Tensor:
         weight = weight.flatten(1)
     elif len(shape) != 2:
         raise ValueError(f"{name}: expected the shape [out, {inputs}] or [out, {inputs}, 1, 1], got {list(shape)}")
-    if shape[1] != inputs or shape[0] == 0:
+    if shape[1] != inputs:
         raise ValueError(f"{name}: expected {inputs} input channels, got {shape[1]} (shape {list(shape)})")
+    if shape[0] == 0:
+        raise ValueError(f"{name}: expected at least one output channel, got the shape {list(shape)}")
     return weight
 
 

@@ -27,7 +27,10 @@ class BackendError(RuntimeError):
 
 
 class _State(threading.local):
-    forced: str = "auto"
+    """The forced backend of a thread; an attribute of the instance, since torch.compile guards on those."""
+
+    def __init__(self) -> None:
+        self.forced = os.environ.get("FFNET_KERNELS_BACKEND") or "auto"
 
 
 _state = _State()
@@ -40,11 +43,12 @@ class use_backend(contextlib.ContextDecorator):
         name: ``"auto"`` (choose per call), ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
 
     Raises:
-        ValueError: on entry of an unknown name.
+        ValueError: for an unknown name.
         BackendError: on entry, where the backend is not available on this machine; in a call, where it does not take
             that call.
 
-    The environment variable ``FFNET_KERNELS_BACKEND`` sets the default of every thread.
+    The environment variable ``FFNET_KERNELS_BACKEND`` sets the default of every thread; a wrong one fails the first
+    call.
     """
 
     def __init__(self, name: str) -> None:
@@ -57,6 +61,9 @@ class use_backend(contextlib.ContextDecorator):
         self._previous.append(_state.forced)
         _state.forced = self.name
         return self
+
+    def _recreate_cm(self) -> use_backend:
+        return use_backend(self.name)  # a decorated function may run in several threads at once
 
     def __exit__(self, *_exception: object) -> None:
         _state.forced = self._previous.pop()
@@ -75,12 +82,21 @@ def why_unavailable(name: str) -> str | None:
 def select(operator: str, args: tuple) -> ModuleType:
     """The backend that runs this call. Raises BackendError where a forced one does not take it."""
     forced = _state.forced
+    if not torch.compiler.is_compiling() and _transformed():
+        if forced not in ("auto", "reference"):
+            raise BackendError(
+                f"{operator}: backend '{forced}' takes no forward-mode derivative and no torch.func transform"
+            )
+        return reference
     if forced == "auto":
         if torch.compiler.is_exporting():
             return reference  # an exported program holds plain aten operators and runs anywhere
         for backend in _AVAILABLE:
             if backend.refusal(operator, args) is None and backend.slower(operator, args) is None:
                 return backend
+    if forced not in BACKENDS or BACKENDS[forced] not in _AVAILABLE:  # only the environment forces unchecked
+        _check_name(forced, "FFNET_KERNELS_BACKEND")
+        _require(forced)
     backend = BACKENDS[forced]
     reason = backend.refusal(operator, args)
     if reason is None:
@@ -88,6 +104,11 @@ def select(operator: str, args: tuple) -> ModuleType:
     if operator.endswith("_backward"):
         return reference  # a backend may hold the forward kernel only
     raise BackendError(f"{operator}: backend '{forced}' does not take this call: {reason}")
+
+
+def _transformed() -> bool:
+    """Whether forward-mode differentiation or a torch.func transform is at work, which only aten operators know."""
+    return torch.autograd.forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 class Decision(NamedTuple):
@@ -134,15 +155,7 @@ def _require(name: str) -> None:
         raise BackendError(f"backend '{name}' is not available: {reason}")
 
 
-def _read_environment() -> None:
-    name = os.environ.get("FFNET_KERNELS_BACKEND") or "auto"
-    _check_name(name, "FFNET_KERNELS_BACKEND")
-    _require(name)
-    _State.forced = name
-
-
 _AVAILABLE: tuple[ModuleType, ...] = tuple(BACKENDS[name] for name in available_backends())
 for _name in BACKENDS:
     if (_reason := why_unavailable(_name)) is not None:
         logger.info("backend '%s' is not available: %s", _name, _reason)
-_read_environment()

@@ -140,15 +140,20 @@ def explain(operator: str | Callable[..., Tensor], *args, **kwargs) -> dispatch.
         raise ValueError(f"explain: expected one of {', '.join(_PUBLIC)}, got {operator!r}")
     bound = inspect.signature(_PUBLIC[name]).bind(*args, **kwargs)
     bound.apply_defaults()
-    return dispatch.decide(name, getattr(checks, name)(**bound.arguments))
+    return dispatch.decide(name, getattr(checks, name)(*_autocast(*bound.arguments.values())))
 
 
-def _autocast(x: Tensor, *others: Tensor | None) -> tuple:
-    """Under autocast, everything in its dtype, as convolutions do it."""
+def _autocast(x, *others) -> tuple:
+    """Under autocast, tensors in its dtype but for float64, as convolutions do it."""
     if not isinstance(x, Tensor):
         return (x, *others)
     device = x.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return (x, *others)
     dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in (x, *others))
+
+    def cast(value):
+        eligible = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
+        return value.to(dtype) if eligible else value
+
+    return tuple(map(cast, (x, *others)))

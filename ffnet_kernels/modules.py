@@ -12,8 +12,8 @@ from .functional import channel_mixer, depthwise_conv2d, ffnified_attention
 class DepthwiseConv2d(nn.Conv2d):
     """An ``nn.Conv2d`` with ``groups == in_channels`` that runs on :func:`ffnet_kernels.depthwise_conv2d`.
 
-    Same constructor, parameters, state dict and results as ``nn.Conv2d``; whatever the operator does not take (an
-    unbatched map, dilation, other paddings or strides) runs as ``nn.Conv2d`` runs it.
+    Parameters, state dict and results are those of the ``nn.Conv2d``, which :meth:`from_conv` takes over as it is; a
+    map without batch dimension is taken too.
 
     Args:
         channels: input channels.
@@ -21,6 +21,9 @@ class DepthwiseConv2d(nn.Conv2d):
             :func:`ffnet_kernels.depthwise_conv2d`).
         multiplier: outputs per input channel, 1 or 2.
         activation: applied to the result: ``"none"``, ``"gelu"``, ``"gelu_tanh"``, ``"relu"``, ``"silu"``.
+
+    Raises:
+        ValueError: for a multiplier, stride or activation that the operator does not take.
 
     Shape: ``[N, C, H, W]`` to ``[N, C·multiplier, H', W']``.
     """
@@ -45,13 +48,14 @@ class DepthwiseConv2d(nn.Conv2d):
             if any(k % 2 == 0 for k in kernel):
                 raise ValueError(f"padding: an even kernel {kernel} needs an explicit padding")
             padding = (kernel[0] // 2, kernel[1] // 2)
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        _check_activation(activation)
         super().__init__(
             channels, channels * multiplier, kernel_size, stride, padding, groups=channels, bias=bias,
             device=device, dtype=dtype,
         )  # fmt: skip
         self.activation = activation
+        if not _computable(self):
+            raise ValueError(f"expected multiplier and stride 1 or 2, got multiplier={multiplier}, stride={stride}")
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, activation: str = "none") -> DepthwiseConv2d:
@@ -66,15 +70,7 @@ class DepthwiseConv2d(nn.Conv2d):
     @staticmethod
     def takes(conv: nn.Module) -> bool:
         """Whether ``conv`` is a depthwise convolution that the operator computes."""
-        return (
-            type(conv) is nn.Conv2d
-            and conv.groups == conv.in_channels
-            and conv.out_channels in (conv.in_channels, 2 * conv.in_channels)
-            and conv.dilation == (1, 1)
-            and set(conv.stride) <= {1, 2}
-            and conv.padding_mode == "zeros"
-            and (not isinstance(conv.padding, str) or conv.padding == "valid" or conv.stride == (1, 1))
-        )
+        return type(conv) is nn.Conv2d and _computable(conv)
 
     def forward(self, input: Tensor) -> Tensor:
         if input.dim() == 3:
@@ -88,12 +84,28 @@ class DepthwiseConv2d(nn.Conv2d):
         return super().extra_repr() + ("" if self.activation == "none" else f", activation={self.activation}")
 
 
+def _check_activation(activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+
+
+def _computable(conv: nn.Conv2d) -> bool:
+    return (
+        conv.groups == conv.in_channels
+        and conv.out_channels in (conv.in_channels, 2 * conv.in_channels)
+        and conv.dilation == (1, 1)
+        and set(conv.stride) <= {1, 2}
+        and conv.padding_mode == "zeros"
+        and (not isinstance(conv.padding, str) or conv.padding == "valid" or conv.stride == (1, 1))
+    )
+
+
 class FFNifiedAttention(nn.Module):
     """The token mixer after its query projection, see :func:`ffnet_kernels.ffnified_attention`.
 
     Args:
         channels: C.
-        kernel_size: of keys and values, odd.
+        kernel_size: of keys and values.
         activation: between them.
         bias: whether keys and values have biases.
         layer_scale: initial value of a learned scale per channel, or None for none.
@@ -114,6 +126,7 @@ class FFNifiedAttention(nn.Module):
     ) -> None:
         super().__init__()
         factory = {"device": device, "dtype": dtype}
+        _check_activation(activation)
         shape = (channels, 1, kernel_size, kernel_size)
         self.activation = activation
         self.key = nn.Parameter(torch.empty(shape, **factory))
@@ -139,7 +152,7 @@ class ChannelMixer(nn.Module):
 
     Args:
         channels: C, of input and output.
-        kernel_size: of the depthwise convolution, odd.
+        kernel_size: of the depthwise convolution.
         expansion: hidden channels per channel.
         activation: on the hidden map.
         bias: whether the three convolutions have biases.
@@ -162,6 +175,7 @@ class ChannelMixer(nn.Module):
     ) -> None:
         super().__init__()
         factory = {"device": device, "dtype": dtype}
+        _check_activation(activation)
         hidden = int(channels * expansion)
         self.activation = activation
         self.weight = nn.Parameter(torch.empty((channels, 1, kernel_size, kernel_size), **factory))

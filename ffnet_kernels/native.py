@@ -8,6 +8,7 @@ import importlib.machinery
 import importlib.util
 import json
 import os
+import warnings
 from pathlib import Path
 from types import ModuleType
 
@@ -27,7 +28,8 @@ def build_record() -> dict:
     try:
         return json.loads((library_dir() / "build_record.json").read_text())
     except (OSError, ValueError):
-        return {"missing": {CPU_LIBRARY: "the package was not built (pip install --no-build-isolation .)"}}
+        reason = f"nothing was built into {library_dir()} (pip install --no-build-isolation . builds)"
+        return {"missing": {CPU_LIBRARY: reason}}
 
 
 @functools.cache
@@ -45,6 +47,7 @@ def cpu_library_error() -> str | None:
         if module is not None:
             module.isa()  # refuses a wrong FFNET_KERNELS_ISA here, not in the first call
     except ValueError as error:
+        warnings.warn(f"ffnet_kernels runs without its CPU kernels: {error}", RuntimeWarning, stacklevel=2)
         return str(error)
     return None
 

@@ -105,8 +105,14 @@ def _define(library: torch.library.Library, operator: Operator) -> None:
         return out.copy_(forward(*args))
 
     def backward_fallback(*call):
-        grads = backward(*call)
-        return [torch.empty_like(t).copy_(g) for t, g in zip(wanted(*call), grads, strict=True)]
+        chosen = dispatch.select(f"{operator.name}_backward", call)
+        grads = getattr(chosen, f"{operator.name}_backward")(*call)
+        return [as_laid_out(g, t, call[0]) for g, t in zip(grads, wanted(*call), strict=True)]
+
+    def as_laid_out(grad, like, incoming):
+        """In the strides that the fake announces, and never the incoming gradient itself."""
+        out = torch.empty_like(like)
+        return grad if grad is not incoming and grad.stride() == out.stride() else out.copy_(grad)
 
     def wanted(grad, *args_and_mask):
         *args, mask = args_and_mask
@@ -121,8 +127,7 @@ def _define(library: torch.library.Library, operator: Operator) -> None:
         for i, tensor in zip(operator.tensors, ctx.saved_tensors, strict=True):
             args[i] = tensor
         mask = [ctx.needs_input_grad[i] for i in operator.tensors]
-        call = (grad, *args, mask)
-        grads = iter(getattr(dispatch.select(f"{operator.name}_backward", call), f"{operator.name}_backward")(*call))
+        grads = iter(getattr(getattr(torch.ops, namespace), f"{operator.name}_backward").default(grad, *args, mask))
         wanted_at = dict(zip(operator.tensors, mask, strict=True))
         return tuple(next(grads) if wanted_at.get(i) else None for i in range(arity))
 
@@ -132,13 +137,14 @@ def _define(library: torch.library.Library, operator: Operator) -> None:
         ctx.static = tuple(None if i in ctx.tensors else value for i, value in enumerate(inputs))
 
     def differentiate_backward(ctx, grads):
-        # Second derivatives go through the reference, whose gradients are differentiable themselves.
+        # Second derivatives go through the reference, whose gradients are differentiable themselves. Aliases of the
+        # inputs keep apart what depends on x directly and what depends on it through the incoming gradient.
         args = list(ctx.static)
-        for i, tensor in zip(ctx.tensors, ctx.saved_tensors, strict=True):
-            args[i] = tensor
-        inputs = [args[i] for i in ctx.tensors if args[i] is not None and ctx.needs_input_grad[i]]
         with torch.enable_grad():
+            for i, tensor in zip(ctx.tensors, ctx.saved_tensors, strict=True):
+                args[i] = None if tensor is None else tensor.view_as(tensor)
             outputs = backward(*args)
+        inputs = [args[i] for i in ctx.tensors if args[i] is not None and ctx.needs_input_grad[i]]
         pairs = [
             (out, grad) for out, grad in zip(outputs, grads, strict=True) if grad is not None and out.requires_grad
         ]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
-from typing import NamedTuple
+from collections import Counter
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, fx, nn
@@ -27,21 +29,22 @@ def optimize(model: nn.Module) -> nn.Module:
     """Returns a copy of ``model`` whose matching layers run on the operators; the model itself is untouched.
 
     - Depthwise ``nn.Conv2d`` layers become :class:`DepthwiseConv2d`; where an activation module provably follows (the
-      enclosing module can be traced and nothing else reads the convolution), it is fused.
-    - A module that defines ``kernel_ready()`` supplies the copy itself (an FFNet in eval mode: reparameterised), and
+      modules around it can be traced, in both modes, and nothing in the model reads the convolution by itself), it is
+      fused: a hook that is put on the convolution later sees the activated map.
+    - A module that defines ``kernel_ready()`` supplies its copy itself (an FFNet in eval mode: reparameterised), and
       one that defines ``enable_kernels()`` puts itself on an operator and answers its name, or None.
 
-    In eval mode maps and weights become channels-last and depthwise filters are stored channels innermost, as the CPU
-    kernels read them: strides change, values, shapes and the state dict do not. The result trains, saves and loads as
-    the original does. What was replaced is logged at INFO and kept in ``result.kernel_replacements``.
+    In eval mode the weights of 2-D convolutions become channels-last, and with them the maps; depthwise filters are
+    stored channels innermost, as the CPU kernels read them. Strides change; values, shapes and the state dict do not.
+    The result trains, saves and loads as the original does. What was replaced is logged at INFO and kept in
+    ``result.kernel_replacements``.
 
     Raises:
         TypeError: if ``model`` is no ``nn.Module``.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"optimize: expected an nn.Module, got {type(model).__name__}")
-    kernel_ready = getattr(model, "kernel_ready", None)
-    model = kernel_ready() if callable(kernel_ready) else copy.deepcopy(model)
+    model = _ready(copy.deepcopy(model))
     if DepthwiseConv2d.takes(model):
         model = DepthwiseConv2d.from_conv(model)  # type: ignore[arg-type]
         replacements = [Replacement("", "depthwise_conv2d")]
@@ -55,6 +58,17 @@ def optimize(model: nn.Module) -> nn.Module:
     return model
 
 
+def _ready(module: nn.Module) -> nn.Module:
+    """The module with every part that can prepare itself replaced by what it prepares."""
+    kernel_ready = getattr(module, "kernel_ready", None)
+    if callable(kernel_ready):
+        return kernel_ready()
+    for name, child in module.named_children():
+        if (ready := _ready(child)) is not child:
+            module.register_module(name, ready)
+    return module
+
+
 def _replace(model: nn.Module) -> list[Replacement]:
     replacements = []
     on_operators: set[nn.Module] = set()  # their children are parameters' homes, never called
@@ -66,21 +80,30 @@ def _replace(model: nn.Module) -> list[Replacement]:
         if operator is not None:
             replacements.append(Replacement(path, operator))
             on_operators.update(module.modules())
+    homes = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    replaced: dict[nn.Module, DepthwiseConv2d] = {}  # a layer with several homes stays one layer
     for path, module in list(model.named_modules()):
         if module in on_operators:
             continue
-        convolutions = {name: m for name, m in module.named_children() if DepthwiseConv2d.takes(m)}
-        if not convolutions:
-            continue
-        fused = _following_activations(module, convolutions)
+        convolutions = {name: child for name, child in module._modules.items() if _takes(child)}
+        alone = {name: conv for name, conv in convolutions.items() if homes[id(conv)] == 1}
+        fused = _following_activations(model, path, alone) if alone else {}
         for name, conv in convolutions.items():
             activation, follower = fused.get(name, ("none", None))
-            module.register_module(name, DepthwiseConv2d.from_conv(conv, activation))
+            if follower is not None and homes[id(module._modules[follower])] > 1:
+                activation, follower = "none", None
+            if conv not in replaced:
+                replaced[conv] = DepthwiseConv2d.from_conv(conv, activation)
+            module.register_module(name, replaced[conv])
             if follower is not None:
                 module.register_module(follower, nn.Identity())
             suffix = "" if follower is None else f" + {activation}"
             replacements.append(Replacement(f"{path}.{name}".lstrip("."), f"depthwise_conv2d{suffix}"))
     return replacements
+
+
+def _takes(module: nn.Module | None) -> TypeGuard[nn.Conv2d]:
+    return module is not None and DepthwiseConv2d.takes(module)
 
 
 def _activation_name(module: nn.Module | None) -> str | None:
@@ -90,30 +113,73 @@ def _activation_name(module: nn.Module | None) -> str | None:
 
 
 class _Shallow(fx.Tracer):
-    """Traces one module and takes its children as they are."""
+    """Traces one module and takes all modules it calls as they are."""
+
+    proxy_buffer_attributes = True  # forward must not count on real ones
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
 
-def _following_activations(module: nn.Module, convolutions: dict[str, nn.Module]) -> dict[str, tuple[str, str]]:
-    """Convolution child -> (activation, its child), where tracing shows that the one feeds only the other."""
+def _calls(module: nn.Module) -> dict[str, list[fx.Node]] | None:
+    """The modules that ``module.forward`` calls, by path below it; None where tracing cannot tell."""
+    shadow = copy.copy(module)  # tracing runs the user's forward, which may assign attributes
+    for registry in ("_modules", "_parameters", "_buffers"):
+        shadow.__dict__[registry] = dict(module.__dict__[registry])
+    traces = []
+    for training in (False, True):
+        shadow.training = training
+        try:
+            graph = _Shallow().trace(shadow)
+        except Exception as error:  # whatever user code raises on proxies means "cannot tell"
+            logger.debug("optimize: %s cannot be traced, activations in it stay: %s", type(module).__name__, error)
+            return None
+        traces.append(graph)
+    if str(traces[0]) != str(traces[1]):
+        return None
+    calls: dict[str, list[fx.Node]] = {}
+    for node in traces[0].nodes:
+        if node.op == "call_module":
+            calls.setdefault(str(node.target), []).append(node)
+    return calls
+
+
+def _named_elsewhere(module: nn.Module, name: str) -> bool:
+    """Whether a method of the module's class other than its constructor and ``forward`` mentions the attribute."""
+    functions = (f for cls in type(module).__mro__ if issubclass(cls, nn.Module) for f in vars(cls).items())
+    return any(
+        name in function.__code__.co_names
+        for method, function in functions
+        if method not in ("__init__", "forward") and inspect.isfunction(function)
+    )
+
+
+def _called_whole(model: nn.Module, path: str) -> bool:
+    """Whether every module around ``path`` calls it, if at all, as a whole and none reaches for its children."""
+    names = path.split(".") if path else []
+    for depth in range(len(names)):
+        calls = _calls(model.get_submodule(".".join(names[:depth])))
+        inside = ".".join(names[depth:]) + "."
+        if calls is None or any(target.startswith(inside) for target in calls):
+            return False
+    return True
+
+
+def _following_activations(
+    model: nn.Module, path: str, convolutions: dict[str, nn.Conv2d]
+) -> dict[str, tuple[str, str]]:
+    """Convolution child of the module at ``path`` -> (activation, its child), where tracing shows that in the whole
+    model the one feeds only the other."""
+    module = model.get_submodule(path)
     children = dict(module.named_children())
     if not any(_activation_name(child) for child in children.values()):
         return {}
-    try:
-        graph = _Shallow().trace(module)
-    except Exception as error:  # tracing runs user code on proxies: whatever it raises means "cannot tell"
-        logger.debug("optimize: %s cannot be traced, its activations stay: %s", type(module).__name__, error)
+    calls = _calls(module)
+    if calls is None or not _called_whole(model, path):
         return {}
-    calls: dict[str, list[fx.Node]] = {}
-    for node in graph.nodes:
-        if node.op == "call_module":
-            calls.setdefault(str(node.target), []).append(node)
-    shared = {id(child) for child in children.values() if sum(child is other for other in children.values()) > 1}
     found = {}
     for name, conv in convolutions.items():
-        if len(calls.get(name, ())) != 1 or id(conv) in shared or _observes_output(conv):
+        if len(calls.get(name, ())) != 1 or _observes_output(conv):
             continue
         (call,) = calls[name]
         users = list(call.users)
@@ -121,7 +187,9 @@ def _following_activations(module: nn.Module, convolutions: dict[str, nn.Module]
             continue
         follower = str(users[0].target)
         activation = _activation_name(children.get(follower))
-        if activation is None or len(calls[follower]) != 1 or id(children[follower]) in shared:
+        if activation is None or len(calls[follower]) != 1:
+            continue
+        if _named_elsewhere(module, name) or _named_elsewhere(module, follower):
             continue
         if not _observes_output(children[follower]) and not children[follower]._forward_pre_hooks:
             found[name] = (activation, follower)
@@ -134,11 +202,15 @@ def _observes_output(module: nn.Module) -> bool:
 
 
 def _lay_out(model: nn.Module) -> None:
-    """Channels-last weights, and depthwise filters with their channels next to each other."""
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    """Channels-last weights of convolutions, and depthwise filters with their channels next to each other.
+
+    Other parameters are left alone: users may view them.
+    """
     for module in model.modules():
         filters: list[Tensor] = []
-        if isinstance(module, DepthwiseConv2d) or (isinstance(module, nn.Conv2d) and module.weight.shape[1] == 1):
+        if isinstance(module, nn.Conv2d) and module.weight.shape[1] > 1:
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+        elif isinstance(module, nn.Conv2d):
             filters = [module.weight]
         elif isinstance(module, FFNifiedAttention):
             filters = [module.key, module.value]

@@ -9,6 +9,9 @@ PYBIND11_MODULE(_native, m) {
   m.def("isa", [] { return std::string(ffnet::active_kernels().isa); }, "The instruction set that calls use.");
   m.def("lanes", [] { return ffnet::active_kernels().lanes; }, "Channels that one vector of it holds.");
   m.def(
+      "is_unrolled", [](int64_t kh, int64_t kw) { return ffnet::active_kernels().is_unrolled(kh, kw); },
+      pybind11::arg("kh"), pybind11::arg("kw"), "Whether filters of this size have code of their own.");
+  m.def(
       "usable_isas",
       [] {
         std::vector<std::string> names;

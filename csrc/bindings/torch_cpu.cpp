@@ -104,7 +104,8 @@ Tensor depthwise_conv2d(const Tensor& x, const Tensor& weight, const std::option
                         const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                         const std::string& activation) {
   check_float_cpu(x, "x", 4);
-  STD_TORCH_CHECK(stride.size() == 2 && stride[0] > 0 && stride[1] > 0, "ffnet_kernels (cpu): stride must be two positive numbers");
+  STD_TORCH_CHECK(stride.size() == 2 && (stride[0] == 1 || stride[0] == 2) && (stride[1] == 1 || stride[1] == 2),
+                  "ffnet_kernels (cpu): stride must be two numbers, each 1 or 2");
   STD_TORCH_CHECK(padding.size() == 4 && *std::min_element(padding.begin(), padding.end()) >= 0,
                   "ffnet_kernels (cpu): padding must be (top, bottom, left, right), none of them negative");
   check_float_cpu(weight, "weight", 4);
@@ -120,6 +121,7 @@ Tensor depthwise_conv2d(const Tensor& x, const Tensor& weight, const std::option
   op.pad_top = padding[0], op.pad_left = padding[2];
   const int64_t room_h = op.h + padding[0] + padding[1] - op.filter.kh, room_w = op.w + padding[2] + padding[3] - op.filter.kw;
   STD_TORCH_CHECK(room_h >= 0 && room_w >= 0, "ffnet_kernels (cpu): the padded map is smaller than the kernel");
+  STD_TORCH_CHECK(op.h > 0 && op.w > 0, "ffnet_kernels (cpu): x must have height and width");
   op.out_h = room_h / op.stride_h + 1, op.out_w = room_w / op.stride_w + 1;
   op.activation = parse_activation(activation);
 
@@ -138,6 +140,8 @@ std::tuple<Tensor, Tensor> depthwise_conv2d_wgrad(const Tensor& grad, const Tens
   STD_TORCH_CHECK(kernel_size.size() == 2 && kernel_size[0] > 0 && kernel_size[1] > 0 && padding.size() == 4,
                   "ffnet_kernels (cpu): kernel_size must be (kh, kw), padding (top, bottom, left, right)");
   ffnet::DepthwiseWgrad op{};
+  STD_TORCH_CHECK(x.size(2) > 0 && x.size(3) > 0 && grad.size(2) > 0 && grad.size(3) > 0,
+                  "ffnet_kernels (cpu): x and grad must have height and width");
   op.n = x.size(0), op.channels = x.size(1), op.h = x.size(2), op.w = x.size(3);
   op.out_h = grad.size(2), op.out_w = grad.size(3);
   op.kh = kernel_size[0], op.kw = kernel_size[1], op.pad_top = padding[0], op.pad_left = padding[2];

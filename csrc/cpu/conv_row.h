@@ -141,11 +141,13 @@ void conv_row_any(const RowInput& in, const PackedFilter& filter, const RowOutpu
                              out.pixel);
 }
 
+// Whether a filter has rows of its own, unrolled; beyond nine rows one running sum would round worse than conv_row_any.
+FFNET_INLINE bool is_unrolled(int64_t kh, int64_t kw) { return kh <= 9 && (kw == 3 || kw == 7); }
+
 inline ConvRow select_conv_row(const Filter& filter, int64_t stride) {
-  constexpr int64_t kTallest = 9;  // beyond, one running sum would round worse than conv_row_any
-  if (filter.kh <= kTallest && filter.kw == 7) return stride == 1 ? conv_row<7, 1> : conv_row<7, 2>;
-  if (filter.kh <= kTallest && filter.kw == 3) return stride == 1 ? conv_row<3, 1> : conv_row<3, 2>;
-  return stride == 1 ? conv_row_any<1> : conv_row_any<2>;
+  if (!is_unrolled(filter.kh, filter.kw)) return stride == 1 ? conv_row_any<1> : conv_row_any<2>;
+  if (filter.kw == 7) return stride == 1 ? conv_row<7, 1> : conv_row<7, 2>;
+  return stride == 1 ? conv_row<3, 1> : conv_row<3, 2>;
 }
 
 }  // namespace ffnet::FFNET_ISA

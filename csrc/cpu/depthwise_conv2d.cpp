@@ -24,6 +24,11 @@ struct Column {
   const float** in_rows;
 };
 
+// Output channels are one a lane, whatever the input's are.
+bool writes_in_place(const Lanes& lanes, const DepthwiseConv2d& op) {
+  return in_place({lanes.first, lanes.count, 1}, op.out_stride.c);
+}
+
 void run_task(void* context, int64_t task) {
   const Work& work = *static_cast<const Work*>(context);
   const DepthwiseConv2d& op = work.op;
@@ -35,17 +40,24 @@ void run_task(void* context, int64_t task) {
   const int64_t in_last = min_of(op.h, (last - 1) * op.stride_h - op.pad_top + kh);
   const int64_t gathered = max_of(0, in_last - in_first) * op.w * kLanes;
   const int64_t filter_floats = packed_floats(op.filter), line = op.out_w * kLanes, out_floats = (last - first) * line;
-  Arena arena(count * (filter_floats + out_floats + gathered + kh * Arena::kPointer));
+  const auto lanes_of = [&](int64_t i) {
+    const int64_t c = o + i * kLanes;
+    return Lanes{c, min_of(kLanes, outputs - c), op.multiplier};
+  };
+  int64_t floats = count * (filter_floats + kh * Arena::kPointer);
+  for (int64_t i = 0; i < count; ++i)
+    floats += (in_place(lanes_of(i), op.x_stride.c) ? 0 : gathered) + (writes_in_place(lanes_of(i), op) ? 0 : out_floats);
+  Arena arena(floats);
   Column columns[kMaxGroup];
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t c = o + i * kLanes;
-    const Lanes lanes{c, min_of(kLanes, outputs - c), op.multiplier}, out_lanes{c, lanes.count, 1};
-    const PackedFilter filter = pack_filter(op.filter, c, lanes.count, op.stride_w, op.pad_left,
+    const Lanes lanes = lanes_of(i);
+    const PackedFilter filter = pack_filter(op.filter, lanes.first, lanes.count, op.stride_w, op.pad_left,
                                             arena.floats(filter_floats));
-    const Rows input(op.x + n * op.x_stride.n, op.x_stride, op.w, lanes, in_first, in_last, arena.floats(gathered));
-    const bool direct = in_place(out_lanes, op.out_stride.c);
-    float* out = arena.floats(out_floats);
-    columns[i] = {out_lanes, filter, input, direct, out, nullptr, nullptr, arena.pointers(kh)};
+    float* scratch = arena.floats(in_place(lanes, op.x_stride.c) ? 0 : gathered);
+    const Rows input(op.x + n * op.x_stride.n, op.x_stride, op.w, lanes, in_first, in_last, scratch);
+    const bool direct = writes_in_place(lanes, op);
+    float* out_rows = arena.floats(direct ? 0 : out_floats);
+    columns[i] = {{lanes.first, lanes.count, 1}, filter, input, direct, out_rows, nullptr, nullptr, arena.pointers(kh)};
   }
   float* out_image = op.out + n * op.out_stride.n;
   for (int64_t r = first; r < last; ++r) {
@@ -80,7 +92,8 @@ void run_task(void* context, int64_t task) {
 
 void depthwise_conv2d(const DepthwiseConv2d& op, const Executor& executor) {
   const bool gathered = op.x_stride.c != 1 || op.multiplier != 1;
-  const int64_t strip = ceil_div(longest_strip(gathered, op.w, op.h, op.filter.kh), op.stride_h);
+  const bool partial = op.channels * op.multiplier % kLanes != 0;  // the last vector is gathered whatever the layout
+  const int64_t strip = ceil_div(longest_strip(gathered || partial, op.w, op.h, op.filter.kh), op.stride_h);
   const int64_t vectors = ceil_div(op.channels * op.multiplier, kLanes);
   const int64_t group = group_size(gathered, op.filter.kh * op.w * kLanes, vectors);
   Work work{op, tile(vectors, group, op.n, op.out_h, 1, strip, executor.threads),

@@ -41,7 +41,8 @@ void run_task(void* context, int64_t task) {
   const int64_t mid_first = max_of(0, first - op.value_pad_top), mid_last = min_of(op.h, last - op.value_pad_top + kh2 - 1);
   const int64_t in_first = max_of(0, mid_first - op.key_pad_top), in_last = min_of(op.h, mid_last - op.key_pad_top + kh1 - 1);
   const bool direct = in_place(lanes, op.out_stride.c), direct_residual = in_place(lanes, op.residual_stride.c);
-  const int64_t gathered = (in_last - in_first) * line, out_floats = direct ? 0 : (last - first) * line;
+  const int64_t gathered = in_place(lanes, op.query_stride.c) ? 0 : (in_last - in_first) * line;
+  const int64_t out_floats = direct ? 0 : (last - first) * line;
   const int64_t key_floats = packed_floats(op.key), value_floats = packed_floats(op.value);
   Arena arena(key_floats + value_floats + (kh2 + 1) * line + out_floats + kLanes + gathered + (kh1 + kh2) * Arena::kPointer);
   const PackedFilter key = pack_filter(op.key, c, lanes.count, 1, op.key_pad_left, arena.floats(key_floats));
@@ -92,7 +93,8 @@ void run_task(void* context, int64_t task) {
 
 void ffnified_attention(const FfnifiedAttention& op, const Executor& executor) {
   const int64_t halo = max_of(1, op.value.kh / 2);  // recomputed rows of the middle map are half the work of a row
-  const int64_t strip = longest_strip(op.query_stride.c != 1, op.w, op.h, op.key.kh + op.value.kh);
+  const bool gathered = op.query_stride.c != 1 || op.channels % kLanes != 0;  // the last vector at least
+  const int64_t strip = longest_strip(gathered, op.w, op.h, op.key.kh + op.value.kh);
   Work work{op, tile(ceil_div(op.channels, kLanes), 1, op.n, op.h, halo, strip, executor.threads), select_conv_row(op.key, 1),
             select_conv_row(op.value, 1)};
   executor.run(work.tiling.tasks(), run_task, &work);

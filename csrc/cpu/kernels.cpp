@@ -1,7 +1,7 @@
 // The table of one instruction set; compiled once for each.
 #include "kernels.h"
 
-#include "simd.h"
+#include "conv_row.h"
 
 namespace ffnet {
 namespace FFNET_ISA {
@@ -17,9 +17,15 @@ void channel_mixer(const ChannelMixer&, const Executor&);
 #define FFNET_ISA_NAME(isa) FFNET_STRING(isa)
 
 const Kernels* FFNET_TABLE_NAME(FFNET_ISA)() {
-  static constexpr Kernels table = {FFNET_ISA_NAME(FFNET_ISA), FFNET_ISA::Vec::lanes, FFNET_ISA::depthwise_conv2d,
-                                    FFNET_ISA::depthwise_conv2d_wgrad,
-                                    FFNET_ISA::ffnified_attention, FFNET_ISA::channel_mixer};
+  static constexpr Kernels table = {
+      FFNET_ISA_NAME(FFNET_ISA),
+      FFNET_ISA::Vec::lanes,
+      [](int64_t kh, int64_t kw) { return FFNET_ISA::is_unrolled(kh, kw); },
+      FFNET_ISA::depthwise_conv2d,
+      FFNET_ISA::depthwise_conv2d_wgrad,
+      FFNET_ISA::ffnified_attention,
+      FFNET_ISA::channel_mixer,
+  };
   return &table;
 }
 

@@ -92,6 +92,7 @@ struct ChannelMixer {
 struct Kernels {
   const char* isa;
   int lanes;  // channels computed together
+  bool (*is_unrolled)(int64_t kh, int64_t kw);  // whether filters of this size have code of their own
   void (*depthwise_conv2d)(const DepthwiseConv2d&, const Executor&);
   void (*depthwise_conv2d_wgrad)(const DepthwiseWgrad&, const Executor&);
   void (*ffnified_attention)(const FfnifiedAttention&, const Executor&);

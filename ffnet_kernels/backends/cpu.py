@@ -38,12 +38,14 @@ def slower(operator: str, args: tuple) -> str | None:
 
 def describe(operator: str, args: tuple) -> str:
     helper = native.helper()
-    isa = f"{helper.isa()}, {helper.lanes()} channels a vector" if helper else "instruction set chosen at run time"
-    filters = [args[1], args[3]] if operator == "ffnified_attention" else [args[1]]
-    widths = {weight.shape[3] for weight in filters}
-    kernel = "unrolled rows" if widths <= {3, 7} else "generic rows"
-    layout = "read in place" if args[0].stride(1) == 1 else "gathered to channel vectors"
-    return f"{isa}; {kernel}, map {layout}"
+    if helper is None:
+        return "instruction set chosen at run time"
+    x, weights = args[0], [args[1], args[3]] if operator == "ffnified_attention" else [args[1]]
+    unrolled = all(helper.is_unrolled(weight.shape[2], weight.shape[3]) for weight in weights)
+    in_place = x.stride(1) == 1 and x.shape[1] >= helper.lanes() and weights[0].shape[0] == x.shape[1]
+    rows = "unrolled rows" if unrolled else "rows of any width"
+    source = "map read in place" if in_place else "map gathered to channel vectors"
+    return f"{helper.isa()}, {helper.lanes()} channels a vector; {rows}, {source}"
 
 
 def depthwise_conv2d(*args) -> Tensor:

@@ -65,6 +65,7 @@ def channel_mixer_backward(*args) -> list[Tensor]:
 
 
 def convolve(x, weight, bias, stride, padding) -> Tensor:
+    """Uneven padding (an even kernel) is explicit: there an infinite weight meets zeros, where kernels skip padding."""
     top, bottom, left, right = padding
     if top != bottom or left != right:
         x, top, left = F.pad(x, (left, right, top, bottom)), 0, 0

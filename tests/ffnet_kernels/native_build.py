@@ -31,6 +31,14 @@ def compiler() -> list[str]:
         pytest.skip(str(reason))
 
 
+def has_compiler() -> bool:
+    builder = load_builder(ROOT / "csrc")
+    try:
+        return bool(builder.find_compiler())
+    except builder.CannotBuild:
+        return False
+
+
 def build_with_fault(folder: Path, source: str, line: str, faulty: str, *, sanitize: bool = False) -> Path:
     """The folder of a library of the portable kernels in which ``line`` of csrc/``source`` reads ``faulty``."""
     compiler()

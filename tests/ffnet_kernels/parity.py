@@ -203,10 +203,8 @@ def check_gradients(case: Case) -> None:
     mask = [args[i] is not None for i in OPERATORS_BY_NAME[case.operator].tensors]
     call = (grad, *args, mask)
     expected, eager = reference_of(f"{case.operator}_backward", call)
-    few, share = (
-        64,
-        max((relative_error(plain, exact) for plain, exact in zip(eager, expected, strict=True)), default=0),
-    )
+    few = 64
+    share = max((relative_error(plain, exact) for plain, exact in zip(eager, expected, strict=True)), default=0)
     for isa in ISAS:
         with selected_isa(isa), poisoned_outputs():
             got = getattr(cpu, f"{case.operator}_backward")(*call)

@@ -167,3 +167,48 @@ def test_a_bad_isa_in_the_environment_is_the_reason_why_there_are_no_kernels():
     forced = run(WHICH, FFNET_KERNELS_ISA="sse9", FFNET_KERNELS_BACKEND="cpu")
     assert forced.returncode == 1
     assert "'sse9'" in forced.stderr.strip().splitlines()[-1]
+
+
+def test_a_decorated_function_may_overlap_with_itself_in_threads():
+    inside, leave = threading.Event(), threading.Event()
+    after = {}
+
+    @fk.use_backend("reference")
+    def slow():
+        inside.set()
+        leave.wait(10)
+
+    def first():
+        slow()
+        after["first"] = fk.dispatch._state.forced
+
+    def second():
+        inside.wait(10)
+        with fk.use_backend("auto"):
+            leave.set()
+            slow()
+            after["second"] = fk.dispatch._state.forced
+
+    threads = [threading.Thread(target=f) for f in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert after == {"first": "auto", "second": "auto"}
+
+
+def test_a_graph_compiled_before_the_first_override_is_not_reused():
+    code = """
+import torch, ffnet_kernels as fk
+seen = []
+def backend(graph, inputs):
+    seen.append(str(graph.graph))
+    return graph.forward
+f = torch.compile(lambda x, w: fk.depthwise_conv2d(x, w), fullgraph=True, backend=backend)
+x, w = torch.randn(1, 8, 9, 9), torch.randn(8, 1, 3, 3)
+f(x, w)
+with fk.use_backend("reference"):
+    f(x, w)
+assert len(seen) == 2 and "ffnet_kernels" not in seen[1], seen
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
