@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import progress
-from .machine import machine
+from .machine import keep_freed_memory, machine
 from .peers import Contender, first_line
 from .results import Measurement, Result, Row
 from .work import Program, Work, build
@@ -72,6 +72,7 @@ class Runner:
     @torch.inference_mode()
     def run(self, case: Counted, work: Work) -> Outcome:
         """One case. A contender that fails is kept, with the reason."""
+        keep_freed_memory()
         expected = work.expected()
         limit = work.error_limit(expected, work.plain("nchw").outputs())
         entries: list[_Entry] = []

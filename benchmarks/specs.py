@@ -142,7 +142,8 @@ def _shapes(models: tuple[str, ...]) -> Iterator[tuple[str, int, int, int]]:
 
 
 def _quick() -> list[Case]:
-    return [OperatorCase(op, 1, channels, size, kernel) for op, channels, size, kernel in _shapes(("ffnet_1",))]
+    shapes = [*_shapes(("ffnet_1",)), *((operator, *LARGE_MAP) for operator in OPERATORS)]
+    return [OperatorCase(shape[0], batch, *shape[1:]) for shape, batch in itertools.product(shapes, BATCHES)]
 
 
 def _operators() -> list[Case]:

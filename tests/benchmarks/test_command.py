@@ -20,7 +20,7 @@ def rows():
 
 
 def test_runs_a_suite_and_writes_its_files(tmp_path, capsys):
-    options = ["--filter", "640x8x8 k7", "--peers", "eager nchw", "--samples", "2"]
+    options = ["--filter", "640x8x8 k7 b1", "--peers", "eager nchw", "--samples", "2"]
     files = ["--json", str(tmp_path / "out.json"), "--chart", str(tmp_path / "out.png")]
     assert main([*options, *files]) == 0
     text = capsys.readouterr().out

@@ -23,6 +23,7 @@ BAD = {
             ("x", MAP[0], ValueError, r"x: expected a map \[N, C, H, W\], got 3 dim.*\[4, 8, 8\]"),
             ("x", MAP.int(), ValueError, r"x: expected a floating-point dtype, got torch.int32"),
             ("x", MAP.to(torch.complex64), ValueError, r"floating-point dtype, got torch.complex64"),
+            ("x", MAP[..., :0], ValueError, r"x: expected .* width, got .*\[2, 4, 8, 0\]"),
             ("x", MAP[:, :0], ValueError, r"x: expected at least one channel.*\[2, 0, 8, 8\]"),
             ("weight", 3, TypeError, r"weight: expected a tensor, got int"),
             ("weight", FILTER[0], ValueError, r"weight: expected a depthwise filter.*\[1, 3, 3\]"),
