@@ -29,6 +29,8 @@ def refusal(operator: str, args: tuple) -> str | None:
 
 def slower(operator: str, args: tuple) -> str | None:
     x = args[0]
+    if operator.endswith("_backward") and max(args[2].shape[2:]) <= 3:
+        return "slower for filters of up to 3×3, whose gradients torch computes natively"
     if x.shape[1] < 4 and x.stride(1) == 1:
         return "slower on a channels-last map of fewer than 4 channels, which leaves most of a vector idle"
     if x.shape[2] * x.shape[3] <= 4 and x.shape[0] > 1:
