@@ -11,6 +11,7 @@ from typing import NamedTuple, TypeGuard
 import torch
 from torch import Tensor, fx, nn
 
+from .dispatch import available_backends
 from .modules import ChannelMixer, DepthwiseConv2d, FFNifiedAttention
 
 logger = logging.getLogger("ffnet_kernels")
@@ -35,7 +36,7 @@ def optimize(model: nn.Module) -> nn.Module:
       one that defines ``enable_kernels()`` puts itself on an operator and answers its name, or None.
 
     In eval mode the weights of 2-D convolutions become channels-last, and with them the maps; depthwise filters are
-    stored channels innermost, as the CPU kernels read them. Strides change; values, shapes and the state dict do not.
+    stored channels innermost where the CPU kernels read them. Strides change; values, shapes and the state dict do not.
     The result trains, saves and loads as the original does. What was replaced is logged at INFO and kept in
     ``result.kernel_replacements``.
 
@@ -202,19 +203,20 @@ def _observes_output(module: nn.Module) -> bool:
 
 
 def _lay_out(model: nn.Module) -> None:
-    """Channels-last weights of convolutions, and depthwise filters with their channels next to each other.
+    """Channels-last weights of convolutions and, for the CPU kernels, depthwise filters with their channels innermost.
 
     Other parameters are left alone: users may view them.
     """
+    innermost = "cpu" in available_backends()
     for module in model.modules():
         filters: list[Tensor] = []
-        if isinstance(module, nn.Conv2d) and module.weight.shape[1] > 1:
-            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
-        elif isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d) and innermost and module.weight.shape[1] == 1:
             filters = [module.weight]
-        elif isinstance(module, FFNifiedAttention):
+        elif isinstance(module, nn.Conv2d):
+            module.weight.data = module.weight.data.to(memory_format=torch.channels_last)
+        elif isinstance(module, FFNifiedAttention) and innermost:
             filters = [module.key, module.value]
-        elif isinstance(module, ChannelMixer):
+        elif isinstance(module, ChannelMixer) and innermost:
             filters = [module.weight]
         for weight in filters:
             weight.data = weight.data.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)

@@ -115,7 +115,7 @@ def avx(disassembly: str) -> list[str]:
 
 
 @needs("objdump")
-@needs("c++")
+@needs_library  # there is a compiler where there is a library
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="other processors have no AVX")
 def test_portable_objects_hold_no_avx(tmp_path):
     code = f"""
