@@ -2,6 +2,7 @@
 
 import copy
 
+import parity
 import pytest
 import torch
 from torch import nn
@@ -199,6 +200,7 @@ def test_state_dicts_go_both_ways(training):
     assert torch.equal(model(x), other(x))
 
 
+@parity.needs_native
 def test_eval_weights_lie_as_the_kernels_read_them():
     optimized = fk.optimize(nn.Sequential(nn.Conv2d(3, 8, 3), depthwise(), nn.BatchNorm2d(8)).eval())
     assert optimized[0].weight.is_contiguous(memory_format=torch.channels_last)
