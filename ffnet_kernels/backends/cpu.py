@@ -11,7 +11,6 @@ from .. import native
 from . import gradients, reference
 
 _ops = torch.ops.ffnet_kernels
-_PRIMITIVES = sys.modules[__name__]  # for the backward passes: convolve and convolve_backward below
 
 
 def unavailable() -> str | None:
@@ -62,16 +61,9 @@ def channel_mixer(*args) -> Tensor:
     return _ops.channel_mixer.default(*args)
 
 
-def depthwise_conv2d_backward(*args) -> list[Tensor]:
-    return gradients.depthwise_conv2d_backward(_PRIMITIVES, *args)
-
-
-def ffnified_attention_backward(*args) -> list[Tensor]:
-    return gradients.ffnified_attention_backward(_PRIMITIVES, *args)
-
-
-def channel_mixer_backward(*args) -> list[Tensor]:
-    return gradients.channel_mixer_backward(_PRIMITIVES, *args)
+depthwise_conv2d_backward, ffnified_attention_backward, channel_mixer_backward = gradients.backward_passes(
+    sys.modules[__name__]
+)
 
 
 def convolve(x, weight, bias, stride, padding) -> Tensor:

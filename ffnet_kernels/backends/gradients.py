@@ -8,6 +8,8 @@ are differentiable make all of it differentiable.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +24,12 @@ class Primitives(Protocol):
 
     convolve: Any
     convolve_backward: Any
+
+
+def backward_passes(p: Any) -> tuple[Callable[..., list[Tensor]], ...]:
+    """The three backward passes on a backend's primitives, in the order of this file."""
+    passes = (depthwise_conv2d_backward, ffnified_attention_backward, channel_mixer_backward)
+    return tuple(functools.partial(backward, p) for backward in passes)
 
 
 def depthwise_conv2d_backward(p: Primitives, grad, x, weight, bias, stride, padding, activation, mask) -> list[Tensor]:

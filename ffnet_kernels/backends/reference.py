@@ -16,8 +16,6 @@ from . import gradients
 from .activations import ACTIVATE
 from .gradients import same_padding
 
-_PRIMITIVES = sys.modules[__name__]  # for the backward passes: convolve and convolve_backward below
-
 
 def unavailable() -> str | None:
     return None
@@ -52,16 +50,9 @@ def channel_mixer(
     return _finish(F.conv2d(hidden, project_weight[:, :, None, None], project_bias), scale, residual)
 
 
-def depthwise_conv2d_backward(*args) -> list[Tensor]:
-    return gradients.depthwise_conv2d_backward(_PRIMITIVES, *args)
-
-
-def ffnified_attention_backward(*args) -> list[Tensor]:
-    return gradients.ffnified_attention_backward(_PRIMITIVES, *args)
-
-
-def channel_mixer_backward(*args) -> list[Tensor]:
-    return gradients.channel_mixer_backward(_PRIMITIVES, *args)
+depthwise_conv2d_backward, ffnified_attention_backward, channel_mixer_backward = gradients.backward_passes(
+    sys.modules[__name__]
+)
 
 
 def convolve(x, weight, bias, stride, padding) -> Tensor:

@@ -170,31 +170,31 @@ def test_a_bad_isa_in_the_environment_is_the_reason_why_there_are_no_kernels():
 
 
 def test_a_decorated_function_may_overlap_with_itself_in_threads():
-    inside, leave = threading.Event(), threading.Event()
+    both_inside, first_is_out = threading.Barrier(2, timeout=10), threading.Event()
     after = {}
 
-    @fk.use_backend("reference")
-    def slow():
-        inside.set()
-        leave.wait(10)
+    @fk.use_backend("auto")
+    def overlapping(leave_last):
+        both_inside.wait()
+        assert not leave_last or first_is_out.wait(10)
 
     def first():
-        slow()
-        after["first"] = fk.dispatch._state.forced
+        overlapping(leave_last=False)
+        after["first"] = dispatch._state.forced
+        first_is_out.set()
 
     def second():
-        inside.wait(10)
-        with fk.use_backend("auto"):
-            leave.set()
-            slow()
-            after["second"] = fk.dispatch._state.forced
+        with fk.use_backend("reference"):
+            overlapping(leave_last=True)
+            after["second"] = dispatch._state.forced
 
     threads = [threading.Thread(target=f) for f in (first, second)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert after == {"first": "auto", "second": "auto"}
+    default = dispatch._state.forced
+    assert after == {"first": default, "second": "reference"}
 
 
 def test_a_graph_compiled_before_the_first_override_is_not_reused():
