@@ -44,9 +44,17 @@ class BuildNative(build_ext):
 
 
 setup(
-    packages=["ffnet_kernels", "ffnet_kernels.backends", "ffnet_kernels.lib", "ffnet", "benchmarks"],
+    packages=[
+        "ffnet_kernels",
+        "ffnet_kernels.backends",
+        "ffnet_kernels.backends.triton",
+        "ffnet_kernels.lib",
+        "ffnet",
+        "benchmarks",
+    ],
     package_data={
         "ffnet_kernels": ["py.typed"],
+        "ffnet_kernels.backends.triton": ["tuned/*.json"],
         "ffnet_kernels.lib": ["*.so", "build_record.json"],
         "ffnet": ["py.typed"],
     },

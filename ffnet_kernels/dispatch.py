@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .backends import cpu, reference
+from .backends import cpu, reference, triton
 
 logger = logging.getLogger("ffnet_kernels")
 
 #: Fastest first; the reference takes every call.
-BACKENDS: Mapping[str, ModuleType] = {"cpu": cpu, "reference": reference}
+BACKENDS: Mapping[str, ModuleType] = {"triton": triton, "cpu": cpu, "reference": reference}
 NAMES = ("auto", "reference", "cpu", "triton", "cuda")
 _NOT_IN_THIS_BUILD = "not part of this version of ffnet-kernels"
 

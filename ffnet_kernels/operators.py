@@ -1,7 +1,8 @@
 """The operators in torch's dispatcher: schemas, shapes (fakes) and autograd, the same for every backend.
 
 ``torch.ops.ffnet_kernels.<operator>`` runs a native kernel where its library has registered one for the device, else
-the reference. Users call :mod:`ffnet_kernels.functional`, which checks the arguments and chooses the backend.
+the reference; ``torch.ops.ffnet_kernels_triton.<operator>`` is the same operator on Triton kernels. Users call
+:mod:`ffnet_kernels.functional`, which checks the arguments and chooses the backend.
 
 A backward operator returns the wanted gradients only, in the order of the tensor arguments; ``mask`` says which.
 """
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .backends import reference
+from .backends import reference, triton
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,12 @@ class Operator:
     @property
     def schema(self) -> str:
         return f"{self.name}({self.arguments}) -> Tensor"
+
+    @property
+    def residual(self) -> int | None:
+        """Which argument is added to the result as it is: its gradient is the incoming one."""
+        names = [argument.split()[-1] for argument in self.arguments.split(", ")]
+        return names.index("residual") if "residual" in names else None
 
     @property
     def backward_schema(self) -> str:
@@ -93,20 +100,36 @@ def empty_output(shape: Sequence[int], maps: Sequence[Tensor]) -> Tensor:
     return torch.empty(shape, dtype=maps[0].dtype, device=maps[0].device, memory_format=memory_format)
 
 
-def _define(library: torch.library.Library, operator: Operator) -> None:
+def _reference_forward(operator: str, out: Tensor, args: tuple) -> Tensor:
+    return out.copy_(getattr(reference, operator)(*args))
+
+
+def _chosen_backward(operator: str, call: tuple) -> list[Tensor]:
+    name = f"{operator}_backward"
+    return getattr(dispatch.select(name, call), name)(*call)
+
+
+def _define(
+    library: torch.library.Library,
+    operator: Operator,
+    run_forward: Callable[[str, Tensor, tuple], Tensor] = _reference_forward,
+    run_backward: Callable[[str, tuple], list[Tensor]] = _chosen_backward,
+) -> None:
+    """Schemas, fakes and autograd of an operator and its backward in a namespace.
+
+    ``run_forward(operator, out, args)`` fills ``out``, ``run_backward(operator, call)`` returns the wanted gradients,
+    for devices for which no native kernel is registered.
+    """
     namespace = library.ns
     forward_name, backward_name = f"{namespace}::{operator.name}", f"{namespace}::{operator.name}_backward"
-    forward = getattr(reference, operator.name)
     backward = getattr(reference, f"{operator.name}_backward")
     arity = operator.arguments.count(",") + 1
 
     def forward_fallback(*args):
-        out = empty_output(*operator.infer(*args))
-        return out.copy_(forward(*args))
+        return run_forward(operator.name, empty_output(*operator.infer(*args)), args)
 
     def backward_fallback(*call):
-        chosen = dispatch.select(f"{operator.name}_backward", call)
-        grads = getattr(chosen, f"{operator.name}_backward")(*call)
+        grads = run_backward(operator.name, call)
         return [as_laid_out(g, t, call[0]) for g, t in zip(grads, wanted(*call), strict=True)]
 
     def as_laid_out(grad, like, incoming):
@@ -126,10 +149,13 @@ def _define(library: torch.library.Library, operator: Operator) -> None:
         args = list(ctx.static)
         for i, tensor in zip(operator.tensors, ctx.saved_tensors, strict=True):
             args[i] = tensor
-        mask = [ctx.needs_input_grad[i] for i in operator.tensors]
-        grads = iter(getattr(getattr(torch.ops, namespace), f"{operator.name}_backward").default(grad, *args, mask))
-        wanted_at = dict(zip(operator.tensors, mask, strict=True))
-        return tuple(next(grads) if wanted_at.get(i) else None for i in range(arity))
+        wanted_at = {i: ctx.needs_input_grad[i] and i != operator.residual for i in operator.tensors}
+        found: dict[int | None, Tensor] = {operator.residual: grad}
+        if any(wanted_at.values()):
+            mask = list(wanted_at.values())
+            grads = getattr(getattr(torch.ops, namespace), f"{operator.name}_backward").default(grad, *args, mask)
+            found.update(zip([i for i, wanted in wanted_at.items() if wanted], grads, strict=True))
+        return tuple(found.get(i) if ctx.needs_input_grad[i] else None for i in range(arity))
 
     def setup_backward_context(ctx, inputs, output):
         ctx.tensors = (0, *(i + 1 for i in operator.tensors))
@@ -207,6 +233,8 @@ def _define_wgrad(library: torch.library.Library) -> None:
 
 
 LIBRARY = torch.library.Library("ffnet_kernels", "DEF")
+TRITON_LIBRARY = torch.library.Library("ffnet_kernels_triton", "DEF")
 for _operator in OPERATORS:
     _define(LIBRARY, _operator)
+    _define(TRITON_LIBRARY, _operator, triton.run_forward, triton.run_backward)
 _define_wgrad(LIBRARY)

@@ -1,0 +1,120 @@
+"""Triton kernels for GPUs: float32, bfloat16 and float16, NCHW and channels-last, any stride, filters up to 31×31.
+
+``TRITON_INTERPRET=1`` runs them on CPU tensors, slowly, for tests. Nothing here imports Triton before the first call.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from .. import reference
+from .launch import INTERPRETED, recording
+
+logger = logging.getLogger("ffnet_kernels")
+
+OLDEST = (3, 5)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_HOSTS = {"depthwise_conv2d": "depthwise", "ffnified_attention": "attention", "channel_mixer": "mixer"}
+_DEVICES = ("cuda", "xpu")
+_HOW_TO_INTERPRET = "TRITON_INTERPRET=1 in the environment runs the kernels on CPU tensors, slowly, for tests"
+
+
+@functools.cache
+def unavailable() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return f"Triton is not installed; {_oldest()}"
+    version = _installed()
+    if version is not None and tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
+        return f"Triton {version} is installed; {_oldest()}"
+    if not INTERPRETED and not _gpus():
+        return f"there is no GPU; {_HOW_TO_INTERPRET}"
+    return None
+
+
+def _oldest() -> str:
+    return f"{'.'.join(map(str, OLDEST))} or newer is needed"
+
+
+def _installed() -> str | None:
+    for name in ("triton", "pytorch-triton", "pytorch-triton-rocm", "pytorch-triton-xpu", "triton-xpu"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None  # built from source: taken as it is
+
+
+def _gpus() -> bool:
+    return torch.cuda.device_count() > 0 or (hasattr(torch, "xpu") and torch.xpu.device_count() > 0)
+
+
+def refusal(operator: str, args: tuple) -> str | None:
+    x = args[0]
+    if x.device.type not in _DEVICES and not (INTERPRETED and x.device.type == "cpu"):
+        return f"takes GPU tensors, got {x.device}; {_HOW_TO_INTERPRET}"
+    if x.dtype not in _DTYPES:
+        return f"takes float32, bfloat16 and float16, got {x.dtype}"
+    return None
+
+
+def slower(operator: str, args: tuple) -> str | None:
+    return "interpreted on the CPU, for tests" if args[0].device.type == "cpu" else None
+
+
+def describe(operator: str, args: tuple) -> str:
+    """The kernels that the call would start and their tiles."""
+    module = _module(operator)
+    if module is None:
+        return "Triton does not import; plain PyTorch operators"
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, recording() as launches:
+        fakes = tuple(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args)
+        module.forward(getattr(reference, operator)(*fakes), *fakes)
+    return "; ".join(map(str, launches))
+
+
+def run_forward(operator: str, out: Tensor, args: tuple) -> Tensor:
+    """Computes a checked call into ``out``."""
+    module = _module(operator)
+    return out.copy_(getattr(reference, operator)(*args)) if module is None else module.forward(out, *args)
+
+
+def run_backward(operator: str, call: tuple) -> list[Tensor]:
+    """The wanted gradients of a call, as the operators' backward schemas have them."""
+    module = _module(operator)
+    if module is None:
+        return getattr(reference, f"{operator}_backward")(*call)
+    return module.backward(*call)
+
+
+@functools.cache
+def _module(operator: str) -> Any:
+    """The host side of an operator, or None where Triton does not import; that is said once."""
+    try:
+        if INTERPRETED:
+            from . import interpreter
+
+            interpreter.mend()
+        return importlib.import_module(f".{_HOSTS[operator]}", __name__)
+    except ImportError as error:
+        logger.warning("Triton does not import, plain PyTorch runs in its place: %s", error)
+        return None
+
+
+def depthwise_conv2d(*args) -> Tensor:
+    return torch.ops.ffnet_kernels_triton.depthwise_conv2d.default(*args)
+
+
+def ffnified_attention(*args) -> Tensor:
+    return torch.ops.ffnet_kernels_triton.ffnified_attention.default(*args)
+
+
+def channel_mixer(*args) -> Tensor:
+    return torch.ops.ffnet_kernels_triton.channel_mixer.default(*args)

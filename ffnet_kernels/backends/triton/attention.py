@@ -1,0 +1,105 @@
+"""Starts the kernels of FFNified attention: shapes, tiles, grids."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import configs, depthwise
+from .attention_kernels import ffnified_attention_backward_kernel, ffnified_attention_forward_kernel
+from .configs import Shape
+from .depthwise import arranged, contiguous, convolve, convolve_backward, filter_gradients, filter_strides, sum_partials
+from .launch import launch
+
+#: Filter heights of the fused kernels. A taller filter would recompute more of the middle map than it saves traffic:
+#: its two convolutions are bound by arithmetic, and run one after the other.
+FUSED = (3, 5, 7)
+
+
+def fused(key: Tensor, value: Tensor) -> bool:
+    return key.shape == value.shape and key.shape[2] in FUSED and key.shape[3] <= max(FUSED)
+
+
+def forward(out, query, key, key_bias, value, value_bias, activation: str, scale, residual) -> Tensor:
+    if not fused(key, value):
+        middle = torch.empty_like(query)
+        tops, lefts = zip(*(((w.shape[2] - 1) // 2, (w.shape[3] - 1) // 2) for w in (key, value)), strict=True)
+        convolve(middle, query, key, key_bias, top=tops[0], left=lefts[0], activation=activation)
+        return convolve(out, middle, value, value_bias, top=tops[1], left=lefts[1], scale=scale, other=residual)
+    images, channels, height, width = query.shape
+    tile, tiling = _tiling("attention", query, key)
+    key, value = arranged(key, query), arranged(value, query)
+    grid = -(-channels // tile.block_c) * tiling["column_tiles"] * tiling["strips"] * images
+    launch(
+        ffnified_attention_forward_kernel, grid, query.device, tile.warps,
+        query=query, query_strides=query.stride(), key=key, key_strides=filter_strides(key),
+        key_bias=contiguous(key_bias), value=value, value_strides=filter_strides(value),
+        value_bias=contiguous(value_bias), scale=contiguous(scale), residual=residual,
+        residual_strides=None if residual is None else residual.stride(), out=out, out_strides=out.stride(),
+        channels=channels, height=height, width=width, kernel_width=key.shape[3], ACTIVATION=activation,
+        TAPS=key.shape[2], HALO=tile.rows < height, **tiling,
+        BLOCK_W=tile.block_w, BLOCK_C=tile.block_c, ROWS=tile.rows,
+    )  # fmt: skip
+    return out
+
+
+def _tiling(kernel: str, query: Tensor, key: Tensor) -> tuple[configs.RowTile, dict[str, int]]:
+    images, channels, height, width = query.shape
+    last = configs.channels_innermost(query)
+    tile = configs.choose(Shape(kernel, query.dtype, last, images, channels, height, width, key.shape[2]), query.device)
+    column_tiles = 1 if width <= tile.block_w else -(-width // (tile.block_w - key.shape[3] + 1))
+    strip, strips = configs.strips(height, tile, images * column_tiles * -(-channels // tile.block_c))
+    return tile, {"strip": strip, "strips": strips, "column_tiles": column_tiles}
+
+
+def backward(
+    grad, query, key, key_bias, value, value_bias, activation: str, scale, residual, mask
+) -> list[Tensor]:  # fmt: skip
+    """The wanted gradients, in the order of the tensor arguments; that of the residual is ``grad`` itself."""
+    grads = _fused_backward if fused(key, value) else _composed_backward
+    found: list[Tensor | None] = [*grads(grad, query, key, key_bias, value, value_bias, activation, scale, mask), grad]
+    return [g for g, m in zip(found, mask, strict=True) if m and g is not None]
+
+
+def _fused_backward(grad, query, key, key_bias, value, value_bias, activation, scale, mask) -> list[Tensor | None]:
+    images, channels, height, width = query.shape
+    kernel_height, kernel_width = key.shape[2:]
+    tile, tiling = _tiling("attention_backward", query, key)
+    channel_blocks = -(-channels // tile.block_c)
+    splits = min(images * tiling["strips"] * tiling["column_tiles"], max(1, configs.PROGRAMS // channel_blocks))
+    grad_query = torch.empty_like(query)
+    partials = query.new_empty((2, splits, kernel_height * kernel_width + 1, channels), dtype=torch.float32)
+    near_key, near_value = arranged(key, query), arranged(value, query)
+    launch(
+        ffnified_attention_backward_kernel, channel_blocks * splits, query.device, tile.warps,
+        grad=grad, grad_strides=grad.stride(), query=query, query_strides=query.stride(),
+        key=near_key, key_strides=filter_strides(near_key), key_bias=contiguous(key_bias),
+        value=near_value, value_strides=filter_strides(near_value), scale=contiguous(scale),
+        grad_query=grad_query, grad_query_strides=grad_query.stride(),
+        key_partials=partials[0], value_partials=partials[1], images=images, channels=channels, height=height,
+        width=width, kernel_width=kernel_width, splits=splits, ACTIVATION=activation, TAPS=kernel_height,
+        HALO=tile.rows < height, **tiling, BLOCK_W=tile.block_w, BLOCK_C=tile.block_c, ROWS=tile.rows,
+    )  # fmt: skip
+    key_grads = filter_gradients(sum_partials(partials[0]), key, mask[1:3])
+    value_grads = filter_gradients(
+        sum_partials(partials[1]), value, mask[3:5], bias=value_bias, scale=scale, wants_scale=mask[5]
+    )
+    return [grad_query, *key_grads, *value_grads, *([] if mask[5] else [None])]
+
+
+def _composed_backward(grad, query, key, key_bias, value, value_bias, activation, scale, mask) -> list[Tensor | None]:
+    """Of filters that are not fused: convolutions one after the other, the middle map and its gradient in memory."""
+    (top, bottom, left, right), value_pads = (depthwise.same_padding(w) for w in (key, value))
+    hidden = convolve(torch.empty_like(query), query, key, key_bias, top=top, left=left, activation=activation)
+    scaled = grad if scale is None else grad * scale[:, None, None]
+    grad_hidden = convolve_backward(scaled, hidden, value, (1, 1), value_pads, (True, False, False))[0]
+    value_grads: list[Tensor | None] = [None, None, None]
+    if any(mask[3:6]):
+        sums = depthwise.weight_sums(grad, hidden, value, (1, 1), value_pads)
+        value_grads = filter_gradients(sums, value, mask[3:5], bias=value_bias, scale=scale, wants_scale=mask[5])
+    grad_before = convolve(
+        torch.empty_like(query), query, key, key_bias, top=top, left=left, activation=activation,
+        derivative=True, other=grad_hidden,
+    )  # fmt: skip
+    key_grads = convolve_backward(grad_before, query, key, (1, 1), (top, bottom, left, right), mask[:3])
+    return [*key_grads, *value_grads, *([] if len(value_grads) == 3 else [None])]

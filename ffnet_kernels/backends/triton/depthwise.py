@@ -1,0 +1,245 @@
+"""Starts the kernels of the depthwise convolution: shapes, tiles, grids."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import gradients
+from . import configs
+from .configs import Shape
+from .depthwise_kernels import (
+    depthwise_conv2d_backward_kernel,
+    depthwise_conv2d_backward_weight_kernel,
+    depthwise_conv2d_forward_kernel,
+    filter_gradients_kernel,
+    sum_partials_kernel,
+)
+from .launch import launch
+from .rows import CHUNK
+
+same_padding = gradients.same_padding
+
+
+def forward(out: Tensor, x, weight, bias, stride, padding, activation: str) -> Tensor:
+    outputs = weight.shape[0] // x.shape[1]
+    return convolve(
+        out, x, weight, bias, stride=stride, top=padding[0], left=padding[2], activation=activation,
+        outputs=outputs,
+    )  # fmt: skip
+
+
+def backward(grad, x, weight, bias, stride, padding, activation: str, mask) -> list[Tensor]:
+    """The wanted gradients of x, weight and bias."""
+    if activation != "none":
+        outputs = weight.shape[0] // x.shape[1]
+        grad = convolve(
+            torch.empty_like(grad), x, weight, bias, stride=stride, top=padding[0], left=padding[2],
+            activation=activation, derivative=True, outputs=outputs, other=grad,
+        )  # fmt: skip
+    grad_x, grad_weight, grad_bias = convolve_backward(grad, x, weight, stride, padding, mask)
+    wanted = zip((grad_x, grad_weight, grad_bias), mask, strict=True)
+    return [g for g, m in wanted if m and g is not None]
+
+
+def arranged(weight: Tensor, x: Tensor) -> Tensor:
+    """The filter with channels innermost if those of x are: lanes that hold channels then read their taps together."""
+    if configs.channels_innermost(x) and weight.stride(0) != 1:
+        return weight.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
+    return weight
+
+
+def filter_strides(weight: Tensor) -> tuple[int, int, int]:
+    channel, _, ky, kx = weight.stride()
+    return channel, ky, kx
+
+
+def unroll(height: int) -> dict[str, Any]:
+    """How a filter's rows are unrolled: so many chunks of CHUNK rows, then TAPS rows."""
+    most = int(CHUNK.value)
+    taps = height if height <= most else height % most
+    return {"chunks": (height - taps) // most, "CHUNKED": height > most, "TAPS": taps}
+
+
+def convolve(
+    out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *, stride=(1, 1), top: int, left: int,
+    activation: str = "none", derivative: bool = False, scale: Tensor | None = None, other: Tensor | None = None,
+    outputs: int = 1, inputs: int = 1, mirrored: bool = False,
+) -> Tensor:  # fmt: skip
+    """``out = other + scale · act(DW(x) + bias)``, or ``other · act'(DW(x) + bias)``.
+
+    ``outputs`` per input channel; or the sum over ``inputs`` per output channel, which with the filter ``mirrored`` is
+    the adjoint of that. ``other`` may be None.
+    """
+    kernel_height, kernel_width = weight.shape[2:]
+    weight = arranged(weight, x)
+    strides = filter_strides(weight)
+    if mirrored:
+        weight, strides = weight[:, :, kernel_height - 1 :, kernel_width - 1 :], (strides[0], -strides[1], -strides[2])
+    images, channels, out_height, out_width = out.shape
+    shape = Shape(
+        "depthwise", x.dtype, configs.channels_innermost(x), images, channels, out_height, out_width, kernel_height
+    )
+    tile = configs.choose(shape, x.device)
+    channel_blocks, column_tiles = -(-channels // tile.block_c), -(-out_width // tile.block_w)
+    strip, strips = configs.strips(out_height, tile, images * channel_blocks * column_tiles)
+    launch(
+        depthwise_conv2d_forward_kernel,
+        channel_blocks * column_tiles * strips * images,
+        x.device,
+        tile.warps,
+        x=x, x_strides=x.stride(), weight=weight, weight_strides=strides, bias=contiguous(bias),
+        scale=contiguous(scale), other=other, other_strides=None if other is None else other.stride(), out=out, out_strides=out.stride(),
+        channels=channels, height=x.shape[2], width=x.shape[3], out_height=out_height, out_width=out_width,
+        top=top, left=left, kernel_width=kernel_width, strip=strip, strips=strips, column_tiles=column_tiles,
+        ACTIVATION=activation, DERIVATIVE=derivative, STRIDE_H=stride[0], STRIDE_W=stride[1],
+        OUTPUTS=outputs, INPUTS=inputs, BLOCK_W=tile.block_w, BLOCK_C=tile.block_c, ROWS=tile.rows,
+        **unroll(kernel_height),
+    )  # fmt: skip
+    return out
+
+
+def convolve_backward(grad, x, weight, stride, padding, mask) -> list[Tensor | None]:
+    """Gradients of x, weight and bias, None where the mask does not ask for one."""
+    one_pass = tuple(stride) == (1, 1) and weight.shape[0] == x.shape[1]
+    if one_pass and mask[0] and any(mask[1:]):
+        grad_x, sums = _backward_in_one_pass(grad, x, weight, padding)
+        return [grad_x, *filter_gradients(sums, weight, mask[1:])]
+    grads: list[Tensor | None] = [None, None, None]
+    if mask[0]:
+        grads[0] = _backward_input(grad, x, weight, stride, padding)
+    if any(mask[1:]):
+        sums = weight_sums(grad, x, weight, stride, padding)
+        grads[1:] = filter_gradients(sums, weight, mask[1:])
+    return grads
+
+
+def _backward_in_one_pass(grad, x, weight, padding) -> tuple[Tensor, Tensor]:
+    images, channels, height, width = x.shape
+    kernel_height, kernel_width = weight.shape[2:]
+    rows, columns = max(height, grad.shape[2]), max(width, grad.shape[3])
+    shape = Shape(
+        "depthwise_backward", x.dtype, configs.channels_innermost(x), images, channels, rows, columns, kernel_height
+    )
+    tile = configs.choose(shape, x.device)
+    grad_x = torch.empty_like(x)
+    weight = arranged(weight, x)
+    grid, partials, share = _shares(tile, x, images, channels, rows, columns, kernel_height * kernel_width)
+    launch(
+        depthwise_conv2d_backward_kernel, grid, x.device, tile.warps,
+        grad=grad, grad_strides=grad.stride(), x=x, x_strides=x.stride(), weight=weight,
+        weight_strides=filter_strides(weight), grad_x=grad_x, grad_x_strides=grad_x.stride(), partials=partials,
+        images=images, channels=channels, height=height, width=width, out_height=grad.shape[2],
+        out_width=grad.shape[3], top=padding[0], left=padding[2], kernel_height=kernel_height,
+        kernel_width=kernel_width, **share, **unroll(kernel_height),
+        BLOCK_W=tile.block_w, BLOCK_C=tile.block_c, ROWS=tile.rows,
+    )  # fmt: skip
+    return grad_x, sum_partials(partials)
+
+
+def weight_sums(grad, x, weight, stride, padding) -> Tensor:
+    """Sums [taps + 1, C] in float32: the filter's gradient, tap by tap, then the bias's."""
+    images, channels, out_height, out_width = grad.shape
+    kernel_height, kernel_width = weight.shape[2:]
+    shape = Shape(
+        "depthwise_weight",
+        x.dtype,
+        configs.channels_innermost(x),
+        images,
+        channels,
+        out_height,
+        out_width,
+        kernel_height,
+    )
+    tile = configs.choose(shape, x.device)
+    grid, partials, share = _shares(tile, x, images, channels, out_height, out_width, kernel_height * kernel_width)
+    launch(
+        depthwise_conv2d_backward_weight_kernel, grid, x.device, tile.warps,
+        grad=grad, grad_strides=grad.stride(), x=x, x_strides=x.stride(), partials=partials,
+        images=images, channels=channels, height=x.shape[2], width=x.shape[3], out_height=out_height,
+        out_width=out_width, top=padding[0], left=padding[2], kernel_height=kernel_height, kernel_width=kernel_width,
+        **share, **unroll(kernel_height), STRIDE_H=stride[0], STRIDE_W=stride[1], OUTPUTS=channels // x.shape[1],
+        BLOCK_W=tile.block_w, BLOCK_C=tile.block_c, ROWS=tile.rows,
+    )  # fmt: skip
+    return sum_partials(partials)
+
+
+def _shares(tile, x, images, channels, rows, columns, taps) -> tuple[int, Tensor, dict[str, int]]:
+    """Grid, partial sums ``[splits, taps + 1, C]`` and the arguments that give each program its share of the maps."""
+    channel_blocks, column_tiles = -(-channels // tile.block_c), -(-columns // tile.block_w)
+    strip, strips = configs.strips(rows, tile, images * channel_blocks * column_tiles)
+    splits = min(images * strips * column_tiles, max(1, configs.PROGRAMS // channel_blocks))
+    partials = torch.empty((splits, taps + 1, channels), dtype=torch.float32, device=x.device)
+    share = {"strip": strip, "strips": strips, "column_tiles": column_tiles, "splits": splits}
+    return channel_blocks * splits, partials, share
+
+
+def _backward_input(grad, x, weight, stride, padding) -> Tensor:
+    """The input gradient: a convolution of ``grad`` with the mirrored filter.
+
+    With stride 2 it is up to four of them, one for the even and odd rows and columns of x each: those meet every other
+    tap of the filter.
+    """
+    grad_x = torch.empty_like(x)
+    inputs = weight.shape[0] // x.shape[1]
+    for row in range(stride[0]):
+        ky, top = _phase(row, stride[0], weight.shape[2], padding[0])
+        for column in range(stride[1]):
+            kx, left = _phase(column, stride[1], weight.shape[3], padding[2])
+            taps = weight[:, :, ky :: stride[0], kx :: stride[1]]
+            out = grad_x[:, :, row :: stride[0], column :: stride[1]]
+            if taps.numel() == 0:
+                out.zero_()
+            elif out.numel():
+                convolve(out, grad, taps, None, top=top, left=left, inputs=inputs, mirrored=True)
+    return grad_x
+
+
+def _phase(offset: int, stride: int, kernel: int, padding: int) -> tuple[int, int]:
+    """(first tap, padding of the convolution of the gradient) of every stride-th pixel from offset.
+
+    Pixel ``h = offset + stride·i`` meets tap k in output ``(h + padding - k) / stride`` where that is whole: in the
+    taps ``first + stride·t`` and outputs ``i + shift - t``.
+    """
+    first, shift = (offset + padding) % stride, (offset + padding) // stride
+    return first, len(range(first, kernel, stride)) - 1 - shift
+
+
+def sum_partials(partials: Tensor) -> Tensor:
+    """``[splits, ...]`` float32 to its sum over the splits, in the same order every time."""
+    splits, count = partials.shape[0], partials[0].numel() if partials.shape[0] else 0
+    if splits == 0:
+        return partials.new_zeros(partials.shape[1:])
+    if splits == 1:
+        return partials[0]
+    sums = torch.empty_like(partials[0])
+    block = 128
+    launch(
+        sum_partials_kernel, -(-count // block), partials.device, 4,
+        partials=partials, sums=sums, splits=splits, count=count, BLOCK_S=16, BLOCK=block,
+    )  # fmt: skip
+    return sums
+
+
+def filter_gradients(sums, weight, mask, *, bias=None, scale=None, wants_scale=False) -> list[Tensor | None]:
+    """[weight, bias(, scale)] gradients from sums ``[taps + 1, C]``; see the kernel."""
+    channels, _, kernel_height, kernel_width = weight.shape
+    grad_weight = torch.empty_like(weight) if mask[0] else None
+    grad_bias = weight.new_empty(channels) if mask[1] else None
+    grad_scale = weight.new_empty(channels) if wants_scale else None
+    block_c = 32
+    launch(
+        filter_gradients_kernel, -(-channels // block_c), weight.device, 4,
+        sums=sums, weight=weight, weight_strides=filter_strides(weight), bias=contiguous(bias),
+        scale=contiguous(scale), grad_weight=grad_weight,
+        grad_weight_strides=None if grad_weight is None else filter_strides(grad_weight),
+        grad_bias=grad_bias, grad_scale=grad_scale, channels=channels, kernel_height=kernel_height,
+        kernel_width=kernel_width, BLOCK_C=block_c, BLOCK_T=64,
+    )  # fmt: skip
+    return [grad_weight, grad_bias, *([grad_scale] if wants_scale else [])]
+
+
+def contiguous(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.contiguous()

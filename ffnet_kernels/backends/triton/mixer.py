@@ -1,0 +1,174 @@
+"""Starts the kernels of the channel mixer: shapes, tiles, grids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import configs, depthwise
+from .configs import MatrixShape
+from .depthwise import contiguous, same_padding, sum_partials
+from .launch import launch
+from .mixer_kernels import (
+    channel_mixer_backward_kernel,
+    channel_mixer_forward_kernel,
+    pointwise_backward_weight_kernel,
+    pointwise_forward_kernel,
+    pointwise_gradients_kernel,
+)
+
+
+def forward(
+    out, x, weight, bias, expand_weight, expand_bias, project_weight, project_bias, activation: str, scale, residual
+) -> Tensor:  # fmt: skip
+    mixed = _mixed(x, weight, bias)
+    hidden, channels = expand_weight.shape
+    if configs.fuses_hidden(x.dtype, channels, project_weight.shape[0]):
+        return _fused(out, mixed, expand_weight, expand_bias, project_weight, project_bias, activation, scale, residual)
+    middle = _map_like(x, hidden)
+    pointwise(middle, mixed, expand_weight, expand_bias, activation=activation)
+    return pointwise(out, middle, project_weight, project_bias, scale=scale, residual=residual)
+
+
+def _mixed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    top, _, left, _ = same_padding(weight)
+    return depthwise.convolve(_map_like(x, x.shape[1]), x, weight, bias, top=top, left=left)
+
+
+def _map_like(x: Tensor, channels: int) -> Tensor:
+    """An uninitialised dense map over the pixels of x, channels innermost if those of x are."""
+    last = configs.channels_innermost(x)
+    return torch.empty(
+        (x.shape[0], channels, *x.shape[2:]), dtype=x.dtype, device=x.device,
+        memory_format=torch.channels_last if last else torch.contiguous_format,
+    )  # fmt: skip
+
+
+def pixel_grid(maps: Sequence[Tensor]) -> tuple[int, int, int]:
+    """(count, height, width) of the pixels of maps of one extent, dimensions merged that lie evenly in all of them."""
+    images, _, height, width = maps[0].shape
+    count = images * height * width
+    if all(m.stride(2) == m.stride(3) * width for m in maps):
+        width, height = height * width, 1
+        if all(m.stride(0) == m.stride(3) * width for m in maps):
+            width = count
+    return count, height, width
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Of products of float32 numbers: TensorFloat-32 where torch's flag for convolutions allows it."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"
+
+
+def pointwise(
+    out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *, activation: str = "none",
+    scale: Tensor | None = None, residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """``out = residual + scale · act(weight·x + bias)``, weight [O, C] of any strides."""
+    outputs, channels = weight.shape
+    maps = [x, out] if residual is None else [x, out, residual]
+    count, height, width = pixel_grid(maps)
+    shape = MatrixShape("pointwise", x.dtype, configs.channels_innermost(x), count, channels, outputs)
+    tile = configs.choose_matrix(shape, x.device)
+    launch(
+        pointwise_forward_kernel, -(-count // tile.block_p) * -(-outputs // tile.block_o), x.device, tile.warps,
+        tile.stages,
+        x=x, x_strides=x.stride(), weight=weight, weight_strides=weight.stride(), bias=contiguous(bias),
+        scale=contiguous(scale), residual=residual,
+        residual_strides=None if residual is None else residual.stride(), out=out, out_strides=out.stride(),
+        count=count, height=height, width=width, channels=channels, outputs=outputs, ACTIVATION=activation,
+        PRECISION=precision(x.dtype), BLOCK_P=tile.block_p, BLOCK_O=tile.block_o, BLOCK_K=tile.block_k,
+    )  # fmt: skip
+    return out
+
+
+def _fused(
+    out, mixed, expand_weight, expand_bias, project_weight, project_bias, activation, scale, residual
+) -> Tensor:  # fmt: skip
+    hidden, channels = expand_weight.shape
+    outputs = project_weight.shape[0]
+    maps = [mixed, out] if residual is None else [mixed, out, residual]
+    count, height, width = pixel_grid(maps)
+    shape = MatrixShape("channel_mixer", mixed.dtype, configs.channels_innermost(mixed), count, channels, outputs)
+    tile = configs.choose_matrix(shape, mixed.device)
+    launch(
+        channel_mixer_forward_kernel, -(-count // tile.block_p), mixed.device, tile.warps, tile.stages,
+        mixed=mixed, mixed_strides=mixed.stride(), expand_weight=expand_weight,
+        expand_strides=expand_weight.stride(), expand_bias=contiguous(expand_bias), project_weight=project_weight,
+        project_strides=project_weight.stride(), project_bias=contiguous(project_bias), scale=contiguous(scale),
+        residual=residual, residual_strides=None if residual is None else residual.stride(),
+        out=out, out_strides=out.stride(), count=count, height=height, width=width, channels=channels, hidden=hidden,
+        outputs=outputs, ACTIVATION=activation, PRECISION=precision(mixed.dtype), BLOCK_P=tile.block_p,
+        BLOCK_O=configs.covering(outputs), BLOCK_K=configs.covering(channels), BLOCK_H=tile.block_k,
+    )  # fmt: skip
+    return out
+
+
+def backward(
+    grad, x, weight, bias, expand_weight, expand_bias, project_weight, project_bias, activation: str, scale, residual,
+    mask,
+) -> list[Tensor]:  # fmt: skip
+    """The wanted gradients, in the order of the tensor arguments; that of the residual is ``grad`` itself."""
+    hidden, channels = expand_weight.shape
+    mixed = _mixed(x, weight, bias)
+    middle, grad_before = _map_like(x, hidden), _map_like(x, hidden)
+    scaled = project_weight if scale is None else project_weight * scale[:, None]
+    count, height, width = pixel_grid([grad, mixed, middle, grad_before])
+    shape = MatrixShape("channel_mixer_backward", x.dtype, configs.channels_innermost(x), count, channels, hidden)
+    tile = configs.choose_matrix(shape, x.device)
+    launch(
+        channel_mixer_backward_kernel, -(-count // tile.block_p) * -(-hidden // tile.block_o), x.device, tile.warps,
+        tile.stages,
+        grad=grad, grad_strides=grad.stride(), mixed=mixed, mixed_strides=mixed.stride(),
+        expand_weight=expand_weight, expand_strides=expand_weight.stride(), expand_bias=contiguous(expand_bias),
+        project_weight=scaled, project_strides=scaled.stride(), hidden_map=middle, hidden_strides=middle.stride(),
+        grad_before=grad_before, grad_before_strides=grad_before.stride(), count=count, height=height, width=width,
+        channels=channels, hidden=hidden, outputs=grad.shape[1], ACTIVATION=activation, PRECISION=precision(x.dtype),
+        BLOCK_P=tile.block_p, BLOCK_O=tile.block_o, BLOCK_K=tile.block_k,
+    )  # fmt: skip
+    first: list[Tensor | None] = [None, None, None]
+    if any(mask[:3]):
+        grad_mixed = pointwise(torch.empty_like(mixed), grad_before, expand_weight.t(), None)
+        first = depthwise.convolve_backward(grad_mixed, x, weight, (1, 1), same_padding(weight), mask[:3])
+    expand: list[Tensor | None] = [None, None]
+    if any(mask[3:5]):
+        expand = pointwise_gradients(grad_before, mixed, expand_weight, mask[3:5])[:2]
+    project: list[Tensor | None] = [None, None, None]
+    if any(mask[5:8]):
+        project = pointwise_gradients(
+            grad, middle, project_weight, mask[5:8], bias=project_bias, scale=scale,
+        )  # fmt: skip
+    found = [*first, *expand, *project, grad]
+    return [g for g, m in zip(found, mask, strict=True) if m and g is not None]
+
+
+def pointwise_gradients(grad, x, weight, mask, *, bias=None, scale=None) -> list[Tensor | None]:
+    """[weight, bias, scale] gradients of ``scale · (weight·x + bias)``, None where the mask does not ask for one."""
+    outputs, channels = weight.shape
+    count, height, width = pixel_grid([grad, x])
+    shape = MatrixShape("pointwise_weight", x.dtype, configs.channels_innermost(x), count, channels, outputs)
+    tile = configs.choose_matrix(shape, x.device)
+    blocks = -(-outputs // tile.block_o) * -(-channels // tile.block_k)
+    splits = min(-(-count // tile.block_p), max(1, configs.PROGRAMS // blocks))
+    partials = x.new_empty((splits, outputs, channels), dtype=torch.float32)
+    bias_partials = x.new_empty((splits, outputs), dtype=torch.float32)
+    launch(
+        pointwise_backward_weight_kernel, blocks * splits, x.device, tile.warps, tile.stages,
+        grad=grad, grad_strides=grad.stride(), x=x, x_strides=x.stride(), partials=partials,
+        bias_partials=bias_partials, count=count, height=height, width=width, channels=channels, outputs=outputs,
+        splits=splits, PRECISION=precision(x.dtype), BLOCK_P=tile.block_p, BLOCK_O=tile.block_o, BLOCK_K=tile.block_k,
+    )  # fmt: skip
+    grad_weight = torch.empty_like(weight) if mask[0] else None
+    grad_bias = weight.new_empty(outputs) if mask[1] else None
+    grad_scale = weight.new_empty(outputs) if len(mask) > 2 and mask[2] else None
+    block_o = 16
+    launch(
+        pointwise_gradients_kernel, -(-outputs // block_o), x.device, 4,
+        sums=sum_partials(partials), bias_sums=sum_partials(bias_partials), weight=weight,
+        weight_strides=weight.stride(), bias=contiguous(bias), scale=contiguous(scale), grad_weight=grad_weight,
+        grad_weight_strides=None if grad_weight is None else grad_weight.stride(), grad_bias=grad_bias,
+        grad_scale=grad_scale, channels=channels, outputs=outputs, BLOCK_O=block_o, BLOCK_K=128,
+    )  # fmt: skip
+    return [grad_weight, grad_bias, grad_scale]
