@@ -2,6 +2,7 @@
 # make test          all tests, lint and types among them
 # make lint          lint and types only
 # make bench         the quick benchmark suite
+# make gpu           on a GPU: checks and benchmarks of the Triton kernels, their tiles measured
 #
 # Each makes .venv if there is none (versions: requirements.txt) and builds. On a machine that has torch and no network,
 # `make demo CURRENT=1` uses the interpreter PYTHON as it is.
@@ -18,7 +19,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench gpu clean
 demo: $(READY)
 	$(RUN) -m ffnet demo $(ARGS)
 
@@ -31,6 +32,9 @@ lint: $(READY)
 
 bench: $(READY)
 	$(RUN) -m benchmarks --suite quick $(ARGS)
+
+gpu: $(READY)
+	$(RUN) -m benchmarks.gpu $(ARGS)
 
 $(VENV)/.packages: requirements.txt
 	$(PYTHON) -m venv $(VENV)

@@ -7,6 +7,7 @@ from .info import info
 from .modules import ChannelMixer, DepthwiseConv2d, FFNifiedAttention
 from .optimize import optimize
 from .selftest import selftest
+from .warmup import warmup
 
 __version__ = "0.1.0"
 
@@ -24,4 +25,5 @@ __all__ = [
     "optimize",
     "selftest",
     "use_backend",
+    "warmup",
 ]

@@ -1,4 +1,4 @@
-"""``python -m ffnet_kernels info | selftest``."""
+"""``python -m ffnet_kernels info | selftest | tune``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import argparse
 import json
 import sys
 import time
+from pathlib import Path
 
+import torch
+
+from . import dispatch
 from .info import format_info, info
 from .selftest import Check, selftest
 
@@ -18,10 +22,16 @@ def main(argv: list[str] | None = None) -> int:
     show.add_argument("--json", action="store_true", help="as JSON")
     check = commands.add_parser("selftest", help="check every built kernel against the float64 reference")
     check.add_argument("--verbose", action="store_true", help="print every check, not only failures")
+    tuning = commands.add_parser("tune", help="measure the tiles of the Triton kernels on this GPU, keep the fastest")
+    tuning.add_argument("--quick", action="store_true", help="bfloat16 at the largest batch only")
+    tuning.add_argument("--again", action="store_true", help="measure also what was measured before")
+    tuning.add_argument("--out", type=Path, metavar="DIR", help="folder of the results (default: the package's own)")
     options = parser.parse_args(argv)
     if options.command == "info":
         print(json.dumps(info(), indent=2) if options.json else format_info())
         return 0
+    if options.command == "tune":
+        return _tune(options.quick, options.again, options.out)
     return _selftest(options.verbose)
 
 
@@ -40,6 +50,26 @@ def _selftest(verbose: bool) -> int:
           f"in {time.perf_counter() - start:.1f} s")  # fmt: skip
     print(f"{len(checks) - failed} passed, {failed} failed")
     return 1 if failed else 0
+
+
+def _tune(quick: bool, again: bool, folder: Path | None) -> int:
+    """Returns 0; 1 where it could not go on, 2 where there is nothing to tune, 130 after Ctrl-C."""
+    reason = dispatch.why_unavailable("triton") if torch.cuda.is_available() else "there is no GPU"
+    if reason:
+        print(f"tune: {reason}", file=sys.stderr)
+        return 2
+    from .backends.triton import tune  # not before it is known that Triton is there
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    try:
+        tune.tune(device, folder, tune.calls(quick), tune.ColdClock(device), again=again)
+    except KeyboardInterrupt:
+        print("tune: interrupted; what was measured is kept, the next run goes on", file=sys.stderr)
+        return 130
+    except (tune.DeviceLostError, OSError) as error:
+        print(f"tune: {error}; what was measured is kept, the next run goes on", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,14 +1,18 @@
 """Runs the tests against this checkout, with hypothesis profiles that make every run the same."""
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, Phase, settings
 
 ROOT = Path(__file__).parents[1]
 # pytest puts tests/ on the path, where tests/ffnet_kernels would pass for a namespace package of that name.
 sys.path.insert(0, str(ROOT))
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # the Triton kernels run on CPU tensors; read on import
 
 _COMMON = {"derandomize": True, "database": None, "deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 _ONCE = [Phase.explicit, Phase.generate]  # a failing case is repeated as it is; "thorough" shrinks it first

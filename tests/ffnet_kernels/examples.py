@@ -15,22 +15,30 @@ def example(
     seed: int = 0,
     **options,
 ) -> Case:
-    """With every optional tensor. ``options``: ``stride``, ``padding``, ``multiplier`` of depthwise_conv2d."""
+    """With every optional tensor.
+
+    ``options``: ``stride``, ``padding``, ``multiplier`` of depthwise_conv2d, ``value_kernel`` of ffnified_attention,
+    ``hidden`` and ``outputs`` of channel_mixer.
+    """
     generator = torch.Generator().manual_seed(seed)
     channels, gain = shape[1], (kernel[0] * kernel[1]) ** -0.5
 
     def values(*size: int, scale: float = 1.0) -> torch.Tensor:
         return (torch.randn(size, generator=generator) * scale).to(dtype)
 
-    x = laid_out(shape, layout, generator).to(dtype)
+    x = laid_out(shape, layout, generator, dtype=dtype)
     weight = values(channels * options.pop("multiplier", 1), 1, *kernel, scale=gain)
     if operator == "depthwise_conv2d":
         return Case(operator, (x, weight, values(weight.shape[0])), {"activation": activation, **options})
-    kwargs = {"activation": activation, "scale": values(channels)}
+    outputs = options.pop("outputs", channels)
+    kwargs = {"activation": activation, "scale": values(outputs)}
     if operator == "ffnified_attention":
-        args = (x, weight, values(channels), values(channels, 1, *kernel, scale=gain), values(channels))
+        value_kernel = options.pop("value_kernel", kernel)
+        value = values(channels, 1, *value_kernel, scale=(value_kernel[0] * value_kernel[1]) ** -0.5)
+        args = (x, weight, values(channels), value, values(channels))
     else:
-        hidden = 2 * channels + 1
-        expand, project = values(hidden, channels, scale=channels**-0.5), values(channels, hidden, scale=hidden**-0.5)
-        args = (x, weight, values(channels), expand, values(hidden), project, values(channels))
-    return Case(operator, args, {**kwargs, "residual": laid_out(shape, layout, generator).to(dtype)})
+        hidden = options.pop("hidden", 2 * channels + 1)
+        expand, project = values(hidden, channels, scale=channels**-0.5), values(outputs, hidden, scale=hidden**-0.5)
+        args = (x, weight, values(channels), expand, values(hidden), project, values(outputs))
+    residual = laid_out((shape[0], outputs, *shape[2:]), layout, generator, dtype=dtype)
+    return Case(operator, args, {**kwargs, "residual": residual, **options})

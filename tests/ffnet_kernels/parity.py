@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
 import pytest
@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import ffnet_kernels as fk
-from ffnet_kernels import checks, native
-from ffnet_kernels.backends import cpu, reference
+from ffnet_kernels import checks, dispatch, native
+from ffnet_kernels.backends import reference
 from ffnet_kernels.operators import OPERATORS as DEFINITIONS
 from ffnet_kernels.selftest import error_limit as error_limit
 
@@ -40,7 +40,6 @@ LAYOUTS = (
     "window",
 )
 WEIGHT_LAYOUTS = ("nchw", "channels_innermost", "channels_last", "stepped", "transposed", "expanded_batch")
-_WORK = 1_500_000  # multiplications of a case
 _SAMPLE = 4096  # outputs over which plain PyTorch's error is taken
 
 
@@ -100,12 +99,14 @@ def poisoned_outputs() -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = filling
 
 
-def laid_out(shape: tuple[int, ...], layout: str, generator: torch.Generator, gain: float = 1.0) -> Tensor:
+def laid_out(
+    shape: tuple[int, ...], layout: str, generator: torch.Generator, gain: float = 1.0, dtype=torch.float32
+) -> Tensor:
     """Normally distributed values in a [N, C, H, W] view of the given layout."""
     n, c, h, w = shape
 
     def normal(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator) * gain
+        return (torch.randn(size, generator=generator) * gain).to(dtype)
 
     match layout:
         case "nchw":
@@ -166,23 +167,29 @@ def limit_of(operator: str, args: tuple, expected: Tensor, eager: Tensor) -> flo
         for i, values in enumerate(args):
             if values is args[0] or (operator != "depthwise_conv2d" and i == len(args) - 1 and values is not None):
                 images = -(-_SAMPLE * values.shape[0] // expected.numel())
-                more[i] = torch.cat([values, torch.randn(images, *values.shape[1:], generator=generator)])
+                extra = torch.randn(images, *values.shape[1:], generator=generator)
+                more[i] = torch.cat([values, extra.to(values.dtype)])
         expected, eager = reference_of(operator, tuple(more))
     return error_limit(expected, eager)
 
 
-def check(case: Case) -> None:
-    """Every instruction set against the float64 reference, relative to plain PyTorch's own error."""
+def variants(backend: str) -> list[str | None]:
+    """The instruction sets of the CPU kernels; other backends have one variant."""
+    return ISAS if backend == "cpu" else [None]
+
+
+def check(case: Case, backend: str = "cpu") -> None:
+    """Every variant of a backend against the float64 reference, relative to plain PyTorch's own error."""
     operator, args = case.operator, case.checked()
-    if cpu.refusal(operator, args) is not None:
+    if dispatch.BACKENDS[backend].refusal(operator, args) is not None:
         decision = fk.explain(operator, *case.args, **case.kwargs)
         assert decision.backend == "reference"
-        assert decision.refused["cpu"], "a refusal gives its reason"
+        assert decision.refused[backend], "a refusal gives its reason"
         return
     expected, eager = reference_of(operator, args)
     limit = limit_of(operator, args, expected, eager)
-    for isa in ISAS:
-        with selected_isa(isa), poisoned_outputs(), fk.use_backend("cpu"):
+    for isa in variants(backend):
+        with selected_isa(isa), poisoned_outputs(), fk.use_backend(backend):
             out = case.run()
         assert out.shape == expected.shape
         assert out.dtype == eager.dtype
@@ -192,31 +199,45 @@ def check(case: Case) -> None:
             assert error <= limit, f"{isa}: error {error:.2e} over the limit {limit:.2e}"
 
 
-def check_gradients(case: Case) -> None:
+def check_gradients(
+    case: Case, backend: str = "cpu", *, layout: str = "nchw", wanted: Collection[int] | None = None
+) -> None:
     """As :func:`check`, for the gradient of every tensor of the call, of a random gradient of its result.
 
     A gradient of a few elements would judge by plain PyTorch's luck: its share of error is that of the call's worst.
+
+    Args:
+        layout: of the result's gradient.
+        wanted: places of the tensors whose gradients are asked for, in place of all.
     """
     args = case.checked()
-    shape = reference_of(case.operator, args)[1].shape
-    grad = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    mask = [args[i] is not None for i in OPERATORS_BY_NAME[case.operator].tensors]
+    out = reference_of(case.operator, args)[1]
+    grad = laid_out(out.shape, layout, torch.Generator().manual_seed(0), dtype=out.dtype)
+    places = OPERATORS_BY_NAME[case.operator].tensors
+    mask = [args[i] is not None and (wanted is None or i in wanted) for i in places]
     call = (grad, *args, mask)
     expected, eager = reference_of(f"{case.operator}_backward", call)
     few = 64
     share = max((relative_error(plain, exact) for plain, exact in zip(eager, expected, strict=True)), default=0)
-    for isa in ISAS:
+    for isa in variants(backend):
         with selected_isa(isa), poisoned_outputs():
-            got = getattr(cpu, f"{case.operator}_backward")(*call)
+            got = backward_of(backend, case.operator)(*call)
         assert len(got) == len(expected)
         for i, (result, exact, plain) in enumerate(zip(got, expected, eager, strict=True)):
             assert result.shape == exact.shape
+            assert result.dtype == plain.dtype
             if result.numel():
                 error = (result.double() - exact).abs().max().item()
                 limit = error_limit(exact, plain)
                 if result.numel() < few:
                     limit = max(limit, 2 * share * exact.abs().max().item())
                 assert error <= limit, f"{isa}: gradient {i}: error {error:.2e} over the limit {limit:.2e}"
+
+
+def backward_of(backend: str, operator: str) -> Callable[..., list[Tensor]]:
+    """A backend's own gradients of an operator; Triton's are registered in a namespace of their own."""
+    name = f"{operator}_backward"
+    return getattr(torch.ops.ffnet_kernels_triton if backend == "triton" else dispatch.BACKENDS[backend], name)
 
 
 def relative_error(x: Tensor, exact: Tensor) -> float:
@@ -231,47 +252,64 @@ _kernels = st.one_of(
     _sides.map(lambda k: (k, k)), st.tuples(_sides, _sides), st.sampled_from([(1, 51), (3, 7), (11, 3)])
 )
 _activations = st.sampled_from(checks.ACTIVATIONS)
+
+
+class Sizes(NamedTuple):
+    """What the cases are drawn from."""
+
+    images: st.SearchStrategy
+    channels: st.SearchStrategy
+    extents: st.SearchStrategy
+    kernels: st.SearchStrategy
+    dtypes: st.SearchStrategy
+    work: int  # multiplications of a case
+
+    def shape(self, draw: st.DrawFn, cost: int) -> tuple[int, int, int, int]:
+        """[N, C, H, W], the largest of C, H and W halved until the work is affordable."""
+        n, c, h, w = draw(self.images), draw(self.channels), draw(self.extents), draw(self.extents)
+        while n * c * h * w * cost > self.work and max(c, h, w) > 1:
+            largest = max(c, h, w)
+            c, h, w = (c // 2, h, w) if c == largest else (c, h // 2, w) if h == largest else (c, h, w // 2)
+        return n, c, h, w
+
+
+NATIVE = Sizes(st.integers(0, 3), _channels, _extents, _kernels, st.just(torch.float32), 1_500_000)
 _generators = st.integers(0, 2**31).map(lambda seed: torch.Generator().manual_seed(seed))
 
 
-def _bounded(n: int, c: int, h: int, w: int, cost: int) -> tuple[int, int, int, int]:
-    """Halves the largest of C, H and W until n·c·h·w·cost is affordable."""
-    while n * c * h * w * cost > _WORK and max(c, h, w) > 1:
-        largest = max(c, h, w)
-        c, h, w = (c // 2, h, w) if c == largest else (c, h // 2, w) if h == largest else (c, h, w // 2)
-    return n, c, h, w
-
-
 @st.composite
-def _vectors(draw: st.DrawFn, length: int, generator: torch.Generator) -> Tensor | None:
+def _vectors(draw: st.DrawFn, length: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor | None:
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator).to(dtype)
+
     match draw(st.sampled_from(["none", "contiguous", "strided", "expanded", "column"])):
         case "contiguous":
-            return torch.randn(length, generator=generator)
+            return normal(length)
         case "strided":
-            return torch.randn(2 * length + 1, generator=generator)[1::2]
+            return normal(2 * length + 1)[1::2]
         case "expanded":
-            return torch.randn(1, generator=generator).expand(length)
+            return normal(1).expand(length)
         case "column":
-            return torch.randn(length, 1, 1, generator=generator)
+            return normal(length, 1, 1)
     return None
 
 
 @st.composite
-def depthwise_cases(draw: st.DrawFn) -> Case:
-    generator = draw(_generators)
-    kernel = draw(_kernels)
-    shape = _bounded(draw(st.integers(0, 3)), draw(_channels), draw(_extents), draw(_extents), kernel[0] * kernel[1])
+def depthwise_cases(draw: st.DrawFn, sizes: Sizes = NATIVE) -> Case:
+    generator, dtype = draw(_generators), draw(sizes.dtypes)
+    kernel = draw(sizes.kernels)
+    shape = sizes.shape(draw, kernel[0] * kernel[1])
     outputs = shape[1] * draw(st.sampled_from([1, 1, 2]))
     paddings: list = ["same", (kernel[0] // 2, kernel[1] // 2), (kernel[0], 0), 3]
     if shape[2] >= kernel[0] and shape[3] >= kernel[1]:
         paddings += ["valid", 0]
     paddings = [p for p in paddings if p == "same" or _fits(p, kernel, shape)]
-    x = laid_out(shape, draw(st.sampled_from(LAYOUTS)), generator)
+    x = laid_out(shape, draw(st.sampled_from(LAYOUTS)), generator, dtype=dtype)
     gain = (kernel[0] * kernel[1]) ** -0.5
-    weight = laid_out((outputs, 1, *kernel), draw(st.sampled_from(WEIGHT_LAYOUTS)), generator, gain)
+    weight = laid_out((outputs, 1, *kernel), draw(st.sampled_from(WEIGHT_LAYOUTS)), generator, gain, dtype)
     stride = draw(st.sampled_from([1, 1, 2, (2, 1), (1, 2)]))
     kwargs = {"stride": stride, "padding": draw(st.sampled_from(paddings)), "activation": draw(_activations)}
-    return Case("depthwise_conv2d", (x, weight, draw(_vectors(outputs, generator))), kwargs)
+    return Case("depthwise_conv2d", (x, weight, draw(_vectors(outputs, generator, dtype))), kwargs)
 
 
 def _fits(padding, kernel: tuple[int, int], shape: tuple[int, ...]) -> bool:
@@ -280,43 +318,41 @@ def _fits(padding, kernel: tuple[int, int], shape: tuple[int, ...]) -> bool:
 
 
 @st.composite
-def attention_cases(draw: st.DrawFn) -> Case:
-    generator = draw(_generators)
-    kernels = draw(_kernels), draw(_kernels)
-    cost = sum(kh * kw for kh, kw in kernels)
-    shape = _bounded(draw(st.integers(0, 3)), draw(_channels), draw(_extents), draw(_extents), cost)
-    query = laid_out(shape, draw(st.sampled_from(LAYOUTS)), generator)
+def attention_cases(draw: st.DrawFn, sizes: Sizes = NATIVE) -> Case:
+    generator, dtype = draw(_generators), draw(sizes.dtypes)
+    kernels = draw(st.one_of(sizes.kernels.map(lambda k: (k, k)), st.tuples(sizes.kernels, sizes.kernels)))
+    shape = sizes.shape(draw, sum(kh * kw for kh, kw in kernels))
+    query = laid_out(shape, draw(st.sampled_from(LAYOUTS)), generator, dtype=dtype)
     key, value = (
-        laid_out((shape[1], 1, *k), draw(st.sampled_from(WEIGHT_LAYOUTS)), generator, (k[0] * k[1]) ** -0.5)
+        laid_out((shape[1], 1, *k), draw(st.sampled_from(WEIGHT_LAYOUTS)), generator, (k[0] * k[1]) ** -0.5, dtype)
         for k in kernels
     )
-    vectors = [draw(_vectors(shape[1], generator)) for _ in range(3)]
+    vectors = [draw(_vectors(shape[1], generator, dtype)) for _ in range(3)]
     layout = draw(st.sampled_from([None, *LAYOUTS]))
-    residual = None if layout is None else laid_out(shape, layout, generator)
+    residual = None if layout is None else laid_out(shape, layout, generator, dtype=dtype)
     kwargs = {"activation": draw(_activations), "scale": vectors[2], "residual": residual}
     return Case("ffnified_attention", (query, key, vectors[0], value, vectors[1]), kwargs)
 
 
 @st.composite
-def channel_mixer_cases(draw: st.DrawFn) -> Case:
-    generator = draw(_generators)
-    kernel = draw(_kernels)
-    hidden, outputs = draw(_channels), draw(_channels)
-    cost = kernel[0] * kernel[1] + hidden
-    shape = _bounded(draw(st.integers(0, 3)), draw(_channels), draw(_extents), draw(_extents), cost)
-    x = laid_out(shape, draw(st.sampled_from(LAYOUTS)), generator)
+def channel_mixer_cases(draw: st.DrawFn, sizes: Sizes = NATIVE) -> Case:
+    generator, dtype = draw(_generators), draw(sizes.dtypes)
+    kernel = draw(sizes.kernels)
+    hidden, outputs = draw(sizes.channels), draw(sizes.channels)
+    shape = sizes.shape(draw, kernel[0] * kernel[1] + hidden)
+    x = laid_out(shape, draw(st.sampled_from(LAYOUTS)), generator, dtype=dtype)
     weight = laid_out(
-        (shape[1], 1, *kernel), draw(st.sampled_from(WEIGHT_LAYOUTS)), generator, (kernel[0] * kernel[1]) ** -0.5
+        (shape[1], 1, *kernel), draw(st.sampled_from(WEIGHT_LAYOUTS)), generator, (kernel[0] * kernel[1]) ** -0.5, dtype
     )
 
     def matrix(rows: int, columns: int) -> Tensor:
         layout = draw(st.sampled_from(["nchw", "stepped", "channels_innermost"]))
-        weight = laid_out((rows, columns, 1, 1), layout, generator, columns**-0.5)
+        weight = laid_out((rows, columns, 1, 1), layout, generator, columns**-0.5, dtype)
         return weight if draw(st.booleans()) else weight[:, :, 0, 0]
 
     expand, project = matrix(hidden, shape[1]), matrix(outputs, hidden)
-    biases = [draw(_vectors(length, generator)) for length in (shape[1], hidden, outputs, outputs)]
+    biases = [draw(_vectors(length, generator, dtype)) for length in (shape[1], hidden, outputs, outputs)]
     layout = draw(st.sampled_from([None, *LAYOUTS]))
-    residual = None if layout is None else laid_out((shape[0], outputs, *shape[2:]), layout, generator)
+    residual = None if layout is None else laid_out((shape[0], outputs, *shape[2:]), layout, generator, dtype=dtype)
     kwargs = {"activation": draw(_activations), "scale": biases[3], "residual": residual}
     return Case("channel_mixer", (x, weight, biases[0], expand, biases[1], project, biases[2]), kwargs)

@@ -22,6 +22,7 @@ logger = logging.getLogger("ffnet_kernels")
 
 OLDEST = (3, 5)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MOST_PIXELS = 2**31 - 2**10
 _HOSTS = {"depthwise_conv2d": "depthwise", "ffnified_attention": "attention", "channel_mixer": "mixer"}
 _DEVICES = ("cuda", "xpu")
 _HOW_TO_INTERPRET = "TRITON_INTERPRET=1 in the environment runs the kernels on CPU tensors, slowly, for tests"
@@ -62,6 +63,8 @@ def refusal(operator: str, args: tuple) -> str | None:
         return f"takes GPU tensors, got {x.device}; {_HOW_TO_INTERPRET}"
     if x.dtype not in _DTYPES:
         return f"takes float32, bfloat16 and float16, got {x.dtype}"
+    if operator.startswith("channel_mixer") and x.shape[0] * x.shape[2] * x.shape[3] > _MOST_PIXELS:
+        return f"takes up to {_MOST_PIXELS} pixels, got the shape {list(x.shape)}"
     return None
 
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from . import configs, depthwise
 from .attention_kernels import ffnified_attention_backward_kernel, ffnified_attention_forward_kernel
 from .configs import Shape
-from .depthwise import arranged, contiguous, convolve, convolve_backward, filter_gradients, filter_strides, sum_partials
-from .launch import launch
+from .depthwise import convolve, convolve_backward, filter_gradients, filters, sum_partials
+from .launch import launch, maps, vectors
 
 #: Filter heights of the fused kernels. A taller filter would recompute more of the middle map than it saves traffic:
 #: its two convolutions are bound by arithmetic, and run one after the other.
@@ -26,30 +26,19 @@ def forward(out, query, key, key_bias, value, value_bias, activation: str, scale
         tops, lefts = zip(*(((w.shape[2] - 1) // 2, (w.shape[3] - 1) // 2) for w in (key, value)), strict=True)
         convolve(middle, query, key, key_bias, top=tops[0], left=lefts[0], activation=activation)
         return convolve(out, middle, value, value_bias, top=tops[1], left=lefts[1], scale=scale, other=residual)
-    images, channels, height, width = query.shape
-    tile, tiling = _tiling("attention", query, key)
-    key, value = arranged(key, query), arranged(value, query)
-    grid = -(-channels // tile.block_c) * tiling["column_tiles"] * tiling["strips"] * images
+    shape = Shape.of("attention", query, query.shape, key.shape[2])
+    tile = configs.choose(shape, query.device)
+    share = configs.share(tile, shape, overlap=key.shape[3] - 1)
     launch(
-        ffnified_attention_forward_kernel, grid, query.device, tile.warps,
-        query=query, query_strides=query.stride(), key=key, key_strides=filter_strides(key),
-        key_bias=contiguous(key_bias), value=value, value_strides=filter_strides(value),
-        value_bias=contiguous(value_bias), scale=contiguous(scale), residual=residual,
-        residual_strides=None if residual is None else residual.stride(), out=out, out_strides=out.stride(),
-        channels=channels, height=height, width=width, kernel_width=key.shape[3], ACTIVATION=activation,
-        TAPS=key.shape[2], HALO=tile.rows < height, **tiling,
-        BLOCK_W=tile.block_w, BLOCK_C=tile.block_c, ROWS=tile.rows,
+        ffnified_attention_forward_kernel, share["splits"] * -(-shape.channels // tile.block_c), query.device,
+        warps=tile.warps,
+        **maps(query=query, residual=residual, out=out), **filters(query, key=key, value=value),
+        **vectors(key_bias=key_bias, value_bias=value_bias, scale=scale),
+        images=shape.images, channels=shape.channels, height=shape.height, width=shape.width,
+        kernel_width=key.shape[3],
+        ACTIVATION=activation, TAPS=key.shape[2], HALO=tile.rows < shape.height, **share, **tile.blocks(),
     )  # fmt: skip
     return out
-
-
-def _tiling(kernel: str, query: Tensor, key: Tensor) -> tuple[configs.RowTile, dict[str, int]]:
-    images, channels, height, width = query.shape
-    last = configs.channels_innermost(query)
-    tile = configs.choose(Shape(kernel, query.dtype, last, images, channels, height, width, key.shape[2]), query.device)
-    column_tiles = 1 if width <= tile.block_w else -(-width // (tile.block_w - key.shape[3] + 1))
-    strip, strips = configs.strips(height, tile, images * column_tiles * -(-channels // tile.block_c))
-    return tile, {"strip": strip, "strips": strips, "column_tiles": column_tiles}
 
 
 def backward(
@@ -62,23 +51,20 @@ def backward(
 
 
 def _fused_backward(grad, query, key, key_bias, value, value_bias, activation, scale, mask) -> list[Tensor | None]:
-    images, channels, height, width = query.shape
     kernel_height, kernel_width = key.shape[2:]
-    tile, tiling = _tiling("attention_backward", query, key)
-    channel_blocks = -(-channels // tile.block_c)
-    splits = min(images * tiling["strips"] * tiling["column_tiles"], max(1, configs.PROGRAMS // channel_blocks))
+    shape = Shape.of("attention_backward", query, query.shape, kernel_height)
+    tile = configs.choose(shape, query.device)
+    share = configs.share(tile, shape, overlap=kernel_width - 1, sums=2 * (kernel_height * kernel_width + 1))
     grad_query = torch.empty_like(query)
-    partials = query.new_empty((2, splits, kernel_height * kernel_width + 1, channels), dtype=torch.float32)
-    near_key, near_value = arranged(key, query), arranged(value, query)
+    sums = (2, share["splits"], kernel_height * kernel_width + 1, shape.channels)
+    partials = query.new_empty(sums, dtype=torch.float32)
     launch(
-        ffnified_attention_backward_kernel, channel_blocks * splits, query.device, tile.warps,
-        grad=grad, grad_strides=grad.stride(), query=query, query_strides=query.stride(),
-        key=near_key, key_strides=filter_strides(near_key), key_bias=contiguous(key_bias),
-        value=near_value, value_strides=filter_strides(near_value), scale=contiguous(scale),
-        grad_query=grad_query, grad_query_strides=grad_query.stride(),
-        key_partials=partials[0], value_partials=partials[1], images=images, channels=channels, height=height,
-        width=width, kernel_width=kernel_width, splits=splits, ACTIVATION=activation, TAPS=kernel_height,
-        HALO=tile.rows < height, **tiling, BLOCK_W=tile.block_w, BLOCK_C=tile.block_c, ROWS=tile.rows,
+        ffnified_attention_backward_kernel, share["splits"] * -(-shape.channels // tile.block_c), query.device,
+        warps=tile.warps, **maps(grad=grad, query=query, grad_query=grad_query),
+        **filters(query, key=key, value=value), **vectors(key_bias=key_bias, scale=scale),
+        key_partials=partials[0], value_partials=partials[1], images=shape.images, channels=shape.channels,
+        height=shape.height, width=shape.width, kernel_width=kernel_width, ACTIVATION=activation, TAPS=kernel_height,
+        HALO=tile.rows < shape.height, **share, **tile.blocks(),
     )  # fmt: skip
     key_grads = filter_gradients(sum_partials(partials[0]), key, mask[1:3])
     value_grads = filter_gradients(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +23,10 @@ class RowTile(NamedTuple):
     rows: int
     warps: int
 
+    def blocks(self) -> dict[str, int]:
+        """As arguments of a kernel."""
+        return {"BLOCK_W": self.block_w, "BLOCK_C": self.block_c, "ROWS": self.rows}
+
     def __str__(self) -> str:
         return f"{self.rows} rows × {self.block_w} pixels × {self.block_c} channels, {self.warps} warps"
 
@@ -34,8 +40,15 @@ class MatrixTile(NamedTuple):
     warps: int
     stages: int
 
+    def blocks(self) -> dict[str, int]:
+        """As arguments of a kernel."""
+        return {"BLOCK_P": self.block_p, "BLOCK_O": self.block_o, "BLOCK_K": self.block_k}
+
     def __str__(self) -> str:
         return f"{self.block_p} × {self.block_o} × {self.block_k}, {self.warps} warps, {self.stages} stages"
+
+
+Tile = TypeVar("Tile", RowTile, MatrixTile)
 
 
 class Shape(NamedTuple):
@@ -49,6 +62,12 @@ class Shape(NamedTuple):
     height: int
     width: int
     taps: int
+
+    @classmethod
+    def of(cls, kernel: str, x: Tensor, extent: Sequence[int], taps: int) -> Shape:
+        """For maps like x with the output extent (N, C, H, W) and filters so many rows high."""
+        images, channels, height, width = extent
+        return cls(kernel, x.dtype, channels_innermost(x), images, channels, height, width, taps)
 
     def key(self) -> str:
         """Of the winners: extents are bucketed, so that a neighbour's measurement serves."""
@@ -73,6 +92,11 @@ def _depthwise(shape: Shape) -> list[RowTile]:
     if shape.channels_last:
         return [RowTile(16, 32, rows, 4), RowTile(16, 16, rows, 4)]
     return [_filled(_power(shape.width, 8, 64), rows, 2, 4), _filled(_power(shape.width, 8, 32), rows, 4, 4)]
+
+
+def _depthwise_sum(shape: Shape) -> list[RowTile]:
+    """Of two convolutions, the input gradient of a layer with two outputs per channel."""
+    return [_filled(16 if shape.channels_last else _power(shape.width, 8, 64), 8 if shape.height > 4 else 4, 2, 4)]
 
 
 def _depthwise_weight(shape: Shape) -> list[RowTile]:
@@ -114,6 +138,7 @@ def _filled(block_w: int, rows: int, values: int, warps: int) -> RowTile:
 
 _CANDIDATES = {
     "depthwise": _depthwise,
+    "depthwise_sum": _depthwise_sum,
     "depthwise_weight": _depthwise_weight,
     "depthwise_backward": _depthwise_backward,
     "attention": _attention,
@@ -123,12 +148,7 @@ _CANDIDATES = {
 
 def choose(shape: Shape, device: torch.device) -> RowTile:
     """The measured winner on this GPU, or the rule's choice. Never measures anything itself."""
-    allowed = candidates(shape)
-    if device.type != "cuda":
-        return allowed[0]
-    winner = winners(device_name(device)).get(shape.key())
-    tile = None if winner is None else RowTile(*winner)
-    return tile if tile in allowed else allowed[0]
+    return _pick(shape, candidates(shape), device)
 
 
 @functools.cache
@@ -168,19 +188,37 @@ def matrix_candidates(shape: MatrixShape) -> list[MatrixTile]:
         return [MatrixTile(64, 0, 32, 4, 2), MatrixTile(128, 0, 32, 8, 2)]
     if shape.dtype == torch.float32:
         return [MatrixTile(64, 64, 16, 4, 2)]
-    if shape.kernel == "pointwise":
+    if shape.kernel == "pointwise" and shape.channels % 8 == 0 and shape.outputs % 8 == 0:
         return [MatrixTile(128, 64, 32, 4, 3), MatrixTile(64, 64, 32, 4, 3), MatrixTile(128, 128, 32, 8, 3)]
     return [MatrixTile(64, 64, 32, 4, 3)]
 
 
 def choose_matrix(shape: MatrixShape, device: torch.device) -> MatrixTile:
     """As :func:`choose`."""
-    allowed = matrix_candidates(shape)
+    return _pick(shape, matrix_candidates(shape), device)
+
+
+def _pick(shape: Shape | MatrixShape, allowed: list[Tile], device: torch.device) -> Tile:
+    if _chooser is not None:
+        return _chooser(shape, allowed)
     if device.type != "cuda":
         return allowed[0]
     winner = winners(device_name(device)).get(shape.key())
-    tile = None if winner is None else MatrixTile(*winner)
-    return tile if tile in allowed else allowed[0]
+    return next((tile for tile in allowed if winner is not None and list(tile) == list(winner)), allowed[0])
+
+
+_chooser: Callable | None = None
+
+
+@contextlib.contextmanager
+def choosing(chooser: Callable[[Any, list], Any]) -> Iterator[None]:
+    """Lets ``chooser(shape, candidates)`` pick every tile meanwhile: for tuning and tests, not for several threads."""
+    global _chooser
+    previous, _chooser = _chooser, chooser
+    try:
+        yield
+    finally:
+        _chooser = previous
 
 
 def fuses_hidden(dtype: torch.dtype, channels: int, outputs: int) -> bool:
@@ -202,15 +240,29 @@ def channels_innermost(x: Tensor) -> bool:
     return x.stride(1) == 1 and x.stride(3) != 1
 
 
-def strips(height: int, tile: RowTile, others: int) -> tuple[int, int]:
-    """(rows, number) of the strips that share the height of a map: few, but enough programs for a large GPU."""
-    blocks = -(-height // tile.rows)
-    number = min(blocks, max(1, PROGRAMS // max(1, others)))
-    rows = -(-blocks // number) * tile.rows
-    return rows, -(-height // rows)
+def share(tile: RowTile, shape: Shape, *, overlap: int = 0, sums: int = 0) -> dict[str, int]:
+    """How programs share the maps: in column tiles that overlap by so many pixels, strips of rows, and splits, which
+    are the programs for each block of channels.
+
+    As many programs as fill a large GPU: more would read the filters again and cut maps into strips with halos. Those
+    of a gradient each write so many ``sums`` per channel, kept below an eighth of the maps' traffic as long as there
+    are as many warps as else programs.
+    """
+    channel_blocks = -(-shape.channels // tile.block_c)
+    column_tiles = 1 if shape.width <= tile.block_w else -(-shape.width // (tile.block_w - overlap))
+    blocks = -(-shape.height // tile.rows)
+    strips = min(blocks, max(1, PROGRAMS // (shape.images * channel_blocks * column_tiles or 1)))
+    strip = -(-blocks // strips) * tile.rows
+    strips = -(-shape.height // strip)
+    most = PROGRAMS
+    if sums:
+        maps = 3 * shape.images * shape.height * shape.width * shape.dtype.itemsize
+        most = min(PROGRAMS, max(PROGRAMS // tile.warps, channel_blocks * (maps // (8 * 2 * 4 * sums))))
+    splits = min(shape.images * strips * column_tiles, max(1, most // channel_blocks))
+    return {"strip": strip, "strips": strips, "column_tiles": column_tiles, "splits": splits}
 
 
-#: Programs that fill a large GPU: with fewer, maps are cut into strips whose filters' halos are read twice.
+#: Programs that fill a large GPU.
 PROGRAMS = 1024
 
 

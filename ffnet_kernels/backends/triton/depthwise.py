@@ -17,7 +17,7 @@ from .depthwise_kernels import (
     filter_gradients_kernel,
     sum_partials_kernel,
 )
-from .launch import launch
+from .launch import launch, maps, vectors
 from .rows import CHUNK
 
 same_padding = gradients.same_padding
@@ -44,16 +44,18 @@ def backward(grad, x, weight, bias, stride, padding, activation: str, mask) -> l
     return [g for g, m in wanted if m and g is not None]
 
 
-def arranged(weight: Tensor, x: Tensor) -> Tensor:
-    """The filter with channels innermost if those of x are: lanes that hold channels then read their taps together."""
-    if configs.channels_innermost(x) and weight.stride(0) != 1:
-        return weight.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
-    return weight
-
-
-def filter_strides(weight: Tensor) -> tuple[int, int, int]:
-    channel, _, ky, kx = weight.stride()
-    return channel, ky, kx
+def filters(x: Tensor, *, mirrored: bool = False, **weights: Tensor) -> dict[str, Any]:
+    """Depthwise filters as kernels take them: first tap and strides (channel, row, column), the latter negative if
+    mirrored. Channels are innermost if those of x are: lanes that hold channels then read their taps together."""
+    arguments: dict[str, Any] = {}
+    for name, weight in weights.items():
+        if configs.channels_innermost(x) and weight.stride(0) != 1:
+            weight = weight.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
+        channel, _, ky, kx = weight.stride()
+        if mirrored:
+            weight, ky, kx = weight[:, :, weight.shape[2] - 1 :, weight.shape[3] - 1 :], -ky, -kx
+        arguments[name], arguments[f"{name}_strides"] = weight, (channel, ky, kx)
+    return arguments
 
 
 def unroll(height: int) -> dict[str, Any]:
@@ -68,35 +70,25 @@ def convolve(
     activation: str = "none", derivative: bool = False, scale: Tensor | None = None, other: Tensor | None = None,
     outputs: int = 1, inputs: int = 1, mirrored: bool = False,
 ) -> Tensor:  # fmt: skip
-    """``out = other + scale · act(DW(x) + bias)``, or ``other · act'(DW(x) + bias)``.
+    """``out = other + scale · act(DW(x) + bias)``, or ``other · act'(DW(x) + bias)``; ``other`` may be None.
 
     ``outputs`` per input channel; or the sum over ``inputs`` per output channel, which with the filter ``mirrored`` is
-    the adjoint of that. ``other`` may be None.
+    the adjoint of that.
     """
-    kernel_height, kernel_width = weight.shape[2:]
-    weight = arranged(weight, x)
-    strides = filter_strides(weight)
-    if mirrored:
-        weight, strides = weight[:, :, kernel_height - 1 :, kernel_width - 1 :], (strides[0], -strides[1], -strides[2])
     images, channels, out_height, out_width = out.shape
-    shape = Shape(
-        "depthwise", x.dtype, configs.channels_innermost(x), images, channels, out_height, out_width, kernel_height
-    )
+    kernel_height, kernel_width = weight.shape[2:]
+    kernel = "depthwise" if inputs == 1 else "depthwise_sum"
+    shape = Shape.of(kernel, x, out.shape, kernel_height)
     tile = configs.choose(shape, x.device)
-    channel_blocks, column_tiles = -(-channels // tile.block_c), -(-out_width // tile.block_w)
-    strip, strips = configs.strips(out_height, tile, images * channel_blocks * column_tiles)
+    share = configs.share(tile, shape)
     launch(
-        depthwise_conv2d_forward_kernel,
-        channel_blocks * column_tiles * strips * images,
-        x.device,
-        tile.warps,
-        x=x, x_strides=x.stride(), weight=weight, weight_strides=strides, bias=contiguous(bias),
-        scale=contiguous(scale), other=other, other_strides=None if other is None else other.stride(), out=out, out_strides=out.stride(),
-        channels=channels, height=x.shape[2], width=x.shape[3], out_height=out_height, out_width=out_width,
-        top=top, left=left, kernel_width=kernel_width, strip=strip, strips=strips, column_tiles=column_tiles,
+        depthwise_conv2d_forward_kernel, share["splits"] * -(-channels // tile.block_c), x.device, warps=tile.warps,
+        **maps(x=x, other=other, out=out), **filters(x, weight=weight, mirrored=mirrored),
+        **vectors(bias=bias, scale=scale),
+        images=images, channels=channels, height=x.shape[2], width=x.shape[3], out_height=out_height,
+        out_width=out_width, top=top, left=left, kernel_width=kernel_width, **share,
         ACTIVATION=activation, DERIVATIVE=derivative, STRIDE_H=stride[0], STRIDE_W=stride[1],
-        OUTPUTS=outputs, INPUTS=inputs, BLOCK_W=tile.block_w, BLOCK_C=tile.block_c, ROWS=tile.rows,
-        **unroll(kernel_height),
+        OUTPUTS=outputs, INPUTS=inputs, **unroll(kernel_height), **tile.blocks(),
     )  # fmt: skip
     return out
 
@@ -117,63 +109,48 @@ def convolve_backward(grad, x, weight, stride, padding, mask) -> list[Tensor | N
 
 
 def _backward_in_one_pass(grad, x, weight, padding) -> tuple[Tensor, Tensor]:
+    """The input gradient, and sums as from :func:`weight_sums`."""
     images, channels, height, width = x.shape
-    kernel_height, kernel_width = weight.shape[2:]
     rows, columns = max(height, grad.shape[2]), max(width, grad.shape[3])
-    shape = Shape(
-        "depthwise_backward", x.dtype, configs.channels_innermost(x), images, channels, rows, columns, kernel_height
-    )
+    shape = Shape.of("depthwise_backward", x, (images, channels, rows, columns), weight.shape[2])
     tile = configs.choose(shape, x.device)
+    share = configs.share(tile, shape, sums=weight.shape[2] * weight.shape[3] + 1)
     grad_x = torch.empty_like(x)
-    weight = arranged(weight, x)
-    grid, partials, share = _shares(tile, x, images, channels, rows, columns, kernel_height * kernel_width)
+    partials = _partials(x, share, weight)
     launch(
-        depthwise_conv2d_backward_kernel, grid, x.device, tile.warps,
-        grad=grad, grad_strides=grad.stride(), x=x, x_strides=x.stride(), weight=weight,
-        weight_strides=filter_strides(weight), grad_x=grad_x, grad_x_strides=grad_x.stride(), partials=partials,
-        images=images, channels=channels, height=height, width=width, out_height=grad.shape[2],
-        out_width=grad.shape[3], top=padding[0], left=padding[2], kernel_height=kernel_height,
-        kernel_width=kernel_width, **share, **unroll(kernel_height),
-        BLOCK_W=tile.block_w, BLOCK_C=tile.block_c, ROWS=tile.rows,
+        depthwise_conv2d_backward_kernel, share["splits"] * -(-channels // tile.block_c), x.device, warps=tile.warps,
+        **maps(grad=grad, x=x, grad_x=grad_x), **filters(x, weight=weight), partials=partials,
+        **_extents(grad, x, weight, padding), **share, **unroll(weight.shape[2]), **tile.blocks(),
     )  # fmt: skip
     return grad_x, sum_partials(partials)
 
 
 def weight_sums(grad, x, weight, stride, padding) -> Tensor:
     """Sums [taps + 1, C] in float32: the filter's gradient, tap by tap, then the bias's."""
-    images, channels, out_height, out_width = grad.shape
-    kernel_height, kernel_width = weight.shape[2:]
-    shape = Shape(
-        "depthwise_weight",
-        x.dtype,
-        configs.channels_innermost(x),
-        images,
-        channels,
-        out_height,
-        out_width,
-        kernel_height,
-    )
+    shape = Shape.of("depthwise_weight", x, grad.shape, weight.shape[2])
     tile = configs.choose(shape, x.device)
-    grid, partials, share = _shares(tile, x, images, channels, out_height, out_width, kernel_height * kernel_width)
+    share = configs.share(tile, shape, sums=weight.shape[2] * weight.shape[3] + 1)
+    partials = _partials(x, share, weight)
     launch(
-        depthwise_conv2d_backward_weight_kernel, grid, x.device, tile.warps,
-        grad=grad, grad_strides=grad.stride(), x=x, x_strides=x.stride(), partials=partials,
-        images=images, channels=channels, height=x.shape[2], width=x.shape[3], out_height=out_height,
-        out_width=out_width, top=padding[0], left=padding[2], kernel_height=kernel_height, kernel_width=kernel_width,
-        **share, **unroll(kernel_height), STRIDE_H=stride[0], STRIDE_W=stride[1], OUTPUTS=channels // x.shape[1],
-        BLOCK_W=tile.block_w, BLOCK_C=tile.block_c, ROWS=tile.rows,
+        depthwise_conv2d_backward_weight_kernel, share["splits"] * -(-shape.channels // tile.block_c), x.device,
+        warps=tile.warps, **maps(grad=grad, x=x), partials=partials, **_extents(grad, x, weight, padding), **share,
+        STRIDE_H=stride[0], STRIDE_W=stride[1], OUTPUTS=weight.shape[0] // x.shape[1], **unroll(weight.shape[2]),
+        **tile.blocks(),
     )  # fmt: skip
     return sum_partials(partials)
 
 
-def _shares(tile, x, images, channels, rows, columns, taps) -> tuple[int, Tensor, dict[str, int]]:
-    """Grid, partial sums ``[splits, taps + 1, C]`` and the arguments that give each program its share of the maps."""
-    channel_blocks, column_tiles = -(-channels // tile.block_c), -(-columns // tile.block_w)
-    strip, strips = configs.strips(rows, tile, images * channel_blocks * column_tiles)
-    splits = min(images * strips * column_tiles, max(1, configs.PROGRAMS // channel_blocks))
-    partials = torch.empty((splits, taps + 1, channels), dtype=torch.float32, device=x.device)
-    share = {"strip": strip, "strips": strips, "column_tiles": column_tiles, "splits": splits}
-    return channel_blocks * splits, partials, share
+def _partials(x: Tensor, share: dict[str, int], weight: Tensor) -> Tensor:
+    taps = weight.shape[2] * weight.shape[3]
+    return x.new_empty((share["splits"], taps + 1, weight.shape[0]), dtype=torch.float32)
+
+
+def _extents(grad: Tensor, x: Tensor, weight: Tensor, padding) -> dict[str, int]:
+    return {
+        "images": x.shape[0], "channels": grad.shape[1], "height": x.shape[2], "width": x.shape[3],
+        "out_height": grad.shape[2], "out_width": grad.shape[3], "top": padding[0], "left": padding[2],
+        "kernel_height": weight.shape[2], "kernel_width": weight.shape[3],
+    }  # fmt: skip
 
 
 def _backward_input(grad, x, weight, stride, padding) -> Tensor:
@@ -217,7 +194,7 @@ def sum_partials(partials: Tensor) -> Tensor:
     sums = torch.empty_like(partials[0])
     block = 128
     launch(
-        sum_partials_kernel, -(-count // block), partials.device, 4,
+        sum_partials_kernel, -(-count // block), partials.device, warps=4,
         partials=partials, sums=sums, splits=splits, count=count, BLOCK_S=16, BLOCK=block,
     )  # fmt: skip
     return sums
@@ -230,16 +207,11 @@ def filter_gradients(sums, weight, mask, *, bias=None, scale=None, wants_scale=F
     grad_bias = weight.new_empty(channels) if mask[1] else None
     grad_scale = weight.new_empty(channels) if wants_scale else None
     block_c = 32
+    strides = [None if t is None else (t.stride(0), t.stride(2), t.stride(3)) for t in (weight, grad_weight)]
     launch(
-        filter_gradients_kernel, -(-channels // block_c), weight.device, 4,
-        sums=sums, weight=weight, weight_strides=filter_strides(weight), bias=contiguous(bias),
-        scale=contiguous(scale), grad_weight=grad_weight,
-        grad_weight_strides=None if grad_weight is None else filter_strides(grad_weight),
-        grad_bias=grad_bias, grad_scale=grad_scale, channels=channels, kernel_height=kernel_height,
-        kernel_width=kernel_width, BLOCK_C=block_c, BLOCK_T=64,
+        filter_gradients_kernel, -(-channels // block_c), weight.device, warps=4,
+        sums=sums, weight=weight, weight_strides=strides[0], grad_weight=grad_weight, grad_weight_strides=strides[1],
+        **vectors(bias=bias, scale=scale), grad_bias=grad_bias, grad_scale=grad_scale,
+        channels=channels, kernel_height=kernel_height, kernel_width=kernel_width, BLOCK_C=block_c, BLOCK_T=64,
     )  # fmt: skip
     return [grad_weight, grad_bias, *([grad_scale] if wants_scale else [])]
-
-
-def contiguous(vector: Tensor | None) -> Tensor | None:
-    return None if vector is None else vector.contiguous()

@@ -10,6 +10,7 @@ from .rows import (
     add_correlations,
     add_products,
     convolve,
+    in_elements,
     load_row,
     load_taps,
     load_vector,
@@ -22,58 +23,66 @@ from .rows import (
 @triton.jit(do_not_specialize=EXTENTS)
 def depthwise_conv2d_forward_kernel(
     x, x_strides, weight, weight_strides, bias, scale, other, other_strides, out, out_strides,
-    channels, height, width, out_height, out_width, top, left, chunks, kernel_width, strip, strips, column_tiles,
+    images, channels, height, width, out_height, out_width, top, left, chunks, kernel_width,
+    strip, strips, column_tiles, splits,
     ACTIVATION: tl.constexpr, DERIVATIVE: tl.constexpr,
     CHUNKED: tl.constexpr, TAPS: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
     BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):  # fmt: skip
     """``other + scale · act(DW(x) + bias)``, or ``other · act'(DW(x) + bias)`` if DERIVATIVE.
 
     OUTPUTS per input channel, or the sum over INPUTS per output channel (the input gradient of the former). A program
-    walks down ``strip`` output rows, ROWS at a time; the rows that two steps share come from the cache.
+    keeps its channels and takes every ``splits``-th strip of the maps. It walks down ``strip`` output rows, ROWS at a
+    time; the rows that two steps share come from the cache.
     """
-    program = tl.program_id(0)
-    channel_blocks = tl.cdiv(channels, BLOCK_C)
-    c = (program % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    program = program // channel_blocks
-    columns = (program % column_tiles) * BLOCK_W + tl.arange(0, BLOCK_W)
-    program = program // column_tiles
-    start = (program % strips) * strip
-    n = tl.cast(program // strips, tl.int64)
-    channel_mask = c < channels
-    mask = (columns < out_width)[:, None] & channel_mask[None, :]
-    c64, columns64 = c.to(tl.int64), columns.to(tl.int64)
-    out_tile = out + n * out_strides[0] + columns64[:, None] * out_strides[3] + c64[None, :] * out_strides[1]
+    x_strides = in_elements(x_strides, ALIGN)
+    weight_strides = in_elements(weight_strides, ALIGN)
     if other is not None:
-        other_tile = other + n * other_strides[0] + columns64[:, None] * other_strides[3]
-        other_tile = other_tile + c64[None, :] * other_strides[1]
-    first_columns = columns * STRIDE_W - left
+        other_strides = in_elements(other_strides, ALIGN)
+    out_strides = in_elements(out_strides, ALIGN)
+    channels = channels * ALIGN
+    channel_blocks = tl.cdiv(channels, BLOCK_C)
+    c = (tl.program_id(0) % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    split = tl.program_id(0) // channel_blocks
+    channel_mask = c < channels
+    c64 = c.to(tl.int64)
     b = load_vector(bias + c if bias is not None else None, channel_mask, bias is not None, 0.0)
     s = load_vector(scale + c if scale is not None else None, channel_mask, scale is not None, 1.0)
-    for first_row in range(start, tl.minimum(start + strip, out_height), ROWS):
-        rows = zero_rows(ROWS, BLOCK_W, BLOCK_C)
-        for i in tl.static_range(INPUTS):
-            x_channel = c64 * INPUTS + i if INPUTS > 1 else c64 // OUTPUTS
-            filter_channel = c64 * INPUTS + i
-            x_tile = x + n * x_strides[0] + first_columns.to(tl.int64)[:, None] * x_strides[3]
-            rows = convolve(
-                rows, x_tile + x_channel[None, :] * x_strides[1], first_row * STRIDE_H - top, first_columns,
-                height, width, x_strides[2], x_strides[3],
-                weight + filter_channel * weight_strides[0], weight_strides[1], weight_strides[2], kernel_width,
-                channel_mask, chunks, CHUNKED, TAPS, STRIDE_H,
-            )  # fmt: skip
-        for i in tl.static_range(ROWS):
-            row = first_row + i
-            if DERIVATIVE:
-                value = derivative(rows[i] + b, ACTIVATION)
-                value = value * load_row(other_tile + row_offset(row, other_strides[2]), row, out_height, mask)
-            else:
-                value = activate(rows[i] + b, ACTIVATION) * s
-                if other is not None:
-                    value = value + load_row(other_tile + row_offset(row, other_strides[2]), row, out_height, mask)
-            pointers = out_tile + row_offset(row, out_strides[2])
-            tl.store(pointers, value.to(out.dtype.element_ty), mask=only_if(mask, row < out_height))
+    for work in range(split, images * strips * column_tiles, splits):
+        columns = (work % column_tiles) * BLOCK_W + tl.arange(0, BLOCK_W)
+        start = (work // column_tiles) % strips * strip
+        n = tl.cast(work // column_tiles // strips, tl.int64)
+        mask = (columns < out_width)[:, None] & channel_mask[None, :]
+        columns64 = columns.to(tl.int64)[:, None]
+        out_tile = out + n * out_strides[0] + columns64 * out_strides[3] + c64[None, :] * out_strides[1]
+        if other is not None:
+            other_tile = other + n * other_strides[0] + columns64 * other_strides[3] + c64[None, :] * other_strides[1]
+        first_columns = columns * STRIDE_W - left
+        for first_row in range(start, tl.minimum(start + strip, out_height), ROWS):
+            rows = zero_rows(ROWS, BLOCK_W, BLOCK_C)
+            for i in tl.static_range(INPUTS):
+                x_channel = c64 * INPUTS + i if INPUTS > 1 else c64 // OUTPUTS
+                filter_channel = c64 * INPUTS + i
+                x_tile = x + n * x_strides[0] + first_columns.to(tl.int64)[:, None] * x_strides[3]
+                rows = convolve(
+                    rows, x_tile + x_channel[None, :] * x_strides[1], first_row * STRIDE_H - top, first_columns,
+                    height, width, x_strides[2], x_strides[3],
+                    weight + filter_channel * weight_strides[0], weight_strides[1], weight_strides[2], kernel_width,
+                    channel_mask, chunks, CHUNKED, TAPS, STRIDE_H,
+                )  # fmt: skip
+            for i in tl.static_range(ROWS):
+                row = first_row + i
+                if DERIVATIVE:
+                    value = derivative(rows[i] + b, ACTIVATION)
+                    value = value * load_row(other_tile + row_offset(row, other_strides[2]), row, out_height, mask)
+                else:
+                    value = activate(rows[i] + b, ACTIVATION) * s
+                    if other is not None:
+                        value = value + load_row(other_tile + row_offset(row, other_strides[2]), row, out_height, mask)
+                pointers = out_tile + row_offset(row, out_strides[2])
+                tl.store(pointers, value.to(out.dtype.element_ty), mask=only_if(mask, row < out_height))
 
 
 @triton.jit(do_not_specialize=EXTENTS)
@@ -82,6 +91,7 @@ def depthwise_conv2d_backward_kernel(
     images, channels, height, width, out_height, out_width, top, left, chunks, kernel_height, kernel_width,
     strip, strips, column_tiles, splits,
     CHUNKED: tl.constexpr, TAPS: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Input, filter and bias gradients in one pass, for stride 1 and one output per channel.
 
@@ -89,6 +99,11 @@ def depthwise_conv2d_backward_kernel(
     with the mirrored filter) and, against rows of x kept in registers, the filter's. ``partials[splits, taps + 1, C]``
     takes the sums of each program over its share of the map, taps first, then the bias.
     """
+    grad_strides = in_elements(grad_strides, ALIGN)
+    x_strides = in_elements(x_strides, ALIGN)
+    weight_strides = in_elements(weight_strides, ALIGN)
+    grad_x_strides = in_elements(grad_x_strides, ALIGN)
+    channels = channels * ALIGN
     channel_blocks = tl.cdiv(channels, BLOCK_C)
     c = (tl.program_id(0) % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
     split = tl.program_id(0) // channel_blocks
@@ -119,7 +134,7 @@ def depthwise_conv2d_backward_kernel(
                 bias_sum += load_row(
                     own_tile + row_offset(first_row + i, grad_strides[2]), first_row + i, out_height, own_mask
                 )
-            _add_sum(partial + kernel_height * kernel_width * channels, bias_sum, channel_mask, accumulate)
+            add_sum(partial + kernel_height * kernel_width * channels, bias_sum, channel_mask, accumulate)
             rows = zero_rows(ROWS, BLOCK_W, BLOCK_C)
             gradient_row = first_row + top - (kernel_height - 1)
             last_tap = weight + c64 * weight_strides[0] + (kernel_height - 1) * weight_strides[1]
@@ -127,14 +142,14 @@ def depthwise_conv2d_backward_kernel(
             last_sum = partial + (kernel_height * kernel_width - 1) * channels
             if CHUNKED:
                 for chunk in range(chunks):
-                    rows = _backward_rows(
+                    rows = backward_rows(
                         rows, x_rows, grad_tile, gradient_row + chunk * CHUNK, first_columns, out_height, out_width,
                         grad_strides[2], grad_strides[3], last_tap - chunk * CHUNK * weight_strides[1],
                         weight_strides[1], weight_strides[2], last_sum - chunk * CHUNK * kernel_width * channels,
                         kernel_width, channels, channel_mask, accumulate, 0, CHUNK,
                     )  # fmt: skip
             if TAPS > 0:
-                rows = _backward_rows(
+                rows = backward_rows(
                     rows, x_rows, grad_tile, gradient_row + chunks * CHUNK, first_columns, out_height, out_width,
                     grad_strides[2], grad_strides[3], last_tap - chunks * CHUNK * weight_strides[1],
                     weight_strides[1], weight_strides[2], last_sum - chunks * CHUNK * kernel_width * channels,
@@ -147,7 +162,7 @@ def depthwise_conv2d_backward_kernel(
 
 
 @triton.jit
-def _backward_rows(
+def backward_rows(
     rows, x_rows, grad, first_row, first_columns, height, width, row_stride, column_stride,
     last_tap, ky_stride, kx_stride, last_sum, kernel_width, channels, channel_mask, accumulate,
     BEFORE: tl.constexpr, TAPS: tl.constexpr,
@@ -169,12 +184,12 @@ def _backward_rows(
             pointers += row_stride
         grad += column_stride
         for ky in tl.static_range(TAPS):
-            _add_sum(last_sum - (ky * kernel_width + kx) * channels, sums[ky], channel_mask, accumulate)
+            add_sum(last_sum - (ky * kernel_width + kx) * channels, sums[ky], channel_mask, accumulate)
     return rows
 
 
 @triton.jit
-def _add_sum(pointers, tile, channel_mask, accumulate):
+def add_sum(pointers, tile, channel_mask, accumulate):
     """Adds the sum over a tile's pixels to a program's own partial sums."""
     before = tl.load(pointers, mask=only_if(channel_mask, accumulate), other=0.0)
     tl.store(pointers, before + tl.sum(tile, 0), mask=channel_mask)
@@ -187,11 +202,15 @@ def depthwise_conv2d_backward_weight_kernel(
     strip, strips, column_tiles, splits,
     CHUNKED: tl.constexpr, TAPS: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, OUTPUTS: tl.constexpr,
     BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Filter and bias gradients alone, for any stride and OUTPUTS per input channel; ``partials`` as above.
 
     Rows of the incoming gradient stay in registers, those of x pass by.
     """
+    grad_strides = in_elements(grad_strides, ALIGN)
+    x_strides = in_elements(x_strides, ALIGN)
+    channels = channels * ALIGN
     channel_blocks = tl.cdiv(channels, BLOCK_C)
     c = (tl.program_id(0) % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
     split = tl.program_id(0) // channel_blocks
@@ -217,7 +236,7 @@ def depthwise_conv2d_backward_weight_kernel(
                     load_row(grad_tile + row_offset(first_row + i, grad_strides[2]), first_row + i, out_height, mask),
                 )
                 bias_sum += grad_rows[i]
-            _add_sum(partial + kernel_height * kernel_width * channels, bias_sum, channel_mask, accumulate)
+            add_sum(partial + kernel_height * kernel_width * channels, bias_sum, channel_mask, accumulate)
             x_row = first_row * STRIDE_H - top
             if CHUNKED:
                 for chunk in range(chunks):
@@ -253,7 +272,7 @@ def _correlate_rows(
             pointers += row_stride
         x += column_stride
         for ky in tl.static_range(TAPS):
-            _add_sum(partial + (ky * kernel_width + kx) * channels, sums[ky], channel_mask, accumulate)
+            add_sum(partial + (ky * kernel_width + kx) * channels, sums[ky], channel_mask, accumulate)
 
 
 @triton.jit(do_not_specialize=EXTENTS)
@@ -272,12 +291,17 @@ def sum_partials_kernel(partials, sums, splits, count, BLOCK_S: tl.constexpr, BL
 def filter_gradients_kernel(
     sums, weight, weight_strides, bias, scale, grad_weight, grad_weight_strides, grad_bias, grad_scale,
     channels, kernel_height, kernel_width, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Sums ``[taps + 1, C]`` of a convolution's filter and bias gradient in the layout and dtype of the parameters.
 
     With ``scale`` they belong to ``scale · (DW + bias)`` and were taken as if the scale were 1; then the gradient of
     the scale is the sum of the products of the parameters with their gradients, and needs no convolution of its own.
     """
+    weight_strides = in_elements(weight_strides, ALIGN)
+    if grad_weight is not None:
+        grad_weight_strides = in_elements(grad_weight_strides, ALIGN)
+    channels = channels * ALIGN
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     channel_mask = c < channels
     s = tl.load(scale + c, mask=channel_mask, other=0.0).to(tl.float32) if scale is not None else 1.0

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 #: Triton reads the same variable where a kernel is defined, so it has to be set before the first call.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -23,26 +24,73 @@ class Launch(NamedTuple):
     stages: int
 
     def __str__(self) -> str:
-        numbers = [
-            f"{name}={value}" for name, value in self.arguments.items() if name.isupper() and name.startswith(_TILE)
+        tile = [
+            f"{name}={value}" for name, value in self.arguments.items() if name.startswith(("BLOCK", "ROWS", "TAPS"))
         ]
-        return f"{self.kernel.__name__} ({', '.join(numbers)}, {self.warps} warps)"
+        return f"{self.kernel.__name__} ({', '.join(tile)}, {self.warps} warps)"
 
 
-_TILE = ("BLOCK", "ROWS", "TAPS")
 _recorder: list[Launch] | None = None
 
 
-def launch(kernel: Any, grid: int, device: torch.device, warps: int, stages: int = 1, **arguments: Any) -> None:
-    """Starts ``grid`` programs of a kernel; all arguments by name."""
+def launch(kernel: Any, grid: int, device: torch.device, *, warps: int, stages: int = 1, **arguments: Any) -> None:
+    """Starts ``grid`` programs of a kernel; all its arguments by name, but for ALIGN, which is found here."""
+    arguments = aligned(arguments)
     if _recorder is not None:
         _recorder.append(Launch(kernel, grid, arguments, warps, stages))
     elif grid > 0:
-        with on_device(device):
-            kernel[(grid,)](**arguments, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+        with _on_device(device):
+            kernel[(grid,)](**arguments, **options(warps, stages, nvidia=_is_nvidia(device)))
 
 
-def on_device(device: torch.device) -> contextlib.AbstractContextManager:
+def options(warps: int, stages: int, *, nvidia: bool) -> dict[str, Any]:
+    """Of the compiler. NVIDIA's assembler aims at round register counts and would rather spill a little than exceed
+    them, unless it is told that all registers there are may be used."""
+    registers = {"maxnreg": min(255, 65536 // (32 * warps))} if nvidia else {}
+    return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True, **registers}
+
+
+def _is_nvidia(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None
+
+
+def maps(**tensors: Tensor | None) -> dict[str, Any]:
+    """Tensors with their strides, as kernels take them: ``x`` and ``x_strides``; both None for None."""
+    arguments: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        arguments[name] = tensor
+        arguments[f"{name}_strides"] = None if tensor is None else tensor.stride()
+    return arguments
+
+
+def vectors(**tensors: Tensor | None) -> dict[str, Any]:
+    """Tensors with one element after the other."""
+    return {name: None if tensor is None else tensor.contiguous() for name, tensor in tensors.items()}
+
+
+_ALIGN = 8  # elements: 16 bytes of the narrowest dtype, the widest load
+_COUNTS = ("channels", "hidden", "outputs")
+
+
+def aligned(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with ALIGN, the unit of strides and channels: 8 elements where all are multiples of 8, else 1.
+
+    Triton vectorises a load only where it can prove the alignment, and of a number it is told no more than whether 16
+    divides it: 88 channels would be read one by one. In units of 8 the factor is in the kernel's text. A stride of 1 is
+    passed as None.
+    """
+    strides = {name: value for name, value in arguments.items() if name.endswith("_strides") and value is not None}
+    counts = [name for name in _COUNTS if name in arguments]
+    numbers = [*(s for value in strides.values() for s in value if s != 1), *(arguments[name] for name in counts)]
+    if not strides:
+        return arguments
+    if any(number % _ALIGN for number in numbers):
+        return {**arguments, "ALIGN": 1}
+    in_units = {name: tuple(None if s == 1 else s // _ALIGN for s in value) for name, value in strides.items()}
+    return {**arguments, **in_units, **{name: arguments[name] // _ALIGN for name in counts}, "ALIGN": _ALIGN}
+
+
+def _on_device(device: torch.device) -> contextlib.AbstractContextManager:
     """Triton starts kernels on the current device, whatever the device of the tensors."""
     if device.type == "cpu":
         return contextlib.nullcontext()
@@ -51,7 +99,7 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager:
 
 @contextlib.contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Collects launches in place of running them, for tensors on the device ``meta``; not for several threads."""
+    """Collects launches in place of running them, for tensors without data; not for several threads."""
     global _recorder
     previous, _recorder = _recorder, []
     try:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from . import configs, depthwise
 from .configs import MatrixShape
-from .depthwise import contiguous, same_padding, sum_partials
-from .launch import launch
+from .depthwise import same_padding, sum_partials
+from .launch import launch, maps, vectors
 from .mixer_kernels import (
     channel_mixer_backward_kernel,
     channel_mixer_forward_kernel,
@@ -25,6 +23,7 @@ def forward(
 ) -> Tensor:  # fmt: skip
     mixed = _mixed(x, weight, bias)
     hidden, channels = expand_weight.shape
+    residual = None if residual is None else even(residual)
     if configs.fuses_hidden(x.dtype, channels, project_weight.shape[0]):
         return _fused(out, mixed, expand_weight, expand_bias, project_weight, project_bias, activation, scale, residual)
     middle = _map_like(x, hidden)
@@ -46,15 +45,22 @@ def _map_like(x: Tensor, channels: int) -> Tensor:
     )  # fmt: skip
 
 
-def pixel_grid(maps: Sequence[Tensor]) -> tuple[int, int, int]:
-    """(count, height, width) of the pixels of maps of one extent, dimensions merged that lie evenly in all of them."""
-    images, _, height, width = maps[0].shape
-    count = images * height * width
-    if all(m.stride(2) == m.stride(3) * width for m in maps):
-        width, height = height * width, 1
-        if all(m.stride(0) == m.stride(3) * width for m in maps):
-            width = count
-    return count, height, width
+def even(map: Tensor) -> Tensor:
+    """The map with its pixels evenly in memory, as the matrix kernels take it: a copy only of unusual views."""
+    height, width = map.shape[2:]
+    if height == 1 or map.stride(2) == map.stride(3) * width:
+        return map
+    last = configs.channels_innermost(map)
+    return map.clone(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def pixel_grid(*tensors: Tensor | None) -> dict[str, int]:
+    """The images of maps of one extent and the pixels of each; all as one image where they lie evenly in all maps."""
+    given = [t for t in tensors if t is not None]
+    images, _, height, width = given[0].shape
+    if all(t.stride(0) == t.stride(3) * height * width for t in given):
+        return {"images": 1, "count": images * height * width}
+    return {"images": images, "count": height * width}
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -68,18 +74,17 @@ def pointwise(
 ) -> Tensor:  # fmt: skip
     """``out = residual + scale · act(weight·x + bias)``, weight [O, C] of any strides."""
     outputs, channels = weight.shape
-    maps = [x, out] if residual is None else [x, out, residual]
-    count, height, width = pixel_grid(maps)
-    shape = MatrixShape("pointwise", x.dtype, configs.channels_innermost(x), count, channels, outputs)
+    grid = pixel_grid(x, out, residual)
+    shape = MatrixShape(
+        "pointwise", x.dtype, configs.channels_innermost(x), grid["images"] * grid["count"], channels, outputs
+    )
     tile = configs.choose_matrix(shape, x.device)
+    blocks = grid["images"] * -(-grid["count"] // tile.block_p)
     launch(
-        pointwise_forward_kernel, -(-count // tile.block_p) * -(-outputs // tile.block_o), x.device, tile.warps,
-        tile.stages,
-        x=x, x_strides=x.stride(), weight=weight, weight_strides=weight.stride(), bias=contiguous(bias),
-        scale=contiguous(scale), residual=residual,
-        residual_strides=None if residual is None else residual.stride(), out=out, out_strides=out.stride(),
-        count=count, height=height, width=width, channels=channels, outputs=outputs, ACTIVATION=activation,
-        PRECISION=precision(x.dtype), BLOCK_P=tile.block_p, BLOCK_O=tile.block_o, BLOCK_K=tile.block_k,
+        pointwise_forward_kernel, blocks * -(-outputs // tile.block_o), x.device, warps=tile.warps,
+        stages=tile.stages, **maps(x=x, weight=weight, residual=residual, out=out), **vectors(bias=bias, scale=scale),
+        **grid, channels=channels, outputs=outputs, ACTIVATION=activation,
+        PRECISION=precision(x.dtype), **tile.blocks(),
     )  # fmt: skip
     return out
 
@@ -89,18 +94,23 @@ def _fused(
 ) -> Tensor:  # fmt: skip
     hidden, channels = expand_weight.shape
     outputs = project_weight.shape[0]
-    maps = [mixed, out] if residual is None else [mixed, out, residual]
-    count, height, width = pixel_grid(maps)
-    shape = MatrixShape("channel_mixer", mixed.dtype, configs.channels_innermost(mixed), count, channels, outputs)
+    grid = pixel_grid(mixed, out, residual)
+    shape = MatrixShape(
+        "channel_mixer",
+        mixed.dtype,
+        configs.channels_innermost(mixed),
+        grid["images"] * grid["count"],
+        channels,
+        outputs,
+    )
     tile = configs.choose_matrix(shape, mixed.device)
+    blocks = grid["images"] * -(-grid["count"] // tile.block_p)
     launch(
-        channel_mixer_forward_kernel, -(-count // tile.block_p), mixed.device, tile.warps, tile.stages,
-        mixed=mixed, mixed_strides=mixed.stride(), expand_weight=expand_weight,
-        expand_strides=expand_weight.stride(), expand_bias=contiguous(expand_bias), project_weight=project_weight,
-        project_strides=project_weight.stride(), project_bias=contiguous(project_bias), scale=contiguous(scale),
-        residual=residual, residual_strides=None if residual is None else residual.stride(),
-        out=out, out_strides=out.stride(), count=count, height=height, width=width, channels=channels, hidden=hidden,
-        outputs=outputs, ACTIVATION=activation, PRECISION=precision(mixed.dtype), BLOCK_P=tile.block_p,
+        channel_mixer_forward_kernel, blocks, mixed.device, warps=tile.warps, stages=tile.stages,
+        **maps(mixed=mixed, expand_weight=expand_weight, project_weight=project_weight, residual=residual, out=out),
+        **vectors(expand_bias=expand_bias, project_bias=project_bias, scale=scale),
+        **grid, channels=channels, hidden=hidden, outputs=outputs,
+        ACTIVATION=activation, PRECISION=precision(mixed.dtype), BLOCK_P=tile.block_p,
         BLOCK_O=configs.covering(outputs), BLOCK_K=configs.covering(channels), BLOCK_H=tile.block_k,
     )  # fmt: skip
     return out
@@ -112,21 +122,28 @@ def backward(
 ) -> list[Tensor]:  # fmt: skip
     """The wanted gradients, in the order of the tensor arguments; that of the residual is ``grad`` itself."""
     hidden, channels = expand_weight.shape
+    grad_map, grad = grad, even(grad)
     mixed = _mixed(x, weight, bias)
     middle, grad_before = _map_like(x, hidden), _map_like(x, hidden)
     scaled = project_weight if scale is None else project_weight * scale[:, None]
-    count, height, width = pixel_grid([grad, mixed, middle, grad_before])
-    shape = MatrixShape("channel_mixer_backward", x.dtype, configs.channels_innermost(x), count, channels, hidden)
+    grid = pixel_grid(grad, mixed, middle, grad_before)
+    shape = MatrixShape(
+        "channel_mixer_backward",
+        x.dtype,
+        configs.channels_innermost(x),
+        grid["images"] * grid["count"],
+        channels,
+        hidden,
+    )
     tile = configs.choose_matrix(shape, x.device)
+    blocks = grid["images"] * -(-grid["count"] // tile.block_p)
     launch(
-        channel_mixer_backward_kernel, -(-count // tile.block_p) * -(-hidden // tile.block_o), x.device, tile.warps,
-        tile.stages,
-        grad=grad, grad_strides=grad.stride(), mixed=mixed, mixed_strides=mixed.stride(),
-        expand_weight=expand_weight, expand_strides=expand_weight.stride(), expand_bias=contiguous(expand_bias),
-        project_weight=scaled, project_strides=scaled.stride(), hidden_map=middle, hidden_strides=middle.stride(),
-        grad_before=grad_before, grad_before_strides=grad_before.stride(), count=count, height=height, width=width,
-        channels=channels, hidden=hidden, outputs=grad.shape[1], ACTIVATION=activation, PRECISION=precision(x.dtype),
-        BLOCK_P=tile.block_p, BLOCK_O=tile.block_o, BLOCK_K=tile.block_k,
+        channel_mixer_backward_kernel, blocks * -(-hidden // tile.block_o), x.device,
+        warps=tile.warps, stages=tile.stages,
+        **maps(grad=grad, mixed=mixed, expand_weight=expand_weight, project_weight=scaled, hidden_map=middle,
+               grad_before=grad_before),
+        **vectors(expand_bias=expand_bias), **grid, channels=channels,
+        hidden=hidden, outputs=grad.shape[1], ACTIVATION=activation, PRECISION=precision(x.dtype), **tile.blocks(),
     )  # fmt: skip
     first: list[Tensor | None] = [None, None, None]
     if any(mask[:3]):
@@ -140,35 +157,36 @@ def backward(
         project = pointwise_gradients(
             grad, middle, project_weight, mask[5:8], bias=project_bias, scale=scale,
         )  # fmt: skip
-    found = [*first, *expand, *project, grad]
+    found = [*first, *expand, *project, grad_map]
     return [g for g, m in zip(found, mask, strict=True) if m and g is not None]
 
 
 def pointwise_gradients(grad, x, weight, mask, *, bias=None, scale=None) -> list[Tensor | None]:
     """[weight, bias, scale] gradients of ``scale · (weight·x + bias)``, None where the mask does not ask for one."""
     outputs, channels = weight.shape
-    count, height, width = pixel_grid([grad, x])
-    shape = MatrixShape("pointwise_weight", x.dtype, configs.channels_innermost(x), count, channels, outputs)
+    grid = pixel_grid(grad, x)
+    shape = MatrixShape(
+        "pointwise_weight", x.dtype, configs.channels_innermost(x), grid["images"] * grid["count"], channels, outputs
+    )
     tile = configs.choose_matrix(shape, x.device)
     blocks = -(-outputs // tile.block_o) * -(-channels // tile.block_k)
-    splits = min(-(-count // tile.block_p), max(1, configs.PROGRAMS // blocks))
+    splits = min(grid["images"] * -(-grid["count"] // tile.block_p), max(1, configs.PROGRAMS // blocks))
     partials = x.new_empty((splits, outputs, channels), dtype=torch.float32)
     bias_partials = x.new_empty((splits, outputs), dtype=torch.float32)
     launch(
-        pointwise_backward_weight_kernel, blocks * splits, x.device, tile.warps, tile.stages,
-        grad=grad, grad_strides=grad.stride(), x=x, x_strides=x.stride(), partials=partials,
-        bias_partials=bias_partials, count=count, height=height, width=width, channels=channels, outputs=outputs,
-        splits=splits, PRECISION=precision(x.dtype), BLOCK_P=tile.block_p, BLOCK_O=tile.block_o, BLOCK_K=tile.block_k,
+        pointwise_backward_weight_kernel, blocks * splits, x.device, warps=tile.warps, stages=tile.stages,
+        **maps(grad=grad, x=x), **grid, partials=partials, bias_partials=bias_partials, channels=channels,
+        outputs=outputs, splits=splits, PRECISION=precision(x.dtype), **tile.blocks(),
     )  # fmt: skip
     grad_weight = torch.empty_like(weight) if mask[0] else None
     grad_bias = weight.new_empty(outputs) if mask[1] else None
     grad_scale = weight.new_empty(outputs) if len(mask) > 2 and mask[2] else None
     block_o = 16
     launch(
-        pointwise_gradients_kernel, -(-outputs // block_o), x.device, 4,
-        sums=sum_partials(partials), bias_sums=sum_partials(bias_partials), weight=weight,
-        weight_strides=weight.stride(), bias=contiguous(bias), scale=contiguous(scale), grad_weight=grad_weight,
-        grad_weight_strides=None if grad_weight is None else grad_weight.stride(), grad_bias=grad_bias,
-        grad_scale=grad_scale, channels=channels, outputs=outputs, BLOCK_O=block_o, BLOCK_K=128,
+        pointwise_gradients_kernel, -(-outputs // block_o), x.device, warps=4,
+        sums=sum_partials(partials), bias_sums=sum_partials(bias_partials),
+        **maps(weight=weight, grad_weight=grad_weight),
+        **vectors(bias=bias, scale=scale), grad_bias=grad_bias, grad_scale=grad_scale,
+        channels=channels, outputs=outputs, BLOCK_O=block_o, BLOCK_K=128,
     )  # fmt: skip
     return [grad_weight, grad_bias, grad_scale]

@@ -19,8 +19,20 @@ CHUNK: tl.constexpr = tl.constexpr(8)
 #: Numbers of which no kernel is compiled for a special value: only strides and channels decide how memory is read.
 EXTENTS = (
     "images", "height", "width", "out_height", "out_width", "top", "left", "chunks", "kernel_height", "kernel_width",
-    "strip", "strips", "column_tiles", "splits", "count",
+    "strip", "strips", "column_tiles", "splits",
 )  # fmt: skip
+
+
+@triton.jit
+def in_elements(strides, ALIGN: tl.constexpr):
+    """Strides that the host passed in units of ALIGN elements, with None for a stride of one element."""
+    elements = ()
+    for i in tl.static_range(len(strides)):
+        if strides[i] is None:
+            elements = elements + (1,)
+        else:
+            elements = elements + (strides[i] * ALIGN,)
+    return elements
 
 
 @triton.jit

@@ -1,0 +1,352 @@
+"""``python -m benchmarks.gpu`` without a GPU: its parts with planted steps, its checks and rows on the CPU."""
+
+import json
+import time
+
+import pytest
+import torch
+
+from benchmarks import gpu, gpu_report, gpu_timing
+from benchmarks.gpu_timing import COMPILED, COPY, EAGER, EAGER_NCHW, OURS_NCHW
+from benchmarks.peers import OURS
+from benchmarks.results import Measurement, Result, Row
+from benchmarks.specs import ModelCase, OperatorCase
+from benchmarks.work import ModelWork
+from ffnet import create_model
+from ffnet_kernels.backends.triton import INTERPRETED, configs, tune
+from ffnet_kernels.backends.triton.launch import recording
+
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1: there is a real GPU")
+
+CPU = torch.device("cpu")
+HEADER = {"device": "cpu", "source": "abc", "commit": "0123"}
+
+
+def session(seconds=100.0):
+    return gpu.Session(CPU, time.monotonic() + seconds)
+
+
+def clock(function):
+    function()
+    clock.now += 1.0
+    return clock.now
+
+
+clock.now = 0.0
+
+
+@pytest.fixture
+def parts(monkeypatch):
+    """Two parts of planted steps; what ran, in order."""
+    ran, planted = [], {}
+
+    def step(name):
+        def run():
+            ran.append(name)
+            outcome = planted.get(name, {"passed": True})
+            if isinstance(outcome, BaseException):
+                raise outcome
+            return outcome
+
+        return name, run
+
+    monkeypatch.setattr(gpu, "PARTS", {name: lambda s, n=name: map(step, (f"{n} 1", f"{n} 2")) for name in ("a", "b")})
+    return ran, planted
+
+
+def test_a_part_is_done_once_for_the_same_sources_and_gpu(parts, tmp_path):
+    ran, _ = parts
+    path = tmp_path / "a.json"
+    assert gpu.run_part("a", session(), path, HEADER) == []
+    assert gpu.run_part("a", session(), path, HEADER) == []
+    assert ran == ["a 1", "a 2"]
+    assert json.loads(path.read_text()) == {
+        **HEADER, "rows": {"a 1": {"passed": True}, "a 2": {"passed": True}}, "left": []
+    }  # fmt: skip
+    gpu.run_part("a", session(), path, {**HEADER, "commit": "4567"})
+    assert len(ran) == 2
+    gpu.run_part("a", session(), path, {**HEADER, "source": "changed"})
+    gpu.run_part("a", session(), path, {**HEADER, "source": "changed", "device": "another"})
+    assert len(ran) == 6
+
+
+def test_a_step_that_fails_stops_nothing(parts, tmp_path):
+    parts[1]["a 1"] = RuntimeError("no kernel image")
+    assert gpu.run_part("a", session(), tmp_path / "a.json", HEADER) == []
+    rows = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert rows == {"a 1": {"passed": False, "error": "RuntimeError: no kernel image"}, "a 2": {"passed": True}}
+
+
+def test_time_is_up(parts, tmp_path):
+    ran, planted = parts
+    assert gpu.run_part("a", session(0), tmp_path / "a.json", HEADER) == ["a 1", "a 2"]
+    assert ran == []
+    planted["a 1"] = None  # cut short
+    assert gpu.run_part("a", session(), tmp_path / "a.json", HEADER) == ["a 1"]
+    assert json.loads((tmp_path / "a.json").read_text())["left"] == ["a 1"]
+    planted.clear()
+    assert gpu.run_part("a", session(), tmp_path / "a.json", HEADER) == []
+    assert ran == ["a 1", "a 2", "a 1"]
+
+
+def test_only_steps_with_the_text(parts, tmp_path):
+    assert gpu.run_part("a", session(), tmp_path / "a.json", HEADER, "2") == []
+    assert parts[0] == ["a 2"]
+    assert json.loads((tmp_path / "a.json").read_text())["left"] == ["a 1"]
+
+
+def test_a_lost_gpu_is_recorded_where_it_was_lost(parts, tmp_path, monkeypatch):
+    def lost(device):
+        raise tune.DeviceLostError("illegal address")
+
+    monkeypatch.setattr(tune, "check_alive", lost)
+    with pytest.raises(tune.DeviceLostError):
+        gpu.run_part("a", session(), tmp_path / "a.json", HEADER)
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert record["rows"] == {"a 1": {"passed": False, "error": "DeviceLostError: illegal address"}}
+    assert record["left"] == ["a 2"]
+
+
+def test_without_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main([]) == 2
+    assert capsys.readouterr() == ("", "benchmarks.gpu: there is no GPU\n")
+
+
+@pytest.mark.parametrize("options", [["--only", "nothing"], ["--budget", "soon"], ["--fast"]])
+def test_wrong_options(options):
+    with pytest.raises(SystemExit) as exit_:
+        gpu.main(options)
+    assert exit_.value.code == 2
+
+
+def test_default_options():
+    options = gpu._parser().parse_args([])
+    assert (options.only, options.filter, options.again, options.budget) == ([], "", False, 480)
+    assert options.work.parts[-2:] == ("build", "gpu")
+    assert options.out.parts[-2:] == ("benchmarks", "results")
+
+
+@pytest.fixture
+def fake_gpu(parts, tmp_path, monkeypatch):
+    """The whole command on a machine that seems to have a GPU; what it is started with again, if it is."""
+    started = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(tune, "check_alive", lambda device: None)
+    monkeypatch.setattr(tune, "device_line", lambda device: "Fake 9000, 3 multiprocessors")
+    monkeypatch.setattr(configs, "device_name", lambda device: "fake_9000")
+    monkeypatch.setattr(configs, "_TUNED", tmp_path)
+    monkeypatch.setattr(gpu.os, "execv", lambda program, arguments: started.append(arguments[2:]))
+    bench = {"passed": True, "row": json.loads(Result({}, [canned_row()]).to_json())["rows"][0]}
+    parts[1]["bench 1"] = bench
+    gpu.PARTS["bench"] = lambda s: iter([("bench 1", lambda: bench)])
+    folders = ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
+    return lambda *options: gpu.main([*folders, *options]), tmp_path, started
+
+
+def canned_row():
+    def measured(name, ms, **options):
+        return Measurement(name, samples_ms=(ms, ms, 2 * ms), repeats=1, **{"error": 1e-3, "passed": True, **options})
+
+    measurements = [
+        measured(OURS, 1.0), measured(OURS_NCHW, 1.5), measured(EAGER_NCHW, 4.0),
+        measured(EAGER, 2.0, error=None, passed=False), Measurement(COMPILED, reason="RuntimeError: no compiler\nmore"),
+        measured(COPY, 0.8),
+    ]  # fmt: skip
+    return Row("depthwise 16x16 forward", 10**9, 3 * 10**9, tuple(measurements))
+
+
+def test_the_command_writes_one_file_and_prints_the_table_last(fake_gpu, parts, capsys):
+    run, folder, _ = fake_gpu
+    assert run() == 0
+    text = capsys.readouterr().out
+    assert text.rstrip().splitlines()[-1].startswith("| depthwise 16x16 forward ")
+    assert "a: 2 of 2 passed\nb: 2 of 2 passed\nbench: 1 of 1 passed\n" in text
+    assert "torch.compile: RuntimeError: no compiler more" in text
+    result = Result.from_json((folder / "out" / "gpu-fake_9000.json").read_text())
+    assert result.machine["device"] == "Fake 9000, 3 multiprocessors"
+    assert {"commit", "torch", "triton", "cuda", "source"} <= result.machine.keys()
+    assert result.rows[0].case == "depthwise 16x16 forward"
+    assert result.extra["parts"]["a"]["rows"].keys() == {"a 1", "a 2"}
+    assert not result.interrupted
+    assert run() == 0
+    assert parts[0] == ["a 1", "a 2", "b 1", "b 2"]
+    assert run("--again", "--only", "b") == 0
+    assert parts[0] == ["a 1", "a 2", "b 1", "b 2", "b 1", "b 2"]
+
+
+def test_the_command_says_what_failed_and_what_is_left(fake_gpu, parts, capsys):
+    run, folder, _ = fake_gpu
+    parts[1]["a 2"] = {"passed": False, "errors": {"output": [0.5, 0.25], "x": [None, 0.25], "bias": [0.1, 0.2]}}
+    assert run("--only", "a") == 1
+    assert "a: 1 of 2 passed\n  a 2: output 5.0e-01 > 2.5e-01, x nan > 2.5e-01\n" in capsys.readouterr().out
+    assert run("--budget", "0", "--only", "b") == 1
+    assert "b: 0 of 0 passed, 2 left: run again to go on" in capsys.readouterr().out
+    assert Result.from_json((folder / "out" / "gpu-fake_9000.json").read_text()).interrupted
+
+
+def test_the_command_goes_on_in_a_new_process_after_a_lost_gpu(fake_gpu, monkeypatch, capsys):
+    run, folder, started = fake_gpu
+
+    def lost(device):
+        raise tune.DeviceLostError("illegal address")
+
+    monkeypatch.setattr(tune, "check_alive", lost)
+    run("--again", "--only", "a", "--only", "b", "--filter", "1")
+    ((module, budget, *rest),) = [(a[0], a[1:3], *a[3:]) for a in started]
+    assert module == "benchmarks.gpu"
+    assert budget[0] == "--budget"
+    assert 400 < float(budget[1]) <= 480
+    expected = ["--work", str(folder / "work"), "--out", str(folder / "out"), "--filter", "1"]
+    assert rest == [*expected, "--only", "a", "--only", "b"]
+    assert "starting again after illegal address" in capsys.readouterr().out
+
+
+def test_the_table():
+    result = Result(
+        {"device": "Fake", "commit": "abc"}, [canned_row(), Row("broken", 1, 1, (Measurement(OURS, reason="x"),))]
+    )
+    header, _, first, second = gpu_report.table(result).splitlines()[-4:]
+    assert [cell.strip() for cell in header.split("|")[1:-1]] == list(gpu_report.HEADERS)
+    assert [cell.strip() for cell in first.split("|")[1:-1]] == [
+        "depthwise 16x16 forward", "1.0000", "1.0000..1.5000", "3000", "1.25x", "1.50x", "4.00x", "2.00x!", "-",
+        "1.0e-03", "ok",
+    ]  # fmt: skip
+    assert "did not run" in second
+
+
+def test_steps_have_names_of_their_own():
+    names = [name for part in gpu.PARTS.values() for name, _ in part(session())]
+    assert len(names) == len(set(names)) == len(list(names))
+    assert len(list(gpu.parity_steps(session()))) == 5 * 3 * 2 * 3 * 2
+    cases = {name for name, _, _ in gpu.selftest_cases()}
+    narrow = {name for name in cases if " k=7 " in name}
+    assert len(gpu.selftest_work()) == 2 * len(cases) + 2 * 2 * len(narrow) > 100
+
+
+@interpreted
+@pytest.mark.parametrize("operator", ["depthwise_conv2d", "ffnified_attention", "channel_mixer"])
+def test_parity(operator):
+    row = gpu.check_parity(OperatorCase(operator, 1, 4, 4, 3, "nchw", "bfloat16"), CPU)
+    assert row["passed"], row
+    assert {"output", "weight" if operator != "ffnified_attention" else "key"} <= row["errors"].keys()
+    json.dumps(row, allow_nan=False)
+
+
+@interpreted
+@pytest.mark.parametrize("fault", ["output", "gradient", "not written"])
+def test_parity_finds_a_fault(fault, monkeypatch):
+    def faulty(x, weight, bias, *rest):
+        out = gpu_timing.reference.depthwise_conv2d(x, weight, bias, *rest)
+        if fault == "output":
+            return out + 0.01
+        return (
+            torch.empty_like(out) + 0 * out
+            if fault == "not written"
+            else out + 0.01 * (bias - bias.detach()).view(-1, 1, 1)
+        )
+
+    monkeypatch.setattr(gpu_timing.triton, "depthwise_conv2d", faulty)
+    assert not gpu.check_parity(OperatorCase("depthwise_conv2d", 1, 4, 4, 3), CPU)["passed"]
+
+
+@interpreted
+def test_the_selftest_runs_the_kernels_it_has_compiled():
+    name = next(name for name in gpu.selftest_work() if "k=3 s=2 m=2" in name)
+    with recording() as launches:
+        gpu.start_selftest_case(name)
+    assert {"depthwise_conv2d_forward_kernel", "filter_gradients_kernel"} <= {
+        found.kernel.__name__ for found in launches
+    }
+    operator, args = gpu.selftest_work()[name]
+    x, weight, bias, *rest = args
+    assert gpu._check_on(CPU, operator, (x[:1, :2], weight[:4], bias[:4], *rest))["passed"]
+
+
+@interpreted
+def test_compiling_has_nothing_to_do_here(monkeypatch):
+    monkeypatch.setattr(configs, "device_name", lambda device: "fake")
+    row = gpu.compile_kernels(session())
+    assert row["passed"]
+    assert row["calls"] == len(gpu.selftest_work()) + 2 * len(gpu.parity_cases())
+    assert gpu.compile_kernels(session(0)) is None
+
+
+class NoCompiler:
+    def __init__(self, name, options):
+        self.name = name
+
+    def prepare(self, work):
+        raise RuntimeError("no compiler")
+
+
+@interpreted
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_row_of_an_operator(backward, monkeypatch):
+    monkeypatch.setattr(gpu_timing, "TorchCompile", NoCompiler)
+    case = OperatorCase("depthwise_conv2d", 1, 4, 4, 3, dtype="bfloat16")
+    row = gpu_timing.operator_row(case, CPU, clock, backward=backward, samples=2)
+    by_name = {m.contender: m for m in row.measurements}
+    assert list(by_name) == [OURS, OURS_NCHW, EAGER_NCHW, EAGER, COMPILED, COPY]
+    assert by_name.pop(COMPILED).reason == "RuntimeError: no compiler"
+    assert all(m.passed and len(m.samples_ms) == 2 for m in by_name.values())
+    assert 0 < by_name[OURS].error < 0.02
+    one_map, parameters = 4 * 16, 4 * 9 + 4
+    assert row.bytes == 2 * ((3 * one_map + 2 * parameters) if backward else (2 * one_map + parameters))
+
+
+def test_compiled_peers_run_their_backward_pass_many_times():
+    """The cheap stand-in for a compiler still goes through AOTAutograd, which may free what a second pass needs."""
+    case = OperatorCase("depthwise_conv2d", 1, 4, 4, 3)
+    work = gpu_timing.operator_work(case, CPU)
+
+    class Peer(gpu_timing.TorchCompile):
+        def prepare(self, work):
+            program = work.plain("nchw")
+            return gpu_timing.replace(program, function=torch.compile(program.function, backend="aot_eager"))
+
+    peers = [gpu_timing.Eager(EAGER, "channels_last"), Peer(COMPILED)]
+    row = gpu_timing.measure("case", 1, 1, work, peers, clock, 3, backward=True)
+    assert [(m.passed, m.reason, len(m.samples_ms)) for m in row.measurements] == [(True, None, 3)] * 2
+
+
+@pytest.mark.parametrize("name", ["model_row", "training_row"])
+def test_a_row_of_a_model(name, monkeypatch):
+    torch.manual_seed(0)
+    model = create_model("ffnet_1", depths=(1, 1), dims=(8, 8), token_kernels=(3, 3), num_classes=5).eval()
+    batch = torch.randn(4, 3, 32, 32)
+    monkeypatch.setattr(gpu_timing, "build", lambda case: ModelWork(model, [batch]))
+    monkeypatch.setattr(gpu_timing, "TorchCompile", NoCompiler)
+    monkeypatch.setattr(gpu_timing.CompiledTraining, "prepare", NoCompiler("", {}).prepare)
+    monkeypatch.setattr(ModelCase, "flops", 1)
+    monkeypatch.setattr(ModelCase, "bytes", 1)
+    case = ModelCase("ffnet_2", 4, dtype="bfloat16" if name == "training_row" else "float32")
+    row = getattr(gpu_timing, name)(case, CPU, clock, samples=1)
+    ours, *others = row.measurements
+    assert (ours.contender, ours.passed, ours.reason) == (OURS, True, None)
+    assert [m.reason for m in others if m.contender == COMPILED] == ["RuntimeError: no compiler"]
+    assert all(m.passed for m in others if m.contender != COMPILED)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_row_of_the_bench_part_is_plain_data(monkeypatch):
+    monkeypatch.setattr(gpu.Session, "clock", None)
+    row = gpu._plain_row(lambda case, device, clock: canned_row(), None, session())
+    assert row["passed"]
+    assert json.loads(json.dumps(row, allow_nan=False))["row"]["measurements"][0]["median_ms"] == 1.0
+
+
+def test_tuning_is_cut_short_by_time_and_by_a_lost_gpu(monkeypatch):
+    ((_, step),) = gpu.tune_steps(session())
+    monkeypatch.setattr(gpu.Session, "clock", None)
+    for outcome, expected in ((3, None), (0, {"passed": True}), (tune.DeviceLostError("x"), None)):
+
+        def fake(*args, outcome=outcome, **options):
+            if isinstance(outcome, Exception):
+                raise outcome
+            return outcome
+
+        monkeypatch.setattr(tune, "tune", fake)
+        assert step() == expected

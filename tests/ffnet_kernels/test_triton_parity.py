@@ -1,0 +1,77 @@
+"""The Triton kernels, interpreted on the CPU, against the float64 reference: results and the gradient of every tensor."""
+
+import parity
+import pytest
+import triton_cases
+from examples import example
+from hypothesis import given, settings
+
+from ffnet_kernels import dispatch
+from ffnet_kernels.backends.triton import configs
+
+pytestmark = triton_cases.needs_interpreter
+
+CASES = [(operator, name) for operator, cases in triton_cases.OPTIONS.items() for name in cases]
+SMALL = {"shape": (1, 3, 4, 5), "kernel": (3, 3)}
+
+
+def check(case, **options):
+    assert dispatch.BACKENDS["triton"].refusal(case.operator, case.checked()) is None
+    parity.check(case, "triton")
+    parity.check_gradients(case, "triton", **options)
+
+
+@pytest.mark.parametrize(("operator", "name"), CASES)
+def test_case(operator, name):
+    case, layout = triton_cases.made(operator, triton_cases.OPTIONS[operator][name])
+    check(case, layout=layout)
+
+
+@settings(max_examples=15)
+@given(case=parity.depthwise_cases(triton_cases.SIZES))
+def test_drawn_depthwise_conv2d(case):
+    check(case)
+
+
+@settings(max_examples=15)
+@given(case=parity.attention_cases(triton_cases.SIZES))
+def test_drawn_ffnified_attention(case):
+    check(case)
+
+
+@settings(max_examples=15)
+@given(case=parity.channel_mixer_cases(triton_cases.SIZES))
+def test_drawn_channel_mixer(case):
+    check(case)
+
+
+@pytest.mark.parametrize("operator", parity.OPERATORS)
+@pytest.mark.parametrize("layout", ["expanded_batch", "expanded_channels", "stepped", "channel_slice"])
+def test_gradient_of_any_layout(operator, layout):
+    parity.check_gradients(example(operator, shape=(2, 8, 4, 5), kernel=(3, 3)), "triton", layout=layout)
+
+
+ALONE = [(operator.name, {}, {i}) for operator in parity.OPERATORS_BY_NAME.values() for i in operator.tensors]
+ALONE += [("depthwise_conv2d", {"multiplier": 2}, {0}), ("depthwise_conv2d", {"stride": 2}, {1, 2})]
+ALONE += [("ffnified_attention", {"value_kernel": (2, 4)}, {i}) for i in (0, 1, 2, 3, 4, 6)]
+ALONE += [("channel_mixer", {}, wanted) for wanted in ({0, 4}, {1, 2, 8}, {3, 6})]
+
+
+@pytest.mark.parametrize(("operator", "options", "wanted"), ALONE)
+def test_some_gradients_alone(operator, options, wanted):
+    parity.check_gradients(example(operator, **SMALL, **options), "triton", wanted=wanted)
+
+
+@pytest.mark.parametrize(
+    ("operator", "options"),
+    [
+        ("depthwise_conv2d", {"layout": "channels_last"}),
+        ("depthwise_conv2d", {"stride": 2, "multiplier": 2}),
+        ("ffnified_attention", {}),
+        ("channel_mixer", {"kernel": (1, 1)}),
+    ],
+)
+def test_few_programs(monkeypatch, operator, options):
+    """On a large map a program walks down many rows and adds up many images; here one does everything."""
+    monkeypatch.setattr(configs, "PROGRAMS", 1)
+    check(example(operator, **{"shape": (2, 3, 18, 19), "kernel": (3, 3), **options}))
