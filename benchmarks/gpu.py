@@ -1,8 +1,8 @@
 """``python -m benchmarks.gpu`` (``make gpu``): everything there is to do on a GPU, in parts that can be resumed.
 
-``build`` says what is installed and compiles the kernels, ``selftest`` checks them on small awkward shapes, ``parity``
-at FFNet's own, ``bench`` times them beside their peers, ``tune`` measures their tiles. Each part keeps a JSON file with
-a row a step; what is there for the same sources and GPU is not done again. All of it goes into one file of results.
+``build`` says what is installed, ``selftest`` checks the kernels on small awkward shapes, ``parity`` at FFNet's own,
+``bench`` times them beside their peers, ``tune`` measures their tiles. Each part keeps a JSON file with a row a step;
+what is there for the same sources and GPU is not done again. All of it goes into one file of results.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ import ffnet_kernels
 from ffnet_kernels.backends.triton import configs, tune
 from ffnet_kernels.selftest import _cases as selftest_cases
 
+from .__main__ import INTERRUPTED
 from .gpu_report import summary, table
 from .gpu_timing import check, model_row, operator_row, operator_work, training_row
 from .machine import machine
@@ -39,8 +40,17 @@ ROOT = Path(__file__).resolve().parents[1]
 BENCH_BATCH = 128
 MODEL = ModelCase("ffnet_2", BENCH_BATCH, dtype="bfloat16")
 
-#: A name, and what returns its row; None where the step was cut short and has to be done again.
-Step = tuple[str, Callable[[], dict[str, Any] | None]]
+#: Steps whose kernels are compiled together, on all processors: one by one in their first calls it would take long.
+CHUNK = 64
+
+
+class Step(NamedTuple):
+    """A row of a part: its name, what returns it (None where it was cut short and has to be done again), and jobs for
+    the compiler, of the kernels that it is going to launch."""
+
+    name: str
+    run: Callable[[], dict[str, Any] | None]
+    jobs: Sequence[Callable[[], object]] = ()
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,7 @@ class Session:
 
     device: torch.device
     deadline: float
+    compiler: tune.Compiler
 
     @functools.cached_property
     def clock(self) -> tune.Clock:
@@ -56,33 +67,13 @@ class Session:
 
 
 def build_steps(session: Session) -> Iterator[Step]:
-    yield "info", lambda: {"passed": True, "info": ffnet_kernels.info()}
-    yield "compile", lambda: compile_kernels(session)
-
-
-def compile_kernels(session: Session) -> dict[str, Any] | None:
-    """The kernels of the other parts, on all processors: one by one in their first calls it would take long."""
-    begun = time.monotonic()
-    winners = configs.winners(configs.device_name(session.device))
-    calls = [_call(case, backward) for case in parity_cases() for backward in (False, True)]
-    calls.sort(key=lambda call: call.batch)  # the same kernels at another batch are then found compiled
-    jobs: list[Callable] = [functools.partial(start_selftest_case, name) for name in selftest_work()]
-    jobs += [functools.partial(tune.with_tiles, winners, call.start) for call in calls]
-    with tune.Compiler() as compiler:
-        errors = compiler(jobs, session.deadline)
-    if time.monotonic() >= session.deadline:
-        return None
-    return {"passed": not errors, "calls": len(jobs), "seconds": round(time.monotonic() - begun, 1), "errors": errors}
-
-
-def _call(case: OperatorCase, backward: bool) -> tune.Call:
-    dtype, last = getattr(torch, case.dtype), case.layout == "channels_last"
-    return tune.Call(case.operator, case.batch, case.channels, case.size, case.kernel, dtype, last, backward)
+    yield Step("info", lambda: {"passed": True, "info": ffnet_kernels.info()})
 
 
 def selftest_steps(session: Session) -> Iterator[Step]:
     for name, (operator, args) in selftest_work().items():
-        yield name, functools.partial(_check_on, session.device, operator, args)
+        check_it = functools.partial(_check_on, session.device, operator, args)
+        yield Step(name, check_it, [functools.partial(start_selftest_case, name)])
 
 
 @functools.cache
@@ -126,7 +117,16 @@ def parity_cases() -> list[OperatorCase]:
 
 def parity_steps(session: Session) -> Iterator[Step]:
     for case in parity_cases():
-        yield case.name, functools.partial(check_parity, case, session.device)
+        jobs = [job for backward in (False, True) for job in _jobs(case, backward, session)]
+        yield Step(case.name, functools.partial(check_parity, case, session.device), jobs)
+
+
+def _jobs(case: OperatorCase, backward: bool, session: Session) -> list[Callable[[], object]]:
+    """Compile what the case launches with the tiles that it will get on this GPU."""
+    dtype, last = getattr(torch, case.dtype), case.layout == "channels_last"
+    call = tune.Call(case.operator, case.batch, case.channels, case.size, case.kernel, dtype, last, backward)
+    winners = configs.winners(configs.device_name(session.device))
+    return [functools.partial(tune.with_tiles, winners, call.start)]
 
 
 def check_parity(case: OperatorCase, device: torch.device) -> dict[str, Any]:
@@ -135,14 +135,14 @@ def check_parity(case: OperatorCase, device: torch.device) -> dict[str, Any]:
 
 
 def bench_steps(session: Session) -> Iterator[Step]:
-    for backward, (channels, size, kernel), operator in itertools.product((False, True), tune.STAGES, OPERATORS):
+    for (channels, size, kernel), backward, operator in itertools.product(tune.STAGES, (False, True), OPERATORS):
         case = OperatorCase(operator, BENCH_BATCH, channels, size, kernel, dtype="bfloat16")
-        yield (
-            f"{case.name} {'backward' if backward else 'forward'}",
-            functools.partial(_plain_row, operator_row, case, session, backward=backward),
-        )
-    yield f"{MODEL.name} inference", functools.partial(_plain_row, model_row, MODEL, session)
-    yield f"{MODEL.name} training step", functools.partial(_plain_row, training_row, MODEL, session)
+        run = functools.partial(_plain_row, operator_row, case, session, backward=backward)
+        both = [replace(case, layout=layout) for layout in LAYOUTS]
+        jobs = [job for one in both for way in {False, backward} for job in _jobs(one, way, session)]
+        yield Step(f"{case.name} {'backward' if backward else 'forward'}", run, jobs)
+    yield Step(f"{MODEL.name} inference", functools.partial(_plain_row, model_row, MODEL, session))
+    yield Step(f"{MODEL.name} training step", functools.partial(_plain_row, training_row, MODEL, session))
 
 
 def _plain_row(measure: Callable, case: Any, session: Session, **options: Any) -> dict[str, Any]:
@@ -159,7 +159,7 @@ def tune_steps(session: Session) -> Iterator[Step]:
             return None  # its file says which tile it was; in a new process it goes on with the others
         return None if left else {"passed": True}
 
-    yield "tune", step
+    yield Step("tune", step)
 
 
 PARTS: dict[str, Callable[[Session], Iterator[Step]]] = {
@@ -178,27 +178,30 @@ def run_part(name: str, session: Session, path: Path, header: dict[str, Any], te
         The names of the steps that are left because time is up.
     """
     record = read_part(path, header)
-    left = {step_name: step for step_name, step in PARTS[name](session) if step_name not in record["rows"]}
-    for step_name in [step_name for step_name in left if text in step_name]:
+    left = {step.name: step for step in PARTS[name](session) if step.name not in record["rows"]}
+    pending = [step for step in left.values() if text in step.name]
+    for index, step in enumerate(pending):
+        if index % CHUNK == 0:
+            session.compiler([job for s in pending[index : index + CHUNK] for job in s.jobs], session.deadline)
         if time.monotonic() >= session.deadline:
             break
         begun = time.monotonic()
-        row = _attempt(left[step_name], session.device)
+        row = _attempt(step, session.device)
         if row is not None:
-            record["rows"][step_name] = row
-            del left[step_name]
+            record["rows"][step.name] = row
+            del left[step.name]
             with replacing(path) as temporary:
                 temporary.write_text(json.dumps({**record, "left": list(left)}, indent=1, allow_nan=False) + "\n")
             verdict = "ok" if row["passed"] else "FAIL"
-            print(f"{name}: {verdict:4} {step_name} ({time.monotonic() - begun:.1f} s)", flush=True)
+            print(f"{name}: {verdict:4} {step.name} ({time.monotonic() - begun:.1f} s)", flush=True)
         tune.check_alive(session.device)
         _free(session.device)
-    return [step_name for step_name in left if text in step_name]
+    return [step.name for step in pending if step.name in left]
 
 
-def _attempt(step: Callable[[], dict[str, Any] | None], device: torch.device) -> dict[str, Any] | None:
+def _attempt(step: Step, device: torch.device) -> dict[str, Any] | None:
     try:
-        row = step()
+        row = step.run()
         if row is not None:
             tune.check_alive(device)
     except Exception as error:  # whatever went wrong is the result
@@ -241,32 +244,39 @@ def merged(folder: Path, header: dict[str, Any], device: torch.device) -> Result
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns 0; 1 where something failed, 2 where there is no GPU."""
+    """Returns 0; 1 where something failed, 2 where there is no GPU, 130 after Ctrl-C."""
     options = _parser().parse_args(argv)
     if not torch.cuda.is_available():
         print("benchmarks.gpu: there is no GPU", file=sys.stderr)
         return 2
-    device = torch.device("cuda", torch.cuda.current_device())
-    session = Session(device, time.monotonic() + options.budget)
+    return run(options, torch.device("cuda", torch.cuda.current_device()))
+
+
+def run(options: argparse.Namespace, device: torch.device) -> int:
+    """The parts that the options name, then their results: as a file, and as a table."""
+    deadline = time.monotonic() + options.budget
     names = options.only or list(PARTS)
     if options.again:
         for name in names:
             (options.work / f"{name}.json").unlink(missing_ok=True)
     header = header_of(device)
-    left = {}
-    try:
-        for name in names:
-            left[name] = run_part(name, session, options.work / f"{name}.json", header, options.filter)
-    except tune.DeviceLostError as error:
-        _restart(options, session.deadline - time.monotonic(), error)
-    except KeyboardInterrupt:
-        print("interrupted; the next run goes on")
+    left: dict[str, list[str]] = {}
+    ended: BaseException | None = None
+    with tune.Compiler() as compiler:
+        session = Session(device, deadline, compiler)
+        try:
+            for name in names:
+                left[name] = run_part(name, session, options.work / f"{name}.json", header, options.filter)
+        except (tune.DeviceLostError, KeyboardInterrupt) as event:
+            ended = event
+    if isinstance(ended, tune.DeviceLostError):
+        _restart(options, deadline - time.monotonic(), ended)
     result = merged(options.work, header, device)
     path = options.out / f"gpu-{configs.device_name(device)}.json"
     write_json(result, path)
     text, failed = summary(result, left)
     print(f"\n{text}\nwrote {path}\n\n{table(result)}")
-    return 1 if failed else 0
+    return INTERRUPTED if ended else int(failed)
 
 
 def _restart(options: argparse.Namespace, seconds: float, error: Exception) -> None:

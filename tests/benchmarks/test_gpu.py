@@ -1,6 +1,7 @@
 """``python -m benchmarks.gpu`` without a GPU: its parts with planted steps, its checks and rows on the CPU."""
 
 import json
+import pickle
 import time
 
 import pytest
@@ -22,8 +23,8 @@ CPU = torch.device("cpu")
 HEADER = {"device": "cpu", "source": "abc", "commit": "0123"}
 
 
-def session(seconds=100.0):
-    return gpu.Session(CPU, time.monotonic() + seconds)
+def session(seconds=100.0, compiler=lambda jobs, deadline: []):
+    return gpu.Session(CPU, time.monotonic() + seconds, compiler)
 
 
 def clock(function):
@@ -48,7 +49,7 @@ def parts(monkeypatch):
                 raise outcome
             return outcome
 
-        return name, run
+        return gpu.Step(name, run, [name])
 
     monkeypatch.setattr(gpu, "PARTS", {name: lambda s, n=name: map(step, (f"{n} 1", f"{n} 2")) for name in ("a", "b")})
     return ran, planted
@@ -141,7 +142,7 @@ def fake_gpu(parts, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu.os, "execv", lambda program, arguments: started.append(arguments[2:]))
     bench = {"passed": True, "row": json.loads(Result({}, [canned_row()]).to_json())["rows"][0]}
     parts[1]["bench 1"] = bench
-    gpu.PARTS["bench"] = lambda s: iter([("bench 1", lambda: bench)])
+    gpu.PARTS["bench"] = lambda s: iter([gpu.Step("bench 1", lambda: bench)])
     folders = ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
     return lambda *options: gpu.main([*folders, *options]), tmp_path, started
 
@@ -217,9 +218,10 @@ def test_the_table():
     assert "did not run" in second
 
 
-def test_steps_have_names_of_their_own():
-    names = [name for part in gpu.PARTS.values() for name, _ in part(session())]
-    assert len(names) == len(set(names)) == len(list(names))
+def test_steps_have_names_of_their_own(monkeypatch):
+    monkeypatch.setattr(configs, "device_name", lambda device: "fake")
+    names = [step.name for part in gpu.PARTS.values() for step in part(session())]
+    assert len(names) == len(set(names))
     assert len(list(gpu.parity_steps(session()))) == 5 * 3 * 2 * 3 * 2
     cases = {name for name, _, _ in gpu.selftest_cases()}
     narrow = {name for name in cases if " k=7 " in name}
@@ -265,13 +267,25 @@ def test_the_selftest_runs_the_kernels_it_has_compiled():
     assert gpu._check_on(CPU, operator, (x[:1, :2], weight[:4], bias[:4], *rest))["passed"]
 
 
+def test_kernels_of_the_next_steps_are_compiled_first(parts, tmp_path, monkeypatch):
+    ran, _ = parts
+    monkeypatch.setattr(gpu, "CHUNK", 1)
+    gpu.run_part("a", session(compiler=lambda jobs, deadline: ran.append(jobs)), tmp_path / "a.json", HEADER)
+    assert ran == [["a 1"], "a 1", ["a 2"], "a 2"]
+
+
 @interpreted
-def test_compiling_has_nothing_to_do_here(monkeypatch):
+def test_a_step_compiles_what_it_runs(monkeypatch):
     monkeypatch.setattr(configs, "device_name", lambda device: "fake")
-    row = gpu.compile_kernels(session())
-    assert row["passed"]
-    assert row["calls"] == len(gpu.selftest_work()) + 2 * len(gpu.parity_cases())
-    assert gpu.compile_kernels(session(0)) is None
+    steps = {step.name: step for part in ("parity", "bench") for step in gpu.PARTS[part](session())}
+    for text, number in ((" b8 bfloat16 nchw", 2), ("nels_last forward", 2), ("nels_last backward", 4)):
+        jobs = next(step.jobs for name, step in steps.items() if name.endswith(text) and "depthwise" in name)
+        with recording() as launches:
+            for job in jobs:
+                pickle.loads(pickle.dumps(job))()
+        names = [found.kernel.__name__ for found in launches]
+        assert len(jobs) == number
+        assert names.count("depthwise_conv2d_backward_kernel") == (0 if "forward" in text else number // 2)
 
 
 class NoCompiler:
@@ -339,7 +353,7 @@ def test_a_row_of_the_bench_part_is_plain_data(monkeypatch):
 
 
 def test_tuning_is_cut_short_by_time_and_by_a_lost_gpu(monkeypatch):
-    ((_, step),) = gpu.tune_steps(session())
+    (step,) = gpu.tune_steps(session())
     monkeypatch.setattr(gpu.Session, "clock", None)
     for outcome, expected in ((3, None), (0, {"passed": True}), (tune.DeviceLostError("x"), None)):
 
@@ -349,4 +363,4 @@ def test_tuning_is_cut_short_by_time_and_by_a_lost_gpu(monkeypatch):
             return outcome
 
         monkeypatch.setattr(tune, "tune", fake)
-        assert step() == expected
+        assert step.run() == expected

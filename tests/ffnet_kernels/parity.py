@@ -245,6 +245,16 @@ def relative_error(x: Tensor, exact: Tensor) -> float:
     return ((x.double() - exact).abs().max() / exact.abs().max().clamp(min=1e-30)).item() if x.numel() else 0.0
 
 
+def kinds(x: Tensor) -> Tensor:
+    """0 finite, 1 NaN, 2 inf, 3 -inf, element by element."""
+    return x.isnan() * 1 + x.isposinf() * 2 + x.isneginf() * 3
+
+
+def assert_same_kinds(out: Tensor, expected: Tensor) -> None:
+    wrong = (kinds(out) != kinds(expected)).nonzero()
+    assert not len(wrong), f"at {wrong[0].tolist()}: {out[tuple(wrong[0])]}, not {expected[tuple(wrong[0])]}"
+
+
 _extents = st.one_of(st.sampled_from([1, 2, 3, 7, 8, 14, 15, 16, 17, 31, 56, 64]), st.integers(1, 70))
 _channels = st.one_of(st.sampled_from([1, 3, 4, 5, 8, 15, 16, 17, 24, 32, 33, 64, 96, 200]), st.integers(1, 200))
 _sides = st.one_of(st.sampled_from([1, 2, 3, 3, 5, 7, 7, 9, 31]), st.integers(1, 31))

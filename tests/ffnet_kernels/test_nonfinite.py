@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from examples import example
+from parity import assert_same_kinds, kinds
 
 import ffnet_kernels as fk
 from ffnet_kernels import checks
@@ -30,16 +31,6 @@ every_activation = pytest.mark.parametrize("activation", checks.ACTIVATIONS)
 def run(case, isa):
     with parity.selected_isa(isa), fk.use_backend("cpu"), parity.poisoned_outputs():
         return case.run()
-
-
-def kinds(x):
-    """0 finite, 1 NaN, 2 inf, 3 -inf, element by element."""
-    return x.isnan() * 1 + x.isposinf() * 2 + x.isneginf() * 3
-
-
-def assert_same_kinds(out, expected):
-    wrong = (kinds(out) != kinds(expected)).nonzero()
-    assert not len(wrong), f"at {wrong[0].tolist()}: {out[tuple(wrong[0])]}, not {expected[tuple(wrong[0])]}"
 
 
 @parity.every_isa

@@ -1,4 +1,6 @@
-"""The Triton kernels, interpreted on the CPU, against the float64 reference: results and the gradient of every tensor."""
+"""The Triton kernels, interpreted on the CPU, against the float64 reference: results and all gradients."""
+
+import importlib
 
 import parity
 import pytest
@@ -7,7 +9,7 @@ from examples import example
 from hypothesis import given, settings
 
 from ffnet_kernels import dispatch
-from ffnet_kernels.backends.triton import configs
+from ffnet_kernels.backends.triton import configs, launch
 
 pytestmark = triton_cases.needs_interpreter
 
@@ -74,4 +76,67 @@ def test_some_gradients_alone(operator, options, wanted):
 def test_few_programs(monkeypatch, operator, options):
     """On a large map a program walks down many rows and adds up many images; here one does everything."""
     monkeypatch.setattr(configs, "PROGRAMS", 1)
-    check(example(operator, **{"shape": (2, 3, 18, 19), "kernel": (3, 3), **options}))
+    check(example(operator, **{"shape": (2, 3, 10, 17), "kernel": (3, 3), **options}))
+
+
+def shifted(arguments):
+    arguments["left"] += 1
+
+
+def narrowed(arguments):
+    arguments["kernel_width"] -= 1
+
+
+def unwritten(arguments):
+    arguments["height"] -= 1
+    if "out_height" in arguments:
+        arguments["out_height"] -= 1
+
+
+def dropped_channel(arguments):
+    arguments["channels"] -= 1
+
+
+def without_bias(arguments):
+    arguments.update(dict.fromkeys(("bias", "key_bias", "expand_bias")))
+
+
+FAULTS = [
+    ("depthwise_conv2d_forward_kernel", shifted, "depthwise_conv2d", False),
+    ("depthwise_conv2d_forward_kernel", narrowed, "depthwise_conv2d", False),
+    ("depthwise_conv2d_forward_kernel", unwritten, "depthwise_conv2d", False),
+    ("depthwise_conv2d_forward_kernel", without_bias, "channel_mixer", False),
+    ("depthwise_conv2d_forward_kernel", shifted, "depthwise_conv2d", True),
+    ("depthwise_conv2d_backward_kernel", shifted, "depthwise_conv2d", True),
+    ("depthwise_conv2d_backward_kernel", unwritten, "channel_mixer", True),
+    ("ffnified_attention_forward_kernel", narrowed, "ffnified_attention", False),
+    ("ffnified_attention_forward_kernel", unwritten, "ffnified_attention", False),
+    ("ffnified_attention_backward_kernel", narrowed, "ffnified_attention", True),
+    ("ffnified_attention_backward_kernel", without_bias, "ffnified_attention", True),
+    ("pointwise_forward_kernel", dropped_channel, "channel_mixer", False),
+    ("pointwise_backward_weight_kernel", dropped_channel, "channel_mixer", True),
+    ("channel_mixer_backward_kernel", without_bias, "channel_mixer", True),
+    ("filter_gradients_kernel", narrowed, "ffnified_attention", True),
+]
+
+
+@pytest.mark.parametrize(("kernel", "fault", "operator", "backward"), FAULTS)
+def test_parity_sees_a_fault(monkeypatch, kernel, fault, operator, backward):
+    """A check of the check: it fails where one kernel is told something wrong."""
+    told = []
+
+    def faulty(started, *args, **arguments):
+        if started.__name__ == kernel:
+            fault(arguments)
+            told.append(kernel)
+        launch.launch(started, *args, **arguments)
+
+    for host in ("depthwise", "attention", "mixer"):
+        monkeypatch.setattr(importlib.import_module(f"ffnet_kernels.backends.triton.{host}"), "launch", faulty)
+    case = example(operator, **SMALL)
+    check_one = parity.check_gradients if backward else parity.check
+    with pytest.raises(AssertionError, match="over the limit"):
+        check_one(case, "triton")
+    assert told
+    monkeypatch.undo()
+    check_one(case, "triton")

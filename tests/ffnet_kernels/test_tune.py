@@ -242,8 +242,8 @@ class Pool:
                 future.set_exception(error)
         return future
 
-    def shutdown(self, wait, cancel_futures):
-        self.closed = cancel_futures and not wait
+    def shutdown(self, cancel_futures):
+        self.closed = cancel_futures
 
 
 def test_jobs_that_are_late_are_given_up_and_errors_collected():

@@ -263,8 +263,8 @@ def table(rows: Sequence[Compiled]) -> str:
     for (kernel, dtype, variant, warps), by_architecture in sorted(found.items()):
         cells = []
         for architecture in architectures:
-            row = by_architecture.get(architecture)
-            cells.append("–" if row is None else row.complaint() or f"{row.registers} ({row.resident_warps})")
+            one = by_architecture.get(architecture)
+            cells.append("–" if one is None else one.complaint() or f"{one.registers} ({one.resident_warps})")
         lines.append(f"| `{kernel}` | {dtype} | {variant} | {warps} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -45,15 +45,15 @@ def ffnified_attention_forward_kernel(
     images, channels, height, width, kernel_width, strip, strips, column_tiles, splits,
     ACTIVATION: tl.constexpr, TAPS: tl.constexpr, HALO: tl.constexpr,
     BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
-    ALIGN: tl.constexpr,
+    MAP_UNIT: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """``residual + scale · (DW(act(DW(query; key) + key_bias); value) + value_bias)``, both filters of one size."""
-    query_strides = in_elements(query_strides, ALIGN)
-    key_strides = in_elements(key_strides, ALIGN)
-    value_strides = in_elements(value_strides, ALIGN)
+    query_strides = in_elements(query_strides, MAP_UNIT, ALIGN)
+    key_strides = in_elements(key_strides, 0, ALIGN)
+    value_strides = in_elements(value_strides, 0, ALIGN)
     if residual is not None:
-        residual_strides = in_elements(residual_strides, ALIGN)
-    out_strides = in_elements(out_strides, ALIGN)
+        residual_strides = in_elements(residual_strides, MAP_UNIT, ALIGN)
+    out_strides = in_elements(out_strides, MAP_UNIT, ALIGN)
     channels = channels * ALIGN
     TOP: tl.constexpr = (TAPS - 1) // 2
     BEFORE: tl.constexpr = TOP if HALO else 0
@@ -118,18 +118,18 @@ def ffnified_attention_backward_kernel(
     images, channels, height, width, kernel_width, strip, strips, column_tiles, splits,
     ACTIVATION: tl.constexpr, TAPS: tl.constexpr, HALO: tl.constexpr,
     BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
-    ALIGN: tl.constexpr,
+    MAP_UNIT: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """All gradients but that of the residual in one pass; the middle map and its gradient stay in registers.
 
     ``key_partials`` and ``value_partials`` ``[splits, taps + 1, C]`` take each program's sums for filter and bias, the
     latter as if the scale were 1.
     """
-    grad_strides = in_elements(grad_strides, ALIGN)
-    query_strides = in_elements(query_strides, ALIGN)
-    key_strides = in_elements(key_strides, ALIGN)
-    value_strides = in_elements(value_strides, ALIGN)
-    grad_query_strides = in_elements(grad_query_strides, ALIGN)
+    grad_strides = in_elements(grad_strides, MAP_UNIT, ALIGN)
+    query_strides = in_elements(query_strides, MAP_UNIT, ALIGN)
+    key_strides = in_elements(key_strides, 0, ALIGN)
+    value_strides = in_elements(value_strides, 0, ALIGN)
+    grad_query_strides = in_elements(grad_query_strides, MAP_UNIT, ALIGN)
     channels = channels * ALIGN
     TOP: tl.constexpr = (TAPS - 1) // 2
     BOTTOM: tl.constexpr = TAPS - 1 - TOP

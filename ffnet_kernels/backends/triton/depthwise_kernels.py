@@ -29,7 +29,7 @@ def depthwise_conv2d_forward_kernel(
     CHUNKED: tl.constexpr, TAPS: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
     BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
-    ALIGN: tl.constexpr,
+    MAP_UNIT: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """``other + scale · act(DW(x) + bias)``, or ``other · act'(DW(x) + bias)`` if DERIVATIVE.
 
@@ -37,11 +37,11 @@ def depthwise_conv2d_forward_kernel(
     keeps its channels and takes every ``splits``-th strip of the maps. It walks down ``strip`` output rows, ROWS at a
     time; the rows that two steps share come from the cache.
     """
-    x_strides = in_elements(x_strides, ALIGN)
-    weight_strides = in_elements(weight_strides, ALIGN)
+    x_strides = in_elements(x_strides, MAP_UNIT, ALIGN)
+    weight_strides = in_elements(weight_strides, 0, ALIGN)
     if other is not None:
-        other_strides = in_elements(other_strides, ALIGN)
-    out_strides = in_elements(out_strides, ALIGN)
+        other_strides = in_elements(other_strides, MAP_UNIT, ALIGN)
+    out_strides = in_elements(out_strides, MAP_UNIT, ALIGN)
     channels = channels * ALIGN
     channel_blocks = tl.cdiv(channels, BLOCK_C)
     c = (tl.program_id(0) % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -91,7 +91,7 @@ def depthwise_conv2d_backward_kernel(
     images, channels, height, width, out_height, out_width, top, left, chunks, kernel_height, kernel_width,
     strip, strips, column_tiles, splits,
     CHUNKED: tl.constexpr, TAPS: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
-    ALIGN: tl.constexpr,
+    MAP_UNIT: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Input, filter and bias gradients in one pass, for stride 1 and one output per channel.
 
@@ -99,10 +99,10 @@ def depthwise_conv2d_backward_kernel(
     with the mirrored filter) and, against rows of x kept in registers, the filter's. ``partials[splits, taps + 1, C]``
     takes the sums of each program over its share of the map, taps first, then the bias.
     """
-    grad_strides = in_elements(grad_strides, ALIGN)
-    x_strides = in_elements(x_strides, ALIGN)
-    weight_strides = in_elements(weight_strides, ALIGN)
-    grad_x_strides = in_elements(grad_x_strides, ALIGN)
+    grad_strides = in_elements(grad_strides, MAP_UNIT, ALIGN)
+    x_strides = in_elements(x_strides, MAP_UNIT, ALIGN)
+    weight_strides = in_elements(weight_strides, 0, ALIGN)
+    grad_x_strides = in_elements(grad_x_strides, MAP_UNIT, ALIGN)
     channels = channels * ALIGN
     channel_blocks = tl.cdiv(channels, BLOCK_C)
     c = (tl.program_id(0) % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -202,14 +202,14 @@ def depthwise_conv2d_backward_weight_kernel(
     strip, strips, column_tiles, splits,
     CHUNKED: tl.constexpr, TAPS: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, OUTPUTS: tl.constexpr,
     BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
-    ALIGN: tl.constexpr,
+    MAP_UNIT: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Filter and bias gradients alone, for any stride and OUTPUTS per input channel; ``partials`` as above.
 
     Rows of the incoming gradient stay in registers, those of x pass by.
     """
-    grad_strides = in_elements(grad_strides, ALIGN)
-    x_strides = in_elements(x_strides, ALIGN)
+    grad_strides = in_elements(grad_strides, MAP_UNIT, ALIGN)
+    x_strides = in_elements(x_strides, MAP_UNIT, ALIGN)
     channels = channels * ALIGN
     channel_blocks = tl.cdiv(channels, BLOCK_C)
     c = (tl.program_id(0) % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -298,9 +298,9 @@ def filter_gradients_kernel(
     With ``scale`` they belong to ``scale · (DW + bias)`` and were taken as if the scale were 1; then the gradient of
     the scale is the sum of the products of the parameters with their gradients, and needs no convolution of its own.
     """
-    weight_strides = in_elements(weight_strides, ALIGN)
+    weight_strides = in_elements(weight_strides, 0, ALIGN)
     if grad_weight is not None:
-        grad_weight_strides = in_elements(grad_weight_strides, ALIGN)
+        grad_weight_strides = in_elements(grad_weight_strides, 0, ALIGN)
     channels = channels * ALIGN
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     channel_mask = c < channels

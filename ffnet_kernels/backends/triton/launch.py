@@ -76,18 +76,31 @@ def aligned(arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments with ALIGN, the unit of strides and channels: 8 elements where all are multiples of 8, else 1.
 
     Triton vectorises a load only where it can prove the alignment, and of a number it is told no more than whether 16
-    divides it: 88 channels would be read one by one. In units of 8 the factor is in the kernel's text. A stride of 1 is
-    passed as None.
+    divides it: 88 channels would be read one by one. In units of 8 the factor is in the kernel's text. What has a
+    stride of 1 is a constant too: dimension MAP_UNIT of maps (1 or 3), 0 of filters, MATRIX_UNIT of matrices.
     """
     strides = {name: value for name, value in arguments.items() if name.endswith("_strides") and value is not None}
-    counts = [name for name in _COUNTS if name in arguments]
-    numbers = [*(s for value in strides.values() for s in value if s != 1), *(arguments[name] for name in counts)]
     if not strides:
         return arguments
-    if any(number % _ALIGN for number in numbers):
-        return {**arguments, "ALIGN": 1}
-    in_units = {name: tuple(None if s == 1 else s // _ALIGN for s in value) for name, value in strides.items()}
-    return {**arguments, **in_units, **{name: arguments[name] // _ALIGN for name in counts}, "ALIGN": _ALIGN}
+    units = {rank: _unit([s for s in strides.values() if len(s) == rank], order) for rank, order in _UNITS.items()}
+    names = {name: units[rank] for rank, name in ((4, "MAP_UNIT"), (2, "MATRIX_UNIT")) if any(
+        len(s) == rank for s in strides.values())}  # fmt: skip
+    counts = [name for name in _COUNTS if name in arguments]
+    numbers = [arguments[name] for name in counts]
+    numbers += [s for value in strides.values() for i, s in enumerate(value) if i != units[len(value)]]
+    if None in names.values() or units[3] is None or any(number % _ALIGN for number in numbers):
+        return {**arguments, **dict.fromkeys(names, 1), "ALIGN": 1}
+    in_units = {name: tuple(s // _ALIGN for s in value) for name, value in strides.items()}
+    return {**arguments, **in_units, **{name: arguments[name] // _ALIGN for name in counts}, **names, "ALIGN": _ALIGN}
+
+
+#: By rank: of maps, filters and matrices the dimensions that may have a stride of 1.
+_UNITS = {4: (1, 3), 3: (0,), 2: (1, 0)}
+
+
+def _unit(strides: list[tuple[int, ...]], dimensions: tuple[int, ...]) -> int | None:
+    """The first of the dimensions that has a stride of 1 in all; None where none has."""
+    return next((d for d in dimensions if all(value[d] == 1 for value in strides)), None)
 
 
 def _on_device(device: torch.device) -> contextlib.AbstractContextManager:

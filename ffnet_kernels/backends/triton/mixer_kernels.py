@@ -33,14 +33,14 @@ def pointwise_forward_kernel(
     images, count, channels, outputs,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
-    ALIGN: tl.constexpr,
+    MAP_UNIT: tl.constexpr, MATRIX_UNIT: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """``residual + scale · act(W·x + bias)`` for every pixel; weight [outputs, channels] by strides."""
-    x_strides = in_elements(x_strides, ALIGN)
-    weight_strides = in_elements(weight_strides, ALIGN)
+    x_strides = in_elements(x_strides, MAP_UNIT, ALIGN)
+    weight_strides = in_elements(weight_strides, MATRIX_UNIT, ALIGN)
     if residual is not None:
-        residual_strides = in_elements(residual_strides, ALIGN)
-    out_strides = in_elements(out_strides, ALIGN)
+        residual_strides = in_elements(residual_strides, MAP_UNIT, ALIGN)
+    out_strides = in_elements(out_strides, MAP_UNIT, ALIGN)
     channels = channels * ALIGN
     outputs = outputs * ALIGN
     blocks = tl.cdiv(count, BLOCK_P)
@@ -81,19 +81,19 @@ def channel_mixer_forward_kernel(
     images, count, channels, hidden, outputs,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr,
-    ALIGN: tl.constexpr,
+    MAP_UNIT: tl.constexpr, MATRIX_UNIT: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """``residual + scale · (W₂ · act(W₁·mixed + b₁) + b₂)``; the hidden map stays on chip.
 
     BLOCK_K covers all channels and BLOCK_O all outputs; the hidden channels pass by, BLOCK_H at a time, and round to
     the dtype of the maps for the second product.
     """
-    mixed_strides = in_elements(mixed_strides, ALIGN)
-    expand_weight_strides = in_elements(expand_weight_strides, ALIGN)
-    project_weight_strides = in_elements(project_weight_strides, ALIGN)
+    mixed_strides = in_elements(mixed_strides, MAP_UNIT, ALIGN)
+    expand_weight_strides = in_elements(expand_weight_strides, MATRIX_UNIT, ALIGN)
+    project_weight_strides = in_elements(project_weight_strides, MATRIX_UNIT, ALIGN)
     if residual is not None:
-        residual_strides = in_elements(residual_strides, ALIGN)
-    out_strides = in_elements(out_strides, ALIGN)
+        residual_strides = in_elements(residual_strides, MAP_UNIT, ALIGN)
+    out_strides = in_elements(out_strides, MAP_UNIT, ALIGN)
     channels = channels * ALIGN
     hidden = hidden * ALIGN
     outputs = outputs * ALIGN
@@ -140,18 +140,18 @@ def channel_mixer_backward_kernel(
     images, count, channels, hidden, outputs,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
-    ALIGN: tl.constexpr,
+    MAP_UNIT: tl.constexpr, MATRIX_UNIT: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """The hidden map ``act(W₁·mixed + b₁)`` again, and the gradient before its activation, ``(W₂ᵀ·grad) · act'``.
 
     ``project_weight`` carries the scale already.
     """
-    grad_strides = in_elements(grad_strides, ALIGN)
-    mixed_strides = in_elements(mixed_strides, ALIGN)
-    expand_weight_strides = in_elements(expand_weight_strides, ALIGN)
-    project_weight_strides = in_elements(project_weight_strides, ALIGN)
-    hidden_map_strides = in_elements(hidden_map_strides, ALIGN)
-    grad_before_strides = in_elements(grad_before_strides, ALIGN)
+    grad_strides = in_elements(grad_strides, MAP_UNIT, ALIGN)
+    mixed_strides = in_elements(mixed_strides, MAP_UNIT, ALIGN)
+    expand_weight_strides = in_elements(expand_weight_strides, MATRIX_UNIT, ALIGN)
+    project_weight_strides = in_elements(project_weight_strides, MATRIX_UNIT, ALIGN)
+    hidden_map_strides = in_elements(hidden_map_strides, MAP_UNIT, ALIGN)
+    grad_before_strides = in_elements(grad_before_strides, MAP_UNIT, ALIGN)
     channels = channels * ALIGN
     hidden = hidden * ALIGN
     outputs = outputs * ALIGN
@@ -199,15 +199,15 @@ def pointwise_backward_weight_kernel(
     grad, grad_strides, x, x_strides, partials, bias_partials,
     images, count, channels, outputs, splits,
     PRECISION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
-    ALIGN: tl.constexpr,
+    MAP_UNIT: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Gradient [outputs, channels] of a 1×1 weight and [outputs] of its bias, summed over pixels.
 
     ``partials[splits, outputs, channels]`` and ``bias_partials[splits, outputs]`` take the sums over each program's
     share of the pixels.
     """
-    grad_strides = in_elements(grad_strides, ALIGN)
-    x_strides = in_elements(x_strides, ALIGN)
+    grad_strides = in_elements(grad_strides, MAP_UNIT, ALIGN)
+    x_strides = in_elements(x_strides, MAP_UNIT, ALIGN)
     channels = channels * ALIGN
     outputs = outputs * ALIGN
     columns = tl.cdiv(channels, BLOCK_K)
@@ -241,13 +241,13 @@ def pointwise_backward_weight_kernel(
 def pointwise_gradients_kernel(
     sums, bias_sums, weight, weight_strides, bias, scale, grad_weight, grad_weight_strides, grad_bias, grad_scale,
     channels, outputs, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
-    ALIGN: tl.constexpr,
+    MATRIX_UNIT: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Sums [outputs, channels] and [outputs] in the layout and dtype of the parameters; the scale as with
     ``filter_gradients_kernel``: the sums are those without it, and its gradient is made of them."""
-    weight_strides = in_elements(weight_strides, ALIGN)
+    weight_strides = in_elements(weight_strides, MATRIX_UNIT, ALIGN)
     if grad_weight is not None:
-        grad_weight_strides = in_elements(grad_weight_strides, ALIGN)
+        grad_weight_strides = in_elements(grad_weight_strides, MATRIX_UNIT, ALIGN)
     channels = channels * ALIGN
     outputs = outputs * ALIGN
     o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)

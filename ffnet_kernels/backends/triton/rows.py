@@ -24,11 +24,13 @@ EXTENTS = (
 
 
 @triton.jit
-def in_elements(strides, ALIGN: tl.constexpr):
-    """Strides that the host passed in units of ALIGN elements, with None for a stride of one element."""
+def in_elements(strides, UNIT: tl.constexpr, ALIGN: tl.constexpr):
+    """Strides that the host passed in units of ALIGN elements; in those, dimension UNIT has a stride of 1."""
     elements = ()
     for i in tl.static_range(len(strides)):
-        if strides[i] is None:
+        if ALIGN == 1:
+            elements = elements + (strides[i],)
+        elif i == UNIT:
             elements = elements + (1,)
         else:
             elements = elements + (strides[i] * ALIGN,)

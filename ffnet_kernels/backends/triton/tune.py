@@ -167,7 +167,7 @@ class Compiler:
 
     def __exit__(self, *_exception: object) -> None:
         if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool.shutdown(cancel_futures=True)
 
 
 def _compile(job: Callable[[], object]) -> list[str]:
