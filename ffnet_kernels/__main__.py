@@ -1,9 +1,11 @@
-"""``python -m ffnet_kernels info | selftest | tune``."""
+"""``python -m ffnet_kernels info | selftest | tune | aot | traffic``."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -26,12 +28,20 @@ def main(argv: list[str] | None = None) -> int:
     tuning.add_argument("--quick", action="store_true", help="bfloat16 at the largest batch only")
     tuning.add_argument("--again", action="store_true", help="measure also what was measured before")
     tuning.add_argument("--out", type=Path, metavar="DIR", help="folder of the results (default: the package's own)")
+    ahead = commands.add_parser("aot", help="compile the Triton kernels for GPUs that need not be here")
+    ahead.add_argument("--dtypes", default="bf16,fp16,fp32", help="default: %(default)s")
+    ahead.add_argument("--architectures", default="80,90,100", help="of NVIDIA; default: %(default)s")
+    commands.add_parser("traffic", help="count the bytes that the Triton kernels move, interpreted on the CPU")
     options = parser.parse_args(argv)
     if options.command == "info":
         print(json.dumps(info(), indent=2) if options.json else format_info())
         return 0
     if options.command == "tune":
         return _tune(options.quick, options.again, options.out)
+    if options.command == "aot":
+        return _aot(options.dtypes.split(","), [int(number) for number in options.architectures.split(",")])
+    if options.command == "traffic":
+        return _traffic()
     return _selftest(options.verbose)
 
 
@@ -50,6 +60,28 @@ def _selftest(verbose: bool) -> int:
           f"in {time.perf_counter() - start:.1f} s")  # fmt: skip
     print(f"{len(checks) - failed} passed, {failed} failed")
     return 1 if failed else 0
+
+
+def _aot(dtypes: list[str], architectures: list[int]) -> int:
+    """Returns 0; 1 where a kernel spills or is too large, 2 where none can be compiled here."""
+    if os.environ.get("TRITON_INTERPRET") == "1" or importlib.util.find_spec("triton") is None:
+        print("aot: needs Triton, and TRITON_INTERPRET unset", file=sys.stderr)
+        return 2
+    from .backends.triton import aot
+
+    return aot.main(dtypes, architectures)
+
+
+def _traffic() -> int:
+    """Returns 0; 1 where an operator moves too much, 2 where kernels are not interpreted here."""
+    reason = dispatch.why_unavailable("triton")
+    if reason or os.environ.get("TRITON_INTERPRET") != "1":
+        print(f"traffic: {reason or 'set TRITON_INTERPRET=1: it is the interpreter that counts'}", file=sys.stderr)
+        return 2
+    from .backends.triton import interpreter, traffic
+
+    interpreter.mend()
+    return traffic.main()
 
 
 def _tune(quick: bool, again: bool, folder: Path | None) -> int:

@@ -188,6 +188,14 @@ def test_the_command_says_what_failed_and_what_is_left(fake_gpu, parts, capsys):
     assert Result.from_json((folder / "out" / "gpu-fake_9000.json").read_text()).interrupted
 
 
+def test_the_command_after_ctrl_c(fake_gpu, parts, capsys):
+    run, folder, _ = fake_gpu
+    parts[1]["a 2"] = KeyboardInterrupt()
+    assert run() == 130
+    assert "a: 1 of 1 passed\n" in capsys.readouterr().out
+    assert Result.from_json((folder / "out" / "gpu-fake_9000.json").read_text()).interrupted
+
+
 def test_the_command_goes_on_in_a_new_process_after_a_lost_gpu(fake_gpu, monkeypatch, capsys):
     run, folder, started = fake_gpu
 

@@ -22,7 +22,7 @@ def chosen(case=CALL):
 
 @parity.needs_native
 def test_the_kernels_run_by_default():
-    assert fk.available_backends() == ("cpu", "reference")
+    assert fk.available_backends()[-2:] == ("cpu", "reference")
     assert [chosen(example(operator)) for operator in parity.OPERATORS] == ["cpu"] * 3
 
 

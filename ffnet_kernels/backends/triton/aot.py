@@ -199,17 +199,26 @@ def compile_launch(launch: Launch, architecture: int) -> tuple[Compiled, bytes]:
     code = compiled.asm["cubin"]
     found = re.findall(r"\b(REG|STACK|LOCAL):(\d+)", cuobjdump(code, "--dump-resource-usage"))
     used = {name: int(number) for name, number in found}
-    numbers = [f"{name}={value}" for name, value in launch.arguments.items() if name in _VARIANT]
     first = next(v for v in launch.arguments.values() if isinstance(v, Tensor))
     return Compiled(
-        launch.kernel.__name__, " ".join(numbers), _TYPES[first.dtype], architecture, launch.warps, used["REG"],
-        used["STACK"], used["LOCAL"], compiled.metadata.shared,
+        launch.kernel.__name__, _variant(launch.arguments), _TYPES[first.dtype], architecture, launch.warps,
+        used["REG"], used["STACK"], used["LOCAL"], compiled.metadata.shared,
     ), code  # fmt: skip
+
+
+def _variant(arguments: dict[str, Any]) -> str:
+    numbers = [f"{name}={value}" for name, value in arguments.items() if name in _VARIANT]
+    maps = [value for name, value in arguments.items() if name.endswith("_strides") and len(value or ()) == 4]
+    if maps:
+        last = arguments["MAP_UNIT"] == 1 if arguments["ALIGN"] > 1 else maps[0][1] == 1
+        numbers.append("channels-last" if last else "NCHW")
+    extras = [name for name in ("residual", "grad_scale") if arguments.get(name) is not None]
+    return " ".join([*numbers, *extras])
 
 
 _VARIANT = (
     "BLOCK_W", "BLOCK_C", "ROWS", "BLOCK_P", "BLOCK_O", "BLOCK_K", "BLOCK_H", "TAPS", "CHUNKED", "HALO", "STRIDE_H",
-    "OUTPUTS", "INPUTS", "DERIVATIVE", "ALIGN",
+    "OUTPUTS", "INPUTS", "ACTIVATION", "DERIVATIVE", "ALIGN",
 )  # fmt: skip
 
 

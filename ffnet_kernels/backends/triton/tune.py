@@ -16,7 +16,7 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from torch import Tensor
 from ... import operators
 from .. import triton as backend
 from . import configs
-from .launch import INTERPRETED, recording
+from .launch import INTERPRETED, options, recording
 
 #: Channels, height and width, and filter of the token mixer: the stages of FFNet-1, and a map that is no power of two.
 STAGES = ((320, 16, 7), (640, 8, 7), (80, 64, 3), (160, 32, 3), (384, 24, 7))
@@ -145,8 +145,8 @@ class Compiler:
     there is nothing to compile.
     """
 
-    def __init__(self, workers: int | None = None) -> None:
-        workers = workers or max(1, len(os.sched_getaffinity(0)) - 1)
+    def __init__(self) -> None:
+        workers = max(1, len(os.sched_getaffinity(0)) - 1)
         context = multiprocessing.get_context("spawn")  # a process that has met the GPU must not be forked
         self._pool = None if INTERPRETED else concurrent.futures.ProcessPoolExecutor(workers, context)
 
@@ -154,7 +154,10 @@ class Compiler:
         """Compiles what the jobs would launch, up to a deadline of ``time.monotonic()``; returns what went wrong."""
         if self._pool is None:
             return []
-        futures = [self._pool.submit(_compile, job) for job in jobs]
+        try:
+            futures = [self._pool.submit(_compile, job) for job in jobs]
+        except concurrent.futures.BrokenExecutor as error:  # a process died: from now on kernels compile when they run
+            return [describe(error)]
         timeout = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
         done, late = concurrent.futures.wait(futures, timeout)
         for future in late:
@@ -176,10 +179,8 @@ def _compile(job: Callable[[], object]) -> list[str]:
     errors = []
     for launch in launches:
         try:
-            launch.kernel.warmup(
-                grid=(launch.grid,), **launch.arguments, num_warps=launch.warps, num_stages=launch.stages,
-                enable_fp_fusion=True,
-            )  # fmt: skip
+            chosen = options(launch.warps, launch.stages, nvidia=torch.version.cuda is not None)
+            launch.kernel.warmup(grid=(launch.grid,), **launch.arguments, **chosen)
         except Exception as error:  # the kernel's first launch will raise it again
             errors.append(f"{launch}: {describe(error)}")
     return errors
@@ -239,29 +240,27 @@ def tune(
         DeviceLostError: where a tile brought the GPU down; that is in the file, and the next run passes it by.
     """
     path = (folder or configs._TUNED) / f"{configs.device_name(device)}.json"
-    table = read(path)
-    table |= {"device": device_line(device), **versions(), "date": datetime.date.today().isoformat()}
+    header = {"device": device_line(device), **versions(), "date": datetime.date.today().isoformat()}
+    table = {**header, **read(path), **header}
     left = {key: choice for key, choice in choices(asking).items() if again or key not in table["medians"]}
+    keys, together = list(left), 4 * len(os.sched_getaffinity(0))
     try:
         with Compiler() as compiler:
-            for batch in _batched(list(left), 4 * len(os.sched_getaffinity(0))):
-                forced = [
-                    (left[key].call, {**table["winners"], key: tile}) for key in batch for tile in left[key].tiles
-                ]
-                compiler([functools.partial(with_tiles, tiles, call.start) for call, tiles in forced], deadline)
-                for key in batch:
-                    if time.monotonic() >= deadline:
-                        return len(left)
-                    _tune_key(key, left[key], table, path, device, clock, report)
-                    del left[key]
+            for index, key in enumerate(keys):
+                if index % together == 0:
+                    compiler(_jobs(left, keys[index : index + together], table["winners"]), deadline)
+                if time.monotonic() >= deadline:
+                    break
+                _tune_key(key, left[key], table, path, device, clock, report)
+                del left[key]
     finally:
         configs.winners.cache_clear()
-    return 0
+    return len(left)
 
 
-def _batched(keys: list[str], size: int) -> Iterator[list[str]]:
-    for first in range(0, len(keys), size):
-        yield keys[first : first + size]
+def _jobs(left: Mapping[str, Choice], keys: Sequence[str], winners: dict) -> list[Callable[[], object]]:
+    tiles = [(left[key].call, {**winners, key: tile}) for key in keys for tile in left[key].tiles]
+    return [functools.partial(with_tiles, chosen, call.start) for call, chosen in tiles]
 
 
 def _tune_key(key: str, choice: Choice, table: dict, path: Path, device: torch.device, clock: Clock, report) -> None:
@@ -269,7 +268,7 @@ def _tune_key(key: str, choice: Choice, table: dict, path: Path, device: torch.d
     try:
         _measure(key, choice, table["winners"], device, clock, found)
     except DeviceLostError:
-        _record(key, found, table, path, report)
+        _record(key, found, table, path, report)  # or the next run would fall into the same pit
         raise
     _record(key, found, table, path, report)
 
@@ -284,12 +283,11 @@ def _measure(key: str, choice: Choice, winners: dict, device: torch.device, cloc
             continue
         try:
             ms = clock(functools.partial(with_tiles, {**winners, key: tile}, run))
+            samples[tile] += [ms] if turn >= WARM_UP else []
         except Exception as error:  # compilers and drivers raise whatever went wrong in them
             found[tile] = describe(error)
             check_alive(device)
-        else:
-            samples[tile] += [ms] if turn >= WARM_UP else []
-    found.update({tile: statistics.median(times) for tile, times in samples.items() if tile not in found})
+    found.update({tile: round(statistics.median(ms), 6) for tile, ms in samples.items() if tile not in found})
 
 
 def _record(key: str, found: dict, table: dict, path: Path, report: Callable[[str], object]) -> None:
@@ -308,9 +306,8 @@ def _record(key: str, found: dict, table: dict, path: Path, report: Callable[[st
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The file of a device, or an empty one."""
-    table = json.loads(path.read_text()) if path.exists() else {}
-    return {"device": "", "winners": {}, "medians": {}, **table}
+    """The file of a device, or an empty one: winners, and the medians of all tiles or why one does not run."""
+    return json.loads(path.read_text()) if path.exists() else {"winners": {}, "medians": {}}
 
 
 def write(path: Path, table: dict[str, Any]) -> None:
