@@ -17,6 +17,7 @@ from ffnet import create_model
 from ffnet_kernels.backends.triton import INTERPRETED, configs, tune
 from ffnet_kernels.backends.triton.launch import recording
 
+pytest.importorskip("triton")
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1: there is a real GPU")
 
 CPU = torch.device("cpu")

@@ -330,7 +330,7 @@ def _fits(padding, kernel: tuple[int, int], shape: tuple[int, ...]) -> bool:
 @st.composite
 def attention_cases(draw: st.DrawFn, sizes: Sizes = NATIVE) -> Case:
     generator, dtype = draw(_generators), draw(sizes.dtypes)
-    kernels = draw(st.one_of(sizes.kernels.map(lambda k: (k, k)), st.tuples(sizes.kernels, sizes.kernels)))
+    kernels = draw(sizes.kernels), draw(sizes.kernels)
     shape = sizes.shape(draw, sum(kh * kw for kh, kw in kernels))
     query = laid_out(shape, draw(st.sampled_from(LAYOUTS)), generator, dtype=dtype)
     key, value = (

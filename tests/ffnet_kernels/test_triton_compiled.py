@@ -16,8 +16,12 @@ def run(code: str) -> list:
     """What a script prints as JSON in its last line."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env={**environment, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )  # fmt: skip
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**environment, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     return json.loads(result.stdout.splitlines()[-1])
 
@@ -25,12 +29,13 @@ def run(code: str) -> list:
 SURVEY = """
 import json, torch
 from ffnet_kernels.backends.triton import aot
-rows = aot.survey([torch.bfloat16], aot.ARCHITECTURES) + aot.survey([torch.float32], [90])
+rows = aot.survey([torch.bfloat16], aot.ARCHITECTURES)
 print(json.dumps([[row.kernel, row.architecture, row.dtype, row.complaint()] for row in rows]))
 """
 
 
 def test_no_tile_spills_on_any_architecture():
+    """In bfloat16; `python -m ffnet_kernels aot` compiles the other dtypes too."""
     rows = run(SURVEY)
     assert not [row for row in rows if row[3]]
     assert {row[1] for row in rows} == {80, 90, 100}

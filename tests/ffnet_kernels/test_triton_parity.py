@@ -36,7 +36,7 @@ def test_drawn_depthwise_conv2d(case):
 
 
 @settings(max_examples=15)
-@given(case=parity.attention_cases(triton_cases.SIZES))
+@given(case=parity.attention_cases(triton_cases.PAIRS))
 def test_drawn_ffnified_attention(case):
     check(case)
 

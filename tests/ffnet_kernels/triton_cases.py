@@ -129,6 +129,8 @@ SIZES = Sizes(
     dtypes=st.sampled_from([torch.float32, BF16, F16]),
     work=100_000,
 )
+#: Two filters that are often of one size: those are fused.
+PAIRS = SIZES._replace(kernels=st.sampled_from([(3, 3), (5, 3), (3, 3), (2, 4)]))
 
 
 def made(operator: str, options: dict) -> tuple[Case, str]:

@@ -21,14 +21,14 @@ from triton.runtime.interpreter import InterpreterBuilder
 from . import attention, configs, depthwise
 from .configs import Shape
 
-#: The batch that is counted for, and the images of it that are computed: programs are shared out as among all of them.
-BATCH, SAMPLE = 128, 16
+#: The batch that is counted for. Some of its images are computed, and shared out among programs as all of them are.
+BATCH = 128
 
 #: What a depthwise operator may move, over what it has to.
 LIMIT = 1.25
 
-#: (channels, size, kernel) of the token mixers of FFNet-1 at 256², and of FFNet-3 at 384².
-STAGES = ((80, 64, 3), (160, 32, 3), (320, 16, 7), (640, 8, 7), (96, 96, 3), (192, 48, 3), (384, 24, 7), (768, 12, 7))
+#: (channels, size, kernel) of the token mixers of FFNet-1 at 256², and of the last stages of FFNet-3 at 384².
+STAGES = ((80, 64, 3), (160, 32, 3), (320, 16, 7), (640, 8, 7), (384, 24, 7), (768, 12, 7))
 
 
 class Traffic(NamedTuple):
@@ -123,9 +123,10 @@ def measure(operator: str, layout: str, channels: int, size: int, kernel: int) -
     last = layout == "channels_last"
     tile = configs.candidates(Shape(name, torch.bfloat16, last, BATCH, channels, size, size, kernel))[0]
     width = min(channels, tile.block_c)
-    programs = max(1, configs.PROGRAMS * SAMPLE * width // (BATCH * channels))
+    images = max(2, min(16, 4096 // size**2))
+    programs = max(1, configs.PROGRAMS * images * width // (BATCH * channels))
     memory_format = torch.channels_last if last else torch.contiguous_format
-    x = torch.randn(SAMPLE, width, size, size).bfloat16().contiguous(memory_format=memory_format)
+    x = torch.randn(images, width, size, size).bfloat16().contiguous(memory_format=memory_format)
     weight = torch.randn(width, 1, kernel, kernel).bfloat16()
     if last:
         weight = weight.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
