@@ -274,7 +274,7 @@ def measure(
     del plain, eager
     runs: dict[str, Callable[[], list[Tensor]]] = {}
     found: dict[str, Measurement] = {}
-    with torch._functorch.config.patch(donated_buffer=False):  # else a compiled backward pass can run only once
+    with torch._functorch.config.patch(donated_buffer=not backward):  # so that compiled ones run more than once
         for contender in contenders:
             try:
                 program, copies = contender.prepare(work), contender.name == COPY

@@ -36,7 +36,7 @@ def optimize(model: nn.Module) -> nn.Module:
       one that defines ``enable_kernels()`` puts itself on an operator and answers its name, or None.
 
     In eval mode the weights of 2-D convolutions become channels-last, and with them the maps; depthwise filters are
-    stored channels innermost where the CPU kernels read them. Strides change; values, shapes and the state dict do not.
+    stored channels innermost where kernels read them. Strides change; values, shapes and the state dict do not.
     The result trains, saves and loads as the original does. What was replaced is logged at INFO and kept in
     ``result.kernel_replacements``.
 
@@ -203,11 +203,11 @@ def _observes_output(module: nn.Module) -> bool:
 
 
 def _lay_out(model: nn.Module) -> None:
-    """Channels-last weights of convolutions and, for the CPU kernels, depthwise filters with their channels innermost.
+    """Channels-last weights of convolutions and, for kernels, depthwise filters with their channels innermost.
 
     Other parameters are left alone: users may view them.
     """
-    innermost = "cpu" in available_backends()
+    innermost = available_backends() != ("reference",)
     for module in model.modules():
         filters: list[Tensor] = []
         if isinstance(module, nn.Conv2d) and innermost and module.weight.shape[1] == 1:

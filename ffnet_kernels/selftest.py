@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch, native
-from .backends import reference
-
-_DTYPE = torch.float32
+from .backends import reference, triton
 
 
 class Check(NamedTuple):
@@ -51,9 +49,12 @@ def selftest(report: Callable[[Check], None] | None = None) -> list[Check]:
     for backend in dispatch.available_backends():
         if backend == "reference":
             continue
-        for variant, activate in _variants(backend):
+        for variant, activate, device, dtype in _variants(backend):
             with activate:
                 for name, operator, args in _cases():
+                    if device.type == "cpu" and backend == "triton" and args[1].shape[2] != 3:
+                        continue  # interpreted, all would take minutes
+                    args = tuple(a.to(device, dtype) if isinstance(a, Tensor) else a for a in args)
                     check = _compare(backend, variant, name, operator, args)
                     checks.append(check)
                     if report:
@@ -72,13 +73,18 @@ def _compare(backend: str, variant: str, case: str, operator: str, args: tuple) 
     return Check(backend, variant, case, error, eager_error, error <= error_limit(expected, eager))
 
 
-def _variants(backend: str) -> Iterator[tuple[str, contextlib.AbstractContextManager]]:
-    helper = native.helper()
-    if backend != "cpu" or helper is None:
-        yield "default", contextlib.nullcontext()
-        return
-    for isa in helper.usable_isas():
-        yield isa, _selected_isa(helper, isa)
+def _variants(backend: str) -> Iterator[tuple[str, contextlib.AbstractContextManager, torch.device, torch.dtype]]:
+    """What of a backend is checked on its own: (name, context that selects it, device and dtype of the tensors)."""
+    cpu, helper = torch.device("cpu"), native.helper()
+    if backend == "triton":
+        device = triton.device()
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            yield f"{device.type} {str(dtype).removeprefix('torch.')}", contextlib.nullcontext(), device, dtype
+    elif helper is None:
+        yield "default", contextlib.nullcontext(), cpu, torch.float32
+    else:
+        for isa in helper.usable_isas():
+            yield isa, _selected_isa(helper, isa), cpu, torch.float32
 
 
 @contextlib.contextmanager
@@ -95,7 +101,7 @@ def _cases() -> Iterator[tuple[str, str, tuple]]:
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=_DTYPE)
+        return torch.randn(shape, generator=generator)
 
     for kernel in (1, 3, 4, 5, 7, 31):
         for channels, multiplier, stride, size in ((35, 1, 1, (9, 17)), (19, 2, 2, (16, 5)), (16, 1, 1, (18, 34))):

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import parity
@@ -18,6 +19,7 @@ import ffnet_kernels as fk
 from ffnet_kernels import checks
 from ffnet_kernels.backends import triton
 from ffnet_kernels.backends.triton import interpreter
+from ffnet_kernels.backends.triton.launch import recording
 
 interpreted = triton_cases.needs_interpreter
 every_operator = pytest.mark.parametrize("operator", parity.OPERATORS)
@@ -121,6 +123,19 @@ print("triton" in sys.modules)
     assert run(code) == ["False"]
 
 
+def test_the_environment_forces_it():
+    code = """
+import torch, ffnet_kernels as fk
+try:
+    print(fk.explain("depthwise_conv2d", torch.ones(1, 4, 6, 5), torch.ones(4, 1, 3, 3)).backend)
+except fk.BackendError as error:
+    print(error)
+"""
+    (line,) = run(code, FFNET_KERNELS_BACKEND="triton")
+    reason = triton.unavailable()
+    assert line == ("triton" if reason is None else f"backend 'triton' is not available: {reason}")
+
+
 KERNELS = {
     "depthwise_conv2d": "depthwise_conv2d_forward_kernel",
     "ffnified_attention": "ffnified_attention_forward_kernel",
@@ -159,6 +174,41 @@ def test_explain_tells_the_paths_apart():
     assert kernels("ffnified_attention", kernel=(9, 9)) == two
     assert kernels("channel_mixer") == [two[0], *["pointwise_forward_kernel"] * 2]
     assert kernels("channel_mixer", dtype=torch.float16) == [two[0], "channel_mixer_forward_kernel"]
+
+
+@interpreted
+def test_explain_in_one_thread_lets_the_kernels_of_another_run():
+    """It records launches in place of running them: only its own."""
+    case = example("depthwise_conv2d", **TINY)
+    expected, out = case.run(), []
+
+    @fk.use_backend("triton")
+    def compute():
+        out.append(case.run())
+
+    with recording():
+        thread = threading.Thread(target=compute)
+        thread.start()
+        thread.join()
+    torch.testing.assert_close(out[0], expected)
+
+
+@interpreted
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+@pytest.mark.parametrize("new", [False, True], ids=["old flag", "new flag"])
+def test_precision_of_products_follows_torch(new, precision):
+    """A program may use torch's newer flag, after which torch refuses to read the older."""
+    flag = f"conv.fp32_precision = {precision!r}" if new else f"allow_tf32 = {precision == 'tf32'}"
+    code = f"""
+import torch, ffnet_kernels as fk
+from ffnet_kernels.backends.triton.launch import recording
+torch.backends.cudnn.{flag}
+x, w, matrix = torch.ones(1, 4, 3, 3), torch.ones(4, 1, 3, 3), torch.ones(4, 4)
+with fk.use_backend("triton"), recording() as launches:
+    fk.channel_mixer(x, w, None, matrix, None, matrix, None)
+print(*(started.arguments["PRECISION"] for started in launches if "PRECISION" in started.arguments))
+"""
+    assert run(code) == [f"{precision} {precision}"]
 
 
 @interpreted

@@ -1,5 +1,6 @@
 """The Triton kernels, interpreted on the CPU, against the float64 reference: results and all gradients."""
 
+import collections
 import importlib
 
 import parity
@@ -8,7 +9,7 @@ import triton_cases
 from examples import example
 from hypothesis import given, settings
 
-from ffnet_kernels import dispatch
+from ffnet_kernels import checks, dispatch
 from ffnet_kernels.backends.triton import configs, launch
 
 pytestmark = triton_cases.needs_interpreter
@@ -27,6 +28,52 @@ def check(case, **options):
 def test_case(operator, name):
     case, layout = triton_cases.made(operator, triton_cases.OPTIONS[operator][name])
     check(case, layout=layout)
+
+
+BOTH = {False, True}
+MAPS = {"MAP_UNIT": {1, 3}, "ALIGN": {1, 8}}
+CUT = {"strips": BOTH, "column_tiles": BOTH}  # whether there is more than one
+FILTER = {"TAPS": set(range(9)), "CHUNKED": BOTH, "chunks": BOTH}
+FUSED = {"ACTIVATION": set(checks.ACTIVATIONS), "TAPS": {3, 5, 7}, "HALO": BOTH, "splits": BOTH}
+PRODUCT = {"ACTIVATION": set(checks.ACTIVATIONS), "MATRIX_UNIT": {0, 1}, **MAPS}
+VARIANTS = {
+    "depthwise_conv2d_forward_kernel": {
+        "ACTIVATION": set(checks.ACTIVATIONS), "DERIVATIVE": BOTH, "STRIDE_H": {1, 2}, "STRIDE_W": {1, 2},
+        "OUTPUTS": {1, 2}, "INPUTS": {1, 2}, **FILTER, **CUT, **MAPS,
+    },
+    "depthwise_conv2d_backward_kernel": {**FILTER, **CUT, **MAPS, "splits": BOTH},
+    "depthwise_conv2d_backward_weight_kernel": {
+        **FILTER, **CUT, **MAPS, "STRIDE_H": {1, 2}, "STRIDE_W": {1, 2}, "OUTPUTS": {1, 2}, "splits": BOTH,
+        "TAPS": {0, 1, 2, 3, 4, 5},
+    },
+    "ffnified_attention_forward_kernel": {**FUSED, **CUT, **MAPS},
+    "ffnified_attention_backward_kernel": {**FUSED, **CUT, **MAPS},
+    "pointwise_forward_kernel": PRODUCT,
+    "channel_mixer_forward_kernel": PRODUCT,
+    "channel_mixer_backward_kernel": PRODUCT,
+    "pointwise_backward_weight_kernel": {**MAPS, "splits": BOTH},
+    "pointwise_gradients_kernel": {"MATRIX_UNIT": {0, 1}, "ALIGN": {1, 8}},
+    "filter_gradients_kernel": {"ALIGN": {1, 8}},
+    "sum_partials_kernel": {},
+}  # fmt: skip
+
+
+def test_the_cases_reach_every_variant_of_every_kernel():
+    found = collections.defaultdict(lambda: collections.defaultdict(set))
+    for operator, name in CASES:
+        case, _ = triton_cases.made(operator, triton_cases.OPTIONS[operator][name])
+        args = case.checked()
+        mask = [args[i] is not None for i in parity.OPERATORS_BY_NAME[operator].tensors]
+        with launch.recording() as launches, dispatch.use_backend("triton"):
+            parity.backward_of("triton", operator)(case.run(), *args, mask)
+        for started in launches:
+            for argument, value in started.arguments.items():
+                if isinstance(value, int | str):
+                    found[started.kernel.__name__][argument].add(value if argument.isupper() else value > 1)
+    assert found.keys() == VARIANTS.keys()
+    for kernel, expected in VARIANTS.items():
+        for argument, values in expected.items():
+            assert found[kernel][argument] >= values, f"{kernel}: {argument}"
 
 
 @settings(max_examples=15)

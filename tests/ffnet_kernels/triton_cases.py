@@ -34,6 +34,7 @@ DEPTHWISE = {
     "4x4": {"shape": (1, 17, 4, 6), "kernel": (4, 4), "dtype": F16, "layout": "stepped", "activation": "silu"},
     "5x5": {"shape": (1, 1, 5, 4), "kernel": (5, 5), "layout": "window", "activation": "gelu_tanh"},
     "5x5 of an expanded map": {"shape": (2, 3, 4, 4), "kernel": (5, 5), "layout": "expanded_batch"},
+    "6x2": {"shape": (1, 3, 4, 5), "kernel": (6, 2), "activation": "relu"},
     "7x7": {"shape": (1, 17, 9, 18), "kernel": (7, 7), "layout": LAST, "missing": ["bias"], "activation": "none"},
     "7x7 on a small map": {"shape": (1, 88, 3, 2), "kernel": (7, 7), "dtype": F16, "activation": "gelu"},
     "7x7 valid": {"shape": (1, 3, 9, 8), "kernel": (7, 7), "padding": "valid", "weight_layout": INNERMOST},
@@ -41,10 +42,15 @@ DEPTHWISE = {
     "9x9": {"shape": (1, 3, 4, 7), "kernel": (9, 9), "activation": "none"},
     "9x2 with stride 2": {"shape": (1, 3, 6, 5), "kernel": (9, 2), "stride": 2, "padding": 4, "activation": "silu"},
     "16x1": {"shape": (1, 3, 4, 5), "kernel": (16, 1), "dtype": BF16, "layout": LAST},
+    "17x1 with stride 2": {"shape": (1, 3, 7, 5), "kernel": (17, 1), "stride": 2, "activation": "none"},
+    "24x1, two outputs": {"shape": (1, 3, 4, 5), "kernel": (24, 1), "multiplier": 2, "activation": "none"},
     "3x31": {"shape": (1, 17, 3, 6), "kernel": (3, 31), "missing": ["bias"]},
     "31x31": {"shape": (1, 3, 2, 3), "kernel": (31, 31)},
     "padding wider than the filter": {"shape": (1, 3, 3, 4), "kernel": (3, 2), "padding": (4, 3), "activation": "relu"},
     "stride 2": {"shape": (1, 17, 7, 9), "kernel": (3, 3), "stride": 2, "activation": "gelu"},
+    "stride (2, 1) on a wide map": {
+        "shape": (1, 8, 18, 72), "kernel": (3, 3), "stride": (2, 1), "weight_layout": INNERMOST, "activation": "none",
+    },
     "stride 2, two outputs": {
         "shape": (2, 16, 6, 8), "kernel": (3, 3), "stride": 2, "padding": 1, "multiplier": 2, "dtype": BF16,
         "layout": LAST, "activation": "relu",
@@ -60,6 +66,7 @@ DEPTHWISE = {
 ATTENTION = {
     "3x3": {"shape": (2, 17, 5, 7), "kernel": (3, 3), "grad_layout": LAST},
     "3x3 of aligned channels": {"shape": (1, 88, 4, 6), "kernel": (3, 3), "dtype": BF16, "layout": LAST},
+    "3x3 of aligned rows": {"shape": (1, 8, 3, 8), "kernel": (3, 3), "weight_layout": INNERMOST},
     "3x3 on a wide and high map": {"shape": (1, 1, 26, 67), "kernel": (3, 3), "dtype": F16},
     "3x3 on a wide map, channels last": {"shape": (1, 3, 8, 67), "kernel": (3, 3), "layout": LAST},
     "3x3 without the optional": {
@@ -93,14 +100,26 @@ ATTENTION = {
 MIXER = {
     "3x3": {"shape": (2, 17, 4, 5), "kernel": (3, 3), "hidden": 35, "outputs": 9, "grad_layout": LAST},
     "3x3 of aligned channels": {"shape": (1, 88, 4, 6), "kernel": (3, 3), "hidden": 40, "dtype": BF16, "layout": LAST},
+    "1x1 of aligned rows": {
+        "shape": (1, 8, 3, 8), "kernel": (1, 1), "hidden": 24, "activation": "gelu_tanh", "matrix_layout": INNERMOST,
+    },
     "3x3 without the optional": {
         "shape": (1, 17, 4, 5), "kernel": (3, 3), "activation": "silu",
         "missing": ["bias", "expand_bias", "project_bias", "scale", "residual"],
     },
     "many pixels": {"shape": (1, 3, 16, 40), "kernel": (1, 3), "hidden": 70, "activation": "relu"},
-    "one channel": {"shape": (1, 1, 3, 4), "kernel": (2, 2), "hidden": 1, "outputs": 1, "dtype": F16},
-    "fused in bfloat16": {"shape": (2, 17, 4, 9), "kernel": (3, 3), "hidden": 33, "outputs": 5, "dtype": BF16},
-    "fused in float16": {"shape": (1, 3, 5, 27), "kernel": (5, 2), "hidden": 7, "dtype": F16, "layout": "window"},
+    "one channel": {
+        "shape": (1, 1, 3, 4), "kernel": (2, 2), "hidden": 1, "outputs": 1, "dtype": F16, "activation": "none",
+    },
+    "fused in bfloat16": {
+        "shape": (2, 17, 4, 9), "kernel": (3, 3), "hidden": 33, "outputs": 5, "dtype": BF16, "activation": "relu",
+    },
+    "fused in float16": {
+        "shape": (1, 3, 5, 27), "kernel": (5, 2), "hidden": 7, "dtype": F16, "layout": "window", "activation": "silu",
+    },
+    "fused of aligned rows": {
+        "shape": (1, 16, 2, 8), "kernel": (1, 1), "hidden": 8, "dtype": BF16, "matrix_layout": INNERMOST,
+    },
     "fused without the optional": {
         "shape": (1, 40, 4, 4), "kernel": (3, 3), "dtype": F16, "layout": LAST, "activation": "gelu_tanh",
         "missing": ["bias", "expand_bias", "project_bias", "scale", "residual"],
@@ -133,21 +152,25 @@ SIZES = Sizes(
 PAIRS = SIZES._replace(kernels=st.sampled_from([(3, 3), (5, 3), (3, 3), (2, 4)]))
 
 
+_KINDS = {"key": "weight", "value": "weight", "expand_weight": "matrix", "project_weight": "matrix"}
+
+
 def made(operator: str, options: dict) -> tuple[Case, str]:
     """A case of the tables above, and the layout of its result's gradient."""
     options = dict(options)
     missing = options.pop("missing", ())
-    layouts = {name: options.pop(f"{name}_layout", "nchw") for name in ("weight", "residual", "grad")}
+    layouts = {name: options.pop(f"{name}_layout", "nchw") for name in ("weight", "matrix", "residual", "grad")}
     case = example(operator, **options)
     names = [argument.split()[-1] for argument in OPERATORS_BY_NAME[operator].arguments.split(", ")]
 
     def altered(name: str, value):
         if name in missing:
             return None
-        layout = layouts.get({"key": "weight", "value": "weight"}.get(name, name), "nchw")
+        layout = layouts.get(_KINDS.get(name, name), "nchw")
         if layout == "nchw":
             return value
-        return laid_out(value.shape, layout, torch.Generator(), dtype=value.dtype).copy_(value)
+        extents = (*value.shape, 1, 1)[:4]
+        return laid_out(extents, layout, torch.Generator(), dtype=value.dtype).view_as(value).copy_(value)
 
     assert set(missing) <= set(names)
     args = tuple(map(altered, names, case.args))

@@ -118,7 +118,7 @@ def _attention(shape: Shape) -> list[RowTile]:
     block_w = _power(shape.width, 8, 64)
     if shape.taps > 3 and 8 < shape.height <= 24 and block_w <= 32:
         rows = 16 if shape.height <= 16 else 24
-        return [_filled(block_w, rows, 1, 16 if shape.channels_last and block_w == 32 else 8)]
+        return [_filled(block_w, rows, 1, 8)]
     if shape.channels_last:
         return [RowTile(block_w, max(16, 256 // block_w), 8, max(4, block_w // 4))]
     return [_filled(block_w, 8, 2, 4), _filled(block_w, 8, 1, 4)]
