@@ -76,19 +76,19 @@ def test_the_cases_reach_every_variant_of_every_kernel():
             assert found[kernel][argument] >= values, f"{kernel}: {argument}"
 
 
-@settings(max_examples=15)
+@settings(max_examples=12)
 @given(case=parity.depthwise_cases(triton_cases.SIZES))
 def test_drawn_depthwise_conv2d(case):
     check(case)
 
 
-@settings(max_examples=15)
+@settings(max_examples=12)
 @given(case=parity.attention_cases(triton_cases.PAIRS))
 def test_drawn_ffnified_attention(case):
     check(case)
 
 
-@settings(max_examples=15)
+@settings(max_examples=12)
 @given(case=parity.channel_mixer_cases(triton_cases.SIZES))
 def test_drawn_channel_mixer(case):
     check(case)

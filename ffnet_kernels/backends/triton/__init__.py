@@ -57,13 +57,6 @@ def _gpus() -> bool:
     return torch.cuda.device_count() > 0 or (hasattr(torch, "xpu") and torch.xpu.device_count() > 0)
 
 
-def device() -> torch.device:
-    """The kind of device whose tensors the kernels take on this machine."""
-    if INTERPRETED:
-        return torch.device("cpu")
-    return torch.device("cuda" if torch.cuda.device_count() > 0 else "xpu")
-
-
 def refusal(operator: str, args: tuple) -> str | None:
     x = args[0]
     if x.device.type not in _DEVICES and not (INTERPRETED and x.device.type == "cpu"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -30,14 +31,20 @@ class Launch(NamedTuple):
         return f"{self.kernel.__name__} ({', '.join(tile)}, {self.warps} warps)"
 
 
-_recorder: list[Launch] | None = None
+class _State(threading.local):
+    """Of a thread: where its launches are recorded, if they are not run."""
+
+    recorder: list[Launch] | None = None
+
+
+_state = _State()
 
 
 def launch(kernel: Any, grid: int, device: torch.device, *, warps: int, stages: int = 1, **arguments: Any) -> None:
     """Starts ``grid`` programs of a kernel; all its arguments by name, but for ALIGN, which is found here."""
     arguments = aligned(arguments)
-    if _recorder is not None:
-        _recorder.append(Launch(kernel, grid, arguments, warps, stages))
+    if _state.recorder is not None:
+        _state.recorder.append(Launch(kernel, grid, arguments, warps, stages))
     elif grid > 0:
         with _on_device(device):
             kernel[(grid,)](**arguments, **options(warps, stages, nvidia=_is_nvidia(device)))
@@ -112,10 +119,9 @@ def _on_device(device: torch.device) -> contextlib.AbstractContextManager:
 
 @contextlib.contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Collects launches in place of running them, for tensors without data; not for several threads."""
-    global _recorder
-    previous, _recorder = _recorder, []
+    """Collects this thread's launches in place of running them, for tensors without data."""
+    previous, _state.recorder = _state.recorder, []
     try:
-        yield _recorder
+        yield _state.recorder
     finally:
-        _recorder = previous
+        _state.recorder = previous

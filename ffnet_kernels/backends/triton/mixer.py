@@ -65,7 +65,13 @@ def pixel_grid(*tensors: Tensor | None) -> dict[str, int]:
 
 def precision(dtype: torch.dtype) -> str:
     """Of products of float32 numbers: TensorFloat-32 where torch's flag for convolutions allows it."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"
+    if dtype != torch.float32:
+        return "ieee"
+    try:
+        allowed = torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # the program has used the newer flag, and torch then refuses to read the older
+        allowed = torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return "tf32" if allowed else "ieee"
 
 
 def pointwise(
