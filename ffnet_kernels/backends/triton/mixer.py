@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -70,7 +72,8 @@ def precision(dtype: torch.dtype) -> str:
     try:
         allowed = torch.backends.cudnn.allow_tf32
     except RuntimeError:  # the program has used the newer flag, and torch then refuses to read the older
-        allowed = torch.backends.cudnn.conv.fp32_precision == "tf32"
+        convolutions: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+        allowed = convolutions.fp32_precision == "tf32"
     return "tf32" if allowed else "ieee"
 
 
