@@ -24,13 +24,14 @@ def derivative(x, ACTIVATION: tl.constexpr):
         density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
         return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * density
     elif ACTIVATION == "gelu_tanh":
-        s = tl.sigmoid(_tanh_argument(x))
-        return s + x * s * (1.0 - s) * (1.5957691216057308 + 0.21406619362573 * x * x)
+        u = _tanh_argument(x)
+        s = tl.sigmoid(u)  # 1 - s would cancel
+        return s + x * s * tl.sigmoid(-u) * (1.5957691216057308 + 0.21406444881780073 * x * x)
     elif ACTIVATION == "relu":
         return tl.where(x <= 0, 0.0, 1.0)
     elif ACTIVATION == "silu":
         s = tl.sigmoid(x)
-        return s * (1.0 + x * (1.0 - s))
+        return s * (1.0 + x * tl.sigmoid(-x))
     else:
         return tl.full(x.shape, 1.0, tl.float32)
 
