@@ -110,16 +110,15 @@ def launched(kernel, grid, device, *, warps, stages=1, **arguments):
 
 for module in (attention, depthwise, mixer):
     module.launch = launched
-for memory_format in (torch.channels_last, torch.contiguous_format):
-    x = torch.empty(2, 88, 16, 16, dtype=torch.bfloat16, memory_format=memory_format)
-    weight, vector, matrix = x.new_empty(88, 1, 7, 7), x.new_empty(88), x.new_empty(88, 88)
-    args = x, weight, vector, weight, vector, "gelu", vector, x
-    attention.forward(torch.empty_like(x), *args)
-    attention.backward(x, *args, (True,) * 7)
-    depthwise.backward(x, x, weight, vector, (1, 1), (3, 3, 3, 3), "gelu", (True,) * 3)
-    args = x, weight, vector, matrix, vector, matrix, vector, "gelu", vector, x
-    mixer.forward(torch.empty_like(x), *args)
-    mixer.backward(x, *args, (True,) * 9)
+x = torch.empty(2, 88, 16, 16, dtype=torch.bfloat16, memory_format=torch.channels_last)
+weight, vector, matrix = x.new_empty(88, 1, 7, 7), x.new_empty(88), x.new_empty(88, 88)
+args = x, weight, vector, weight, vector, "gelu", vector, x
+attention.forward(torch.empty_like(x), *args)
+attention.backward(x, *args, (True,) * 7)
+depthwise.backward(x, x, weight, vector, (1, 1), (3, 3, 3, 3), "gelu", (True,) * 3)
+args = x, weight, vector, matrix, vector, matrix, vector, "gelu", vector, x
+mixer.forward(torch.empty_like(x), *args)
+mixer.backward(x, *args, (True,) * 9)
 print(json.dumps(compared))
 """
 

@@ -64,6 +64,7 @@ DEPTHWISE = {
 }  # fmt: skip
 
 ATTENTION = {
+    "31x31": {"shape": (1, 2, 4, 5), "kernel": (31, 31)},
     "3x3": {"shape": (2, 17, 5, 7), "kernel": (3, 3), "grad_layout": LAST},
     "3x3 of aligned channels": {"shape": (1, 88, 4, 6), "kernel": (3, 3), "dtype": BF16, "layout": LAST},
     "3x3 of aligned rows": {"shape": (1, 8, 3, 8), "kernel": (3, 3), "weight_layout": INNERMOST},
@@ -98,6 +99,7 @@ ATTENTION = {
 }  # fmt: skip
 
 MIXER = {
+    "31x31": {"shape": (1, 3, 2, 3), "kernel": (31, 31), "hidden": 7, "outputs": 3},
     "3x3": {"shape": (2, 17, 4, 5), "kernel": (3, 3), "hidden": 35, "outputs": 9, "grad_layout": LAST},
     "3x3 of aligned channels": {"shape": (1, 88, 4, 6), "kernel": (3, 3), "hidden": 40, "dtype": BF16, "layout": LAST},
     "1x1 of aligned rows": {
