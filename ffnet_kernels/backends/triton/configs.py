@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -173,6 +173,11 @@ class MatrixShape(NamedTuple):
     pixels: int
     channels: int
     outputs: int
+
+    @classmethod
+    def of(cls, kernel: str, x: Tensor, grid: Mapping[str, int], channels: int, outputs: int) -> MatrixShape:
+        """For maps like x with the images and pixels of a grid."""
+        return cls(kernel, x.dtype, channels_innermost(x), grid["images"] * grid["count"], channels, outputs)
 
     def key(self) -> str:
         layout = "channels_last" if self.channels_last else "nchw"

@@ -84,9 +84,7 @@ def pointwise(
     """``out = residual + scale · act(weight·x + bias)``, weight [O, C] of any strides."""
     outputs, channels = weight.shape
     grid = pixel_grid(x, out, residual)
-    shape = MatrixShape(
-        "pointwise", x.dtype, configs.channels_innermost(x), grid["images"] * grid["count"], channels, outputs
-    )
+    shape = MatrixShape.of("pointwise", x, grid, channels, outputs)
     tile = configs.choose_matrix(shape, x.device)
     blocks = grid["images"] * -(-grid["count"] // tile.block_p)
     launch(
@@ -104,14 +102,7 @@ def _fused(
     hidden, channels = expand_weight.shape
     outputs = project_weight.shape[0]
     grid = pixel_grid(mixed, out, residual)
-    shape = MatrixShape(
-        "channel_mixer",
-        mixed.dtype,
-        configs.channels_innermost(mixed),
-        grid["images"] * grid["count"],
-        channels,
-        outputs,
-    )
+    shape = MatrixShape.of("channel_mixer", mixed, grid, channels, outputs)
     tile = configs.choose_matrix(shape, mixed.device)
     blocks = grid["images"] * -(-grid["count"] // tile.block_p)
     launch(
@@ -136,14 +127,7 @@ def backward(
     middle, grad_before = _map_like(x, hidden), _map_like(x, hidden)
     scaled = project_weight if scale is None else project_weight * scale[:, None]
     grid = pixel_grid(grad, mixed, middle, grad_before)
-    shape = MatrixShape(
-        "channel_mixer_backward",
-        x.dtype,
-        configs.channels_innermost(x),
-        grid["images"] * grid["count"],
-        channels,
-        hidden,
-    )
+    shape = MatrixShape.of("channel_mixer_backward", x, grid, channels, hidden)
     tile = configs.choose_matrix(shape, x.device)
     blocks = grid["images"] * -(-grid["count"] // tile.block_p)
     launch(
@@ -174,9 +158,7 @@ def pointwise_gradients(grad, x, weight, mask, *, bias=None, scale=None) -> list
     """[weight, bias, scale] gradients of ``scale · (weight·x + bias)``, None where the mask does not ask for one."""
     outputs, channels = weight.shape
     grid = pixel_grid(grad, x)
-    shape = MatrixShape(
-        "pointwise_weight", x.dtype, configs.channels_innermost(x), grid["images"] * grid["count"], channels, outputs
-    )
+    shape = MatrixShape.of("pointwise_weight", x, grid, channels, outputs)
     tile = configs.choose_matrix(shape, x.device)
     blocks = -(-outputs // tile.block_o) * -(-channels // tile.block_k)
     splits = min(grid["images"] * -(-grid["count"] // tile.block_p), max(1, configs.PROGRAMS // blocks))
