@@ -3,13 +3,16 @@
 # make lint          lint and types only
 # make bench         the quick benchmark suite
 # make gpu           on a GPU: checks and benchmarks of the Triton kernels, their tiles measured
+# make compat        the libraries, as built here, in a venv with another torch, one for CUDA (no GPU needed)
 #
 # Each makes .venv if there is none (versions: requirements.txt) and builds. On a machine that has torch and no network,
 # `make demo CURRENT=1` uses the interpreter PYTHON as it is.
 
 PYTHON ?= python3
 VENV ?= .venv
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name build.py) setup.py pyproject.toml
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu') csrc/build.py csrc/toolchain.py setup.py pyproject.toml
+COMPAT_TORCH ?= 2.14.1
+COMPAT_VENV ?= /tmp/ffnet-compat-torch-$(COMPAT_TORCH)
 
 ifdef CURRENT
 RUN := $(PYTHON)
@@ -19,7 +22,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo test lint bench gpu compat clean
 demo: $(READY)
 	$(RUN) -m ffnet demo $(ARGS)
 
@@ -35,6 +38,14 @@ bench: $(READY)
 
 gpu: $(READY)
 	$(RUN) -m benchmarks.gpu $(ARGS)
+
+compat: $(READY) $(COMPAT_VENV)/.ready
+	PYTHONPATH=. FFNET_KERNELS_LIBRARY_DIR=ffnet_kernels/lib $(COMPAT_VENV)/bin/python csrc/compat.py
+
+$(COMPAT_VENV)/.ready:
+	$(PYTHON) -m venv $(COMPAT_VENV)
+	$(COMPAT_VENV)/bin/python -m pip install --quiet torch==$(COMPAT_TORCH) numpy
+	touch $@
 
 $(VENV)/.packages: requirements.txt
 	$(PYTHON) -m venv $(VENV)

@@ -32,7 +32,9 @@ class BuildNative(build_ext):
                 "`pip install --no-build-isolation .`, which builds against it."
             )
         package = ROOT if self.inplace else Path(self.build_lib)
-        reason = load_builder().build(package / "ffnet_kernels" / "lib", Path(self.build_temp) / "native")
+        # An editable build is repeated at every change: its objects stay, where setuptools would begin anew.
+        work = ROOT / "build" / "native" if self.inplace else Path(self.build_temp) / "native"
+        reason = load_builder().build(package / "ffnet_kernels" / "lib", work, cuda=True)
         if reason:
             print(f"ffnet-kernels: installed without native kernels: {reason}", file=sys.stderr)
 

@@ -2,9 +2,13 @@
 
     libffnet_kernels_cpu.so   the CPU operators, LibTorch stable ABI: no Python ABI, no C++ ABI of torch
     _native*.so               pybind11 helper beside them (optional: without it the instruction set cannot be asked for)
+    libffnet_kernels_cuda.so  the CUDA operators, where there is an nvcc; any torch will do to build it, a CPU one too
     build_record.json         how they were built, or why they were not
 
 A machine that cannot build still gets the record, and the package then runs on its reference.
+
+FFNET_CUDA_ARCHS   architectures of the CUDA library ("80,90"; "" or "none": not built)
+CXX, CXXFLAGS, CUDA_HOME, NVCC_APPEND_FLAGS   as everywhere
 """
 
 from __future__ import annotations
@@ -14,15 +18,30 @@ import json
 import os
 import platform
 import shlex
-import shutil
-import subprocess
 import sys
 import sysconfig
-import tempfile
-from dataclasses import dataclass, field
 from pathlib import Path
 
 CSRC = Path(__file__).resolve().parent
+sys.path.insert(0, str(CSRC))  # only for this import: setup.py and the tests load this file by its path
+try:
+    from toolchain import (
+        CannotBuild,
+        Ninja,
+        Nvcc,
+        compiler_version,
+        find_compiler,
+        find_ninja,  # noqa: F401  (for tests that run a plan of their own)
+        find_nvcc,
+        git_commit,
+        requested_architectures,
+        torch_paths,
+    )
+finally:
+    sys.path.remove(str(CSRC))
+
+CPU_LIBRARY, CUDA_LIBRARY = "libffnet_kernels_cpu.so", "libffnet_kernels_cuda.so"
+HOST_CUDA_LIBRARY = "libffnet_kernels_cuda_host.so"
 TORCH_TARGET_VERSION = (2, 11)
 
 # Per instruction set: nothing for the baseline, so that it runs on any processor of the architecture.
@@ -35,6 +54,7 @@ KERNEL_SOURCES = [
     "kernels.cpp", "depthwise_conv2d.cpp", "depthwise_conv2d_wgrad.cpp", "ffnified_attention.cpp", "channel_mixer.cpp",
 ]  # fmt: skip
 COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra"]
+CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 KERNEL_FLAGS = ["-ffp-contract=fast", "-Wno-maybe-uninitialized"]  # gcc warns of its own AVX-512 header
 SANITIZE_FLAGS = [
     "-fsanitize=address,undefined",
@@ -43,118 +63,47 @@ SANITIZE_FLAGS = [
     "-g",
     "-O1",
 ]
-
-
-class CannotBuild(Exception):
-    """The machine lacks something a native build needs; the text says what."""
-
-
-@dataclass
-class Ninja:
-    """Collects edges and runs them."""
-
-    directory: Path
-    edges: list[str] = field(default_factory=list)
-
-    def add(self, output: Path, command: list[str], inputs: list[Path], depfile: bool = False) -> Path:
-        rule = f"r{len(self.edges)}"
-        deps = f"\n  depfile = {output}.d\n  deps = gcc" if depfile else ""
-        self.edges.append(
-            f"rule {rule}\n  command = {shlex.join(command)}\n  description = {output.name}{deps}\n"
-            f"build {_escape(output)}: {rule} {' '.join(map(_escape, inputs))}\n"
-        )
-        return output
-
-    def run(self, verbose: bool) -> None:
-        (self.directory / "build.ninja").write_text("\n".join(self.edges))
-        result = subprocess.run(
-            [find_ninja(), "-C", str(self.directory), *(["-v"] if verbose else [])], capture_output=True, text=True
-        )
-        if verbose or result.returncode:
-            print(result.stdout, result.stderr, sep="\n", file=sys.stderr)
-        if result.returncode:
-            raise CannotBuild(f"compilation failed: {_first_error(result.stdout)}")
-
-
-def _escape(path: Path) -> str:
-    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
-
-
-def _first_error(log: str) -> str:
-    return next((line.strip() for line in log.splitlines() if "error:" in line), "see the build log")
-
-
-def find_ninja() -> str:
-    try:
-        import ninja
-
-        return str(Path(ninja.BIN_DIR) / "ninja")
-    except ImportError:
-        found = shutil.which("ninja")
-        if not found:
-            raise CannotBuild("ninja is not installed (pip install ninja)") from None
-        return found
-
-
-def find_compiler() -> list[str]:
-    """The C++ compiler of $CXX, else c++ or g++ on the path, that really compiles a program."""
-    named = os.environ.get("CXX")
-    candidates = [shlex.split(named)] if named else [[c] for c in ("c++", "g++", "clang++") if shutil.which(c)]
-    with tempfile.TemporaryDirectory() as scratch:
-        source = Path(scratch, "probe.cpp")
-        source.write_text("#include <vector>\nint main() { return static_cast<int>(std::vector<int>(0).size()); }\n")
-        for command in candidates:
-            try:
-                probe = subprocess.run([*command, str(source), "-o", f"{scratch}/probe"], capture_output=True)
-            except OSError:
-                continue
-            if probe.returncode == 0 and Path(scratch, "probe").exists():
-                return command
-    raise CannotBuild(f"no working C++ compiler ({'CXX=' + named if named else 'looked for c++, g++, clang++'})")
-
-
-def torch_paths() -> tuple[Path, Path, str]:
-    """(headers, libraries, version) of the installed torch, without importing it into the build's decision twice."""
-    import torch
-
-    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    if version < TORCH_TARGET_VERSION:
-        needed = ".".join(map(str, TORCH_TARGET_VERSION))
-        raise CannotBuild(f"torch {torch.__version__} is too old: the native kernels need torch {needed} or newer")
-    root = Path(torch.__file__).parent
-    return root / "include", root / "lib", torch.__version__
+SANITIZE_THREAD_FLAGS = ["-fsanitize=thread", "-fno-omit-frame-pointer", "-g", "-O1"]
 
 
 def isas() -> list[str]:
     return list(ISA_FLAGS) if platform.machine().lower() in ("x86_64", "amd64") else ["baseline"]
 
 
+def target_version_flag() -> str:
+    return f"-DTORCH_TARGET_VERSION={(TORCH_TARGET_VERSION[0] << 56) | (TORCH_TARGET_VERSION[1] << 48):#018x}ULL"
+
+
+def compile_step(ninja: Ninja, command: list[str], source: Path, name: str) -> Path:
+    """With every header it reads as a dependency, torch's and CUDA's too: they change under a kept build folder."""
+    output = ninja.directory / f"{name}.o"
+    command = [*command, "-MD", "-MF", f"{output}.d", "-c", str(source), "-o", str(output)]
+    return ninja.add(output, command, [source], depfile=True)
+
+
 def plan(ninja: Ninja, out: Path, compiler: list[str], sanitize: bool) -> dict[str, object]:
-    """Adds every compile and link step; returns the build record."""
-    include, library, torch_version = torch_paths()
+    """Adds every compile and link step of the CPU library and the helper; returns the build record."""
+    include, library, torch_version = torch_paths(TORCH_TARGET_VERSION)
     extra = [*shlex.split(os.environ.get("CXXFLAGS", "")), *(SANITIZE_FLAGS if sanitize else [])]
     common = [*COMMON_FLAGS, *extra]
     if len(isas()) > 1:
         common.append("-DFFNET_HAVE_X86_KERNELS")
 
     def compile_one(source: Path, name: str, flags: list[str]) -> Path:
-        output = ninja.directory / f"{name}.o"
-        command = [*compiler, *common, *flags, "-MMD", "-MF", f"{output}.d", "-c", str(source), "-o", str(output)]
-        return ninja.add(output, command, [source], depfile=True)
+        return compile_step(ninja, [*compiler, *common, *flags], source, name)
 
     objects = [compile_one(CSRC / "cpu" / "select.cpp", "select", [])]
     for isa in isas():
         for source in KERNEL_SOURCES:
             flags = [*KERNEL_FLAGS, *ISA_FLAGS[isa]]
             objects.append(compile_one(CSRC / "cpu" / source, f"{isa}_{Path(source).stem}", flags))
-    target = (TORCH_TARGET_VERSION[0] << 56) | (TORCH_TARGET_VERSION[1] << 48)
-    binding_flags = ["-isystem", str(include), f"-DTORCH_TARGET_VERSION={target:#018x}ULL"]
+    binding_flags = ["-isystem", str(include), target_version_flag()]
     objects.append(compile_one(CSRC / "bindings" / "torch_cpu.cpp", "torch_cpu", binding_flags))
     link = [*compiler, "-shared", *extra]
     cpu_library = ninja.add(
-        out / "libffnet_kernels_cpu.so",
+        out / CPU_LIBRARY,
         [*link, *map(str, objects), f"-L{library}", "-ltorch_cpu", "-Wl,--no-undefined",
-         "-Wl,-soname,libffnet_kernels_cpu.so", "-o", str(out / "libffnet_kernels_cpu.so")],
+         f"-Wl,-soname,{CPU_LIBRARY}", "-o", str(out / CPU_LIBRARY)],
         objects,
     )  # fmt: skip
     record: dict[str, object] = {
@@ -163,8 +112,8 @@ def plan(ninja: Ninja, out: Path, compiler: list[str], sanitize: bool) -> dict[s
         "compiler": " ".join(compiler) + " " + compiler_version(compiler),
         "flags": " ".join([*common, *KERNEL_FLAGS]),
         "isas": {isa: " ".join(ISA_FLAGS[isa]) for isa in isas()},
-        "libraries": ["libffnet_kernels_cpu.so"],
-        "commit": git_commit(),
+        "libraries": [CPU_LIBRARY],
+        "commit": git_commit(CSRC),
         "missing": {},
     }
     try:
@@ -179,31 +128,79 @@ def plan(ninja: Ninja, out: Path, compiler: list[str], sanitize: bool) -> dict[s
         out / name, [*link, str(helper), str(cpu_library), "-Wl,-rpath,$ORIGIN", f"-L{library}",
                      f"-Wl,-rpath-link,{library}", "-o", str(out / name)], [helper, cpu_library],
     )  # fmt: skip
-    record["libraries"] = ["libffnet_kernels_cpu.so", name]
+    record["libraries"] = [CPU_LIBRARY, name]
     return record
 
 
-def compiler_version(compiler: list[str]) -> str:
-    return subprocess.run([*compiler, "-dumpfullversion"], capture_output=True, text=True).stdout.strip()
+def cuda_sources() -> list[Path]:
+    sources = sorted((CSRC / "cuda").glob("*.cu"))
+    if not sources:
+        raise CannotBuild("there are no CUDA sources")
+    return sources
 
 
-def git_commit() -> str | None:
-    command = ["git", "-C", str(CSRC), "describe", "--always", "--dirty", "--abbrev=12"]
+def plan_cuda(ninja: Ninja, out: Path, compiler: list[str], nvcc: Nvcc) -> dict[str, object]:
+    """Adds every step of the CUDA library; returns its part of the build record."""
+    include, library, _ = torch_paths(TORCH_TARGET_VERSION)
+    flags = [*CUDA_FLAGS, *nvcc.target_flags()]
+    objects = [compile_step(ninja, [*nvcc.command, *flags], source, source.stem) for source in cuda_sources()]
+    extra = shlex.split(os.environ.get("CXXFLAGS", ""))
+    includes = [flag for folder in (include, *nvcc.includes) for flag in ("-isystem", str(folder))]
+    binding = [*compiler, *COMMON_FLAGS, *extra, *includes, "-DUSE_CUDA", target_version_flag()]
+    objects.append(compile_step(ninja, binding, CSRC / "bindings" / "torch_cuda.cpp", "torch_cuda"))
+    # Undefined symbols stay: a CPU torch, against which this may be linked, lacks those of streams. libtorch.so, needed
+    # by name, brings them where the library is loaded. The CUDA runtime is inside, hidden from torch's own.
+    ninja.add(
+        out / CUDA_LIBRARY,
+        [*compiler, "-shared", *extra, *map(str, objects), *(f"-L{folder}" for folder in (library, *nvcc.libraries)),
+         "-Wl,--no-as-needed", "-ltorch", "-lcudart_static", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL",
+         f"-Wl,-soname,{CUDA_LIBRARY}", "-o", str(out / CUDA_LIBRARY)],
+        objects,
+    )  # fmt: skip
+    return {"nvcc": nvcc.version, "architectures": nvcc.architectures, "flags": " ".join(flags)}
+
+
+def build_cuda(out: Path, work: Path, compiler: list[str], verbose: bool) -> tuple[dict[str, object], str | None]:
+    """Builds the CUDA library beside the CPU's: (its part of the record, None), or ({}, why there is none)."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+        ninja = Ninja(work)
+        record = plan_cuda(ninja, out, compiler, find_nvcc(compiler))
+        ninja.run(verbose)
+        return record, None
+    except CannotBuild as reason:
+        (out / CUDA_LIBRARY).unlink(missing_ok=True)
+        return {}, str(reason)
 
 
-def build(out: Path, work: Path, *, sanitize: bool = False, verbose: bool = False) -> str | None:
+def build_host_cuda(out: Path, work: Path, sanitizer: list[str], verbose: bool) -> None:
+    """The CUDA kernels as C++ for the processor (csrc/cuda/host), for tests; raises CannotBuild."""
+    include, library, _ = torch_paths(TORCH_TARGET_VERSION)
+    compiler, ninja = find_compiler(), Ninja(work)
+    common = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-DFFNET_HOST_EXECUTION"]
+    command = [*compiler, *common, *sanitizer]
+    sources = [*cuda_sources(), *sorted((CSRC / "cuda" / "host").glob("*.cpp"))]
+    objects = [compile_step(ninja, [*command, "-x", "c++"], source, source.stem) for source in sources]
+    binding = [*command, "-isystem", str(include), target_version_flag()]
+    objects.append(compile_step(ninja, binding, CSRC / "bindings" / "torch_cuda.cpp", "torch_cuda"))
+    ninja.add(
+        out / HOST_CUDA_LIBRARY,
+        [*compiler, "-shared", *sanitizer, *map(str, objects), f"-L{library}", "-ltorch_cpu",
+         *([] if sanitizer else ["-Wl,--no-undefined"]), "-o", str(out / HOST_CUDA_LIBRARY)],
+        objects,
+    )  # fmt: skip
+    ninja.run(verbose)
+
+
+def build(out: Path, work: Path, *, sanitize: bool = False, cuda: bool = False, verbose: bool = False) -> str | None:
     """Builds into `out` with intermediate files in `work`; returns None, or why there is no native library.
 
-    Raises ImportError where torch is missing: that is a mistake of the caller, not a property of the machine.
+    A CUDA library that cannot be built is no reason to fail: the record says why. What the caller did wrong is raised:
+    ImportError where torch is missing, ValueError for a wrong FFNET_CUDA_ARCHS.
     """
     out, work = out.resolve(), work.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    work.mkdir(parents=True, exist_ok=True)
     try:
+        requested_architectures()
         compiler = find_compiler()
         ninja = Ninja(work)
         record = plan(ninja, out, compiler, sanitize)
@@ -211,9 +208,16 @@ def build(out: Path, work: Path, *, sanitize: bool = False, verbose: bool = Fals
         reason = None
     except CannotBuild as error:
         reason = str(error)
-        record = {"missing": {"libffnet_kernels_cpu.so": reason}}
+        record = {"missing": {CPU_LIBRARY: reason, CUDA_LIBRARY: reason}}
         for stale in out.glob("*.so"):
             stale.unlink()
+    if reason is None and cuda:
+        part, why = build_cuda(out, work / "cuda", compiler, verbose)
+        if why is None:
+            record["cuda"] = part
+            record["libraries"] = [*record["libraries"], CUDA_LIBRARY]
+        else:
+            record["missing"] = {**record["missing"], CUDA_LIBRARY: why}
     (out / "build_record.json").write_text(json.dumps(record, indent=2) + "\n")
     return reason
 
@@ -222,12 +226,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Build the native libraries of ffnet-kernels.")
     parser.add_argument("--out", type=Path, required=True, help="folder that gets the libraries")
     parser.add_argument("--work", type=Path, help="folder for objects (default: OUT/objects)")
-    parser.add_argument("--sanitize", action="store_true", help="with AddressSanitizer and UndefinedBehaviorSanitizer")
+    parser.add_argument(
+        "--sanitize",
+        action="store_true",
+        help="with AddressSanitizer and UndefinedBehaviorSanitizer, without the CUDA library",
+    )
+    parser.add_argument("--sanitize-thread", action="store_true", help="--host-cuda with ThreadSanitizer")
+    parser.add_argument("--host-cuda", action="store_true", help="only the CUDA kernels for the processor, for tests")
     parser.add_argument("--verbose", action="store_true", help="print every command")
     options = parser.parse_args()
-    reason = build(
-        options.out, options.work or options.out / "objects", sanitize=options.sanitize, verbose=options.verbose
-    )
+    if options.sanitize_thread and (options.sanitize or not options.host_cuda):
+        parser.error("--sanitize-thread goes with --host-cuda and without --sanitize")
+    out, work = options.out.resolve(), (options.work or options.out / "objects").resolve()
+    try:
+        if options.host_cuda:
+            out.mkdir(parents=True, exist_ok=True)
+            sanitizer = SANITIZE_FLAGS if options.sanitize else SANITIZE_THREAD_FLAGS if options.sanitize_thread else []
+            build_host_cuda(out, work, sanitizer, options.verbose)
+            return
+        reason = build(out, work, sanitize=options.sanitize, cuda=not options.sanitize, verbose=options.verbose)
+    except (CannotBuild, ValueError) as error:
+        sys.exit(f"ffnet-kernels: {error}")
     if reason:
         sys.exit(f"ffnet-kernels: no native kernels: {reason}")
 

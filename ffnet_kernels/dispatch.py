@@ -12,14 +12,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .backends import cpu, reference, triton
+from .backends import cpu, cuda, reference, triton
 
 logger = logging.getLogger("ffnet_kernels")
 
 #: Fastest first; the reference takes every call.
-BACKENDS: Mapping[str, ModuleType] = {"triton": triton, "cpu": cpu, "reference": reference}
+BACKENDS: Mapping[str, ModuleType] = {"cuda": cuda, "triton": triton, "cpu": cpu, "reference": reference}
 NAMES = ("auto", "reference", "cpu", "triton", "cuda")
-_NOT_IN_THIS_BUILD = "not part of this version of ffnet-kernels"
 
 
 class BackendError(RuntimeError):
@@ -76,7 +75,7 @@ def available_backends() -> tuple[str, ...]:
 
 def why_unavailable(name: str) -> str | None:
     """Why a backend cannot run on this machine, or None where it can."""
-    return BACKENDS[name].unavailable() if name in BACKENDS else _NOT_IN_THIS_BUILD
+    return BACKENDS[name].unavailable()
 
 
 def select(operator: str, args: tuple) -> ModuleType:
@@ -136,9 +135,9 @@ def decide(operator: str, args: tuple) -> Decision:
         if _state.forced not in ("auto", other):
             refused[other] = f"'{_state.forced}' is forced"
         else:
-            backend = BACKENDS.get(other)
+            backend = BACKENDS[other]
             reason = why_unavailable(other)
-            if reason is None and backend is not None:
+            if reason is None:
                 reason = backend.refusal(operator, args) or backend.slower(operator, args)
             refused[other] = reason or "not chosen"
     return Decision(operator, name, chosen.describe(operator, args), refused)

@@ -14,6 +14,7 @@ from . import dispatch, native
 #: Every environment variable that is read; the README's table is checked against it.
 ENVIRONMENT = {
     "FFNET_KERNELS_BACKEND": "backend of all calls: auto, reference, cpu, triton or cuda",
+    "FFNET_KERNELS_CUDA_HOST": "library of the CUDA kernels compiled for the processor, for tests",
     "FFNET_KERNELS_ISA": "instruction set of the CPU kernels: baseline, avx2 or avx512",
     "FFNET_KERNELS_LIBRARY_DIR": "folder of the native libraries, in place of the package's own",
 }

@@ -12,9 +12,10 @@ import warnings
 from pathlib import Path
 from types import ModuleType
 
-import torch  # noqa: F401  (the libraries resolve their symbols in the torch that is loaded)
+import torch  # before any library: they resolve their symbols in the torch that is loaded
 
 CPU_LIBRARY = "libffnet_kernels_cpu.so"
+CUDA_LIBRARY = "libffnet_kernels_cuda.so"
 
 
 def library_dir() -> Path:
@@ -29,19 +30,15 @@ def build_record() -> dict:
         return json.loads((library_dir() / "build_record.json").read_text())
     except (OSError, ValueError):
         reason = f"nothing was built into {library_dir()} (pip install --no-build-isolation . builds)"
-        return {"missing": {CPU_LIBRARY: reason}}
+        return {"missing": {CPU_LIBRARY: reason, CUDA_LIBRARY: reason}}
 
 
 @functools.cache
 def cpu_library_error() -> str | None:
     """Loads the CPU library on the first call; None where that worked, else the reason."""
-    path = library_dir() / CPU_LIBRARY
-    if not path.exists():
-        return build_record().get("missing", {}).get(CPU_LIBRARY, f"{path} is missing")
-    try:
-        ctypes.CDLL(str(path))
-    except OSError as error:
-        return f"{path.name} does not load: {error}"
+    reason = _load(library_dir() / CPU_LIBRARY)
+    if reason is not None:
+        return reason
     module = helper()
     try:
         if module is not None:
@@ -49,6 +46,33 @@ def cpu_library_error() -> str | None:
     except ValueError as error:
         warnings.warn(f"ffnet_kernels runs without its CPU kernels: {error}", RuntimeWarning, stacklevel=2)
         return str(error)
+    return None
+
+
+@functools.cache
+def cuda_library_error() -> str | None:
+    """The same of the CUDA library, which takes a torch with CUDA; a GPU is not needed to load it."""
+    host = cuda_host_library()
+    if host is not None:
+        return _load(host)
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a build without CUDA"
+    return _load(library_dir() / CUDA_LIBRARY)
+
+
+def cuda_host_library() -> Path | None:
+    """The CUDA kernels compiled for the processor, for tests: where ``FFNET_KERNELS_CUDA_HOST`` says."""
+    path = os.environ.get("FFNET_KERNELS_CUDA_HOST")
+    return Path(path) if path else None
+
+
+def _load(path: Path) -> str | None:
+    if not path.exists():
+        return build_record().get("missing", {}).get(path.name, f"{path} is missing")
+    try:
+        ctypes.CDLL(str(path))
+    except OSError as error:
+        return f"{path.name} does not load: {error}"
     return None
 
 

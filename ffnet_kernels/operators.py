@@ -1,8 +1,9 @@
 """The operators in torch's dispatcher: schemas, shapes (fakes) and autograd, the same for every backend.
 
 ``torch.ops.ffnet_kernels.<operator>`` runs a native kernel where its library has registered one for the device, else
-the reference; ``torch.ops.ffnet_kernels_triton.<operator>`` is the same operator on Triton kernels. Users call
-:mod:`ffnet_kernels.functional`, which checks the arguments and chooses the backend.
+the reference; ``torch.ops.ffnet_kernels_triton.<operator>`` and ``torch.ops.ffnet_kernels_cuda.<operator>`` are the same
+operators on Triton and CUDA kernels. Users call :mod:`ffnet_kernels.functional`, which checks the arguments and chooses
+the backend.
 
 A backward operator returns the wanted gradients only, in the order of the tensor arguments; ``mask`` says which.
 """
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .backends import reference, triton
+from .backends import cuda, reference, triton
 
 
 @dataclass(frozen=True)
@@ -234,7 +235,9 @@ def _define_wgrad(library: torch.library.Library) -> None:
 
 LIBRARY = torch.library.Library("ffnet_kernels", "DEF")
 TRITON_LIBRARY = torch.library.Library("ffnet_kernels_triton", "DEF")
+CUDA_LIBRARY = torch.library.Library("ffnet_kernels_cuda", "DEF")
 for _operator in OPERATORS:
     _define(LIBRARY, _operator)
     _define(TRITON_LIBRARY, _operator, triton.run_forward, triton.run_backward)
+    _define(CUDA_LIBRARY, _operator, cuda.run_forward, cuda.run_backward)
 _define_wgrad(LIBRARY)

@@ -1,10 +1,6 @@
 // The CPU kernels as operators of torch's dispatcher, through the LibTorch stable ABI only: this library runs in any
 // torch from TORCH_TARGET_VERSION on. Schemas, fakes and autograd are in ffnet_kernels/operators.py; arguments have been
 // checked by ffnet_kernels/checks.py, and what memory safety needs is checked here again.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -14,12 +10,14 @@
 #include <vector>
 
 #include "../cpu/select.h"
+#include "torch_common.h"
 
 namespace {
 
-using torch::headeronly::MemoryFormat;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+using ffnet::empty_map;
+using ffnet::ScalarType;
+using ffnet::suggests_channels_last;
+using ffnet::Tensor;
 
 // Threads take the next index when they finish one, so that a stolen core does not hold up the rest.
 void run_on_torch_threads(int64_t count, void (*body)(void*, int64_t), void* context) {
@@ -32,15 +30,7 @@ void run_on_torch_threads(int64_t count, void (*body)(void*, int64_t), void* con
 
 ffnet::Executor executor() { return {static_cast<int>(torch::stable::get_num_threads()), run_on_torch_threads}; }
 
-ffnet::Activation parse_activation(const std::string& name) {
-  using ffnet::Activation;
-  if (name == "none") return Activation::none;
-  if (name == "gelu") return Activation::gelu;
-  if (name == "gelu_tanh") return Activation::gelu_tanh;
-  if (name == "relu") return Activation::relu;
-  if (name == "silu") return Activation::silu;
-  STD_TORCH_CHECK(false, "ffnet_kernels (cpu): unknown activation '", name, "'");
-}
+ffnet::Activation parse_activation(const std::string& name) { return ffnet::parse_activation<ffnet::Activation>(name); }
 
 void check_float_cpu(const Tensor& t, const char* name, int64_t dim) {
   STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float && t.dim() == dim,
@@ -72,23 +62,6 @@ ffnet::Filter filter(const Tensor& weight, const char* name, const ChannelVector
                   " must have the shape [O, 1, kh, kw]");
   return {weight.const_data_ptr<float>(), bias.data(), weight.size(2), weight.size(3),
           weight.stride(0), weight.stride(2), weight.stride(3)};
-}
-
-// torch's own test, by strides: the format a convolution of this tensor would answer in (see operators.py).
-bool suggests_channels_last(const Tensor& t) {
-  const auto sizes = t.sizes(), stride = t.strides();
-  if (stride[1] == 0) return false;
-  int64_t least = 0;
-  for (const int d : {1, 3, 2, 0}) {
-    if (sizes[d] == 0 || stride[d] < least || (d == 0 && least == stride[1])) return false;
-    least = sizes[d] > 1 ? stride[d] * sizes[d] : stride[d];
-  }
-  return true;
-}
-
-Tensor empty_map(const Tensor& like, std::initializer_list<int64_t> size, bool channels_last) {
-  return torch::stable::empty(size, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
-                              channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
 template <class Op>

@@ -121,3 +121,15 @@ def ffnified_attention(*args) -> Tensor:
 
 def channel_mixer(*args) -> Tensor:
     return torch.ops.ffnet_kernels_triton.channel_mixer.default(*args)
+
+
+def depthwise_conv2d_backward(*call) -> list[Tensor]:
+    return torch.ops.ffnet_kernels_triton.depthwise_conv2d_backward.default(*call)
+
+
+def ffnified_attention_backward(*call) -> list[Tensor]:
+    return torch.ops.ffnet_kernels_triton.ffnified_attention_backward.default(*call)
+
+
+def channel_mixer_backward(*call) -> list[Tensor]:
+    return torch.ops.ffnet_kernels_triton.channel_mixer_backward.default(*call)

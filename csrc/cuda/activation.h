@@ -1,0 +1,111 @@
+// Activations and their derivatives: exact to float32 for float32 storage, by exp2 and a reciprocal for 16-bit storage.
+#pragma once
+
+#include <cmath>
+
+#include "device.h"
+#include "kernels.h"
+
+namespace ffnet {
+
+// ---- float32, as torch computes them ----
+
+FFNET_DEVICE float activate_exact(Activation activation, float x) {
+  switch (activation) {
+    case Activation::gelu: return 0.5f * x * (1.0f + erff(x * 0.70710678f));
+    case Activation::gelu_tanh: return 0.5f * x * (1.0f + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
+    case Activation::relu: return x < 0.0f ? 0.0f : x;  // keeps NaN
+    case Activation::silu: return x / (1.0f + expf(-x));
+    default: return x;
+  }
+}
+
+FFNET_DEVICE float derivative_exact(Activation activation, float x) {
+  switch (activation) {
+    case Activation::gelu: return 0.5f * (1.0f + erff(x * 0.70710678f)) + x * 0.39894228f * expf(-0.5f * x * x);
+    case Activation::gelu_tanh: {
+      const float t = tanhf(0.79788456f * (x + 0.044715f * x * x * x));
+      return 0.5f * (1.0f + t) + 0.5f * x * (1.0f - t * t) * 0.79788456f * (1.0f + 3.0f * 0.044715f * x * x);
+    }
+    case Activation::relu: return x > 0.0f ? 1.0f : x <= 0.0f ? 0.0f : x;
+    case Activation::silu: {
+      const float s = 1.0f / (1.0f + expf(-x));
+      return s * (1.0f + x * (1.0f - s));
+    }
+    default: return 1.0f;
+  }
+}
+
+// ---- 16-bit storage ----
+//
+// The smooth activations are x·σ(u) with u = x·P(x²), P of degree 3: exact for SiLU and the tanh form of GELU. For GELU
+// itself P is fitted (fit_gelu_sigmoid.py): |error| <= 2.9e-4·(|gelu(x)| + 0.01), half a rounding of float16.
+
+struct ActivationParameters {
+  Activation kind;
+  float c[4];  // of P, times -log2(e): exp(-u) is then a power of two
+};
+
+inline ActivationParameters activation_parameters(Activation kind) {
+  constexpr float k = -1.44269504f;
+  switch (kind) {
+    case Activation::gelu:
+      return {kind, {k * 1.59457263f, k * 7.43099341e-2f, k * -7.19691862e-4f, k * -3.62000529e-6f}};
+    case Activation::gelu_tanh: return {kind, {k * 1.59576912f, k * 7.13548163e-2f, 0, 0}};
+    case Activation::silu: return {kind, {k, 0, 0, 0}};
+    default: return {kind, {0, 0, 0, 0}};
+  }
+}
+
+// σ(u); beyond |x| = 5.5 it is 0 or 1 to float32 for GELU, and the fitted P is held there.
+FFNET_DEVICE float sigmoid_fast(const ActivationParameters& p, float x, float& square) {
+  square = fminf(x * x, 30.25f);
+  const float u = x * (p.c[0] + square * (p.c[1] + square * (p.c[2] + square * p.c[3])));
+  return fast_reciprocal(1.0f + fast_exp2(u));
+}
+
+FFNET_DEVICE float activate_fast(const ActivationParameters& p, float x) {
+  if (p.kind == Activation::none) return x;
+  if (p.kind == Activation::relu) return x < 0.0f ? 0.0f : x;
+  float square;
+  return x * sigmoid_fast(p, x, square);
+}
+
+// The derivative at x, and the activation itself in `value`.
+FFNET_DEVICE float derivative_fast(const ActivationParameters& p, float x, float& value) {
+  value = x;
+  if (p.kind == Activation::none) return 1.0f;
+  if (p.kind == Activation::relu) {
+    value = x < 0.0f ? 0.0f : x;
+    return x > 0.0f ? 1.0f : x <= 0.0f ? 0.0f : x;
+  }
+  float square;
+  const float s = sigmoid_fast(p, x, square);
+  value = x * s;
+  if (p.kind == Activation::gelu) return s + x * 0.39894228f * fast_exp2(-0.72134752f * x * x);
+  // σ(u)' = σ(1 - σ)·u' with u' = c0 + 3·c1·x²; the constant takes -log2(e) out again.
+  return s + value * (1.0f - s) * -0.69314718f * (p.c[0] + 3.0f * p.c[1] * square);
+}
+
+// Over a few values at once: the kind is asked for once.
+template <int COUNT>
+FFNET_DEVICE void activate_fast(const ActivationParameters& p, float (&x)[COUNT]) {
+  if (p.kind == Activation::none) return;
+  if (p.kind == Activation::relu) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) x[i] = x[i] < 0.0f ? 0.0f : x[i];
+    return;
+  }
+  float square;
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) x[i] *= sigmoid_fast(p, x[i], square);
+}
+
+// x becomes the derivative at x, `value` the activation itself.
+template <int COUNT>
+FFNET_DEVICE void derivative_fast(const ActivationParameters& p, float (&x)[COUNT], float (&value)[COUNT]) {
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) x[i] = derivative_fast(p, x[i], value[i]);
+}
+
+}  // namespace ffnet

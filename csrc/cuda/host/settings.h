@@ -1,0 +1,15 @@
+// The GPU that the host execution pretends to be.
+#pragma once
+
+namespace ffnet::host {
+
+struct Settings {
+  int architecture = 90, multiprocessors = 2;
+};
+
+inline Settings& settings() {
+  static Settings settings;
+  return settings;
+}
+
+}  // namespace ffnet::host

@@ -1,0 +1,178 @@
+"""What build.py needs of the machine: ninja, the C++ compiler, nvcc and its architectures, torch's headers."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+# Machine code runs on every later minor of its major version, so one architecture of each serves them all (sm_80 is
+# 8.0, 8.6, 8.7 and 8.9); what comes after the newest compiles its PTX at the first call.
+CUDA_ARCHITECTURES = [75, 80, 90, 100, 120]
+
+
+class CannotBuild(Exception):
+    """The machine lacks something a native build needs; the text says what."""
+
+
+@dataclass
+class Ninja:
+    """Collects edges and runs them."""
+
+    directory: Path
+    edges: list[str] = field(default_factory=list)
+
+    def add(self, output: Path, command: list[str], inputs: list[Path], depfile: bool = False) -> Path:
+        rule = f"r{len(self.edges)}"
+        deps = f"\n  depfile = {output}.d\n  deps = gcc" if depfile else ""
+        self.edges.append(
+            f"rule {rule}\n  command = {shlex.join(command)}\n  description = {output.name}{deps}\n"
+            f"build {_escape(output)}: {rule} {' '.join(map(_escape, inputs))}\n"
+        )
+        return output
+
+    def run(self, verbose: bool) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        (self.directory / "build.ninja").write_text("\n".join(self.edges))
+        result = subprocess.run(
+            [find_ninja(), "-C", str(self.directory), *(["-v"] if verbose else [])], capture_output=True, text=True
+        )
+        if verbose or result.returncode:
+            print(result.stdout, result.stderr, sep="\n", file=sys.stderr)
+        if result.returncode:
+            raise CannotBuild(f"compilation failed: {_first_error(result.stdout)}")
+
+
+def _escape(path: Path) -> str:
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def _first_error(log: str) -> str:
+    error = re.search(r".*(\berror\s*:|\bfatal\s*:|undefined reference).*", log)
+    return error[0].strip() if error else "see the build log"
+
+
+def find_ninja() -> str:
+    try:
+        import ninja
+
+        return str(Path(ninja.BIN_DIR) / "ninja")
+    except ImportError:
+        found = shutil.which("ninja")
+        if not found:
+            raise CannotBuild("ninja is not installed (pip install ninja)") from None
+        return found
+
+
+def find_compiler() -> list[str]:
+    """The C++ compiler of $CXX, else c++ or g++ on the path, that really compiles a program."""
+    named = os.environ.get("CXX")
+    candidates = [shlex.split(named)] if named else [[c] for c in ("c++", "g++", "clang++") if shutil.which(c)]
+    with tempfile.TemporaryDirectory() as scratch:
+        source = Path(scratch, "probe.cpp")
+        source.write_text("#include <vector>\nint main() { return static_cast<int>(std::vector<int>(0).size()); }\n")
+        for command in candidates:
+            try:
+                probe = subprocess.run([*command, str(source), "-o", f"{scratch}/probe"], capture_output=True)
+            except OSError:
+                continue
+            if probe.returncode == 0 and Path(scratch, "probe").exists():
+                return command
+    raise CannotBuild(f"no working C++ compiler ({'CXX=' + named if named else 'looked for c++, g++, clang++'})")
+
+
+def compiler_version(compiler: list[str]) -> str:
+    return subprocess.run([*compiler, "-dumpfullversion"], capture_output=True, text=True).stdout.strip()
+
+
+def torch_paths(oldest: tuple[int, int]) -> tuple[Path, Path, str]:
+    """(headers, libraries, version) of the installed torch."""
+    import torch
+
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if version < oldest:
+        needed = ".".join(map(str, oldest))
+        raise CannotBuild(f"torch {torch.__version__} is too old: the native kernels need torch {needed} or newer")
+    root = Path(torch.__file__).parent
+    return root / "include", root / "lib", torch.__version__
+
+
+@dataclass
+class Nvcc:
+    """A CUDA compiler that works, and the architectures it is to build for."""
+
+    command: list[str]
+    version: str
+    includes: list[str]
+    libraries: list[str]  # folders
+    architectures: list[int]
+
+    def target_flags(self) -> list[str]:
+        newest = self.architectures[-1]
+        binaries = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in self.architectures]
+        return [*binaries, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
+
+
+def requested_architectures() -> list[int] | None:
+    """The numbers in $FFNET_CUDA_ARCHS; an empty list for no CUDA library, None where the variable is not set."""
+    text = os.environ.get("FFNET_CUDA_ARCHS")
+    if text is None:
+        return None
+    words = [] if text.strip().lower() == "none" else re.split(r"[\s,;]+", text.strip(" ,;"))
+    if any(word and not re.fullmatch(r"\d{2,3}", word) for word in words):
+        raise ValueError(f"FFNET_CUDA_ARCHS={text!r} is not a list of architectures such as '80,90', nor 'none'")
+    return sorted({int(word) for word in words if word})
+
+
+def find_nvcc(compiler: list[str]) -> Nvcc:
+    """The nvcc of $CUDA_HOME, else of the path, else of /usr/local/cuda, with `compiler` for the code of the host."""
+    requested = requested_architectures()
+    if requested == []:
+        raise CannotBuild(f"left out by FFNET_CUDA_ARCHS={os.environ['FFNET_CUDA_ARCHS']!r}")
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    places = [f"{home}/bin/nvcc"] if home else [shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
+    found = next((place for place in places if place and os.access(place, os.X_OK)), None)
+    if found is None:
+        raise CannotBuild(f"no CUDA compiler (looked for {places[0] if home else 'nvcc on the path, /usr/local/cuda'})")
+    try:
+        version = re.search(r"release [\d.]+, V([\d.]+)", _output(found, "--version"))
+        known = sorted(int(number) for number in re.findall(r"sm_(\d+)", _output(found, "--list-gpu-code")))
+        program = [word for word in compiler if not word.startswith("-")][-1]  # the last of `ccache g++ -m64`
+        command = [found, "-ccbin", program]
+        dryrun = _output(*command, "--dryrun", "-x", "cu", "-c", "probe.cu")
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise CannotBuild(f"{found} does not work: {(getattr(error, 'output', None) or str(error)).strip()}") from None
+    unknown = sorted(set(requested or []) - set(known))
+    if unknown or not known:
+        raise ValueError(f"FFNET_CUDA_ARCHS: {found} cannot build for {unknown}, only for {known}")
+    return Nvcc(
+        command=command,
+        version=version[1] if version else "unknown",
+        includes=re.findall(r'-I([^"\s]+)', _variable(dryrun, "INCLUDES")),
+        libraries=re.findall(r'-L([^"\s]+)', _variable(dryrun, "LIBRARIES")),
+        architectures=requested or [number for number in CUDA_ARCHITECTURES if number in known],
+    )
+
+
+def _output(*command: str) -> str:
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True)
+    return result.stdout
+
+
+def _variable(dryrun: str, name: str) -> str:
+    found = re.search(rf"^#\$ {name}=(.*)$", dryrun, re.MULTILINE)
+    return found[1] if found else ""
+
+
+def git_commit(folder: Path) -> str | None:
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

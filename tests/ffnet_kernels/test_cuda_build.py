@@ -1,0 +1,316 @@
+"""The build of the CUDA library, and the gate on its machine code. All of it runs without a GPU."""
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import native_build
+import pytest
+
+from ffnet_kernels import native
+
+ROOT = native_build.ROOT
+RESOURCES = ROOT / "csrc" / "cuda" / "resources.py"
+TABLE = ROOT / "docs" / "cuda-resources.json"
+
+# A loop with an FFMA and a store a pass; a kernel whose array, indexed at run time, lies in local memory.
+LOOP = """
+__global__ void loop(float* x, int count) {
+  float sum = x[0];
+#pragma unroll 1
+  for (int i = 0; i < count; ++i) {
+    sum = sum * x[1] + x[2];
+    x[i + 3] = sum;
+  }
+}
+"""
+SPILL = """
+__global__ void spill(float* x, int count) {
+  float values[32];
+  for (int i = 0; i < 32; ++i) values[i] = x[i];
+  for (int i = 0; i < count; ++i) values[(i * 7) % 32] += x[i];
+  for (int i = 0; i < count; ++i) x[i] = values[(i * 5) % 32];
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def builder():
+    return native_build.load_builder(ROOT / "csrc")
+
+
+@pytest.fixture(scope="module")
+def nvcc(builder):
+    try:
+        return builder.find_nvcc(native_build.compiler())
+    except builder.CannotBuild as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.fixture(scope="module")
+def machine_code(nvcc, tmp_path_factory):
+    """{name: object for sm_90} of the two kernels above, with a build record beside them."""
+    folder = tmp_path_factory.mktemp("objects")
+    objects = {}
+    for name, source in (("loop", LOOP), ("spill", SPILL)):
+        (folder / f"{name}.cu").write_text(source)
+        objects[name] = folder / f"{name}.o"
+        command = [*nvcc.command, "-arch=sm_90", "-c", str(folder / f"{name}.cu"), "-o", str(objects[name])]
+        subprocess.run(command, check=True)
+    (folder / "build_record.json").write_text(json.dumps({"cuda": {"nvcc": "13.0.1"}}))
+    return objects
+
+
+def gate(*arguments) -> subprocess.CompletedProcess:
+    result = subprocess.run([sys.executable, str(RESOURCES), *map(str, arguments)], capture_output=True, text=True)
+    if "no cuobjdump" in result.stderr:
+        pytest.skip(result.stderr.strip())
+    return result
+
+
+@pytest.fixture
+def table(machine_code, tmp_path):
+    """The table of the loop, to be altered; `check` runs the gate against it."""
+    path = tmp_path / "table.json"
+    assert gate(machine_code["loop"], "--write", path).returncode == 0
+    return path, json.loads(path.read_text())
+
+
+def check(machine_code, path: Path, content: dict) -> subprocess.CompletedProcess:
+    path.write_text(json.dumps(content))
+    return gate(machine_code["loop"], "--check", path)
+
+
+def column(content: dict, name: str) -> int:
+    return content["columns"].index(name) - 3
+
+
+@pytest.fixture
+def library():
+    path = native.library_dir() / native.CUDA_LIBRARY
+    if not path.exists():
+        pytest.skip(native.build_record().get("missing", {}).get(native.CUDA_LIBRARY, f"{path} is missing"))
+    return path
+
+
+# ---- the library that was built ----
+
+
+def symbols(library: Path, kind: str) -> list[tuple[str, str]]:
+    if not shutil.which("nm"):
+        pytest.skip("nm is not installed")
+    listing = subprocess.run(["nm", "-D", "-P", kind, str(library)], capture_output=True, text=True, check=True).stdout
+    return [(line.split()[0], line.split()[1]) for line in listing.splitlines()]
+
+
+def test_the_library_asks_only_for_the_stable_abi_and_the_system(library):
+    """Names of the C and C++ runtime have a version, weak ones may be absent."""
+    foreign = [
+        name
+        for name, kind in symbols(library, "--undefined-only")
+        if kind not in "wv"
+        and not name.startswith(("aoti_torch_", "torch_"))
+        and not re.search(r"@(GLIBC|GLIBCXX|CXXABI|GCC)_", name)
+    ]
+    assert foreign == []
+
+
+def test_the_library_shows_none_of_its_cuda_runtime(library):
+    assert [name for name, _ in symbols(library, "--defined-only") if name.startswith(("cuda", "__cuda"))] == []
+
+
+def test_only_a_torch_with_cuda_loads_it(library):
+    import torch
+
+    if torch.version.cuda is None:
+        assert native.cuda_library_error() == f"torch {torch.__version__} is a build without CUDA"
+    else:
+        assert native.cuda_library_error() is None
+
+
+def test_the_library_passes_the_gate(library):
+    if not TABLE.exists():
+        pytest.skip(f"{TABLE.name} was not written yet")
+    built = {str(architecture) for architecture in native.build_record()["cuda"]["architectures"]}
+    expected = {a for rows in json.loads(TABLE.read_text())["kernels"].values() for a in rows}
+    if built != expected:
+        pytest.skip(f"built for {sorted(built, key=int)}, the table is of {sorted(expected, key=int)}")
+    result = gate(library, "--check", TABLE)
+    assert result.returncode == 0, result.stderr
+
+
+# ---- the gate ----
+
+
+def test_counts(machine_code, table):
+    _, content = table
+    assert list(content["kernels"]) == ["loop"]
+    registers, stack, _, whole, loop = content["kernels"]["loop"]["90"]
+    assert registers > 0
+    assert stack == 0
+    assert whole[column(content, "global_load")] >= 3
+    assert loop[column(content, "fp32")] in (1, 2, 4)  # a pass, or ptxas unrolled it
+    assert loop[column(content, "global_store")] == loop[column(content, "fp32")]
+    assert sum(loop[1:-1]) == loop[0] < whole[0]
+
+
+def test_an_unchanged_library_passes(machine_code, table):
+    result = check(machine_code, *table)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_spill_is_found(machine_code):
+    result = gate(machine_code["spill"])
+    assert result.returncode == 1
+    assert re.search(r"spill, sm_90: \d+ bytes of stack", result.stderr)
+
+
+@pytest.mark.parametrize(("place", "name"), [(3, "total"), (4, "total"), (4, "other"), (3, "fp32")])
+def test_growth_is_found(machine_code, table, place, name):
+    path, content = table
+    counts = content["kernels"]["loop"]["90"][place]
+    counts[column(content, name)] = int(counts[column(content, name)] / 1.1)
+    result = check(machine_code, path, content)
+    assert result.returncode == 1
+    assert f"loop, sm_90: {name} {'of the main loop ' if place == 4 else ''}grew from" in result.stderr
+
+
+def test_growth_of_registers_is_found(machine_code, table):
+    path, content = table
+    content["kernels"]["loop"]["90"][0] -= 1
+    assert "loop, sm_90: registers grew from" in check(machine_code, path, content).stderr
+
+
+def test_another_compiler_is_not_held_to_counts(machine_code, table):
+    path, content = table
+    content["nvcc"] = "12.8"
+    content["kernels"]["loop"]["90"][3][0] //= 2
+    result = check(machine_code, path, content)
+    assert result.returncode == 0
+    assert "counts are not compared" in result.stdout
+
+
+def test_missing_and_new_kernels_are_found(machine_code, table):
+    path, content = table
+    rows = content["kernels"].pop("loop")
+    content["kernels"]["gone"] = rows
+    result = check(machine_code, path, content)
+    assert result.returncode == 1
+    assert "gone, sm_90 is missing" in result.stderr
+    assert "loop, sm_90 is not in the committed table" in result.stderr
+    content["kernels"] = {"loop": {**rows, "80": rows["90"]}}
+    assert "loop, sm_80 is missing" in check(machine_code, path, content).stderr
+
+
+def test_predicted_limits(monkeypatch):
+    monkeypatch.syspath_prepend(RESOURCES.parent)
+    specification = importlib.util.spec_from_file_location("cuda_resources", RESOURCES)
+    resources = importlib.util.module_from_spec(specification)
+    monkeypatch.setitem(sys.modules, "cuda_resources", resources)  # dataclasses look their module up
+    specification.loader.exec_module(resources)
+    counts = dict.fromkeys(resources.COUNTS, 0)
+    counts.update(total=200, hmma_k16=14, hmma_k8=3, mufu=8, shared_clocks=80)
+    work = resources.Work("any", outputs=256, bytes_per_output=4)
+    clocks = resources.limits(list(counts.values()), work)
+    assert clocks == {"issue": 50, "tensor": 31, "special": 16, "shared": 80, "memory": pytest.approx(1024 / 14.46)}
+
+
+# ---- what is built ----
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("80,90", [80, 90]), ("90 80;80", [80, 90]), (" 120, ", [120]), ("none", []), ("", []), (None, None)],
+)
+def test_architectures(builder, monkeypatch, text, expected):
+    monkeypatch.delenv("FFNET_CUDA_ARCHS", raising=False)
+    if text is not None:
+        monkeypatch.setenv("FFNET_CUDA_ARCHS", text)
+    assert builder.requested_architectures() == expected
+
+
+@pytest.mark.parametrize("text", ["sm_90", "9.0", "90a", "80,all", "9"])
+def test_wrong_architectures_are_told(tmp_path, text):
+    command = [sys.executable, str(ROOT / "csrc" / "build.py"), "--out", str(tmp_path)]
+    result = subprocess.run(command, env={"FFNET_CUDA_ARCHS": text}, capture_output=True, text=True)
+    assert result.returncode == 1
+    message = f"ffnet-kernels: FFNET_CUDA_ARCHS={text!r} is not a list of architectures such as '80,90', nor 'none'"
+    assert result.stderr.strip() == message
+    assert list(tmp_path.glob("*.so")) == []
+
+
+def test_an_architecture_that_nvcc_lacks_is_told(builder, nvcc, monkeypatch):
+    monkeypatch.setenv("FFNET_CUDA_ARCHS", "80,35")
+    with pytest.raises(ValueError, match=r"cannot build for \[35\], only for \[.*80"):
+        builder.find_nvcc(native_build.compiler())
+
+
+def test_default_architectures_are_one_of_each_major(nvcc, builder, monkeypatch):
+    monkeypatch.delenv("FFNET_CUDA_ARCHS", raising=False)
+    default = builder.find_nvcc(native_build.compiler())
+    majors = [architecture // 10 for architecture in default.architectures]
+    assert majors == sorted(set(majors))
+    assert default.target_flags()[-1].endswith(f"code=compute_{default.architectures[-1]}")
+
+
+@pytest.fixture
+def small_build(tmp_path, monkeypatch):
+    """The builder of a copy of csrc/, whose CPU library is one empty file, to be quick."""
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc", ignore=shutil.ignore_patterns("*.cu"))
+    builder = native_build.load_builder(tmp_path / "csrc")
+
+    def plan(ninja, out, compiler, sanitize):
+        source = tmp_path / "empty.cpp"
+        source.write_text("")
+        output = out / builder.CPU_LIBRARY
+        ninja.add(output, [*compiler, "-shared", "-fPIC", str(source), "-o", str(output)], [source])
+        return {"libraries": [builder.CPU_LIBRARY], "missing": {}}
+
+    native_build.compiler()
+    monkeypatch.setattr(builder, "plan", plan)
+    monkeypatch.delenv("FFNET_CUDA_ARCHS", raising=False)
+    (tmp_path / "csrc" / "cuda" / "kernel.cu").write_text("__global__ void kernel() { this is no C++ }\n")
+    return builder, tmp_path
+
+
+def assert_only_the_cpu_library(builder, folder) -> str:
+    """There is a record and a CPU library; returns why there is no other, not even one of an earlier build."""
+    (folder / "lib").mkdir()
+    (folder / "lib" / native.CUDA_LIBRARY).write_bytes(b"old")
+    assert builder.build(folder / "lib", folder / "work", cuda=True) is None
+    assert [path.name for path in (folder / "lib").glob("*.so")] == [native.CPU_LIBRARY]
+    record = json.loads((folder / "lib" / "build_record.json").read_text())
+    assert record["libraries"] == [native.CPU_LIBRARY]
+    return record["missing"][native.CUDA_LIBRARY]
+
+
+def test_without_nvcc_there_is_a_cpu_library(small_build, monkeypatch):
+    builder, folder = small_build
+    monkeypatch.setenv("CUDA_HOME", str(folder))
+    assert assert_only_the_cpu_library(builder, folder) == f"no CUDA compiler (looked for {folder}/bin/nvcc)"
+
+
+def test_an_nvcc_that_fails_leaves_the_cpu_library(small_build, monkeypatch):
+    builder, folder = small_build
+    (folder / "bin").mkdir()
+    (folder / "bin" / "nvcc").write_text("#!/bin/sh\necho no licence >&2\nexit 1\n")
+    (folder / "bin" / "nvcc").chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(folder))
+    assert assert_only_the_cpu_library(builder, folder) == f"{folder}/bin/nvcc does not work: no licence"
+
+
+def test_left_out_on_request(small_build, monkeypatch):
+    builder, folder = small_build
+    monkeypatch.setenv("FFNET_CUDA_ARCHS", "none")
+    assert assert_only_the_cpu_library(builder, folder) == "left out by FFNET_CUDA_ARCHS='none'"
+
+
+def test_a_kernel_that_does_not_compile_leaves_the_cpu_library(small_build, nvcc, monkeypatch):
+    builder, folder = small_build
+    monkeypatch.setenv("FFNET_CUDA_ARCHS", "90")
+    reason = assert_only_the_cpu_library(builder, folder)
+    assert re.match(r"compilation failed: .*kernel\.cu\(1\): error:", reason)
