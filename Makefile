@@ -26,7 +26,7 @@ endif
 demo: $(READY)
 	$(RUN) -m ffnet demo $(ARGS)
 
-test: $(READY)
+test: $(READY) build/cuda_host/.built
 	$(RUN) -m pytest $(ARGS)
 
 lint: $(READY)
@@ -46,6 +46,12 @@ $(COMPAT_VENV)/.ready:
 	$(PYTHON) -m venv $(COMPAT_VENV)
 	$(COMPAT_VENV)/bin/python -m pip install --quiet torch==$(COMPAT_TORCH) numpy
 	touch $@
+
+# The CUDA kernels for the processor. Without them their tests skip, which says why.
+build/cuda_host/.built: $(READY) $(SOURCES)
+	mkdir -p $(@D)
+	@$(RUN) csrc/build.py --host-cuda --out $(@D) --work $(@D)/objects && touch $@ || \
+	{ rm -f $(@D)/*.so; echo "the tests run without the CUDA kernels for the processor"; }
 
 $(VENV)/.packages: requirements.txt
 	$(PYTHON) -m venv $(VENV)

@@ -1,8 +1,9 @@
 """``python -m benchmarks.gpu`` (``make gpu``): everything there is to do on a GPU, in parts that can be resumed.
 
-``build`` says what is installed, ``selftest`` checks the kernels on small awkward shapes, ``parity`` at FFNet's own,
-``bench`` times them beside their peers, ``tune`` measures their tiles. Each part keeps a JSON file with a row a step;
-what is there for the same sources and GPU is not done again. All of it goes into one file of results.
+The most valuable part comes first. ``build`` compiles the CUDA library, ``selftest-*`` check a backend's kernels on
+small awkward shapes, ``parity-*`` at FFNet's own; ``headline`` times the operators that matter most beside their peers,
+``bench`` the others; ``sanitize`` runs NVIDIA's sanitizer, ``tune`` measures Triton's tiles. Each part keeps a file
+with a row a step; what is there for the same sources and GPU is not done again. All goes into one file of results.
 """
 
 from __future__ import annotations
@@ -22,22 +23,27 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 import ffnet_kernels
+from ffnet_kernels import dispatch
 from ffnet_kernels.backends.triton import configs, tune
-from ffnet_kernels.selftest import _cases as selftest_cases
+from ffnet_kernels.selftest import cases as selftest_cases
+from ffnet_kernels.selftest import moved
 
+from . import gpu_processes
 from .__main__ import INTERRUPTED
+from .gpu_contenders import is_ours
 from .gpu_report import summary, table
 from .gpu_timing import check, model_row, operator_row, operator_work, training_row
 from .machine import machine
+from .report import error_text
 from .results import Result, replacing, write_json
 from .specs import LAYOUTS, OPERATORS, ModelCase, OperatorCase
-from .work import MEMORY_FORMATS
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCH_BATCH = 128
+HEADLINE_STAGES, HEADLINE_OPERATORS = tune.STAGES[:2], ("ffnified_attention", "depthwise_conv2d")
+NARROW = (torch.bfloat16, torch.float16)
 MODEL = ModelCase("ffnet_2", BENCH_BATCH, dtype="bfloat16")
 
 #: Steps whose kernels are compiled together, on all processors: one by one in their first calls it would take long.
@@ -66,89 +72,144 @@ class Session:
         return tune.ColdClock(self.device)
 
 
+class RebuiltError(Exception):
+    """The CUDA library is another than the one that this process has loaded."""
+
+
 def build_steps(session: Session) -> Iterator[Step]:
-    yield Step("info", lambda: {"passed": True, "info": ffnet_kernels.info()})
+    yield Step("library", lambda: gpu_processes.build(session.device, session.deadline - time.monotonic()))
+    yield Step("info", _info)
 
 
-def selftest_steps(session: Session) -> Iterator[Step]:
-    for name, (operator, args) in selftest_work().items():
-        check_it = functools.partial(_check_on, session.device, operator, args)
-        yield Step(name, check_it, [functools.partial(start_selftest_case, name)])
+_LOADED = gpu_processes.library_state()
+
+
+def _info() -> dict[str, Any]:
+    if gpu_processes.library_state() != _LOADED:
+        raise RebuiltError
+    return {"passed": True, "info": ffnet_kernels.info()}
+
+
+def _if_available(backend: str, steps: Callable[[], Iterator[Step]]) -> Iterator[Step]:
+    """The steps, or one that says why the backend cannot run them."""
+    reason = dispatch.why_unavailable(backend)
+    if reason is None:
+        yield from steps()
+    else:
+        yield Step(f"all of {backend}", lambda: {"passed": True, "skipped": reason})
+
+
+def selftest_steps(backend: str, session: Session) -> Iterator[Step]:
+    def steps() -> Iterator[Step]:
+        for name, (operator, args) in selftest_work(backend).items():
+            check_it = functools.partial(_check_on, backend, session.device, operator, args)
+            yield Step(name, check_it, [functools.partial(start_selftest_case, name)] if backend == "triton" else ())
+
+    return _if_available(backend, steps)
 
 
 @functools.cache
-def selftest_work() -> dict[str, tuple[str, tuple]]:
-    """The cases of ``ffnet_kernels.selftest`` in both layouts, one of its filters in the narrow dtypes too."""
+def selftest_work(backend: str) -> dict[str, tuple[str, tuple]]:
+    """The cases of ``ffnet_kernels.selftest`` in all dtypes; on Triton, whose every kernel has to be compiled, those of
+    one filter only, and the others in float32."""
     found = {}
-    for (name, operator, args), layout in itertools.product(selftest_cases(), LAYOUTS):
-        args = (args[0].contiguous(memory_format=MEMORY_FORMATS[layout]), *args[1:])
-        for dtype in ("float32", "bfloat16", "float16") if " k=7 " in name else ("float32",):
-            found[f"{name} {dtype} {layout}"] = operator, _moved(args, dtype=getattr(torch, dtype))
+    for case in selftest_cases():
+        dtypes = (*NARROW, torch.float32) if backend == "cuda" or " k=7 " in case.name else (torch.float32,)
+        for dtype, layout in itertools.product(dtypes, case.layouts):
+            name = f"{case.name} {str(dtype).removeprefix('torch.')} {layout}"
+            found[name] = case.operator, moved(case.laid_out(layout), dtype=dtype)
     return found
 
 
 def start_selftest_case(name: str) -> None:
-    """Its kernels, forward and backward, without data."""
-    operator, args = selftest_work()[name]
-    args = _moved(args, device="meta")
+    """Its Triton kernels, forward and backward, without data."""
+    operator, args = selftest_work("triton")[name]
+    args = moved(args, device="meta")
     spec = next(o for o in ffnet_kernels.operators.OPERATORS if o.name == operator)
     for backward in (False, True):
         result = ffnet_kernels.operators.empty_output(*spec.infer(*args))
         tune.start(operator, result, args, backward=backward)
 
 
-def _moved(args: tuple, **to: Any) -> tuple:
-    return tuple(a.to(**to) if isinstance(a, Tensor) else a for a in args)
+def _check_on(backend: str, device: torch.device, operator: str, args: tuple) -> dict[str, Any]:
+    return check(backend, operator, moved(args, device=device))
 
 
-def _check_on(device: torch.device, operator: str, args: tuple) -> dict[str, Any]:
-    return check(operator, _moved(args, device=device))
-
-
-def parity_cases() -> list[OperatorCase]:
+def parity_cases(stages: Sequence[tuple[int, int, int]], dtypes: Sequence[torch.dtype]) -> list[OperatorCase]:
     """Every stage, those that draw the same random numbers one after the other."""
     return [
         OperatorCase(operator, batch, channels, size, kernel, layout, str(dtype).removeprefix("torch."))
         for batch, (channels, size, kernel), operator, dtype, layout in itertools.product(
-            (8, 128), tune.STAGES, OPERATORS, tune.DTYPES, LAYOUTS
+            (8, 128), stages, OPERATORS, dtypes, LAYOUTS
         )
     ]
 
 
-def parity_steps(session: Session) -> Iterator[Step]:
-    for case in parity_cases():
-        jobs = [job for backward in (False, True) for job in _jobs(case, backward, session)]
-        yield Step(case.name, functools.partial(check_parity, case, session.device), jobs)
+def parity_steps(backend: str, session: Session) -> Iterator[Step]:
+    """Of the CUDA kernels those on tensor cores, at FFNet's own stages: float32 has but one kernel in all sizes."""
+    triton = backend == "triton"
+
+    def steps() -> Iterator[Step]:
+        for case in parity_cases(*((tune.STAGES, tune.DTYPES) if triton else (tune.STAGES[:4], NARROW))):
+            jobs = [job for backward in (False, True) for job in _jobs(case, backward, session)] if triton else []
+            yield Step(case.name, functools.partial(check_parity, backend, case, session.device), jobs)
+
+    return _if_available(backend, steps)
 
 
 def _jobs(case: OperatorCase, backward: bool, session: Session) -> list[Callable[[], object]]:
-    """Compile what the case launches with the tiles that it will get on this GPU."""
+    """Compile what the case launches on Triton with the tiles that it will get on this GPU."""
     dtype, last = getattr(torch, case.dtype), case.layout == "channels_last"
     call = tune.Call(case.operator, case.batch, case.channels, case.size, case.kernel, dtype, last, backward)
     winners = configs.winners(configs.device_name(session.device))
     return [functools.partial(tune.with_tiles, winners, call.start)]
 
 
-def check_parity(case: OperatorCase, device: torch.device) -> dict[str, Any]:
+def check_parity(backend: str, case: OperatorCase, device: torch.device) -> dict[str, Any]:
     work = operator_work(case, device)
-    return check(case.operator, work.plain(case.layout).inputs[0])
+    return check(backend, case.operator, work.plain(case.layout).inputs[0])
+
+
+def sanitize_steps(session: Session) -> Iterator[Step]:
+    for tool, text in gpu_processes.SANITIZED:
+        yield Step(f"{tool} {text.strip()}", functools.partial(_sanitize, tool, text, session))
+
+
+def _sanitize(tool: str, text: str, session: Session) -> dict[str, Any] | None:
+    return gpu_processes.sanitize(tool, text, session.deadline - time.monotonic())
+
+
+def headline_steps(session: Session) -> Iterator[Step]:
+    for stage, operator in itertools.product(HEADLINE_STAGES, HEADLINE_OPERATORS):
+        yield _operator_step(operator, stage, False, session)
 
 
 def bench_steps(session: Session) -> Iterator[Step]:
-    for (channels, size, kernel), backward, operator in itertools.product(tune.STAGES, (False, True), OPERATORS):
-        case = OperatorCase(operator, BENCH_BATCH, channels, size, kernel, dtype="bfloat16")
-        run = functools.partial(_plain_row, operator_row, case, session, backward=backward)
-        both = [replace(case, layout=layout) for layout in LAYOUTS]
-        jobs = [job for one in both for way in {False, backward} for job in _jobs(one, way, session)]
-        yield Step(f"{case.name} {'backward' if backward else 'forward'}", run, jobs)
+    headline = {step.name for step in headline_steps(session)}
+    for stage, backward, operator in itertools.product(tune.STAGES, (False, True), OPERATORS):
+        step = _operator_step(operator, stage, backward, session)
+        if step.name not in headline:
+            yield step
     yield Step(f"{MODEL.name} inference", functools.partial(_plain_row, model_row, MODEL, session))
     yield Step(f"{MODEL.name} training step", functools.partial(_plain_row, training_row, MODEL, session))
+
+
+def _operator_step(operator: str, stage: tuple[int, int, int], backward: bool, session: Session) -> Step:
+    channels, size, kernel = stage
+    case = OperatorCase(operator, BENCH_BATCH, channels, size, kernel, dtype="bfloat16")
+    run = functools.partial(_plain_row, operator_row, case, session, backward=backward)
+    both = [replace(case, layout=layout) for layout in LAYOUTS]
+    jobs = [job for one in both for way in sorted({False, backward}) for job in _jobs(one, way, session)]
+    name = case.name.removesuffix(f" {case.layout}")
+    return Step(f"{name} {'backward' if backward else 'forward'}", run, jobs)
 
 
 def _plain_row(measure: Callable, case: Any, session: Session, **options: Any) -> dict[str, Any]:
     row = measure(case, session.device, session.clock, **options)
     plain = json.loads(Result({}, [row]).to_json())["rows"][0]
-    return {"passed": row.measurements[0].passed, "row": plain}
+    wrong = [m for m in row.measurements if is_ours(m.contender) and not m.passed]
+    texts = [f"{m.contender}: {m.reason or f'error {error_text(m)}'}" for m in wrong]
+    return {"passed": not wrong, **({"error": "; ".join(texts)} if wrong else {}), "row": plain}
 
 
 def tune_steps(session: Session) -> Iterator[Step]:
@@ -164,20 +225,26 @@ def tune_steps(session: Session) -> Iterator[Step]:
 
 PARTS: dict[str, Callable[[Session], Iterator[Step]]] = {
     "build": build_steps,
-    "selftest": selftest_steps,
-    "parity": parity_steps,
+    "selftest-cuda": functools.partial(selftest_steps, "cuda"),
+    "parity-cuda": functools.partial(parity_steps, "cuda"),
+    "headline": headline_steps,
+    "sanitize": sanitize_steps,
+    "selftest-triton": functools.partial(selftest_steps, "triton"),
+    "parity-triton": functools.partial(parity_steps, "triton"),
     "bench": bench_steps,
     "tune": tune_steps,
 }
 
 
 def run_part(name: str, session: Session, path: Path, header: dict[str, Any], text: str = "") -> list[str]:
-    """Runs the steps with ``text`` in their names that are not in the file yet, each row written at once.
+    """Runs the steps with ``text`` in their names that are not in the file yet, each row written at once. What was
+    skipped is tried again: what it lacked may be there now.
 
     Returns:
         The names of the steps that are left because time is up.
     """
     record = read_part(path, header)
+    record["rows"] = {name: row for name, row in record["rows"].items() if "skipped" not in row}
     left = {step.name: step for step in PARTS[name](session) if step.name not in record["rows"]}
     pending = [step for step in left.values() if text in step.name]
     for index, step in enumerate(pending):
@@ -192,7 +259,7 @@ def run_part(name: str, session: Session, path: Path, header: dict[str, Any], te
             del left[step.name]
             with replacing(path) as temporary:
                 temporary.write_text(json.dumps({**record, "left": list(left)}, indent=1, allow_nan=False) + "\n")
-            verdict = "ok" if row["passed"] else "FAIL"
+            verdict = "skip" if "skipped" in row else "ok" if row["passed"] else "FAIL"
             print(f"{name}: {verdict:4} {step.name} ({time.monotonic() - begun:.1f} s)", flush=True)
         tune.check_alive(session.device)
         _free(session.device)
@@ -204,6 +271,8 @@ def _attempt(step: Step, device: torch.device) -> dict[str, Any] | None:
         row = step.run()
         if row is not None:
             tune.check_alive(device)
+    except RebuiltError:
+        raise
     except Exception as error:  # whatever went wrong is the result
         return {"passed": False, "error": tune.describe(error)}
     return row
@@ -225,18 +294,20 @@ def read_part(path: Path, header: dict[str, Any]) -> dict[str, Any]:
 def header_of(device: torch.device) -> dict[str, Any]:
     """What results belong to: the GPU and a digest of the sources, which tells uncommitted changes apart too."""
     digest = hashlib.sha256()
-    for package in ("ffnet_kernels", "ffnet", "benchmarks"):
-        for path in sorted((ROOT / package).rglob("*.py")):
-            digest.update(path.read_bytes())
+    for folder in ("ffnet_kernels", "ffnet", "benchmarks", "csrc"):
+        for path in sorted((ROOT / folder).rglob("*.*")):
+            if path.suffix in (".py", ".cu", ".h", ".cpp"):
+                digest.update(path.read_bytes())
     return {"device": tune.device_line(device), "source": digest.hexdigest()[:12], **machine(), **tune.versions()}
 
 
 def merged(folder: Path, header: dict[str, Any], device: torch.device) -> Result:
-    """All parts as one result: the rows of ``bench``, and what the others found in ``extra``."""
+    """All parts as one result: what was timed as its rows, and what the steps found in ``extra``."""
     records = {name: read_part(folder / f"{name}.json", header) for name in PARTS}
     parts = {name: {"left": record.get("left"), "rows": record["rows"]} for name, record in records.items()}
-    rows = [row["row"] for row in parts["bench"]["rows"].values() if "row" in row]
-    parts["bench"]["rows"] = {name: row for name, row in parts["bench"]["rows"].items() if "row" not in row}
+    rows = [row["row"] for part in parts.values() for row in part["rows"].values() if "row" in row]
+    for part in parts.values():
+        part["rows"] = {n: {k: v for k, v in row.items() if k != "row"} for n, row in part["rows"].items()}
     winners = tune.read(configs._TUNED / f"{configs.device_name(device)}.json")
     interrupted = any(part["left"] != [] for part in parts.values())
     plain = {"format": 1, "machine": header, "rows": rows, "interrupted": interrupted}
@@ -267,9 +338,9 @@ def run(options: argparse.Namespace, device: torch.device) -> int:
         try:
             for name in names:
                 left[name] = run_part(name, session, options.work / f"{name}.json", header, options.filter)
-        except (tune.DeviceLostError, KeyboardInterrupt) as event:
+        except (tune.DeviceLostError, RebuiltError, KeyboardInterrupt) as event:
             ended = event
-    if isinstance(ended, tune.DeviceLostError):
+    if isinstance(ended, (tune.DeviceLostError, RebuiltError)):
         _restart(options, deadline - time.monotonic(), ended)
     result = merged(options.work, header, device)
     path = options.out / f"gpu-{configs.device_name(device)}.json"
@@ -280,8 +351,9 @@ def run(options: argparse.Namespace, device: torch.device) -> int:
 
 
 def _restart(options: argparse.Namespace, seconds: float, error: Exception) -> None:
-    """Goes on in a new process: in this one the GPU is lost. What is done is in the files."""
-    print(f"benchmarks.gpu: starting again after {error}", flush=True)
+    """Goes on in a new process: in this one the GPU is lost, or an older library. What is done is in the files."""
+    what = "the CUDA library was built" if isinstance(error, RebuiltError) else error
+    print(f"benchmarks.gpu: starting again after {what}", flush=True)
     arguments = ["--budget", f"{max(0.0, seconds):.0f}", "--work", options.work, "--out", options.out]
     arguments += ["--filter", options.filter, *(word for name in options.only for word in ("--only", name))]
     os.execv(sys.executable, [sys.executable, "-m", "benchmarks.gpu", *map(str, arguments)])

@@ -2,37 +2,38 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from .gpu_timing import COMPILED, COPY, EAGER, EAGER_NCHW, OURS_NCHW
-from .peers import OURS
+from .gpu_contenders import COPY, is_ours
 from .report import error_text, markdown
-from .results import Result, Row
+from .results import Measurement, Result, Row
 
-HEADERS = ("case", "ours ms", "quartiles", "GB/s", "/ copy", *(OURS_NCHW, EAGER_NCHW, EAGER, COMPILED), "error", "")
+HEADERS = ("case", "backend", "ms", "quartiles", "GB/s", "/ copy", "predicted", "error", "")
 MOST_FAILURES = 12
+
+#: Of the CUDA kernels for 16-bit NCHW maps; how it names the operators that are timed here.
+PREDICTIONS = Path(__file__).resolve().parents[1] / "docs" / "cuda-resources.md"
+PREDICTED_OPERATORS = {"ffnified_attention": "token mixer", "depthwise_conv2d": "depthwise, GELU"}
 
 
 def summary(result: Result, left: Mapping[str, Sequence[str]]) -> tuple[str, bool]:
     """A line a part with what failed in it, and whether anything did; ``left``: steps that time did not allow."""
     lines, failed = [f"GPU: {result.machine['device']}; commit {result.machine['commit']}"], False
     for name, part in result.extra["parts"].items():
-        rows = {**part["rows"], **(_bench_rows(result) if name == "bench" else {})}
+        skipped = list(dict.fromkeys(row["skipped"] for row in part["rows"].values() if "skipped" in row))
+        rows = {step: row for step, row in part["rows"].items() if "skipped" not in row}
         failures = [f"  {step}: {_reason(row)}" for step, row in rows.items() if not row["passed"]]
         failed |= bool(failures)
         over = f", {len(left[name])} left: run again to go on" if left.get(name) else ""
         lines.append(f"{name}: {len(rows) - len(failures)} of {len(rows)} passed{over}")
+        lines += [f"  skipped: {_short(reason)}" for reason in skipped]
         lines += failures[:MOST_FAILURES]
         lines += [f"  and {len(failures) - MOST_FAILURES} more"] if len(failures) > MOST_FAILURES else []
     lines += list(dict.fromkeys(_peers_that_failed(result)))[:MOST_FAILURES]
     return "\n".join(lines), failed
-
-
-def _bench_rows(result: Result) -> dict[str, dict[str, Any]]:
-    """As rows of the other parts: ours has to run and to be right."""
-    ours = {row.case: row.measurements[0] for row in result.rows}
-    return {case: {"passed": m.passed, "error": m.reason or f"error {error_text(m)}"} for case, m in ours.items()}
 
 
 def _reason(row: Mapping[str, Any]) -> str:
@@ -52,35 +53,56 @@ def _short(text: str) -> str:
 
 def _peers_that_failed(result: Result) -> Iterator[str]:
     for row in result.rows:
-        for m in row.measurements[1:]:
-            if m.reason:
+        for m in row.measurements:
+            if m.reason and not is_ours(m.contender):
                 yield f"{m.contender}: {_short(m.reason)}"
 
 
 def table(result: Result) -> str:
-    """A line a case: our time and rate, then the other contenders as multiples of our time."""
-    notes = "Medians, cold caches; GB/s counts each tensor once; from the sixth column on: time / ours, ! where wrong."
-    return f"{notes}\n\n{markdown(HEADERS, [_line(row) for row in result.rows], left=(0, 10))}"
+    """A line for each contender of each case."""
+    notes = (
+        "Medians and quartiles of milliseconds, cold caches. GB/s counts each tensor once; / copy is the time over "
+        "that of a plain copy of as many bytes; predicted: a lower bound of it, from the machine code (docs/)."
+    )
+    predicted = predictions(PREDICTIONS)
+    lines = [_line(row, m, predicted) for row in result.rows for m in row.measurements]
+    return f"{notes}\n\n{markdown(HEADERS, lines, left=(0, 1, 8))}"
 
 
-def _line(row: Row) -> tuple[str, ...]:
-    ours = row.measurement(OURS)
-    if ours is None:
-        return (row.case, *["-"] * 9, "did not run")
-    first, third = ours.quartiles_ms
-    over_copy = row.ratio(OURS, COPY)
+def predictions(path: Path) -> dict[str, float]:
+    """The predicted ratios in the table of the CUDA kernels' resources, by the beginnings of cases' names."""
+    if not path.exists():
+        return {}
+    row = re.compile(r"^\| ([^|]+) \| (\d+)×\d+ \| (\d+)² \|.*\*\*([\d.]+)\*\* \|", re.MULTILINE)
+    ratios = {(name, kernel, size): float(ratio) for name, kernel, size, ratio in row.findall(path.read_text())}
+    return {
+        f"{operator} {size}x{size} k{kernel}": ratio
+        for operator, named in PREDICTED_OPERATORS.items()
+        for (name, kernel, size), ratio in ratios.items()
+        if name == named
+    }
+
+
+def _line(row: Row, m: Measurement, predicted: Mapping[str, float]) -> tuple[str, ...]:
+    if not m.samples_ms:
+        return (row.case, m.contender, *["-"] * 6, "did not run")
+    first, third = m.quartiles_ms
+    over_copy = row.ratio(m.contender, COPY)
+    ratio = predicted.get(_without_channels(row.case) or "") if m.contender == "cuda nchw" else None
     return (
         row.case,
-        f"{ours.median_ms:.4f}",
+        m.contender,
+        f"{m.median_ms:.4f}",
         f"{first:.4f}..{third:.4f}",
-        f"{row.gbytes(ours):.0f}",
+        f"{row.gbytes(m):.0f}",
         "-" if over_copy is None else f"{over_copy:.2f}x",
-        *(_peer(row, name) for name in (OURS_NCHW, EAGER_NCHW, EAGER, COMPILED)),
-        error_text(ours),
-        "ok" if ours.passed else "WRONG",
+        "-" if ratio is None else f"{ratio:.2f}x",
+        error_text(m),
+        "ok" if m.passed else "WRONG",
     )
 
 
-def _peer(row: Row, name: str) -> str:
-    ratio, peer = row.ratio(name, OURS), row.measurement(name)
-    return "-" if ratio is None or peer is None else f"{ratio:.2f}x{'' if peer.passed else '!'}"
+def _without_channels(case: str) -> str | None:
+    """`operator 16x16 k7` of the name of an operator's forward pass in 16 bits; other kernels are not predicted."""
+    found = re.fullmatch(r"(\w+) \d+x(\d+x\d+ k\d+) b\d+ (bfloat16|float16) forward", case)
+    return f"{found[1]} {found[2]}" if found else None

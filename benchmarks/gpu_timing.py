@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,20 +15,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ffnet_kernels
-from ffnet_kernels.backends import reference, triton
+from ffnet_kernels import dispatch
+from ffnet_kernels.backends import reference
 from ffnet_kernels.backends.triton.tune import Clock, check_alive, describe
 from ffnet_kernels.operators import OPERATORS
-from ffnet_kernels.selftest import error_limit
+from ffnet_kernels.selftest import error_limit, incoming_gradient, poisoned_memory
 
-from .peers import OURS, Contender, Eager, Ours, TorchCompile
+from .gpu_contenders import (
+    BACKENDS,
+    COMPILED,
+    COPY,
+    CUDNN,
+    CUDNN_NCHW,
+    EAGER,
+    EAGER_NCHW,
+    Copy,
+    Cudnn,
+    OnBackend,
+)
+from .peers import Contender, Eager, Ours, TorchCompile
 from .results import Measurement, Row
 from .specs import ModelCase, OperatorCase, itemsize
-from .work import MEMORY_FORMATS, ModelWork, OperatorWork, Program, Work, _channels_innermost, _is_filter, build
+from .work import MEMORY_FORMATS, ModelWork, OperatorWork, Program, Work, build
 
 WARM_UP = 3
-OURS_NCHW, EAGER_NCHW, EAGER, COMPILED, COPY = (
-    "ours nchw", "eager nchw", "eager channels-last", "torch.compile", "copy",
-)  # fmt: skip
 #: Those of torch.compile(mode="max-autotune") but for CUDA graphs, which would copy an operator's inputs in every call.
 MAX_AUTOTUNE = {"max_autotune": True, "coordinate_descent_tuning": True}
 
@@ -55,8 +64,8 @@ def _mapped(function: Callable[[Tensor], Tensor], values: Any) -> Any:
     return function(values) if isinstance(values, Tensor) else values
 
 
-def check(operator: str, args: tuple) -> dict[str, Any]:
-    """The Triton kernels against float64: the output and the gradients of all tensors.
+def check(backend: str, operator: str, args: tuple) -> dict[str, Any]:
+    """A backend's kernels against float64: the output and the gradients of all tensors.
 
     Args:
         args: as in the operator's schema, on the device where it is to run.
@@ -64,12 +73,12 @@ def check(operator: str, args: tuple) -> dict[str, Any]:
     Returns:
         ``passed``, and for each result its largest absolute error and the limit of that.
     """
-    ours, plain = getattr(triton, operator), getattr(reference, operator)
+    ours, plain = getattr(dispatch.BACKENDS[backend], operator), getattr(reference, operator)
     with torch.no_grad():
-        grad = _incoming(plain(*args))
+        grad = incoming_gradient(plain(*args))
     expected = _results(operator, plain, _mapped(Tensor.double, args), grad)
     eager = _results(operator, plain, args, grad)
-    with _poisoned_memory():
+    with poisoned_memory():
         got = _results(operator, ours, args, grad)
     errors = {name: _largest(got.pop(name) - result) for name, result in expected.items()}
     limits = {name: error_limit(result, eager[name]) for name, result in expected.items()}
@@ -94,26 +103,9 @@ def _differentiable(function: Callable[..., Tensor], args: tuple) -> tuple[Tenso
         return function(*args), [a for a in args if isinstance(a, Tensor)]
 
 
-def _incoming(output: Tensor) -> Tensor:
-    """A gradient for an output, the same in every run."""
-    generator = torch.Generator(output.device).manual_seed(1)
-    return _like(output, torch.randn(output.shape, generator=generator, device=output.device))
-
-
 def _like(output: Tensor, values: Tensor) -> Tensor:
     """The values in the dtype and layout of an output."""
     return torch.empty_like(output, requires_grad=False).copy_(values)
-
-
-@contextlib.contextmanager
-def _poisoned_memory() -> Iterator[None]:
-    """Fills new tensors with NaN, so that an element that no kernel writes shows."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def _largest(difference: Tensor) -> float:
@@ -124,52 +116,18 @@ def _finite(number: float) -> float | None:
     return number if math.isfinite(number) else None
 
 
-@dataclass(frozen=True)
-class OnTriton:
-    """An operator on its Triton kernels, whatever the chooser would take. ``stored``: filters lie as `optimize` stores
-    them, with their channels innermost; else as parameters that are trained."""
-
-    name: str = OURS
-    layout: str = "channels_last"
-    stored: bool = True
-
-    def unavailable(self) -> str | None:
-        return None
-
-    def prepare(self, work: Any) -> Program:
-        program = work.plain(self.layout)
-        args = program.inputs[0]
-        if self.stored and self.layout == "channels_last":
-            args = tuple(_channels_innermost(a) if _is_filter(a) else a for a in args)
-        return replace(program, function=getattr(triton, work.operator), inputs=[args])
-
-
-@dataclass(frozen=True)
-class Copy:
-    """As many bytes read and written by a plain copy: the floor."""
-
-    bytes: int
-    device: torch.device
-    name: str = COPY
-
-    def unavailable(self) -> str | None:
-        return None
-
-    def prepare(self, work: Any) -> Program:
-        source = torch.empty(self.bytes // 2, dtype=torch.uint8, device=self.device).random_()
-        return Program(torch.empty_like(source).copy_, [(source,)], "")
-
-
 def operator_row(case: OperatorCase, device: torch.device, clock: Clock, *, backward: bool, samples: int = 30) -> Row:
     """An operator, or all its gradients, beside its peers and a copy."""
     flops, moved = (2 * case.flops, backward_bytes(case)) if backward else (case.flops, case.bytes)
+    work = operator_work(case, device)
+    ours = [OnBackend(name, layout, stored=not backward) for name in BACKENDS for layout in ("nchw", "channels_last")]
+    cudnn = [] if backward else [Cudnn(CUDNN_NCHW, "nchw"), Cudnn(CUDNN, "channels_last")]
     contenders: list[Contender] = [
-        OnTriton(stored=not backward), OnTriton(OURS_NCHW, "nchw", stored=not backward),
-        Eager(EAGER_NCHW, "nchw"), Eager(EAGER, "channels_last"), TorchCompile(COMPILED, MAX_AUTOTUNE),
-        Copy(moved, device),
+        *(one for one in ours if one.unavailable() is None), Eager(EAGER_NCHW, "nchw"), Eager(EAGER, "channels_last"),
+        *(one for one in cudnn if one.differs(work)), TorchCompile(COMPILED, MAX_AUTOTUNE), Copy(moved, device),
     ]  # fmt: skip
-    name = f"{case.name} {'backward' if backward else 'forward'}"
-    return measure(name, flops, moved, operator_work(case, device), contenders, clock, samples, backward=backward)
+    name = f"{case.name.removesuffix(f' {case.layout}')} {'backward' if backward else 'forward'}"
+    return measure(name, flops, moved, work, contenders, clock, samples, backward=backward, graphs=not backward)
 
 
 def backward_bytes(case: OperatorCase) -> int:
@@ -257,14 +215,16 @@ class CompiledTraining:
 @torch.no_grad()
 def measure(
     name: str, flops: int, moved: int, work: Work, contenders: Sequence[Contender], clock: Clock, samples: int, *,
-    backward: bool = False,
+    backward: bool = False, graphs: bool = False,
 ) -> Row:  # fmt: skip
     """The contenders in turn, each checked against float64 first. One that fails is kept, with the reason.
 
     ``backward``: the gradients of all tensors among the arguments, the forward pass being made once, before.
+    ``graphs``: on a GPU as CUDA graphs, so that no gaps between a contender's kernels are timed.
     """
     plain = work.plain("nchw")
-    grad = _incoming(plain()) if backward else None
+    grad = incoming_gradient(plain()) if backward else None
+    device = plain.inputs[0][0].device
     eager = _runner(plain, grad)()
     if grad is None:
         expected = [work.expected()]
@@ -282,13 +242,16 @@ def measure(
                 error, passed = (0.0, True) if copies else _judge(run(), expected, limits)
                 for _ in range(WARM_UP):
                     clock(run)
+                how = ""
+                if graphs and device.type == "cuda":
+                    run, how = captured(run, device)
             except Exception as failure:  # a contender may fail in any way; the others still count
                 found[contender.name] = Measurement(contender.name, reason=describe(failure))
                 check_alive(expected[0].device)
             else:
                 runs[contender.name] = run
                 found[contender.name] = Measurement(
-                    contender.name, program.layout, program.detail, repeats=1, error=error, passed=passed
+                    contender.name, program.layout, program.detail + how, repeats=1, error=error, passed=passed
                 )
         times: dict[str, list[float]] = {contender: [] for contender in runs}
         for sample in range(samples):
@@ -298,6 +261,20 @@ def measure(
                 times[contender_name].append(round(clock(runs[contender_name]), 6))
     measured = [replace(m, samples_ms=tuple(times.get(m.contender, ()))) for m in found.values()]
     return Row(name, flops, moved, tuple(measured))
+
+
+def captured(run: Callable[[], list[Tensor]], device: torch.device) -> tuple[Callable[[], Any], str]:
+    """A CUDA graph of what runs; or what runs, and why there is no graph of it."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            run()
+        graph.replay()
+        torch.cuda.synchronize(device)
+    except Exception as failure:  # such as one that synchronises
+        check_alive(device)
+        return run, f"; without a CUDA graph: {describe(failure)}"
+    return graph.replay, ""
 
 
 def _runner(program: Program, grad: Tensor | None) -> Callable[[], list[Tensor]]:

@@ -14,7 +14,7 @@ import torch
 
 from . import dispatch
 from .info import format_info, info
-from .selftest import Check, selftest
+from .selftest import BACKENDS, Check, selftest
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,6 +24,8 @@ def main(argv: list[str] | None = None) -> int:
     show.add_argument("--json", action="store_true", help="as JSON")
     check = commands.add_parser("selftest", help="check every built kernel against the float64 reference")
     check.add_argument("--verbose", action="store_true", help="print every check, not only failures")
+    check.add_argument("--backend", choices=BACKENDS, help="only this one; also where it runs on the CPU for tests")
+    check.add_argument("--filter", default="", metavar="TEXT", help="only cases with this text in their names")
     tuning = commands.add_parser("tune", help="measure the tiles of the Triton kernels on this GPU, keep the fastest")
     tuning.add_argument("--quick", action="store_true", help="bfloat16 at the largest batch only")
     tuning.add_argument("--again", action="store_true", help="measure also what was measured before")
@@ -42,10 +44,12 @@ def main(argv: list[str] | None = None) -> int:
         return _aot(options.dtypes.split(","), [int(number) for number in options.architectures.split(",")])
     if options.command == "traffic":
         return _traffic()
-    return _selftest(options.verbose)
+    return _selftest(options.verbose, options.backend, options.filter)
 
 
-def _selftest(verbose: bool) -> int:
+def _selftest(verbose: bool, backend: str | None, text: str) -> int:
+    """Returns 0; 1 where a check failed, 2 where the backend is not available."""
+
     def report(check: Check) -> None:
         if verbose or not check.passed:
             verdict = "ok  " if check.passed else "FAIL"
@@ -53,7 +57,11 @@ def _selftest(verbose: bool) -> int:
                   f"error {check.error:.1e} (plain PyTorch {check.eager_error:.1e})")  # fmt: skip
 
     start = time.perf_counter()
-    checks = selftest(report)
+    try:
+        checks = selftest(report, backend=backend, text=text)
+    except dispatch.BackendError as error:
+        print(f"selftest: {error}", file=sys.stderr)
+        return 2
     failed = sum(not check.passed for check in checks)
     variants = sorted({f"{check.backend}/{check.variant}" for check in checks})
     print(f"selftest: {len(checks)} checks of {', '.join(variants) or 'no kernel (reference only)'} "

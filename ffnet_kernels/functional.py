@@ -4,6 +4,11 @@ Maps are ``[N, C, H, W]`` in any layout; the result has the memory format that `
 give. float64, float32, bfloat16 and float16 are taken; sums are accumulated in float32 or wider. All functions are
 differentiable to any order and honour ``torch.autocast`` as a convolution does.
 
+A NaN or an infinity in a map is never lost. It may show in more results than plain PyTorch would show it in: the CUDA
+kernels for 16-bit NCHW maps multiply rows of a map with banded matrices, whose zeros make NaN of it in all columns of
+the window of 8 results around it (and, where strides or a second convolution widen the window, next to that), in the
+rows that the filter reaches. An infinite weight makes NaN where it meets the zeros of padding.
+
 Raises (all functions): TypeError for an argument that is no tensor; ValueError for a wrong shape, dtype, device,
 stride, padding or activation; :class:`ffnet_kernels.BackendError` where a backend was forced that does not take the
 call.
@@ -62,7 +67,7 @@ def ffnified_attention(
     """FFNified attention, FFNet's token mixer after its query projection (arXiv 2406.02021, section 3):
     ``residual + scale · (DW(act(DW(query; key) + key_bias); value) + value_bias)``.
 
-    Fused backends never write the middle map to memory.
+    Fused backends never write the middle map to memory; it is rounded to the dtype of the maps all the same.
 
     Args:
         query: ``[N, C, H, W]``, the projected input.
@@ -97,6 +102,8 @@ def channel_mixer(
 ) -> Tensor:
     """The convolutional feed-forward network, FFNet's channel mixer (arXiv 2406.02021, section 3):
     ``residual + scale · (W₂ · act(W₁ · (DW(x; weight) + bias) + b₁) + b₂)``.
+
+    The hidden map is rounded to the dtype of the maps, also where a fused backend never writes it to memory.
 
     Args:
         x: ``[N, C, H, W]``.

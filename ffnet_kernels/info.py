@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from . import dispatch, native
 
 #: Every environment variable that is read; the README's table is checked against it.
 ENVIRONMENT = {
+    "FFNET_CUDA_ARCHS": "architectures of the CUDA library when it is built, such as 80,90; none for no library",
     "FFNET_KERNELS_BACKEND": "backend of all calls: auto, reference, cpu, triton or cuda",
     "FFNET_KERNELS_CUDA_HOST": "library of the CUDA kernels compiled for the processor, for tests",
     "FFNET_KERNELS_ISA": "instruction set of the CPU kernels: baseline, avx2 or avx512",
@@ -41,7 +43,7 @@ def info() -> dict[str, Any]:
             name: "available" if name in usable else f"unavailable: {dispatch.why_unavailable(name)}"
             for name in dispatch.NAMES[1:]
         },
-        "libraries": [str(native.library_dir() / native.CPU_LIBRARY)] if loaded else [],
+        "libraries": [str(path) for path in _libraries()],
         "build": native.build_record(),
         "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
     }
@@ -56,6 +58,14 @@ def format_info() -> str:
         else:
             lines.append(f"{name + ':':16} {_text(value)}")
     return "\n".join(lines)
+
+
+def _libraries() -> list[Path]:
+    """The native libraries that are loaded."""
+    found = [native.library_dir() / native.CPU_LIBRARY] if native.cpu_library_error() is None else []
+    if native.cuda_library_error() is None:
+        found.append(native.cuda_host_library() or native.library_dir() / native.CUDA_LIBRARY)
+    return found
 
 
 def _text(value: Any) -> str:

@@ -1,9 +1,9 @@
 """The operators in torch's dispatcher: schemas, shapes (fakes) and autograd, the same for every backend.
 
 ``torch.ops.ffnet_kernels.<operator>`` runs a native kernel where its library has registered one for the device, else
-the reference; ``torch.ops.ffnet_kernels_triton.<operator>`` and ``torch.ops.ffnet_kernels_cuda.<operator>`` are the same
-operators on Triton and CUDA kernels. Users call :mod:`ffnet_kernels.functional`, which checks the arguments and chooses
-the backend.
+the reference; ``torch.ops.ffnet_kernels_triton.<operator>`` and ``torch.ops.ffnet_kernels_cuda.<operator>`` are the
+same operators on Triton and CUDA kernels. Users call :mod:`ffnet_kernels.functional`, which checks the arguments and
+chooses the backend.
 
 A backward operator returns the wanted gradients only, in the order of the tensor arguments; ``mask`` says which.
 """
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import dispatch
 from .backends import cuda, reference, triton
+from .formats import empty_output
 
 
 @dataclass(frozen=True)
@@ -80,25 +81,6 @@ OPERATORS = (
         _infer_channel_mixer,
     ),
 )
-
-
-def suggests_channels_last(x: Tensor) -> bool:
-    """Whether a convolution of this tensor answers in channels-last: torch's own test by strides, ties to NCHW."""
-    stride, least = x.stride(), 0
-    if stride[1] == 0:
-        return False
-    for d in (1, 3, 2, 0):
-        if x.shape[d] == 0 or stride[d] < least or (d == 0 and least == stride[1]):
-            return False
-        least = stride[d] * x.shape[d] if x.shape[d] > 1 else stride[d]
-    return True
-
-
-def empty_output(shape: Sequence[int], maps: Sequence[Tensor]) -> Tensor:
-    """Uninitialised [N, C, H, W] in the format ``conv2d`` would give: channels-last if its input or filter is."""
-    channels_last = any(suggests_channels_last(t) for t in maps)
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(shape, dtype=maps[0].dtype, device=maps[0].device, memory_format=memory_format)
 
 
 def _reference_forward(operator: str, out: Tensor, args: tuple) -> Tensor:

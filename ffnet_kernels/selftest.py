@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import dispatch, native
+from . import dispatch, native, operators
 from .backends import reference, triton
+
+#: What there is to check.
+BACKENDS = tuple(name for name in dispatch.BACKENDS if name != "reference")
+FEW = 64  # elements
+LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+#: What of a backend is checked on its own, and what selects it.
+_Variant = tuple[str, Callable[[], contextlib.AbstractContextManager]]
 
 
 class Check(NamedTuple):
@@ -24,6 +35,32 @@ class Check(NamedTuple):
     passed: bool
 
 
+class Case(NamedTuple):
+    """A call of an operator, its arguments as in the schema, in float32 on the CPU, and the layouts of its maps."""
+
+    name: str
+    operator: str
+    args: tuple
+    layouts: tuple[str, ...] = tuple(LAYOUTS)
+
+    @property
+    def spec(self) -> operators.Operator:
+        return next(operator for operator in operators.OPERATORS if operator.name == self.operator)
+
+    def laid_out(self, layout: str) -> tuple:
+        """Its arguments with the maps among them in a layout."""
+        maps = (0, self.spec.residual)
+        return tuple(_laid_out(a, layout) if i in maps else a for i, a in enumerate(self.args))
+
+
+class _Place(NamedTuple):
+    """Where and in which dtypes a backend is checked."""
+
+    device: torch.device
+    dtypes: tuple[torch.dtype, ...]
+    variants: list[_Variant]
+
+
 def error_limit(reference64: Tensor, eager: Tensor) -> float:
     """The relative rule: twice the largest error of plain PyTorch in the same dtype, and four roundings of the result.
 
@@ -35,56 +72,146 @@ def error_limit(reference64: Tensor, eager: Tensor) -> float:
     return 2 * (eager.double() - reference64).abs().max().item() + roundings
 
 
-def selftest(report: Callable[[Check], None] | None = None) -> list[Check]:
-    """Runs every kernel of every available backend and instruction set over small maps that hit its edges.
+def selftest(
+    report: Callable[[Check], None] | None = None, *, backend: str | None = None, text: str = ""
+) -> list[Check]:
+    """Runs every kernel, forward and backward, of every available backend and instruction set over small maps that hit
+    its edges.
 
     Args:
         report: called with each check as it is made.
+        backend: only this one. Kernels that run on the CPU for tests only (interpreted Triton kernels, which take many
+            minutes, and CUDA kernels in host execution) are checked where their backend is named.
+        text: only cases with this text in their names.
 
     Returns:
         All checks; ``all(check.passed for check in selftest())`` is the verdict. Empty where only the reference is
         available.
+
+    Raises:
+        ValueError: for an unknown backend.
+        BackendError: where the backend is not available on this machine.
     """
+    if backend is None:
+        chosen = [name for name in dispatch.available_backends() if name in BACKENDS and not _is_for_tests(name)]
+    elif backend not in BACKENDS:
+        raise ValueError(f"selftest: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    elif (reason := dispatch.why_unavailable(backend)) is not None:
+        raise dispatch.BackendError(f"backend '{backend}' is not available: {reason}")
+    else:
+        chosen = [backend]
     checks = []
-    for backend in dispatch.available_backends():
-        if backend == "reference":
-            continue
-        for variant, activate, device, dtype in _variants(backend):
-            with activate:
-                for name, operator, args in _cases():
-                    args = tuple(a.to(device, dtype) if isinstance(a, Tensor) else a for a in args)
-                    check = _compare(backend, variant, name, operator, args)
-                    checks.append(check)
-                    if report:
-                        report(check)
+    for name in chosen:
+        for check in _checks(name, text):
+            checks.append(check)
+            if report:
+                report(check)
     return checks
 
 
-def _compare(backend: str, variant: str, case: str, operator: str, args: tuple) -> Check:
-    double = tuple(a.double() if isinstance(a, Tensor) else a for a in args)
-    expected = getattr(reference, operator)(*double)
-    eager = getattr(reference, operator)(*args)
-    got = getattr(dispatch.BACKENDS[backend], operator)(*args)
-    error = (got.double() - expected).abs().max().item()
-    eager_error = (eager.double() - expected).abs().max().item()
-    # NaN compares false: an output that was not written fails.
-    return Check(backend, variant, case, error, eager_error, error <= error_limit(expected, eager))
+def _is_for_tests(backend: str) -> bool:
+    """Whether its kernels run in place of a GPU's: a check that is not about this machine."""
+    return triton.INTERPRETED if backend == "triton" else backend == "cuda" and native.cuda_host_library() is not None
 
 
-def _variants(backend: str) -> Iterator[tuple[str, contextlib.AbstractContextManager, torch.device, torch.dtype]]:
-    """What of a backend is checked on its own: (name, context that selects it, device and dtype of the tensors)."""
+def _checks(backend: str, text: str) -> Iterator[Check]:
+    place, module, in_turn = _place(backend), dispatch.BACKENDS[backend], backend == "cuda" and _is_for_tests(backend)
+    for number, case in enumerate(cases()):
+        if text not in case.name:
+            continue
+        # Host execution is for tests, which have other checks of each type as well.
+        for dtype in [place.dtypes[number % len(place.dtypes)]] if in_turn else place.dtypes:
+            args = moved(case.args, device=place.device, dtype=dtype)
+            # Sums of few hundred terms that cancel would say more of their order than of the kernel.
+            grad = incoming_gradient(getattr(reference, case.operator)(*args), mean=1.0)
+            expected = _expected(case, args, grad)
+            for layout, (variant, selected) in itertools.product(case.layouts, place.variants):
+                placed = moved(case.laid_out(layout), device=place.device, dtype=dtype)
+                with selected(), poisoned_memory():
+                    results = _results(module, case, placed, _laid_out(grad, layout))
+                for one, result in zip(expected, results, strict=True):
+                    title = f"{one.name} {layout} {str(dtype).removeprefix('torch.')}"
+                    error = _largest(result.double() - one.exact)
+                    # NaN compares false: an output that was not written fails.
+                    yield Check(backend, variant, title, error, one.eager_error, error <= one.limit)
+
+
+class _Expected(NamedTuple):
+    """A result of a call: what it is, its values in float64, the error of plain PyTorch and the one that is allowed."""
+
+    name: str
+    exact: Tensor
+    eager_error: float
+    limit: float
+
+
+def _expected(case: Case, args: tuple, grad: Tensor) -> list[_Expected]:
+    arguments = [argument.split()[-1] for argument in case.spec.arguments.split(", ")]
+    names = [case.name, *(f"gradient of {arguments[i]} of {case.name}" for i in _wanted(case, args))]
+    exact = _results(reference, case, moved(args, dtype=torch.float64), grad.double())
+    eager = _results(reference, case, args, grad)
+    errors = [_largest(plain.double() - result) for plain, result in zip(eager, exact, strict=True)]
+    # A result of a few elements would judge by plain PyTorch's luck: its share of error is that of the call's worst.
+    share = max(error / _largest(result) for error, result in zip(errors, exact, strict=True))
+    limits = [
+        max(error_limit(result, plain), 2 * share * _largest(result) if result.numel() < FEW else 0.0)
+        for result, plain in zip(exact, eager, strict=True)
+    ]
+    return [_Expected(*row) for row in zip(names, exact, errors, limits, strict=True)]
+
+
+def _largest(values: Tensor) -> float:
+    return values.abs().max().item()
+
+
+def _results(backend: Any, case: Case, args: tuple, grad: Tensor) -> list[Tensor]:
+    """The output, and the wanted gradients for an incoming one."""
+    mask = [i in _wanted(case, args) for i in case.spec.tensors]
+    forward, backward = getattr(backend, case.operator), getattr(backend, f"{case.operator}_backward")
+    return [forward(*args), *backward(grad, *args, mask)]
+
+
+def _wanted(case: Case, args: tuple) -> list[int]:
+    """All tensors but a residual, whose gradient is the incoming one."""
+    return [i for i in case.spec.tensors if args[i] is not None and i != case.spec.residual]
+
+
+def incoming_gradient(output: Tensor, mean: float = 0.0) -> Tensor:
+    """Random numbers like an output, the same in every run."""
+    generator = torch.Generator(output.device).manual_seed(1)
+    values = torch.randn(output.shape, generator=generator, device=output.device)
+    return torch.empty_like(output, requires_grad=False).copy_(values + mean)
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fills new tensors with NaN, so that an element that no kernel writes shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def moved(args: Iterable[Any], **to: Any) -> tuple:
+    """Arguments with the tensors among them elsewhere, or in another dtype."""
+    return tuple(a.to(**to) if isinstance(a, Tensor) else a for a in args)
+
+
+def _laid_out(values: Any, layout: str) -> Any:
+    return values.contiguous(memory_format=LAYOUTS[layout]) if isinstance(values, Tensor) else values
+
+
+def _place(backend: str) -> _Place:
     cpu, helper = torch.device("cpu"), native.helper()
-    if backend == "triton":
-        if triton.INTERPRETED:
-            return  # minutes, of a check that is not about this machine
-        device = torch.device("cuda" if torch.cuda.device_count() > 0 else "xpu")
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            yield f"{device.type} {str(dtype).removeprefix('torch.')}", contextlib.nullcontext(), device, dtype
-    elif helper is None:
-        yield "default", contextlib.nullcontext(), cpu, torch.float32
-    else:
-        for isa in helper.usable_isas():
-            yield isa, _selected_isa(helper, isa), cpu, torch.float32
+    if backend == "cpu":
+        isas = helper.usable_isas() if helper else []
+        selecting: list[_Variant] = [(isa, functools.partial(_selected_isa, helper, isa)) for isa in isas]
+        return _Place(cpu, (torch.float32,), selecting or [("default", contextlib.nullcontext)])
+    gpu = torch.device("cuda" if torch.cuda.device_count() > 0 else "xpu")
+    device = cpu if _is_for_tests(backend) else gpu
+    return _Place(device, (torch.bfloat16, torch.float16, torch.float32), [(device.type, contextlib.nullcontext)])
 
 
 @contextlib.contextmanager
@@ -97,34 +224,68 @@ def _selected_isa(helper, isa: str) -> Iterator[None]:
         helper.select_isa(previous)
 
 
-def _cases() -> Iterator[tuple[str, str, tuple]]:
+def cases() -> Iterator[Case]:
+    """All cases, the same in every run. Together they reach every kernel of every backend."""
     generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
+    # Odd and even filters, channels that fill no vector, rows that no wide access fits.
     for kernel in (1, 3, 4, 5, 7, 31):
-        for channels, multiplier, stride, size in ((35, 1, 1, (9, 17)), (19, 2, 2, (16, 5)), (16, 1, 1, (18, 34))):
-            for channels_last in (False, True):
-                weight = random(channels * multiplier, 1, kernel, kernel) / kernel
-                pads = reference.same_padding(weight)
-                activation = ("none", "gelu", "gelu_tanh", "relu", "silu")[(kernel + stride) % 5]
-                x = _formatted(random(2, channels, *size), channels_last)
-                name = f"depthwise_conv2d k={kernel} s={stride} m={multiplier} C={channels} {size} {activation}"
-                bias = random(channels * multiplier)
-                yield name, "depthwise_conv2d", (x, weight, bias, (stride, stride), pads, activation)
-            if multiplier == 1:
-                value = random(channels, 1, kernel, kernel) / kernel
-                residual = _formatted(random(2, channels, *size), stride == 1)
-                name = f"ffnified_attention k={kernel} C={channels} {size}"
-                attention = (x, weight, bias, value, random(channels), "gelu", random(channels), residual)
-                yield name, "ffnified_attention", attention
-                hidden = 2 * channels + 1
-                expand, project = random(hidden, channels) / channels**0.5, random(channels, hidden) / hidden**0.5
-                name = f"channel_mixer k={kernel} C={channels} D={hidden} {size}"
-                mixer = (x, weight, bias, expand, random(hidden), project, random(channels), "gelu", bias, residual)
-                yield name, "channel_mixer", mixer
+        for shape in ((1, 35, 9, 17), (1, 16, 18, 34))[: 1 if kernel == 31 else 2]:
+            yield _convolution(generator, kernel, shape)
+            yield _attention(generator, kernel, shape)
+            yield _mixer(generator, kernel, shape)
+        yield _convolution(generator, kernel, (2, 19, 16, 5), multiplier=2, stride=2)
+    # Rows of one, two and eight windows of the tensor cores' panels, and wider ones; more images than a panel has.
+    for kernel, shape in itertools.product((3, 7), ((19, 3, 7, 8), (9, 2, 10, 16), (3, 2, 9, 64), (1, 2, 8, 72))):
+        yield _convolution(generator, kernel, shape, layouts=("nchw",))
+        yield _attention(generator, kernel, shape, layouts=("nchw",))
+    # More channels than one kernel of the channel mixer takes.
+    yield _mixer(generator, 3, (1, 136, 3, 4))
 
 
-def _formatted(x: Tensor, channels_last: bool) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+def _convolution(
+    generator: torch.Generator,
+    kernel: int,
+    shape: tuple[int, ...],
+    multiplier: int = 1,
+    stride: int = 1,
+    **how: Any,
+) -> Case:
+    x, weight, bias = _random(generator, shape), *_filter(generator, shape[1] * multiplier, kernel)
+    activation = ("none", "gelu", "gelu_tanh", "relu", "silu")[(kernel + stride) % 5]
+    args = (x, weight, bias, (stride, stride), reference.same_padding(weight), activation)
+    name = f"depthwise_conv2d k={kernel} s={stride} m={multiplier} {_text(shape)} {activation}"
+    return Case(name, "depthwise_conv2d", args, **how)
+
+
+def _attention(generator: torch.Generator, kernel: int, shape: tuple[int, ...], **options: Any) -> Case:
+    filters = *_filter(generator, shape[1], kernel), *_filter(generator, shape[1], kernel)
+    scale, query, residual = _random(generator, shape[1:2]), _random(generator, shape), _random(generator, shape)
+    args = (query, *filters, "gelu", scale, residual)
+    return Case(f"ffnified_attention k={kernel} {_text(shape)}", "ffnified_attention", args, **options)
+
+
+def _mixer(generator: torch.Generator, kernel: int, shape: tuple[int, ...]) -> Case:
+    channels, hidden = shape[1], 2 * shape[1] + 1
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator)
+
+    expand = random(hidden, channels) / channels**0.5, random(hidden)
+    project = random(channels, hidden) / hidden**0.5, random(channels)
+    depthwise = random(*shape), *_filter(generator, channels, kernel)
+    args = (*depthwise, *expand, *project, "gelu", random(channels), random(*shape))
+    return Case(f"channel_mixer k={kernel} D={hidden} {_text(shape)}", "channel_mixer", args)
+
+
+def _random(generator: torch.Generator, shape: tuple[int, ...]) -> Tensor:
+    return torch.randn(shape, generator=generator)
+
+
+def _filter(generator: torch.Generator, outputs: int, kernel: int) -> tuple[Tensor, Tensor]:
+    """And its bias."""
+    weight = torch.randn(outputs, 1, kernel, kernel, generator=generator) / kernel
+    return weight, torch.randn(outputs, generator=generator)
+
+
+def _text(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))

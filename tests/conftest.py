@@ -9,10 +9,13 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 
 ROOT = Path(__file__).parents[1]
+CUDA_HOST = ROOT / "build" / "cuda_host" / "libffnet_kernels_cuda_host.so"  # made by `make test`
 # pytest puts tests/ on the path, where tests/ffnet_kernels would pass for a namespace package of that name.
 sys.path.insert(0, str(ROOT))
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # the Triton kernels run on CPU tensors; read on import
+    if CUDA_HOST.exists():
+        os.environ.setdefault("FFNET_KERNELS_CUDA_HOST", str(CUDA_HOST))  # and so do the CUDA kernels
 
 _COMMON = {"derandomize": True, "database": None, "deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 _ONCE = [Phase.explicit, Phase.generate]  # a failing case is repeated as it is; "thorough" shrinks it first

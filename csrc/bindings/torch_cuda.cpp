@@ -46,6 +46,8 @@ class Session {
   Device device_;
 };
 
+constexpr int64_t kMostElements = int64_t{1} << 28;  // along one dimension: kernels step over rows in 32 bits
+
 Dtype dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
     case ScalarType::Float: return Dtype::float32;
@@ -63,8 +65,9 @@ void check_like(const Tensor& t, const Tensor& like, const char* name, int64_t d
 
 void check_map(const Tensor& t, const Tensor& like, const char* name) {
   check_like(t, like, name, 4);
-  FFNET_CHECK(t.size(1) > 0 && t.size(2) > 0 && t.size(3) > 0 && t.size(2) <= 1 << 30 && t.size(3) <= 1 << 30,
-              name, " must have channels, height and width (each side up to 2^30)");
+  FFNET_CHECK(t.size(1) > 0 && t.size(2) > 0 && t.size(3) > 0, name, " must have channels, height and width");
+  FFNET_CHECK(t.size(1) <= kMostElements && t.size(2) <= kMostElements && t.size(3) <= kMostElements, name,
+              " must have up to 2^28 channels, rows and columns");
 }
 
 void check_shape(const Tensor& t, const char* name, const std::array<int64_t, 4>& shape) {
@@ -420,6 +423,20 @@ void bias_activation_(Tensor map, const std::optional<Tensor>& bias, const std::
   if (maps.n > 0) bias_activation(maps, parse_activation<Activation>(activation), map.mutable_data_ptr(), vector.data(), session.device());
 }
 
+// With z = map + bias: gradient becomes gradient · act'(z), map becomes act(z).
+void activation_backward_(Tensor map, const std::optional<Tensor>& bias, Tensor gradient, const std::string& activation) {
+  const DenseMaps maps = dense_maps(map);
+  check_like(gradient, map, "gradient", 4);
+  for (int d = 0; d < 4; ++d)
+    FFNET_CHECK(gradient.size(d) == map.size(d) && (gradient.size(d) == 1 || gradient.stride(d) == map.stride(d)),
+                "gradient must have the map's shape and layout");
+  const ChannelVector vector(bias, map, "bias", map.size(1));
+  const Session session(map);
+  if (maps.n > 0)
+    activation_backward(maps, parse_activation<Activation>(activation), map.mutable_data_ptr(), vector.data(),
+                        gradient.mutable_data_ptr(), session.device());
+}
+
 void scale_residual_(Tensor out, const std::optional<Tensor>& bias, const std::optional<Tensor>& scale,
                      const std::optional<Tensor>& residual) {
   const Session session(out);
@@ -451,6 +468,8 @@ void select_host(const std::string& schedule, int64_t seed, int64_t architecture
                                                 : host::Schedule::shuffled, static_cast<uint32_t>(seed));
   host::settings() = {static_cast<int>(architecture), static_cast<int>(multiprocessors)};
 }
+
+std::string started_kernels() { return host::started_kernels(); }
 #endif
 
 }  // namespace
@@ -470,16 +489,21 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ffnet_kernels_cuda, m) {
   m.def("channel_mixer_pointwise(Tensor x, Tensor expand_weight, Tensor? expand_bias, Tensor project_weight, "
         "Tensor? project_bias, str activation, Tensor? scale, Tensor? residual, Tensor(a!) out) -> ()");
   m.def("bias_activation_(Tensor(a!) map, Tensor? bias, str activation) -> ()");
+  m.def("activation_backward_(Tensor(a!) map, Tensor? bias, Tensor(b!) gradient, str activation) -> ()");
   m.def("scale_residual_(Tensor(a!) out, Tensor? bias, Tensor? scale, Tensor? residual) -> ()");
   m.def("describe_depthwise_conv2d(Tensor x, Tensor weight, int[2] stride, int[4] padding) -> str");
   m.def("describe_ffnified_attention(Tensor query, Tensor key, Tensor value, Tensor? residual) -> str");
 #ifdef FFNET_HOST_EXECUTION
   m.def("select_host(str schedule, int seed, int architecture, int multiprocessors) -> ()");
+  m.def("started_kernels() -> str");
 #endif
 }
 
 #ifdef FFNET_HOST_EXECUTION
-STABLE_TORCH_LIBRARY_IMPL(ffnet_kernels_cuda, CompositeExplicitAutograd, m) { m.impl("select_host", TORCH_BOX(&ffnet::select_host)); }
+STABLE_TORCH_LIBRARY_IMPL(ffnet_kernels_cuda, CompositeExplicitAutograd, m) {
+  m.impl("select_host", TORCH_BOX(&ffnet::select_host));
+  m.impl("started_kernels", TORCH_BOX(&ffnet::started_kernels));
+}
 STABLE_TORCH_LIBRARY_IMPL(ffnet_kernels_cuda, CPU, m) {
 #else
 STABLE_TORCH_LIBRARY_IMPL(ffnet_kernels_cuda, CUDA, m) {
@@ -496,6 +520,7 @@ STABLE_TORCH_LIBRARY_IMPL(ffnet_kernels_cuda, CUDA, m) {
   m.impl("channel_mixer_fits", TORCH_BOX(&channel_mixer_takes));
   m.impl("channel_mixer_pointwise", TORCH_BOX(&channel_mixer_pointwise));
   m.impl("bias_activation_", TORCH_BOX(&bias_activation_));
+  m.impl("activation_backward_", TORCH_BOX(&activation_backward_));
   m.impl("scale_residual_", TORCH_BOX(&scale_residual_));
   m.impl("describe_depthwise_conv2d", TORCH_BOX(&describe_depthwise_conv2d));
   m.impl("describe_ffnified_attention", TORCH_BOX(&describe_ffnified_attention));

@@ -25,9 +25,10 @@ FFNET_KERNEL(kStreamWarps * kWarp, 2) attention_backward_kernel(FFNET_PARAMETER 
 #if FFNET_HAS_SM80
   constexpr bool ALIGNED = WINDOWS != Windows::any;
   const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
-  const int64_t task = int64_t{block_x()} * kStreamWarps + warp, channel = task % p.channels, split = task / p.channels;
+  const int64_t task = int64_t{block_x()} * kStreamWarps + warp, channel = task % p.channels;
+  const int split = static_cast<int>(task / p.channels);
   if (split >= p.split.splits) return;
-  unsigned char* memory = shared_memory() + warp * 2 * kRingBytes;
+  unsigned char* memory = shared_memory() + warp * 2 * kRingBytes<K>;
 
   const BandedFilter<K, true> key(p.key, channel, lane), value(p.value_mirrored, channel, lane);
   const BandedFilter<K, true> key_mirrored(p.key_mirrored, channel, lane);
@@ -35,41 +36,36 @@ FFNET_KERNEL(kStreamWarps * kWarp, 2) attention_backward_kernel(FFNET_PARAMETER 
   const float key_bias = p.key_bias ? to_float(T{p.key_bias[channel]}) : 0.0f;
   const float scale = p.scale ? to_float(T{p.scale[channel]}) : 1.0f;
 
-  const int64_t end = smaller(p.shape.panels, (split + 1) * p.split.panels);
-  for (int64_t panel = split * p.split.panels; panel < end; ++panel) {
-    RowRing<ALIGNED> queries(p.shape, p.query, memory, panel, channel, p.rows.first, lane);
-    RowRing<ALIGNED> gradients(p.shape, p.gradient, memory + kRingBytes, panel, channel, p.gradient_first, lane);
-    const RowWriter<ALIGNED> query_grad(p.shape, p.query_grad, panel, channel, lane);
-    const RowWriter<ALIGNED> hidden(p.shape, p.hidden, panel, channel, lane);
-    const RowWriter<ALIGNED> hidden_grad(p.shape, p.hidden_grad, panel, channel, lane);
-    const InsideMask inside(p.shape, p.query.h, p.query.w, panel, lane);
+  const int begin = split * p.split.panels, end = static_cast<int>(smaller(p.shape.panels, begin + int64_t{p.split.panels}));
+  const int turns = (p.rows.steps + K - 1) / K;
+  const Source sources[2] = {{p.query, channel, p.rows.first}, {p.gradient, channel, p.gradient_first}};
+  RowStream<K, ALIGNED, 2> stream(p.shape, sources, turns, begin, end, memory, lane);
+  const LaneWindows lane_windows(p.shape, lane);
+  for (int panel = begin; panel < end; ++panel) {
+    Window windows[2];
+    lane_windows.at(p.shape, panel, windows);
+    const bool lends = lane_windows.lend();
+    const RowWriter<ALIGNED> query_grad(p.shape, p.query_grad, windows, lends, channel, lane);
+    const RowWriter<ALIGNED> hidden(p.shape, p.hidden, windows, lends, channel, lane);
+    const RowWriter<ALIGNED> hidden_grad(p.shape, p.hidden_grad, windows, lends, channel, lane);
+    const InsideMask inside(p.query.h, p.query.w, windows, lane);
     RollingSums<T, K, true> middle(key_bias), middle_grad(0.0f), result(0.0f);
-    const auto fetch = [&] {
-      queries.fetch();
-      gradients.fetch();
-      commit_copies();
-    };
-    for (int stage = 0; stage < kRingStages - 1; ++stage) fetch();
 
-    for (int start = 0; start < p.rows.steps; start += K) {
+    for (int turn = 0; turn < turns; ++turn) {
+      stream.advance();
 #pragma unroll
       for (int i = 0; i < K; ++i) {
-        const int step = start + i;  // those after the last do nothing
-        if (step % kRingRows == 0) {
-          wait_for_copies<kRingStages - 2>();
-          sync_warp();
-          fetch();
-        }
+        const int step = turn * K + i;  // those after the last do nothing
         if (step < p.rows.input_end) {
-          const RowPair query = queries.row(step, lane), gradient = gradients.row(step, lane);
+          const RowPair query = stream.row(0, i), gradient = stream.row(1, i);
           middle.add(i, key, query, neighbours.of(query));
           middle_grad.add(i, value, gradient, neighbours.of(gradient));
         }
         if (step >= p.rows.middle_begin && step < p.rows.middle_end) {
           const int row = p.rows.first + step - p.rows.lag_middle;
           const float(&sum)[4] = middle.complete(i), (&sum_grad)[4] = middle_grad.complete(i);
-          float grad[4] = {sum[0], sum[1], sum[2], sum[3]}, active[4];
-          derivative_fast(p.activation, grad, active);
+          float grad[4], active[4];
+          derivative_fast(p.activation, sum, grad, active);
 #pragma unroll
           for (int e = 0; e < 4; ++e) grad[e] *= scale * sum_grad[e];
           hidden.write(row, {{pack<T>(active[0], active[1]), pack<T>(active[2], active[3])}});
@@ -77,15 +73,14 @@ FFNET_KERNEL(kStreamWarps * kWarp, 2) attention_backward_kernel(FFNET_PARAMETER 
           hidden_grad.write(row, own);
           result.add(i, key_mirrored, own, neighbours.of(own));
         }
-        if (step >= p.rows.output_begin) {
+        if (step >= p.rows.output_begin && step < p.rows.steps) {
           const float(&sum)[4] = result.complete(i);
           query_grad.write(step - p.rows.output_begin, {{pack<T>(sum[0], sum[1]), pack<T>(sum[2], sum[3])}});
         }
       }
     }
-    wait_for_copies<0>();
-    sync_warp();
   }
+  stream.close();
 #endif
 }
 
@@ -98,7 +93,7 @@ void attention_backward(const Attention& call, const AttentionGradients& gradien
   const int ahead = value_bottom - key_bottom;  // rows by which the gradient is ahead of the query
   Parameters p{};
   p.shape = stream_shape(call.n, call.h, call.w, call.channels, device);
-  p.rows = stream_rows(p.shape, call.h, std::max(key_top, value_top + ahead), key_bottom, key_bottom, key_top);
+  p.rows = stream_rows(p.shape, call.h, call.h, std::max(key_top, value_top + ahead), key_bottom, key_bottom, key_top);
   if (p.shape.segments == 1 && ahead != 0) {  // the later of the two maps begins at its first row, too
     const int earlier = std::max(ahead, 0);
     p.rows.first -= earlier;
@@ -122,7 +117,7 @@ void attention_backward(const Attention& call, const AttentionGradients& gradien
   with_stream_kernel(call.dtype, std::max(call.key.kh, call.value.kh), p.shape, aligned, [&](auto type, auto k, auto windows) {
     constexpr Windows kWindows = windows() == Windows::alone ? Windows::aligned : windows();  // fewer kernels to compile
     launch("attention_backward_kernel", attention_backward_kernel<typename decltype(type)::Type, k(), kWindows>,
-           stream_grid(p.split, p.channels, 2), p, device.stream);
+           stream_grid<k()>(p.split, p.channels, 2), p, device.stream);
   });
 }
 

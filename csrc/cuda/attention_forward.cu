@@ -23,58 +23,54 @@ FFNET_KERNEL(kStreamWarps * kWarp, 3) attention_forward_kernel(FFNET_PARAMETER P
 #if FFNET_HAS_SM80
   constexpr bool HALO = WINDOWS != Windows::alone, ALIGNED = WINDOWS != Windows::any;
   const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
-  const int64_t task = int64_t{block_x()} * kStreamWarps + warp, channel = task % p.channels, split = task / p.channels;
+  const int64_t task = int64_t{block_x()} * kStreamWarps + warp, channel = task % p.channels;
+  const int split = static_cast<int>(task / p.channels);
   if (split >= p.split.splits) return;
-  unsigned char* memory = shared_memory() + warp * (p.residual.data ? 2 : 1) * kRingBytes;
+  const bool has_residual = p.residual.data;
+  unsigned char* memory = shared_memory() + warp * (has_residual ? 2 : 1) * kRingBytes<K>;
 
   const BandedFilter<K, HALO> key(p.key, channel, lane), value(p.value, channel, lane);
   const Neighbours neighbours(p.shape, lane);
   const float key_bias = p.key_bias ? to_float(T{p.key_bias[channel]}) : 0.0f;
   const float value_bias = p.value_bias ? to_float(T{p.value_bias[channel]}) : 0.0f;
   const float scale = p.scale ? to_float(T{p.scale[channel]}) : 1.0f;
-  const bool has_residual = p.residual.data;
 
-  const int64_t end = smaller(p.shape.panels, (split + 1) * p.split.panels);
-  for (int64_t panel = split * p.split.panels; panel < end; ++panel) {
-    RowRing<ALIGNED> ring(p.shape, p.query, memory, panel, channel, p.rows.first, lane);
-    RowRing<ALIGNED> residual(p.shape, p.residual, memory + kRingBytes, panel, channel, p.rows.first - p.rows.lag_output, lane);
-    const RowWriter<ALIGNED> writer(p.shape, p.out, panel, channel, lane);
-    const InsideMask inside(p.shape, p.query.h, p.query.w, panel, lane);
+  const int begin = split * p.split.panels, end = static_cast<int>(smaller(p.shape.panels, begin + int64_t{p.split.panels}));
+  const int turns = (p.rows.steps + K - 1) / K;
+  const Source sources[2] = {{p.query, channel, p.rows.first}, {p.residual, channel, p.rows.first - p.rows.lag_output}};
+  RowStream<K, ALIGNED, 2> stream(p.shape, sources, turns, begin, end, memory, lane);
+  const LaneWindows lane_windows(p.shape, lane);
+  for (int panel = begin; panel < end; ++panel) {
+    Window windows[2];
+    lane_windows.at(p.shape, panel, windows);
+    const RowWriter<ALIGNED> writer(p.shape, p.out, windows, lane_windows.lend(), channel, lane);
+    const InsideMask inside(p.query.h, p.query.w, windows, lane);
     RollingSums<T, K, HALO> middle(key_bias), result(value_bias);
-    const auto fetch = [&] {
-      ring.fetch();
-      if (has_residual) residual.fetch();
-      commit_copies();
-    };
-    for (int stage = 0; stage < kRingStages - 1; ++stage) fetch();
 
-    for (int start = 0; start < p.rows.steps; start += K) {
+    for (int turn = 0; turn < turns; ++turn) {
+      stream.advance();
 #pragma unroll
       for (int i = 0; i < K; ++i) {
-        const int step = start + i;  // those after the last do nothing
-        if (step % kRingRows == 0) {
-          wait_for_copies<kRingStages - 2>();
-          sync_warp();
-          fetch();
-        }
+        const int step = turn * K + i;  // those after the last do nothing
         if (step < p.rows.input_end) {
-          const RowPair own = ring.row(step, lane);
+          const RowPair own = stream.row(0, i);
           middle.add(i, key, own, HALO ? neighbours.of(own) : RowPair{});
         }
         if (step >= p.rows.middle_begin && step < p.rows.middle_end) {
           const float(&sum)[4] = middle.complete(i);
-          float active[4] = {sum[0], sum[1], sum[2], sum[3]};
-          activate_fast(p.activation, active);
-          const RowPair own = inside.apply(p.rows.first + step - p.rows.lag_middle, {{pack<T>(active[0], active[1]), pack<T>(active[2], active[3])}});
+          float active[4];
+          activate_fast(p.activation, sum, active);
+          const RowPair own = inside.apply(p.rows.first + step - p.rows.lag_middle,
+                                           {{pack<T>(active[0], active[1]), pack<T>(active[2], active[3])}});
           result.add(i, value, own, HALO ? neighbours.of(own) : RowPair{});
         }
-        if (step >= p.rows.output_begin) {
+        if (step >= p.rows.output_begin && step < p.rows.steps) {
           const float(&sum)[4] = result.complete(i);
           float out[4];
 #pragma unroll
           for (int e = 0; e < 4; ++e) out[e] = scale * sum[e];
           if (has_residual) {
-            const RowPair r = residual.row(step, lane);
+            const RowPair r = stream.row(1, i);
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
               out[2 * half] += low_float<T>(r.half[half]);
@@ -85,26 +81,24 @@ FFNET_KERNEL(kStreamWarps * kWarp, 3) attention_forward_kernel(FFNET_PARAMETER P
         }
       }
     }
-    wait_for_copies<0>();
-    sync_warp();
   }
+  stream.close();
 #endif
 }
 
 }  // namespace
 
 bool attention_takes(const Attention& call) {
-  const auto planar = [&](const Map& map) { return map.w == 1 && map.h == call.w; };
   const auto fits = [](const Filter& f) { return f.kh <= 7 && f.kw <= 9; };
-  return call.dtype != Dtype::float32 && fits(call.key) && fits(call.value) && planar(call.query) && planar(call.out) &&
-         (!call.residual.data || planar(call.residual));
+  return call.dtype != Dtype::float32 && fits(call.key) && fits(call.value) && panels_take(call.n, call.h, call.w) &&
+         planar(call.query, call.w) && planar(call.out, call.w) && (!call.residual.data || planar(call.residual, call.w));
 }
 
 void attention_forward(const Attention& call, const Device& device) {
   Parameters p{};
   p.shape = stream_shape(call.n, call.h, call.w, call.channels, device);
   const int key_top = (call.key.kh - 1) / 2, value_top = (call.value.kh - 1) / 2;
-  p.rows = stream_rows(p.shape, call.h, key_top, call.key.kh / 2, value_top, call.value.kh / 2);
+  p.rows = stream_rows(p.shape, call.h, call.h, key_top, call.key.kh / 2, value_top, call.value.kh / 2);
   p.split = stream_split(p.shape, call.channels, device);
   p.channels = call.channels;
   p.query = plane(call.query, call.h, call.w);
@@ -119,7 +113,7 @@ void attention_forward(const Attention& call, const Device& device) {
   const bool aligned = p.query.unit == 16 && p.out.unit == 16 && (!p.residual.data || p.residual.unit == 16);
   with_stream_kernel(call.dtype, std::max(call.key.kh, call.value.kh), p.shape, aligned, [&](auto type, auto k, auto windows) {
     launch("attention_forward_kernel", attention_forward_kernel<typename decltype(type)::Type, k(), windows()>,
-           stream_grid(p.split, p.channels, p.residual.data ? 2 : 1), p, device.stream);
+           stream_grid<k()>(p.split, p.channels, p.residual.data ? 2 : 1), p, device.stream);
   });
 }
 

@@ -62,7 +62,7 @@ FFNET_DEVICE uint32_t read_pair(const uint16_t* row, int column, int width, bool
 #endif
 
 template <class T, int PAIRS>
-FFNET_KERNEL(kBandedWarps * kWarp, 4) banded_kernel(FFNET_PARAMETER Parameters p) {
+FFNET_KERNEL(kBandedWarps * kWarp, 3) banded_kernel(FFNET_PARAMETER Parameters p) {
 #if FFNET_HAS_SM80
   const int lane = thread_index() % kWarp, warp = thread_index() / kWarp, g = lane / 4, t = lane % 4;
   const int64_t channel = block_y();
@@ -130,11 +130,11 @@ FFNET_KERNEL(kBandedWarps * kWarp, 4) banded_kernel(FFNET_PARAMETER Parameters p
 #pragma unroll
     for (int i = 0; i < kResultRows; ++i) {
       const int y = first + i;
-      float value[4] = {sums[i][0], sums[i][1], sums[i][2], sums[i][3]}, unused[4];
+      float value[4], unused[4];
       if (p.gradient.data)
-        derivative_fast(p.activation, value, unused);
+        derivative_fast(p.activation, sums[i], value, unused);
       else
-        activate_fast(p.activation, value);
+        activate_fast(p.activation, sums[i], value);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int x = window[half] * kWindow + 2 * t;
@@ -182,8 +182,6 @@ void run(Parameters p, Dtype dtype, int64_t channels, const Device& device) {
   else
     start(half ? banded_kernel<Half, 3> : banded_kernel<BFloat16, 3>);
 }
-
-bool planar(const Map& map, int w) { return map.w == 1 && map.h == w; }
 
 }  // namespace
 

@@ -26,65 +26,59 @@ FFNET_KERNEL(kStreamWarps * kWarp, 4) depthwise_stream_kernel(FFNET_PARAMETER Pa
 #if FFNET_HAS_SM80
   constexpr bool HALO = WINDOWS != Windows::alone, ALIGNED = WINDOWS != Windows::any;
   constexpr bool kBackward = EPILOGUE == Epilogue::activation_backward;
-  constexpr int kRings = kBackward ? 2 : 1;
+  constexpr int kMaps = kBackward ? 2 : 1;
   const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
-  const int64_t task = int64_t{block_x()} * kStreamWarps + warp, channel = task % p.channels, split = task / p.channels;
+  const int64_t task = int64_t{block_x()} * kStreamWarps + warp, channel = task % p.channels;
+  const int split = static_cast<int>(task / p.channels);
   if (split >= p.split.splits) return;
-  unsigned char* memory = shared_memory() + warp * kRings * kRingBytes;
+  unsigned char* memory = shared_memory() + warp * kMaps * kRingBytes<K>;
 
   const BandedFilter<K, HALO> filter(p.filter, channel, lane);
   const Neighbours neighbours(p.shape, lane);
   const float bias = p.bias ? to_float(T{p.bias[channel]}) : 0.0f;
 
-  const int64_t end = smaller(p.shape.panels, (split + 1) * p.split.panels);
-  for (int64_t panel = split * p.split.panels; panel < end; ++panel) {
-    RowRing<ALIGNED> ring(p.shape, p.x, memory, panel, channel / p.multiplier, p.rows.first, lane);
-    RowRing<ALIGNED> gradients(p.shape, p.gradient, memory + (kRings - 1) * kRingBytes, panel, channel,
-                      p.rows.first - p.rows.lag_output, lane);
-    const RowWriter<ALIGNED> writer(p.shape, p.out, panel, channel, lane);
+  const int begin = split * p.split.panels, end = static_cast<int>(smaller(p.shape.panels, begin + int64_t{p.split.panels}));
+  const int turns = (p.rows.steps + K - 1) / K;
+  const Source both[2] = {{p.x, channel / p.multiplier, p.rows.first}, {p.gradient, channel, p.rows.first - p.rows.lag_output}};
+  const Source(&sources)[kMaps] = reinterpret_cast<const Source(&)[kMaps]>(both);
+  RowStream<K, ALIGNED, kMaps> stream(p.shape, sources, turns, begin, end, memory, lane);
+  const LaneWindows lane_windows(p.shape, lane);
+  for (int panel = begin; panel < end; ++panel) {
+    Window windows[2];
+    lane_windows.at(p.shape, panel, windows);
+    const RowWriter<ALIGNED> writer(p.shape, p.out, windows, lane_windows.lend(), channel, lane);
     RollingSums<T, K, HALO> sums(bias);
-    const auto fetch = [&] {
-      ring.fetch();
-      if constexpr (kBackward) gradients.fetch();
-      commit_copies();
-    };
-    for (int stage = 0; stage < kRingStages - 1; ++stage) fetch();
 
-    for (int start = 0; start < p.rows.steps; start += K) {
+    for (int turn = 0; turn < turns; ++turn) {
+      stream.advance();
 #pragma unroll
       for (int i = 0; i < K; ++i) {
-        const int step = start + i;  // those after the last do nothing
-        if (step % kRingRows == 0) {
-          wait_for_copies<kRingStages - 2>();
-          sync_warp();
-          fetch();
-        }
+        const int step = turn * K + i;  // those after the last do nothing
         if (step < p.rows.input_end) {
-          const RowPair own = ring.row(step, lane);
+          const RowPair own = stream.row(0, i);
           sums.add(i, filter, own, HALO ? neighbours.of(own) : RowPair{});
         }
-        if (step >= p.rows.output_begin) {
+        if (step >= p.rows.output_begin && step < p.rows.steps) {
           const float(&sum)[4] = sums.complete(i);
-          float out[4] = {sum[0], sum[1], sum[2], sum[3]};
-          if constexpr (!kBackward) {
-            activate_fast(p.activation, out);
-          } else {
+          float out[4];
+          if constexpr (kBackward) {
             float unused[4];
-            derivative_fast(p.activation, out, unused);
-            const RowPair gradient = gradients.row(step, lane);
+            derivative_fast(p.activation, sum, out, unused);
+            const RowPair gradient = stream.row(1, i);
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
               out[2 * half] *= low_float<T>(gradient.half[half]);
               out[2 * half + 1] *= high_float<T>(gradient.half[half]);
             }
+          } else {
+            activate_fast(p.activation, sum, out);
           }
           writer.write(step - p.rows.output_begin, {{pack<T>(out[0], out[1]), pack<T>(out[2], out[3])}});
         }
       }
     }
-    wait_for_copies<0>();
-    sync_warp();
   }
+  stream.close();
 #endif
 }
 
@@ -100,7 +94,7 @@ void run(const Convolution& call, const PlanarMap& x, const PlanarMap& out, cons
   p.multiplier = call.multiplier;
   p.channels = call.channels * call.multiplier;
   p.shape = stream_shape(call.n, out.h, std::max(out.w, x.w), p.channels, device);
-  p.rows = stream_rows(p.shape, x.h, filter.pad_top, filter.kh - 1 - filter.pad_top, 0, 0);
+  p.rows = stream_rows(p.shape, x.h, 0, filter.pad_top, filter.kh - 1 - filter.pad_top, 0, 0);
   p.split = stream_split(p.shape, p.channels, device);
   p.x = plane(x.map, x.h, x.w), p.out = plane(out.map, out.h, out.w), p.gradient = plane(call.gradient, out.h, out.w);
   p.filter = filter;
@@ -112,11 +106,9 @@ void run(const Convolution& call, const PlanarMap& x, const PlanarMap& out, cons
     // The backward kernel is compiled with neighbours only: fewer kernels.
     constexpr Windows kWindows = kBackward && windows() == Windows::alone ? Windows::aligned : windows();
     launch("depthwise_stream_kernel", depthwise_stream_kernel<typename decltype(type)::Type, k(), kWindows, EPILOGUE>,
-           stream_grid(p.split, p.channels, kBackward ? 2 : 1), p, device.stream);
+           stream_grid<k()>(p.split, p.channels, kBackward ? 2 : 1), p, device.stream);
   });
 }
-
-bool planar(const Map& map, int w) { return map.w == 1 && map.h == w; }
 
 }  // namespace
 
@@ -124,7 +116,8 @@ bool stream_takes(const Convolution& call) {
   const int bottom = call.filter.kh - 1 - call.pad_top, right = call.filter.kw - 1 - call.pad_left;
   return call.dtype != Dtype::float32 && call.stride_h == 1 && call.stride_w == 1 && call.filter.kh <= 7 &&
          call.pad_top >= 0 && bottom >= 0 && call.pad_left >= 0 && call.pad_left <= 4 && right >= 0 && right <= 4 &&
-         planar(call.x, call.w) && planar(call.out, call.out_w) &&
+         panels_take(call.n, std::max(call.h, call.out_h), std::max(call.w, call.out_w)) && planar(call.x, call.w) &&
+         planar(call.out, call.out_w) &&
          (!call.gradient.data || planar(call.gradient, call.out_w));
 }
 

@@ -171,6 +171,7 @@ void launch(const char* name, void (*kernel)(Parameters), const Grid& grid, cons
   check(cudaGetLastError());
 #else
   const host::Index blocks{static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z)};
+  host::record_start(name, reinterpret_cast<const void*>(kernel));
   host::run_grid(blocks, grid.threads, grid.shared_bytes, [&] { kernel(parameters); });
 #endif
 }

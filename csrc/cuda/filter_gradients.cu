@@ -19,7 +19,7 @@ struct Parameters {
 
 // A warp per output; the bias's sum follows those of the taps.
 template <class T>
-FFNET_KERNEL(kFinishWarps * kWarp, 8) filter_gradients_kernel(FFNET_PARAMETER Parameters<T> p) {
+FFNET_KERNEL(kFinishWarps * kWarp, 4) filter_gradients_kernel(FFNET_PARAMETER Parameters<T> p) {
   const int lane = thread_index() % kWarp;
   const int64_t output = int64_t{block_x()} * kFinishWarps + thread_index() / kWarp;
   if (output >= p.outputs) return;

@@ -18,56 +18,73 @@ constexpr int kPanel = 16;        // windows of a panel
 constexpr int kStripWindows = 6;  // windows of a strip of a map wider than 8 windows, without one at each side for its halo
 
 // The windows of [n, h, w] planes. A plane is cut into strips where it is wide, and into segments of rows where there
-// would be too few panels otherwise; each is a column of windows of its own ("image" below).
+// would be too few panels otherwise; each of these parts is an image of its own below.
 struct PanelShape {
-  int h, w;          // of the plane that is written, or the wider one
-  int windows;       // side by side, of a strip
-  int strips;        // of a plane
-  int lead;          // windows at each side of a strip that only lend their columns
-  int segments, segment_rows;
-  int64_t images;    // n · segments · strips
-  int64_t panels;
+  int w;         // of the plane that is written, or the wider one
+  int windows;   // side by side, of a strip
+  int lead;      // windows at each side of a strip that only lend their columns
+  int strips, segments, segment_rows;
+  int images;    // n · segments · strips
+  int panels;
 
   FFNET_BOTH int images_a_half() const { return kWindow / windows; }
 };
 
 inline PanelShape panel_shape(int64_t n, int rows, int columns, int segments) {
   PanelShape p{};
-  p.h = rows, p.w = columns;
   const int windows = (columns + kWindow - 1) / kWindow;
+  p.w = columns;
   p.lead = windows > kWindow ? 1 : 0;
   p.strips = p.lead ? (windows + kStripWindows - 1) / kStripWindows : 1;
   p.windows = p.lead ? kWindow : windows;
   p.segment_rows = (rows + segments - 1) / segments;
   p.segments = (rows + p.segment_rows - 1) / p.segment_rows;
-  p.images = n * p.segments * p.strips;
-  const int64_t images_a_panel = 2 * (kWindow / p.windows);
-  p.panels = (p.images + images_a_panel - 1) / images_a_panel;
+  p.images = static_cast<int>(n * p.segments * p.strips);
+  const int images_a_panel = 2 * p.images_a_half();
+  p.panels = static_cast<int>((int64_t{p.images} + images_a_panel - 1) / images_a_panel);
   return p;
+}
+
+// Whether 32 bits count the images of such planes.
+inline bool panels_take(int64_t n, int rows, int columns) {
+  return n * (columns / (kStripWindows * kWindow) + 1) * (rows / kWindow + 1) < int64_t{1} << 30;
 }
 
 // Where a window lies: its plane, first row and first column.
 struct Window {
-  int64_t n;
-  int row, column;
-  bool exists;    // else its data are zeros
-  bool writes;    // exists, and is not a lead window
+  int n, row, column;
+  bool exists;  // else its data are zeros
 };
 
-// The window in slot 0..7 of a half of a panel.
-FFNET_DEVICE Window window_at(const PanelShape& p, int64_t panel, int half, int slot) {
-  const int image_in_half = slot / p.windows, j = slot - image_in_half * p.windows;
-  const int64_t image = (panel * 2 + half) * p.images_a_half() + image_in_half;
-  Window w;
-  const int64_t plane_segment = image / p.strips;
-  const int strip = static_cast<int>(image - plane_segment * p.strips);
-  w.n = plane_segment / p.segments;
-  w.row = static_cast<int>(plane_segment - w.n * p.segments) * p.segment_rows;
-  w.column = (strip * kStripWindows - p.lead + j) * kWindow;
-  w.exists = image_in_half < p.images_a_half() && image < p.images && w.column >= 0 && w.column < p.w;
-  w.writes = w.exists && j >= p.lead && j < p.windows - p.lead;
-  return w;
-}
+// One of the 16 windows of a panel: what is the same for all panels.
+class WindowSlot {
+ public:
+  FFNET_DEVICE WindowSlot(const PanelShape& p, int half, int slot) {
+    const int image = slot / p.windows;
+    j_ = slot - image * p.windows;
+    image_ = half * p.images_a_half() + image;
+    used_ = image < p.images_a_half();
+    lends_ = j_ < p.lead || j_ >= p.windows - p.lead;
+  }
+
+  FFNET_DEVICE Window at(const PanelShape& p, int panel) const {
+    int n = panel * 2 * p.images_a_half() + image_, row = 0, column = j_ * kWindow;
+    const bool exists = used_ && n < p.images;
+    if (p.segments * p.strips > 1) {
+      const unsigned part = static_cast<unsigned>(n) / static_cast<unsigned>(p.strips);
+      column += (static_cast<int>(n - part * p.strips) * kStripWindows - p.lead) * kWindow;
+      n = static_cast<int>(part / static_cast<unsigned>(p.segments));
+      row = static_cast<int>(part - n * p.segments) * p.segment_rows;
+    }
+    return {n, row, column, exists && column >= 0 && column < p.w};
+  }
+
+  FFNET_DEVICE bool lends() const { return lends_; }
+
+ private:
+  int image_, j_;
+  bool used_, lends_;
+};
 
 // The widest access, in bytes, that every row of a plane allows: 16, 8, 4 or 2.
 inline int plane_unit(const Map& map, int w) {
@@ -90,10 +107,10 @@ inline Plane plane(const Map& map, int h, int w) {
   return {static_cast<uint16_t*>(map.data), map.n, map.c, h, w, plane_unit(map, w)};
 }
 
-// Rows on their way through shared memory: stages of rows, one window's 8 columns (16 bytes) after the other.
-constexpr int kRingRows = 4, kRingStages = 4;
+inline bool planar(const Map& map, int w) { return map.w == 1 && map.h == w; }
+
+// Rows on their way through shared memory: a window's 8 columns (16 bytes) after the other.
 constexpr int kRowBytes = kPanel * kWindow * 2;
-constexpr int kRingBytes = kRingStages * kRingRows * kRowBytes;
 
 #if FFNET_HAS_SM80
 
@@ -121,88 +138,68 @@ class Neighbours {
   bool exists_;
 };
 
-// A warp's ring of rows, some of them ahead of their use. Stage s holds the rows 4s..4s+3 after `first_row`. A lane copies
-// two windows of a stage, in the order of memory, so that a warp reads long runs. ALIGNED is for planes of unit 16.
-template <bool ALIGNED>
-class RowRing {
+// The rows of a plane that a lane copies to shared memory: of window lane / 2 every other one, so that a warp reads two
+// rows at a time. ROWS make a stage. ALIGNED is for planes of unit 16.
+template <int ROWS, bool ALIGNED>
+class RowCopies {
  public:
-  FFNET_DEVICE RowRing(const PanelShape& p, const Plane& plane, unsigned char* memory, int64_t panel, int64_t channel,
-                       int first_row, int lane)
-      : plane_(plane), memory_(memory) {
-    const int images = 2 * p.images_a_half(), filled = images * kRingRows * p.windows;
-    const int idle = kWindow - p.images_a_half() * p.windows;  // slots of a half that no image fills: kept zero
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int chunk = i * kWarp + lane;
-      int row, half, slot;
-      if (chunk < filled) {
-        const int image = chunk / (kRingRows * p.windows);
-        row = chunk / p.windows % kRingRows, half = image / p.images_a_half();
-        slot = image % p.images_a_half() * p.windows + chunk % p.windows;
-      } else {
-        const int rest = chunk - filled;
-        row = rest / (2 * idle), half = rest / idle % 2, slot = kWindow - idle + rest % idle;
-      }
-      const Window w = window_at(p, panel, half, slot);
-      const bool exists = w.exists && w.column < plane.w;
-      row_[i] = exists ? w.row + first_row + row : kNever;
-      columns_[i] = plane.w - w.column;
-      source_[i] = plane.data + (exists ? w.n * plane.n + channel * plane.c + int64_t{row_[i]} * plane.w + w.column : 0);
-      place_[i] = row * kRowBytes + half * (kRowBytes / 2) + slot * 16;
-    }
+  // From `first_row` of the window's segment on.
+  FFNET_DEVICE void start(const Plane& plane, const Window& window, int64_t channel, int first_row, int lane) {
+    const bool exists = window.exists && window.column < plane.w;
+    row_ = exists ? window.row + first_row + lane % 2 : kNever;
+    columns_ = plane.w - window.column;
+    source_ = plane.data;
+    if (exists) source_ += window.n * plane.n + channel * plane.c + int64_t{row_} * plane.w + window.column;
   }
 
-  // Starts the copies of the next stage, for the caller to commit.
-  FFNET_DEVICE void fetch() {
+  // Starts the copies of a stage, for the caller to commit.
+  FFNET_DEVICE void fetch(const Plane& plane, unsigned char* stage, int lane) {
+    unsigned char* target = stage + lane % 2 * kRowBytes + lane / 2 * (kWindow * 2);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const bool inside = static_cast<unsigned>(row_[i]) < static_cast<unsigned>(plane_.h);
-      unsigned char* target = memory_ + place_[i];
-      if constexpr (ALIGNED) {
-        copy_async<16>(target, source_[i], inside);
-      } else if (plane_.unit >= 4) {
-#pragma unroll 1
-        for (int e = 0; e < kWindow; e += 2) copy_async<4>(target + 2 * e, source_[i] + e, inside && e < columns_[i]);
-      } else {
-#pragma unroll 1
-        for (int e = 0; e < kWindow; ++e)
-          reinterpret_cast<uint16_t*>(target)[e] = inside && e < columns_[i] ? source_[i][e] : uint16_t{0};
-      }
-      row_[i] += kRingRows;
-      source_[i] += kRingRows * plane_.w;
-      const int next = place_[i] + kRingRows * kRowBytes;
-      place_[i] = next < kRingBytes ? next : next - kRingBytes;
+    for (int i = 0; i < (ROWS + 1) / 2; ++i) {
+      if (ROWS % 2 && i == ROWS / 2 && lane % 2) break;  // the last row has no second one
+      const bool inside = static_cast<unsigned>(row_ + 2 * i) < static_cast<unsigned>(plane.h);
+      copy(plane, target + 2 * i * kRowBytes, source_ + 2 * i * int64_t{plane.w}, inside);
     }
-  }
-
-  // The lane's part of the row `step` rows after the first; its stage must have landed.
-  FFNET_DEVICE RowPair row(int step, int lane) const {
-    const auto* words = reinterpret_cast<const uint32_t*>(memory_ + step % (kRingStages * kRingRows) * kRowBytes);
-    return {{words[lane], words[kWarp + lane]}};
+    row_ += ROWS;
+    source_ += ROWS * int64_t{plane.w};
   }
 
  private:
   static constexpr int kNever = -(1 << 30);
 
-  const Plane& plane_;
-  unsigned char* memory_;
-  const uint16_t* source_[2];
-  int row_[2], columns_[2], place_[2];
+  FFNET_DEVICE void copy(const Plane& plane, unsigned char* target, const uint16_t* source, bool inside) const {
+    if constexpr (ALIGNED) {
+      copy_async<16>(target, source, inside);
+    } else if (plane.unit >= 4) {
+#pragma unroll 1
+      for (int e = 0; e < kWindow; e += 2) copy_async<4>(target + 2 * e, source + e, inside && e < columns_);
+    } else {
+#pragma unroll 1
+      for (int e = 0; e < kWindow; ++e)
+        reinterpret_cast<uint16_t*>(target)[e] = inside && e < columns_ ? source[e] : uint16_t{0};
+    }
+  }
+
+  const uint16_t* source_;
+  int row_, columns_;
 };
 
 // Where a lane writes the rows of a panel: columns 2t, 2t + 1 of window g, of both halves.
 template <bool ALIGNED>
 class RowWriter {
  public:
-  FFNET_DEVICE RowWriter(const PanelShape& p, const Plane& plane, int64_t panel, int64_t channel, int lane)
+  FFNET_DEVICE RowWriter(const PanelShape& p, const Plane& plane, const Window (&windows)[2], bool lends, int64_t channel,
+                         int lane)
       : row_bytes_(2 * plane.w) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const Window w = window_at(p, panel, half, lane / 4);
-      const int column = w.column + lane % 4 * 2, columns = w.writes ? plane.w - column : 0;
+      const Window& w = windows[half];
+      const int column = w.column + lane % 4 * 2, columns = w.exists && !lends ? plane.w - column : 0;
       const int rows = plane.h - w.row < p.segment_rows ? plane.h - w.row : p.segment_rows;
-      const int64_t offset = w.n * plane.n + channel * plane.c + int64_t{w.row} * plane.w + column;
-      target_[half] = reinterpret_cast<unsigned char*>(plane.data + (columns > 0 ? offset : 0));
+      target_[half] = reinterpret_cast<unsigned char*>(plane.data);
+      if (columns > 0)
+        target_[half] += 2 * (w.n * plane.n + channel * plane.c + int64_t{w.row} * plane.w + column);
       rows_[half] = columns > 0 ? rows : 0;
       columns_[half] = plane.unit >= 4 ? 4 : columns;
     }
@@ -231,31 +228,26 @@ class RowWriter {
 // Which elements of a lane's pairs lie inside a plane: what lies outside is padding for a convolution that follows.
 class InsideMask {
  public:
-  FFNET_DEVICE InsideMask(const PanelShape& p, int h, int w, int64_t panel, int lane)
-      : height_(h), segmented_(p.segments > 1) {
+  FFNET_DEVICE InsideMask(int h, int w, const Window (&windows)[2], int lane) : height_(h) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const Window window = window_at(p, panel, half, lane / 4);
-      const int left = w - window.column - lane % 4 * 2;
-      columns_[half] = !window.exists || left <= 0 ? 0 : left == 1 ? 0xffffu : 0xffffffffu;
-      row_[half] = window.row;
+      const int left = w - windows[half].column - lane % 4 * 2;
+      columns_[half] = !windows[half].exists || left <= 0 ? 0 : left == 1 ? 0xffffu : 0xffffffffu;
+      row_[half] = windows[half].row;
     }
   }
 
-  // `row` of the segment; that of a whole plane must lie inside.
+  // `row` of the segment.
   FFNET_DEVICE RowPair apply(int row, RowPair values) const {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      values.half[half] &= columns_[half];
-      if (segmented_ && static_cast<unsigned>(row_[half] + row) >= static_cast<unsigned>(height_)) values.half[half] = 0;
-    }
+    for (int half = 0; half < 2; ++half)
+      values.half[half] &= static_cast<unsigned>(row_[half] + row) < static_cast<unsigned>(height_) ? columns_[half] : 0;
     return values;
   }
 
  private:
   uint32_t columns_[2];
   int row_[2], height_;
-  bool segmented_;
 };
 
 #endif  // FFNET_HAS_SM80

@@ -186,8 +186,6 @@ void with_wgrad_tile(const Parameters& p, const Body& body) {
     body(WgradTile<4, 8>{}, std::integral_constant<int, 4>{}, std::integral_constant<int, 8>{});
 }
 
-bool planar(const Map& map, int w) { return map.w == 1 && map.h == w; }
-
 }  // namespace
 
 bool wgrad_takes(const Convolution& call) {

@@ -10,16 +10,17 @@ import functools
 import sys
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import native
-from . import gradients, reference
+from ..formats import empty_output, suggests_channels_last
+from . import reference
 from .gradients import same_padding
 
 _ops = torch.ops.ffnet_kernels_cuda
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OLDEST = (7, 5)
+_MOST = 2**28
 _DEVICE = "cpu" if native.cuda_host_library() else "cuda"
 
 
@@ -42,6 +43,8 @@ def refusal(operator: str, args: tuple) -> str | None:
         return f"{x.device} is older than sm_75"
     if x.dtype not in _DTYPES:
         return f"takes float32, bfloat16 and float16, got {x.dtype}"
+    if max(x.shape[1:]) > _MOST:
+        return f"takes up to 2^28 channels, rows and columns, got the shape {list(x.shape)}"
     return None
 
 
@@ -127,14 +130,24 @@ def _pointwise_forward(
             x, expand_weight, expand_bias, project_weight, project_bias, activation, scale, residual, out
         )
         return out
-    hidden = F.conv2d(x, expand_weight[:, :, None, None])
+    hidden = _product(expand_weight, x, _map_like(x, expand_weight.shape[0]))
     _ops.bias_activation_.default(hidden, expand_bias, activation)
-    out.copy_(F.conv2d(hidden, project_weight[:, :, None, None]))
+    _product(project_weight, hidden, out)
     _ops.scale_residual_.default(out, project_bias, scale, residual)
     return out
 
 
-_, _, _channel_mixer_backward = gradients.backward_passes(sys.modules[__name__])
+def _product(weight: Tensor, x: Tensor, out: Tensor) -> Tensor:
+    """The 1×1 convolution of a dense map into another: cuDNN would transpose NCHW maps for it, a GEMM need not."""
+    if suggests_channels_last(out):
+        torch.matmul(x.permute(0, 2, 3, 1).flatten(0, 2), weight.T, out=out.permute(0, 2, 3, 1).flatten(0, 2))
+    else:
+        torch.matmul(weight, x.flatten(2), out=out.flatten(2))
+    return out
+
+
+def _map_like(x: Tensor, channels: int) -> Tensor:
+    return empty_output((x.shape[0], channels, *x.shape[2:]), (x,))
 
 
 def _depthwise_conv2d_backward(grad, x, weight, bias, stride, padding, activation, mask) -> list[Tensor]:
@@ -168,6 +181,52 @@ def _ffnified_attention_backward(
     if any(mask[3:6]):
         grads[3:6] = _ops.ffnified_attention_value_grads.default(grad, hidden, value, value_bias, scale)
     return _wanted(grads, mask)
+
+
+def _channel_mixer_backward(
+    grad,
+    x,
+    weight,
+    bias,
+    expand_weight,
+    expand_bias,
+    project_weight,
+    project_bias,
+    activation,
+    scale,
+    residual,
+    mask,
+) -> list[Tensor]:
+    """torch multiplies; the activation and its derivative are one pass over the hidden map and its gradient."""
+    pads = same_padding(weight)
+    mixed = convolve(x, weight, bias, (1, 1), pads)
+    last = suggests_channels_last(mixed)
+    grad = grad.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    hidden = _product(expand_weight, mixed, _map_like(mixed, expand_weight.shape[0]))
+    scaled_weight = project_weight if scale is None else project_weight * scale[:, None]
+    hidden_grad = _product(scaled_weight.T, grad, torch.empty_like(hidden))
+    _ops.activation_backward_.default(hidden, expand_bias, hidden_grad, activation)
+    grads: list[Tensor | None] = [None] * 9
+    if any(mask[5:8]):
+        product, total = _pointwise_wgrad(grad, hidden, project_weight)
+        grads[5:7] = (product, total) if scale is None else (product * scale[:, None], total * scale)
+        if mask[7]:
+            grads[7] = (product.float() * project_weight).sum(1)
+            grads[7] = (grads[7] if project_bias is None else grads[7] + total.float() * project_bias).to(grad.dtype)
+    if mask[3] or mask[4]:
+        grads[3:5] = _pointwise_wgrad(hidden_grad, mixed, expand_weight)
+    if any(mask[:3]):
+        mixed_grad = _product(expand_weight.T, hidden_grad, torch.empty_like(mixed))
+        grads[:3] = convolve_backward(mixed_grad, x, weight, (1, 1), pads, mask[:3])
+    grads[8] = grad
+    return _wanted(grads, mask)
+
+
+def _pointwise_wgrad(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of a 1×1 convolution's weight and bias."""
+    arguments = ([weight.shape[0]], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [False, True, True])
+    _, product, total = torch.ops.aten.convolution_backward(grad, x, weight[:, :, None, None], *arguments)
+    return product.flatten(1), total
 
 
 def _wanted(grads: list[Tensor | None], mask) -> list[Tensor]:

@@ -1,19 +1,23 @@
 """``python -m benchmarks.gpu`` without a GPU: its parts with planted steps, its checks and rows on the CPU."""
 
 import json
+import os
 import pickle
+import sys
 import time
 
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_report, gpu_timing
-from benchmarks.gpu_timing import COMPILED, COPY, EAGER, EAGER_NCHW, OURS_NCHW
+from benchmarks import gpu, gpu_contenders, gpu_processes, gpu_report, gpu_timing
+from benchmarks.gpu_contenders import COMPILED, COPY, CUDNN_NCHW, EAGER, EAGER_NCHW
 from benchmarks.peers import OURS
 from benchmarks.results import Measurement, Result, Row
 from benchmarks.specs import ModelCase, OperatorCase
 from benchmarks.work import ModelWork
 from ffnet import create_model
+from ffnet_kernels import dispatch, native
+from ffnet_kernels.backends import reference, triton
 from ffnet_kernels.backends.triton import INTERPRETED, configs, tune
 from ffnet_kernels.backends.triton.launch import recording
 
@@ -21,6 +25,7 @@ pytest.importorskip("triton")
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1: there is a real GPU")
 
 CPU = torch.device("cpu")
+CANNED = "depthwise_conv2d 320x16x16 k7 b128 bfloat16 forward"
 HEADER = {"device": "cpu", "source": "abc", "commit": "0123"}
 
 
@@ -153,24 +158,24 @@ def canned_row():
         return Measurement(name, samples_ms=(ms, ms, 2 * ms), repeats=1, **{"error": 1e-3, "passed": True, **options})
 
     measurements = [
-        measured(OURS, 1.0), measured(OURS_NCHW, 1.5), measured(EAGER_NCHW, 4.0),
+        measured("cuda nchw", 1.0), measured("triton channels-last", 1.5), measured(EAGER_NCHW, 4.0),
         measured(EAGER, 2.0, error=None, passed=False), Measurement(COMPILED, reason="RuntimeError: no compiler\nmore"),
         measured(COPY, 0.8),
     ]  # fmt: skip
-    return Row("depthwise 16x16 forward", 10**9, 3 * 10**9, tuple(measurements))
+    return Row(CANNED, 10**9, 3 * 10**9, tuple(measurements))
 
 
 def test_the_command_writes_one_file_and_prints_the_table_last(fake_gpu, parts, capsys):
     run, folder, _ = fake_gpu
     assert run() == 0
     text = capsys.readouterr().out
-    assert text.rstrip().splitlines()[-1].startswith("| depthwise 16x16 forward ")
+    assert text.rstrip().splitlines()[-1].startswith(f"| {CANNED} | copy ")
     assert "a: 2 of 2 passed\nb: 2 of 2 passed\nbench: 1 of 1 passed\n" in text
-    assert "torch.compile: RuntimeError: no compiler more" in text
+    assert "torch.compile channels-last: RuntimeError: no compiler more" in text
     result = Result.from_json((folder / "out" / "gpu-fake_9000.json").read_text())
     assert result.machine["device"] == "Fake 9000, 3 multiprocessors"
     assert {"commit", "torch", "triton", "cuda", "source"} <= result.machine.keys()
-    assert result.rows[0].case == "depthwise 16x16 forward"
+    assert result.rows[0].case == CANNED
     assert result.extra["parts"]["a"]["rows"].keys() == {"a 1", "a 2"}
     assert not result.interrupted
     assert run() == 0
@@ -214,33 +219,194 @@ def test_the_command_goes_on_in_a_new_process_after_a_lost_gpu(fake_gpu, monkeyp
     assert "starting again after illegal address" in capsys.readouterr().out
 
 
-def test_the_table():
-    result = Result(
-        {"device": "Fake", "commit": "abc"}, [canned_row(), Row("broken", 1, 1, (Measurement(OURS, reason="x"),))]
-    )
-    header, _, first, second = gpu_report.table(result).splitlines()[-4:]
-    assert [cell.strip() for cell in header.split("|")[1:-1]] == list(gpu_report.HEADERS)
-    assert [cell.strip() for cell in first.split("|")[1:-1]] == [
-        "depthwise 16x16 forward", "1.0000", "1.0000..1.5000", "3000", "1.25x", "1.50x", "4.00x", "2.00x!", "-",
-        "1.0e-03", "ok",
-    ]  # fmt: skip
-    assert "did not run" in second
+def test_the_table(monkeypatch, tmp_path):
+    document = tmp_path / "cuda-resources.md"
+    document.write_text("text\n| depthwise, GELU | 7×7 | 16² | 46.0 | 35.4 | **1.30** | 1.5 | 1.00 |\n")
+    monkeypatch.setattr(gpu_report, "PREDICTIONS", document)
+    result = Result({"device": "Fake", "commit": "abc"}, [canned_row()])
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in gpu_report.table(result).splitlines()[-8:]]
+    assert lines[0] == list(gpu_report.HEADERS)
+    assert {line[0] for line in lines[2:]} == {CANNED}
+    assert [line[1:] for line in lines[2:]] == [
+        ["cuda nchw", "1.0000", "1.0000..1.5000", "3000", "1.25x", "1.30x", "1.0e-03", "ok"],
+        ["triton channels-last", "1.5000", "1.5000..2.2500", "2000", "1.88x", "-", "1.0e-03", "ok"],
+        [EAGER_NCHW, "4.0000", "4.0000..6.0000", "750", "5.00x", "-", "1.0e-03", "ok"],
+        [EAGER, "2.0000", "2.0000..3.0000", "1500", "2.50x", "-", "nan", "WRONG"],
+        [COMPILED, "-", "-", "-", "-", "-", "-", "did not run"],
+        [COPY, "0.8000", "0.8000..1.2000", "3750", "1.00x", "-", "1.0e-03", "ok"],
+    ]
+    monkeypatch.setattr(gpu_report, "PREDICTIONS", tmp_path / "missing.md")
+    assert "1.30x" not in gpu_report.table(result)
+
+
+def test_the_predictions_of_the_repository_are_found():
+    """The file is written by another program: were its table to change, predictions would silently be gone."""
+    found = gpu_report.predictions(gpu_report.PREDICTIONS)
+    assert {f"{operator} {size}x{size} k7" for operator in gpu.HEADLINE_OPERATORS for size in (8, 16)} <= found.keys()
+    assert all(1 <= ratio < 10 for ratio in found.values())
 
 
 def test_steps_have_names_of_their_own(monkeypatch):
     monkeypatch.setattr(configs, "device_name", lambda device: "fake")
-    names = [step.name for part in gpu.PARTS.values() for step in part(session())]
-    assert len(names) == len(set(names))
-    assert len(list(gpu.parity_steps(session()))) == 5 * 3 * 2 * 3 * 2
-    cases = {name for name, _, _ in gpu.selftest_cases()}
-    narrow = {name for name in cases if " k=7 " in name}
-    assert len(gpu.selftest_work()) == 2 * len(cases) + 2 * 2 * len(narrow) > 100
+    monkeypatch.setattr(dispatch, "why_unavailable", lambda name: None)
+    steps = {name: [step.name for step in part(session())] for name, part in gpu.PARTS.items()}
+    for names in (*steps.values(), steps["headline"] + steps["bench"]):
+        assert len(names) == len(set(names)) > 0
+    assert len(steps["parity-triton"]) == 5 * 3 * 2 * 3 * 2
+    assert len(steps["parity-cuda"]) == 4 * 3 * 2 * 2 * 2
+    assert steps["headline"] == [
+        f"{operator} {stage} k7 b128 bfloat16 forward"
+        for stage in ("320x16x16", "640x8x8")
+        for operator in ("ffnified_attention", "depthwise_conv2d")
+    ]
+    assert len(steps["headline"] + steps["bench"]) == 5 * 3 * 2 + 2
+    cases = {case.name: len(case.layouts) for case in gpu.selftest_cases()}
+    narrow = [layouts for name, layouts in cases.items() if " k=7 " in name]
+    assert len(gpu.selftest_work("cuda")) == len(steps["selftest-cuda"]) == 3 * sum(cases.values())
+    assert len(gpu.selftest_work("triton")) == sum(cases.values()) + 2 * sum(narrow) > 80
+
+
+def test_a_backend_that_is_not_there_is_one_skipped_step(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(dispatch, "why_unavailable", lambda name: f"no {name} here")
+    for part in ("selftest-cuda", "parity-cuda", "selftest-triton", "parity-triton"):
+        name = part.split("-")[1]
+        gpu.run_part(part, session(), tmp_path / f"{part}.json", HEADER)
+        row = {"passed": True, "skipped": f"no {name} here"}
+        assert json.loads((tmp_path / f"{part}.json").read_text())["rows"] == {f"all of {name}": row}
+    assert f"skip all of {name}" in capsys.readouterr().out
+
+
+def test_what_was_skipped_is_tried_again_and_not_counted(fake_gpu, parts, capsys):
+    run, _, _ = fake_gpu
+    parts[1]["a 1"] = {"passed": True, "skipped": "no tool"}
+    run("--only", "a")
+    assert "a: 1 of 1 passed\n  skipped: no tool\n" in capsys.readouterr().out
+    del parts[1]["a 1"]
+    run("--only", "a")
+    assert parts[0] == ["a 1", "a 2", "a 1"]
+    assert "a: 2 of 2 passed\n" in capsys.readouterr().out
+
+
+@pytest.fixture
+def builder(tmp_path, monkeypatch):
+    """A build that only notes what it is asked for; what it writes, and what it was asked."""
+    monkeypatch.delenv("FFNET_CUDA_ARCHS", raising=False)
+    monkeypatch.delenv("FFNET_KERNELS_LIBRARY_DIR", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    monkeypatch.setattr(native, "library_dir", lambda: tmp_path)
+    asked, outcome = [], {"code": 0, "missing": {}}
+
+    def run(command, seconds, environment):
+        asked.append(environment["FFNET_CUDA_ARCHS"])
+        (tmp_path / "build_record.json").write_text(
+            json.dumps({"missing": outcome["missing"], **outcome.get("cuda", {})})
+        )
+        return None if outcome["code"] is None else (outcome["code"], "the log")
+
+    monkeypatch.setattr(gpu_processes, "run", run)
+    return outcome, asked
+
+
+def test_the_library_is_built_for_this_gpu(builder, monkeypatch):
+    outcome, asked = builder
+    assert gpu_processes.build(CPU, 10) == {"passed": True, "architectures": "89"}
+    outcome["cuda"] = {"cuda": {"architectures": [75, 80]}}
+    gpu_processes.build(CPU, 10)
+    gpu_processes.build(CPU, 10)  # there is one for 8.0 now, which runs on 8.9
+    outcome["cuda"] = {"cuda": {"architectures": [75, 90]}}
+    gpu_processes.build(CPU, 10)
+    gpu_processes.build(CPU, 10)
+    monkeypatch.setenv("FFNET_CUDA_ARCHS", "90,100")
+    gpu_processes.build(CPU, 10)
+    assert asked == ["89", "89", "75,80", "75,80", "89", "90,100"]
+
+
+def test_why_there_is_no_library(builder, monkeypatch):
+    outcome, asked = builder
+    outcome["missing"] = {native.CUDA_LIBRARY: "no CUDA compiler (looked for nvcc)"}
+    assert gpu_processes.build(CPU, 10)["skipped"] == "no CUDA compiler (looked for nvcc)"
+    outcome["missing"] = {native.CUDA_LIBRARY: "compilation failed: error"}
+    row = gpu_processes.build(CPU, 10)
+    assert (row["passed"], row["error"]) == (False, "compilation failed: error\nthe log")
+    outcome["code"] = 1
+    assert gpu_processes.build(CPU, 10) == {"passed": False, "architectures": "89", "error": "the log"}
+    outcome["code"] = None
+    assert gpu_processes.build(CPU, 10) is None
+    monkeypatch.setenv("FFNET_KERNELS_LIBRARY_DIR", "elsewhere")
+    assert "FFNET_KERNELS_LIBRARY_DIR" in gpu_processes.build(CPU, 10)["skipped"]
+    assert len(asked) == 4
+
+
+def test_a_new_library_is_loaded_by_a_new_process(fake_gpu, monkeypatch, capsys):
+    run, _, started = fake_gpu
+    monkeypatch.setattr(gpu_processes, "build", lambda device, seconds: {"passed": True})
+    monkeypatch.setattr(gpu_processes, "library_state", lambda: (1, 2))
+    gpu.PARTS["build"] = gpu.build_steps
+    assert run("--only", "build") == 130
+    assert len(started) == 1
+    assert "starting again after the CUDA library was built" in capsys.readouterr().out
+    monkeypatch.setattr(gpu, "_LOADED", (1, 2))  # as in that process
+    assert run("--only", "build") == 0
+    assert len(started) == 1
+    assert "build: 2 of 2 passed" in capsys.readouterr().out
+
+
+@pytest.fixture
+def sanitizer(tmp_path, monkeypatch):
+    """A command in the sanitizer's place: its script."""
+    monkeypatch.setattr(dispatch, "why_unavailable", lambda name: None)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    script = tmp_path / gpu_processes.SANITIZER
+
+    def write(text):
+        script.write_text(f"#!/bin/sh\n{text}\n")
+        script.chmod(0o755)
+
+    return write
+
+
+def test_the_sanitizer(sanitizer, tmp_path):
+    sanitizer(f'echo "$@ $PYTORCH_NO_CUDA_MEMORY_CACHING" > {tmp_path}/seen')
+    row = gpu_processes.sanitize("racecheck", "k=3 ", 10)
+    assert row["passed"]
+    options = f"--tool racecheck --error-exitcode 86 --kernel-name kns=ffnet {sys.executable}"
+    seen = (tmp_path / "seen").read_text()
+    assert seen == f"{options} -m ffnet_kernels selftest --backend cuda --filter k=3  1\n"
+    sanitizer("echo RACECHECK SUMMARY: 1 hazard displayed; exit 86")
+    row = gpu_processes.sanitize("racecheck", "k=3 ", 10)
+    assert (row["passed"], row["error"]) == (False, "RACECHECK SUMMARY: 1 hazard displayed")
+
+
+def test_the_sanitizer_is_stopped_in_time(sanitizer, tmp_path, monkeypatch):
+    sanitizer(f"(sleep 2; touch {tmp_path}/late) & wait")
+    assert gpu_processes.sanitize("memcheck", "k=3 ", 0.2) is None
+    monkeypatch.setattr(gpu_processes, "LONGEST", 0.2)
+    assert gpu_processes.sanitize("memcheck", "k=3 ", 10)["error"] == "not finished after 0 s"
+    time.sleep(2.5)
+    assert not (tmp_path / "late").exists(), "its children are ended with it"
+
+
+def test_without_the_sanitizer(monkeypatch, tmp_path):
+    monkeypatch.setattr(dispatch, "why_unavailable", lambda name: None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert gpu_processes.sanitize("memcheck", "k=3 ", 10) == {
+        "passed": True, "skipped": "compute-sanitizer is not there (looked on the path and in CUDA's folder)"
+    }  # fmt: skip
+    monkeypatch.setattr(dispatch, "why_unavailable", lambda name: f"no {name}")
+    assert gpu_processes.sanitize("memcheck", "k=3 ", 10)["skipped"] == "no cuda"
+
+
+def test_the_sanitizer_is_given_cases_of_every_kind():
+    names = [case.name for case in gpu.selftest_cases()]
+    for _, text in gpu_processes.SANITIZED:
+        assert {name.split()[0] for name in names if text in name} == set(gpu.OPERATORS)
 
 
 @interpreted
 @pytest.mark.parametrize("operator", ["depthwise_conv2d", "ffnified_attention", "channel_mixer"])
 def test_parity(operator):
-    row = gpu.check_parity(OperatorCase(operator, 1, 4, 4, 3, "nchw", "bfloat16"), CPU)
+    row = gpu.check_parity("triton", OperatorCase(operator, 1, 4, 4, 3, "nchw", "bfloat16"), CPU)
     assert row["passed"], row
     assert {"output", "weight" if operator != "ffnified_attention" else "key"} <= row["errors"].keys()
     json.dumps(row, allow_nan=False)
@@ -259,21 +425,21 @@ def test_parity_finds_a_fault(fault, monkeypatch):
             else out + 0.01 * (bias - bias.detach()).view(-1, 1, 1)
         )
 
-    monkeypatch.setattr(gpu_timing.triton, "depthwise_conv2d", faulty)
-    assert not gpu.check_parity(OperatorCase("depthwise_conv2d", 1, 4, 4, 3), CPU)["passed"]
+    monkeypatch.setattr(triton, "depthwise_conv2d", faulty)
+    assert not gpu.check_parity("triton", OperatorCase("depthwise_conv2d", 1, 4, 4, 3), CPU)["passed"]
 
 
 @interpreted
 def test_the_selftest_runs_the_kernels_it_has_compiled():
-    name = next(name for name in gpu.selftest_work() if "k=3 s=2 m=2" in name)
+    name = next(name for name in gpu.selftest_work("triton") if "k=3 s=2 m=2" in name)
     with recording() as launches:
         gpu.start_selftest_case(name)
     assert {"depthwise_conv2d_forward_kernel", "filter_gradients_kernel"} <= {
         found.kernel.__name__ for found in launches
     }
-    operator, args = gpu.selftest_work()[name]
+    operator, args = gpu.selftest_work("triton")[name]
     x, weight, bias, *rest = args
-    assert gpu._check_on(CPU, operator, (x[:1, :2], weight[:4], bias[:4], *rest))["passed"]
+    assert gpu._check_on("triton", CPU, operator, (x[:1, :2], weight[:4], bias[:4], *rest))["passed"]
 
 
 def test_kernels_of_the_next_steps_are_compiled_first(parts, tmp_path, monkeypatch):
@@ -286,8 +452,8 @@ def test_kernels_of_the_next_steps_are_compiled_first(parts, tmp_path, monkeypat
 @interpreted
 def test_a_step_compiles_what_it_runs(monkeypatch):
     monkeypatch.setattr(configs, "device_name", lambda device: "fake")
-    steps = {step.name: step for part in ("parity", "bench") for step in gpu.PARTS[part](session())}
-    for text, number in ((" b8 bfloat16 nchw", 2), ("nels_last forward", 2), ("nels_last backward", 4)):
+    steps = {step.name: step for part in ("parity-triton", "bench") for step in gpu.PARTS[part](session())}
+    for text, number in ((" b8 bfloat16 nchw", 2), ("bfloat16 forward", 2), ("bfloat16 backward", 4)):
         jobs = next(step.jobs for name, step in steps.items() if name.endswith(text) and "depthwise" in name)
         with recording() as launches:
             for job in jobs:
@@ -309,15 +475,79 @@ class NoCompiler:
 @pytest.mark.parametrize("backward", [False, True])
 def test_a_row_of_an_operator(backward, monkeypatch):
     monkeypatch.setattr(gpu_timing, "TorchCompile", NoCompiler)
+    monkeypatch.setattr(dispatch, "why_unavailable", lambda name: None)
+    monkeypatch.setitem(dispatch.BACKENDS, "cuda", reference)  # in its place; that of Triton runs interpreted
     case = OperatorCase("depthwise_conv2d", 1, 4, 4, 3, dtype="bfloat16")
     row = gpu_timing.operator_row(case, CPU, clock, backward=backward, samples=2)
     by_name = {m.contender: m for m in row.measurements}
-    assert list(by_name) == [OURS, OURS_NCHW, EAGER_NCHW, EAGER, COMPILED, COPY]
+    ours = [f"{backend} {layout}" for backend in ("cuda", "triton") for layout in ("nchw", "channels-last")]
+    assert list(by_name) == [*ours, EAGER_NCHW, EAGER, COMPILED, COPY]
     assert by_name.pop(COMPILED).reason == "RuntimeError: no compiler"
     assert all(m.passed and len(m.samples_ms) == 2 for m in by_name.values())
-    assert 0 < by_name[OURS].error < 0.02
+    assert [name for name in by_name if gpu_contenders.is_ours(name)] == ours
+    assert 0 < by_name["triton nchw"].error < 0.02
+    assert by_name["cuda nchw"].detail == "plain PyTorch operators"
     one_map, parameters = 4 * 16, 4 * 9 + 4
     assert row.bytes == 2 * ((3 * one_map + 2 * parameters) if backward else (2 * one_map + parameters))
+
+
+@interpreted
+def test_a_backend_that_is_not_there_is_not_timed(monkeypatch):
+    monkeypatch.setattr(gpu_timing, "TorchCompile", NoCompiler)
+    monkeypatch.setattr(dispatch, "why_unavailable", lambda name: "no" if name == "cuda" else None)
+    row = gpu_timing.operator_row(OperatorCase("depthwise_conv2d", 1, 2, 4, 3), CPU, clock, backward=False, samples=1)
+    assert [m.contender for m in row.measurements][:3] == ["triton nchw", "triton channels-last", EAGER_NCHW]
+
+
+@pytest.mark.parametrize("operator", ["depthwise_conv2d", "ffnified_attention"])
+def test_cudnn_computes_the_same(operator, monkeypatch):
+    asked = []
+
+    def convolve(x, weight, padding, stride, dilation, groups, **options):
+        asked.append(options)
+        return torch.nn.functional.conv2d(x, weight, None, stride, padding, dilation, groups)
+
+    monkeypatch.setattr(torch, "cudnn_convolution", convolve)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    work = gpu_timing.operator_work(OperatorCase(operator, 1, 4, 4, 3), CPU)
+    peer = gpu_contenders.Cudnn(CUDNN_NCHW, "nchw")
+    assert peer.differs(work), "a CPU's convolution is another one"
+    torch.testing.assert_close(peer.prepare(work)(), work.plain("nchw")())
+    assert len(asked) == (1 if operator == "depthwise_conv2d" else 2)
+    monkeypatch.setattr(torch._C, "_select_conv_backend", lambda *args: torch._C._ConvBackend.Cudnn)
+    assert not peer.differs(work)
+
+
+def test_a_graph_is_replayed(monkeypatch):
+    happened = []
+
+    class Graph:
+        def replay(self):
+            happened.append("replay")
+
+    class Capture:
+        def __init__(self, graph):
+            pass
+
+        def __enter__(self):
+            happened.append("capture")
+
+        def __exit__(self, *exception):
+            happened.append("captured")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", Capture)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    run, text = gpu_timing.captured(lambda: happened.append("run"), CPU)
+    run()
+    assert (happened, text) == (["capture", "run", "captured", "replay", "replay"], "")
+
+    def synchronises():
+        raise RuntimeError("not permitted")
+
+    assert gpu_timing.captured(synchronises, CPU) == (
+        synchronises, "; without a CUDA graph: RuntimeError: not permitted"
+    )  # fmt: skip
 
 
 def test_compiled_peers_run_their_backward_pass_many_times():
@@ -357,8 +587,11 @@ def test_a_row_of_a_model(name, monkeypatch):
 def test_a_row_of_the_bench_part_is_plain_data(monkeypatch):
     monkeypatch.setattr(gpu.Session, "clock", None)
     row = gpu._plain_row(lambda case, device, clock: canned_row(), None, session())
-    assert row["passed"]
+    assert row["passed"], "others may be wrong"
     assert json.loads(json.dumps(row, allow_nan=False))["row"]["measurements"][0]["median_ms"] == 1.0
+    wrong = Measurement("triton nchw", reason="RuntimeError: x"), Measurement("cuda nchw", samples_ms=(1.0,), error=0.5)
+    row = gpu._plain_row(lambda case, device, clock: Row("case", 1, 1, wrong), None, session())
+    assert (row["passed"], row["error"]) == (False, "triton nchw: RuntimeError: x; cuda nchw: error 5.0e-01")
 
 
 def test_tuning_is_cut_short_by_time_and_by_a_lost_gpu(monkeypatch):

@@ -52,17 +52,37 @@ def build_with_fault(folder: Path, source: str, line: str, faulty: str, *, sanit
     return folder / "lib"
 
 
+def build_cuda_host(folder: Path, sanitizer: str = "", faults: dict[str, tuple[str, str]] | None = None) -> Path:
+    """The CUDA kernels for the processor, with a sanitizer ("", "address" or "thread"), of a copy of csrc/ in `folder`.
+
+    ``faults`` are lines to alter, and what they become, by their source; a second call compiles what differs only.
+    """
+    compiler()
+    shutil.copytree(ROOT / "csrc", folder / "csrc", dirs_exist_ok=True)
+    for source, (line, faulty) in (faults or {}).items():
+        text = (folder / "csrc" / source).read_text()
+        assert text.count(line) == 1, f"csrc/{source} no longer holds the line to alter once: {line}"
+        (folder / "csrc" / source).write_text(text.replace(line, faulty))
+    builder = load_builder(folder / "csrc")
+    flags = {"": [], "address": builder.SANITIZE_FLAGS, "thread": builder.SANITIZE_THREAD_FLAGS}[sanitizer]
+    (folder / "lib").mkdir(exist_ok=True)
+    builder.build_host_cuda(folder / "lib", folder / "work", flags, False)
+    return folder / "lib" / builder.HOST_CUDA_LIBRARY
+
+
+def runtime_library(name: str) -> str:
+    """A library of the compiler; skips where there is none."""
+    command = [*compiler(), f"-print-file-name={name}"]
+    path = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    if not Path(path).exists():
+        pytest.skip(f"the compiler has no {name}")
+    return path
+
+
 def sanitizer_environment() -> dict[str, str]:
     """Python itself is built without sanitizers: their runtime is loaded before it."""
-    libraries = []
-    for name in ("libasan.so", "libubsan.so"):
-        command = [*compiler(), f"-print-file-name={name}"]
-        path = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        if not Path(path).exists():
-            pytest.skip(f"the compiler has no {name}")
-        libraries.append(path)
     return {
-        "LD_PRELOAD": " ".join(libraries),
+        "LD_PRELOAD": " ".join(map(runtime_library, ("libasan.so", "libubsan.so"))),
         # Python and torch keep memory to the end; the kernels own one buffer a thread.
         "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:exitcode=99:allocator_may_return_null=1",
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",

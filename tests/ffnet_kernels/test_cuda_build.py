@@ -17,8 +17,10 @@ ROOT = native_build.ROOT
 RESOURCES = ROOT / "csrc" / "cuda" / "resources.py"
 TABLE = ROOT / "docs" / "cuda-resources.json"
 
-# A loop with an FFMA and a store a pass; a kernel whose array, indexed at run time, lies in local memory.
+# A loop with an FFMA and a store a pass, and a kernel that does nothing; one whose array, indexed at run time, lies in
+# local memory.
 LOOP = """
+__global__ void nothing(float*) {}
 __global__ void loop(float* x, int count) {
   float sum = x[0];
 #pragma unroll 1
@@ -149,13 +151,14 @@ def test_the_library_passes_the_gate(library):
 def test_counts(machine_code, table):
     _, content = table
     assert list(content["kernels"]) == ["loop"]
-    registers, stack, _, whole, loop = content["kernels"]["loop"]["90"]
+    registers, stack, _, whole, loop, phases = content["kernels"]["loop"]["90"]
     assert registers > 0
     assert stack == 0
     assert whole[column(content, "global_load")] >= 3
     assert loop[column(content, "fp32")] in (1, 2, 4)  # a pass, or ptxas unrolled it
     assert loop[column(content, "global_store")] == loop[column(content, "fp32")]
     assert sum(loop[1:-1]) == loop[0] < whole[0]
+    assert phases is None
 
 
 def test_an_unchanged_library_passes(machine_code, table):
@@ -206,17 +209,161 @@ def test_missing_and_new_kernels_are_found(machine_code, table):
     assert "loop, sm_80 is missing" in check(machine_code, path, content).stderr
 
 
-def test_predicted_limits(monkeypatch):
+# ---- predictions ----
+
+
+@pytest.fixture
+def resources(monkeypatch):
     monkeypatch.syspath_prepend(RESOURCES.parent)
     specification = importlib.util.spec_from_file_location("cuda_resources", RESOURCES)
-    resources = importlib.util.module_from_spec(specification)
-    monkeypatch.setitem(sys.modules, "cuda_resources", resources)  # dataclasses look their module up
-    specification.loader.exec_module(resources)
-    counts = dict.fromkeys(resources.COUNTS, 0)
-    counts.update(total=200, hmma_k16=14, hmma_k8=3, mufu=8, shared_clocks=80)
-    work = resources.Work("any", outputs=256, bytes_per_output=4)
-    clocks = resources.limits(list(counts.values()), work)
-    assert clocks == {"issue": 50, "tensor": 31, "special": 16, "shared": 80, "memory": pytest.approx(1024 / 14.46)}
+    module = importlib.util.module_from_spec(specification)
+    monkeypatch.setitem(sys.modules, "cuda_resources", module)  # dataclasses look their module up
+    specification.loader.exec_module(module)
+    return module
+
+
+def counts(resources, **given: int) -> list[int]:
+    return [given.get(name, 0) for name in resources.COUNTS]
+
+
+def streaming_kernels(resources) -> dict:
+    """All kernels that predictions are made of, with main loops as they must be, of few instructions."""
+    kernels = {}
+    for case in resources.CASES:
+        products = {"hmma_k16" if case.size > 8 else "hmma_k8": case.rows * case.rows * case.convolutions}
+        phases = {
+            "step": counts(resources, total=70),
+            "fetch": counts(resources, total=140, global_load=14),
+            "row": counts(resources, total=350, **products),
+            "result": counts(resources, total=140, global_store=2 * case.rows),
+            "setup": counts(resources, total=160),
+        }
+        row = [96, 0, 1024, counts(resources), counts(resources), [phases[phase] for phase in resources.PHASES]]
+        kernels |= {name: {resources.PREDICTED_ARCHITECTURE: row} for name in case.kernels()}
+    return kernels
+
+
+# The shape of a streaming kernel's code: each line an address, an instruction, and where a branch leads.
+STREAM = """
+00 MUFU.RCP
+10 @BRA 40
+20 IADD3
+30 BRA 60
+40 FMUL
+50 FMUL
+60 ISETP
+70 @BRA a0
+80 LDGSTS.E.128
+90 LDGDEPBAR
+a0 @BRA 130
+b0 LDS
+c0 @BRA 100
+d0 MUFU.EX2
+e0 FADD
+f0 BRA 110
+100 FSEL
+110 F2FP
+120 HMMA.16816.F32
+130 BRA.DIV 1d0
+140 @BRA 170
+150 FMUL
+160 STG.E
+170 ISETP
+180 @BRA 60
+190 IADD3
+1a0 @BRA 00
+1b0 EXIT
+1d0 SHFL
+1e0 BRA 140
+"""
+
+
+def test_the_main_loop_is_split_into_phases(resources):
+    code = sys.modules["machine_code"]
+    instructions = []
+    for line in STREAM.split("\n")[1:-1]:
+        address, name, target = re.fullmatch(r"(\w+) ([@\w.]+) ?(\w*)", line).groups()
+        operands = f"0x{target}" if target else ""
+        instructions.append(code.Instruction(int(address, 16), name.lstrip("@"), operands, name.startswith("@")))
+    loops = code.find_loops(instructions)
+    assert [(loop[0].address, loop[-1].address) for loop in loops] == [(0x60, 0x180), (0, 0x1A0)]
+    main = code.main_loop(loops)
+    assert main is loops[0]
+    found = dict(zip(code.PHASES, code.phases(loops, main), strict=True))
+    parts = {
+        "step": {"total": 7},  # ISETP twice, and the five branches of the loop that nothing skips
+        "fetch": {"total": 2, "global_load": 1, "shared_clocks": 4},
+        "row": {"total": 7, "shared_load": 1, "mufu": 1, "fp32": 1, "hmma_k16": 1, "shared_clocks": 1},  # no FSEL
+        "result": {"total": 2, "fp32": 1, "global_store": 1},
+        "setup": {"total": 6, "mufu": 1, "fp32": 2},  # the longer side of the if-else
+    }
+    for phase, expected in parts.items():
+        named = {name: n for name, n in zip(code.COUNTS, found[phase], strict=True) if n and name != "other"}
+        assert named == expected, phase
+
+
+def test_how_often_phases_are_executed(resources):
+    token_mixer = resources.Case("any", "any", rows=7, convolutions=2, size=16, maps=3, limit=1.3)
+    # 22 steps in four turns of the loop: 28; rows 6 to 27 are results.
+    assert token_mixer.passes() == [4, 1, 16 / 7, 22 / 7, 1]
+    one = resources.Case("any", "any", rows=3, convolutions=1, size=32, maps=2, limit=1.5)
+    assert one.passes() == [11, 9 / 3, 32 / 3, 32 / 3, 1]
+
+
+def test_predicted_clocks(resources):
+    phases = [
+        counts(resources, total=80),
+        counts(resources, total=40, shared_clocks=56),
+        counts(resources, total=160, hmma_k16=14, hmma_k8=6, mufu=16, shared_clocks=40),
+        counts(resources, total=24),
+        counts(resources, total=800, mufu=8),
+    ]
+    clocks = resources.clocks(phases, [2, 1, 8, 4, 1], size=8, maps=3)
+    assert clocks == {
+        "issue": (2 * 80 + 40 + 8 * 160 + 4 * 24 + 800) / 8 / 4,
+        "tensor": 2 * 14 + 6,
+        "special": 2 * (16 + 1),
+        "shared": 56 / 8 + 40,
+        "memory": pytest.approx(128 * 6 / 14.46),
+    }
+    assert resources.ratio(clocks) == pytest.approx(74.25 / (128 * 6 / 14.46))
+
+
+def test_predictions_within_their_limits_pass(resources):
+    assert resources.predictions(streaming_kernels(resources)) == []
+
+
+@pytest.mark.parametrize("dtype", ["Half", "BFloat16"])
+def test_a_prediction_over_its_limit_is_found(resources, tmp_path, monkeypatch, dtype):
+    kernels = streaming_kernels(resources)
+    architecture = resources.PREDICTED_ARCHITECTURE
+    row = json.loads(json.dumps(kernels[f"attention_forward_kernel<{dtype}, 7, alone>"][architecture]))
+    row[5][resources.PHASES.index("setup")][0] *= 10
+    kernels[f"attention_forward_kernel<{dtype}, 7, alone>"] = {architecture: row}
+    library, table = tmp_path / "library.so", tmp_path / "table.json"
+    library.touch()
+    resources.write_table(table, kernels, "unknown")
+    monkeypatch.setattr(resources, "collect", lambda path: kernels)
+    monkeypatch.setattr(sys, "argv", ["resources.py", str(library), "--check", str(table)])
+    with pytest.raises(SystemExit) as exit:
+        resources.main()
+    # (2 · 70 + 4/7 · 140 + 8/7 · 350 + 8/7 · 140 + 1600) / 8 rows / 4 = 74.4 clocks, against 53.1 of memory
+    ours = "token mixer, 7x7 at 8x8: predicted to take 1.40 times as long as its memory accesses, the limit is 1.3"
+    assert ours in str(exit.value.code).splitlines()
+    assert "16x16" not in str(exit.value.code)
+    assert "| token mixer | 7×7 | 8² | 74.4 | 14.0 | 0.0 | 0.0 | 53.1 | **1.40** | 1.3 **exceeded** | 1.00 |" in (
+        resources.markdown(kernels, "unknown")
+    )
+
+
+@pytest.mark.parametrize("phase", ["row", "result", "fetch"])
+def test_a_main_loop_that_is_read_wrongly_is_found(resources, phase):
+    kernels = streaming_kernels(resources)
+    name = "depthwise_stream_kernel<Half, 7, aligned, activate>"
+    phases = kernels[name][resources.PREDICTED_ARCHITECTURE][5]
+    place = resources.PHASES.index(phase)
+    phases[0], phases[place] = phases[place], phases[0]
+    assert any(p.startswith(f"{name}, sm_90: its main loop does not have") for p in resources.predictions(kernels))
 
 
 # ---- what is built ----

@@ -29,18 +29,17 @@ def run(code: str) -> list:
 SURVEY = """
 import json, torch
 from ffnet_kernels.backends.triton import aot
-rows = aot.survey([torch.bfloat16], aot.ARCHITECTURES)
+rows = aot.survey([torch.bfloat16], [90])
 print(json.dumps([[row.kernel, row.architecture, row.dtype, row.complaint()] for row in rows]))
 """
 
 
-def test_no_tile_spills_on_any_architecture():
-    """In bfloat16; `python -m ffnet_kernels aot` compiles the other dtypes too."""
+def test_no_tile_spills():
+    """In bfloat16 for sm_90; `python -m ffnet_kernels aot` compiles the other dtypes and architectures too."""
     rows = run(SURVEY)
     assert not [row for row in rows if row[3]]
-    assert {row[1] for row in rows} == {80, 90, 100}
     assert len({row[0] for row in rows}) == 12
-    assert len(rows) > 500
+    assert len(rows) > 160
 
 
 SPILLING = """

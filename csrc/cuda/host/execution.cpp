@@ -1,10 +1,14 @@
 #include "execution.h"
 
+#include <dlfcn.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <random>
+#include <set>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -14,6 +18,12 @@
 #endif
 #if defined(__SANITIZE_THREAD__)
 #include <sanitizer/tsan_interface.h>
+extern "C" {
+void AnnotateIgnoreReadsBegin(const char* file, int line);
+void AnnotateIgnoreReadsEnd(const char* file, int line);
+void AnnotateIgnoreWritesBegin(const char* file, int line);
+void AnnotateIgnoreWritesEnd(const char* file, int line);
+}
 #endif
 
 #if !defined(__x86_64__)
@@ -100,8 +110,32 @@ struct Fiber {
   void *tsan = nullptr, *asan = nullptr;
 };
 
+// What ThreadSanitizer is told: which threads wait for which. The scheduler's own state is shared by fibers that never
+// run at once, so its accesses are not looked at.
+#if defined(__SANITIZE_THREAD__)
+struct Unwatched {
+  Unwatched() {
+    AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
+    AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+  }
+  ~Unwatched() {
+    AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+    AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
+  }
+};
+void release(void* place) { __tsan_release(place); }
+void acquire(void* place) { __tsan_acquire(place); }
+#else
+struct Unwatched {
+  Unwatched() {}
+};
+void release(void*) {}
+void acquire(void*) {}
+#endif
+
 struct Rendezvous {
   uint64_t generation = 0;
+  char turns[2];  // for release and acquire: a thread that is one generation ahead must not pass on what it did since
   int arrived = 0;
   const char* site = nullptr;
   const void* inputs[kWarp];
@@ -129,6 +163,7 @@ struct Machine {
 };
 
 thread_local Machine machine;
+thread_local std::set<std::string> started;  // lines of started_kernels
 
 void land(const Copy& copy) {
   std::memcpy(copy.shared, copy.global, copy.valid_bytes);
@@ -167,9 +202,14 @@ void fiber_entry() {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(nullptr, &machine.main_stack, &machine.main_stack_size);
 #endif
+  acquire(&fiber);
   (*machine.kernel)();
   if (!fiber.copies.empty()) fault("a thread ended without waiting for its asynchronous copies");
-  fiber.finished = true;
+  {
+    const Unwatched scheduling;
+    fiber.finished = true;
+  }
+  release(&machine.main);
   leave(fiber);
 }
 
@@ -183,27 +223,21 @@ void wait(const uint64_t& counter) {
 bool runnable(const Fiber& fiber) { return !fiber.finished && (!fiber.waits_for || *fiber.waits_for != fiber.seen); }
 
 void synchronise(Rendezvous& meeting, int expected, bool last_acts, Compute compute) {
-#if defined(__SANITIZE_THREAD__)
-  __tsan_release(&meeting);
-#endif
+  const Unwatched scheduling;
+  char* turn = &meeting.turns[meeting.generation % 2];
+  release(turn);
   if (++meeting.arrived == expected) {
     meeting.arrived = 0;
     if (last_acts) {
-#if defined(__SANITIZE_THREAD__)
-      __tsan_acquire(&meeting);
-#endif
+      acquire(turn);
       compute(meeting.inputs, meeting.outputs);
-#if defined(__SANITIZE_THREAD__)
-      __tsan_release(&meeting);
-#endif
+      release(turn);
     }
     ++meeting.generation;
   } else {
     wait(meeting.generation);
   }
-#if defined(__SANITIZE_THREAD__)
-  __tsan_acquire(&meeting);
-#endif
+  acquire(turn);
 }
 
 void run_block() {
@@ -217,8 +251,8 @@ void run_block() {
     fiber.context.start_on(fiber.stack, fiber_entry);
 #if defined(__SANITIZE_THREAD__)
     fiber.tsan = __tsan_create_fiber(0);
-    __tsan_release(&fiber);
 #endif
+    release(&fiber);
   }
   m.barrier = {};
   m.warps.assign((m.threads + kWarp - 1) / kWarp, {});
@@ -238,6 +272,7 @@ void run_block() {
     }
     if (!moved) fault("deadlock: a thread never reaches the barrier or collective that the others wait in");
   }
+  acquire(&m.main);
 #if defined(__SANITIZE_THREAD__)
   for (int i = 0; i < m.threads; ++i) __tsan_destroy_fiber(m.fibers[i].tsan);
 #endif
@@ -259,6 +294,7 @@ unsigned char* shared_memory() { return machine.shared; }
 void sync_block() { synchronise(machine.barrier, machine.threads, false, nullptr); }
 
 void warp_collective(const char* site, const void* input, void* output, Compute compute) {
+  const Unwatched scheduling;
   const int thread = machine.current->index;
   Rendezvous& warp = machine.warps[thread / kWarp];
   if (machine.threads % kWarp) fault("a block whose threads are not whole warps");
@@ -274,6 +310,7 @@ void copy_async(void* shared, const void* global, int bytes, int valid_bytes) {
   Fiber& fiber = *machine.current;
   const Copy copy{shared, global, bytes, valid_bytes, fiber.copy_group};
   if (machine.schedule == Schedule::reverse) land(copy);
+  const Unwatched scheduling;
   fiber.copies.push_back(copy);
 }
 
@@ -303,7 +340,23 @@ void fault(const char* what) {
   throw std::runtime_error(m.fault);
 }
 
+void record_start(const char* name, const void* code) {
+  Dl_info library{};
+  dladdr(code, &library);
+  std::ostringstream line;
+  line << name << '\t' << std::hex << static_cast<const char*>(code) - static_cast<const char*>(library.dli_fbase) << '\n';
+  started.insert(line.str());
+}
+
+std::string started_kernels() {
+  std::string lines;
+  for (const std::string& line : started) lines += line;
+  started.clear();
+  return lines;
+}
+
 void run_grid(Index grid, int threads, size_t shared_bytes, const std::function<void()>& kernel) {
+  const Unwatched scheduling;
   Machine& m = machine;
   m.grid = grid, m.threads = threads, m.kernel = &kernel, m.fault.clear(), m.current = nullptr;
   while (m.stacks.size() < static_cast<size_t>(threads)) m.stacks.emplace_back(new unsigned char[kStack]);

@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <string>
 
 namespace ffnet::host {
 
@@ -42,6 +43,11 @@ void commit_copies();
 void wait_for_copies(int groups_left);
 
 [[noreturn]] void fault(const char* what);
+
+// The kernels that this thread of the host has started since the last call, a line each: the name, a tab and the place of
+// the kernel's code in the library in hexadecimal, by which `nm` tells its template arguments.
+void record_start(const char* name, const void* code);
+std::string started_kernels();
 
 // Runs `kernel` for every thread of every block.
 void run_grid(Index grid, int threads, size_t shared_bytes, const std::function<void()>& kernel);

@@ -1,0 +1,104 @@
+"""What an operator is timed against on a GPU, and our backends one by one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from ffnet_kernels import dispatch
+from ffnet_kernels.backends import reference
+
+from .peers import OURS
+from .work import OperatorWork, Program, _channels_innermost, _is_filter
+
+BACKENDS = ("cuda", "triton")
+EAGER_NCHW, EAGER, CUDNN_NCHW, CUDNN, COMPILED, COPY = (
+    "eager nchw", "eager channels-last", "cudnn nchw", "cudnn channels-last", "torch.compile channels-last", "copy",
+)  # fmt: skip
+
+
+def is_ours(contender: str) -> bool:
+    return contender == OURS or contender.split()[0] in BACKENDS
+
+
+@dataclass(frozen=True)
+class OnBackend:
+    """An operator on a backend's kernels, whatever the chooser would take. ``stored``: filters lie as `optimize` stores
+    them, with their channels innermost; else as parameters that are trained."""
+
+    backend: str
+    layout: str = "channels_last"
+    stored: bool = True
+
+    @property
+    def name(self) -> str:
+        return f"{self.backend} {self.layout.replace('_', '-')}"
+
+    def unavailable(self) -> str | None:
+        return dispatch.why_unavailable(self.backend)
+
+    def prepare(self, work: Any) -> Program:
+        program, backend = work.plain(self.layout), dispatch.BACKENDS[self.backend]
+        args = program.inputs[0]
+        if self.stored and self.layout == "channels_last":
+            args = tuple(_channels_innermost(a) if _is_filter(a) else a for a in args)
+        detail = backend.describe(work.operator, args)
+        return replace(program, function=getattr(backend, work.operator), inputs=[args], detail=detail)
+
+
+@dataclass(frozen=True)
+class Cudnn:
+    """As `Eager`, depthwise convolutions by cuDNN where PyTorch takes a kernel of its own."""
+
+    name: str
+    layout: str
+
+    def unavailable(self) -> str | None:
+        return None if torch.backends.cudnn.is_available() else "there is no cuDNN"
+
+    def prepare(self, work: Any) -> Program:
+        program = work.plain(self.layout)
+
+        def run(*args: Any) -> Tensor:
+            with mock.patch.object(reference, "convolve", _cudnn_convolve):
+                return program.function(*args)
+
+        return replace(program, function=run)
+
+    def differs(self, work: OperatorWork) -> bool:
+        """Whether PyTorch, asked for the operator's depthwise convolution, would not take cuDNN itself."""
+        if self.unavailable() or work.operator == "channel_mixer":
+            return False
+        x, weight = work.plain(self.layout).inputs[0][:2]
+        pads = [(side - 1) // 2 for side in weight.shape[2:]]
+        options = ([1, 1], pads, [1, 1], False, [0, 0], x.shape[1])
+        return torch._C._select_conv_backend(x, weight, None, *options) != torch._C._ConvBackend.Cudnn  # type: ignore[attr-defined]
+
+
+def _cudnn_convolve(x, weight, bias, stride, padding) -> Tensor:
+    """As `reference.convolve`, for even padding."""
+    top, _, left, _ = padding
+    out = torch.cudnn_convolution(
+        x, weight, (top, left), tuple(stride), (1, 1), x.shape[1], benchmark=True, deterministic=False, allow_tf32=False
+    )
+    return out if bias is None else out + bias[:, None, None]
+
+
+@dataclass(frozen=True)
+class Copy:
+    """As many bytes read and written by a plain copy: the floor."""
+
+    bytes: int
+    device: torch.device
+    name: str = COPY
+
+    def unavailable(self) -> str | None:
+        return None
+
+    def prepare(self, work: Any) -> Program:
+        source = torch.empty(self.bytes // 2, dtype=torch.uint8, device=self.device).random_()
+        return Program(torch.empty_like(source).copy_, [(source,)], "")

@@ -1,0 +1,27 @@
+"""Memory formats of maps, as torch's convolutions have them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def suggests_channels_last(x: Tensor) -> bool:
+    """Whether a convolution of this tensor answers in channels-last: torch's own test by strides, ties to NCHW."""
+    stride, least = x.stride(), 0
+    if stride[1] == 0:
+        return False
+    for d in (1, 3, 2, 0):
+        if x.shape[d] == 0 or stride[d] < least or (d == 0 and least == stride[1]):
+            return False
+        least = stride[d] * x.shape[d] if x.shape[d] > 1 else stride[d]
+    return True
+
+
+def empty_output(shape: Sequence[int], maps: Sequence[Tensor]) -> Tensor:
+    """Uninitialised [N, C, H, W] in the format ``conv2d`` would give: channels-last if its input or filter is."""
+    channels_last = any(suggests_channels_last(t) for t in maps)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=maps[0].dtype, device=maps[0].device, memory_format=memory_format)

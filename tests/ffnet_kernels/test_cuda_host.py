@@ -1,0 +1,320 @@
+"""The CUDA backend around its kernels, run on the processor: schedules, NaN and infinities, what torch sees of it."""
+
+import math
+
+import cuda_cases
+import parity
+import pytest
+import torch
+from cuda_cases import BF16, DTYPES, F16, F32, HALVES, LAST, machine
+from examples import example
+
+import ffnet_kernels as fk
+from ffnet_kernels.backends import reference
+from ffnet_kernels.operators import OPERATORS
+
+pytestmark = cuda_cases.needs_host
+
+every_operator = pytest.mark.parametrize("operator", parity.OPERATORS)
+SCHEDULES = [("reverse", 0), *(("shuffled", seed) for seed in range(4))]
+SPECIAL = (math.nan, math.inf, -math.inf)
+
+
+def computed(case) -> list[torch.Tensor]:
+    """The result and all gradients."""
+    args = case.checked()
+    with fk.use_backend("cuda"), parity.poisoned_outputs():
+        out = case.run()
+        mask = [args[i] is not None for i in parity.OPERATORS_BY_NAME[case.operator].tensors]
+        grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+        return [out, *parity.backward_of("cuda", case.operator)(grad, *args, mask)]
+
+
+# ---- schedules: the order in which threads run and copies land must not show ----
+
+SCHEDULED = [
+    *((operator, {"shape": (17, 2, 9, 8), "kernel": (3, 3)}) for operator in cuda_cases.CONVOLUTIONS),
+    *((operator, {"shape": (2, 2, 9, 11), "kernel": (7, 7)}) for operator in cuda_cases.CONVOLUTIONS),
+    *((operator, {"shape": (1, 2, 33, 72), "kernel": (5, 5)}) for operator in cuda_cases.CONVOLUTIONS),
+    ("depthwise_conv2d", {"shape": (2, 2, 12, 16), "kernel": (9, 11), "stride": 2, "multiplier": 2}),
+    ("depthwise_conv2d", {"shape": (2, 6, 12, 10), "kernel": (7, 7), "layout": LAST}),
+    ("channel_mixer", {"shape": (2, 40, 9, 8), "kernel": (3, 3), "hidden": 96}),
+    ("channel_mixer", {"shape": (2, 128, 5, 9), "kernel": (3, 3), "hidden": 72, "layout": LAST}),
+    ("channel_mixer", {"shape": (1, 136, 5, 6), "kernel": (3, 3), "hidden": 40}),
+]
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 132])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("operator", "options"), SCHEDULED)
+def test_the_same_bits_in_every_schedule(operator, options, dtype, multiprocessors):
+    case = example(operator, **options, dtype=dtype)
+    with machine(multiprocessors=multiprocessors):
+        expected, again = computed(case), computed(case)
+    assert all(e.isfinite().all() for e in expected)
+    assert all(map(torch.equal, again, expected))
+    for schedule, seed in SCHEDULES:
+        with machine(schedule, seed, multiprocessors=multiprocessors):
+            assert all(map(torch.equal, computed(case), expected)), f"{schedule}, {seed}"
+
+
+# ---- NaN and infinities: nothing is lost, and they spread no further than a window ----
+
+
+def seen_by_windows(bad: torch.Tensor, above: int, below: int) -> torch.Tensor:
+    """The results that read a bad value on tensor cores, if only as a factor of zero.
+
+    A row of a window is a product with a band of 16 columns, the window's 8 and 4 of each neighbour, whose zeros turn
+    infinity into NaN; so do the zeros above filters of fewer rows than a kernel is compiled for, 3 or 7.
+    """
+    width = bad.shape[3]
+    rows = torch.nn.functional.pad(bad, (4, -width % 8 + 4, above, below)).to(torch.float32)
+    rows = torch.nn.functional.max_pool2d(rows, (1 + above + below, 16), stride=(1, 8))
+    return rows.repeat_interleave(8, 3)[..., :width] > 0
+
+
+def reach(kernel: tuple[int, int]) -> tuple[int, int]:
+    """How many rows above and below its own a result reads; see seen_by_windows."""
+    height = kernel[0]
+    return (height - 1) // 2 + (3 if height <= 3 else 7) - height, height // 2
+
+
+PLANTED = [((2, 3, 21, 8), (3, 3)), ((2, 3, 21, 24), (7, 7)), ((2, 3, 21, 21), (5, 4)), ((2, 3, 21, 85), (2, 3))]
+
+
+def planted(operator, shape, kernel, special, dtype=F16):
+    """A case with special values in its map, activation none, and where its result is not finite in float64."""
+    case = example(operator, shape=shape, kernel=kernel, dtype=dtype, activation="none")
+    x = case.args[0]
+    x[0, 0, 0, 0] = x[0, 2, 10, shape[3] // 2] = x[1, 2, 20, shape[3] - 1] = special
+    expected, _ = parity.reference_of(operator, case.checked())
+    bad = ~expected.isfinite()
+    assert bad.any()
+    assert not bad.all()
+    return case, bad
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("special", SPECIAL)
+@pytest.mark.parametrize(("shape", "kernel"), PLANTED)
+@pytest.mark.parametrize("operator", cuda_cases.CONVOLUTIONS)
+@pytest.mark.parametrize("multiprocessors", [2, 132])
+def test_planted_in_the_map_on_tensor_cores(operator, shape, kernel, special, dtype, multiprocessors):
+    case, bad = planted(operator, shape, kernel, special, dtype)
+    allowed = ~case.args[0].isfinite()
+    for _ in range(2 if operator == "ffnified_attention" else 1):
+        allowed = seen_by_windows(allowed, *reach(kernel))
+    assert allowed[bad].all()
+    with machine(multiprocessors=multiprocessors), fk.use_backend("cuda"), parity.poisoned_outputs():
+        got = ~case.run().isfinite()
+    assert got[bad].all()
+    assert allowed[got].all()
+
+
+@pytest.mark.parametrize("special", SPECIAL)
+@pytest.mark.parametrize(("options", "spreads"), [
+    ({"kernel": (9, 9), "dtype": F16}, True),
+    ({"kernel": (31, 31), "dtype": F16, "stride": 2}, True),
+    ({"kernel": (5, 5), "dtype": F32}, False),
+    ({"kernel": (5, 4), "dtype": F16, "layout": LAST}, False),
+    ({"kernel": (7, 7), "dtype": BF16, "layout": LAST, "stride": 2}, False),
+])  # fmt: skip
+def test_planted_in_the_map_of_other_convolutions(options, spreads, special):
+    """CUDA cores multiply no value with a zero that is not there; banded filters do, within a channel."""
+    case = example("depthwise_conv2d", shape=(2, 4, 21, 40), activation="none", **options)
+    case.args[0][0, 1, 10, 20] = special
+    bad = ~parity.reference_of(case.operator, case.checked())[0].isfinite()
+    with fk.use_backend("cuda"):
+        got = ~case.run().isfinite()
+    assert got[bad].all()
+    channel = torch.zeros_like(bad)
+    channel[0, 1] = spreads
+    assert (bad | channel)[got].all()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("special", SPECIAL)
+@pytest.mark.parametrize("layout", ["nchw", LAST])
+@pytest.mark.parametrize("channels", [17, 128, 136])
+def test_planted_in_the_map_of_a_channel_mixer(channels, layout, special, dtype):
+    """One pixel of the depthwise convolution spreads to all outputs there, and to no other pixel."""
+    case = example(
+        "channel_mixer", shape=(2, channels, 9, 16), kernel=(1, 1), layout=layout, dtype=dtype, hidden=21
+    )  # fmt: skip
+    case.args[0][1, 2, 3, 5] = special
+    bad = ~parity.reference_of(case.operator, case.checked())[0].isfinite()
+    assert bad[1, :, 3, 5].all()
+    with fk.use_backend("cuda"):
+        got = ~case.run().isfinite()
+    assert got[bad].all()
+    pixels = ~case.args[0].isfinite()
+    if layout == "nchw":  # the depthwise convolution of channels-last maps takes CUDA cores, which spread nothing
+        pixels = seen_by_windows(pixels, *reach((1, 1)))
+    assert pixels.any(1, keepdim=True).expand_as(got)[got].all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("special", SPECIAL)
+@every_operator
+def test_planted_in_any_other_tensor(operator, special, dtype):
+    """Nothing is lost; a filter's value may spread over its channel, where it meets padding. In float32, since
+    conv2d of float64 multiplies padding too.
+    """
+    case = example(operator, dtype=dtype, activation="none", shape=(2, 5, 9, 11))
+    for tensor in case.tensors()[1:]:
+        place = tensor.view(-1)[:1]
+        before = place.clone()
+        place.fill_(special)
+        single = (a.float() if isinstance(a, torch.Tensor) else a for a in case.checked())
+        bad = ~getattr(reference, operator)(*single).isfinite()
+        assert bad.any()
+        with fk.use_backend("cuda"):
+            got = ~case.run().isfinite()
+        assert got[bad].all()
+        if operator != "channel_mixer":
+            image = slice(0, 1) if tensor.dim() == 4 and tensor.shape[1] > 1 else slice(None)  # the residual
+            assert not got[image, 1:].any()
+        place.copy_(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("special", SPECIAL)
+@pytest.mark.parametrize("kernel", [(3, 3), (9, 9)])
+@every_operator
+def test_planted_before_a_backward_pass(operator, kernel, special, dtype):
+    """Where a gradient of the reference is not finite, ours is not; other channels of a convolution stay finite."""
+    for place in (0, 1):  # the gradient of the result, the map
+        case = example(operator, shape=(2, 5, 21, 19), kernel=kernel, dtype=dtype, activation="none")
+        args = case.checked()
+        grad = torch.randn_like(parity.reference_of(operator, args)[1])
+        (grad, args[0])[place][1, 2, 8, 9] = special
+        call = (grad, *args, [True] * len(parity.OPERATORS_BY_NAME[operator].tensors))
+        expected, _ = parity.reference_of(f"{operator}_backward", call)
+        assert not all(e.isfinite().all() for e in expected)
+        for exact, got in zip(expected, parity.backward_of("cuda", operator)(*call), strict=True):
+            bad = ~exact.isfinite()
+            assert (~got.isfinite())[bad].all()
+            if operator != "channel_mixer":
+                channels = got.movedim(1, 0) if got.shape[0] == 2 else got
+                assert channels[[0, 1, 3, 4]].isfinite().all()
+
+
+# ---- what torch and users see ----
+
+
+@pytest.mark.parametrize("operator", OPERATORS, ids=[o.name for o in OPERATORS])
+@pytest.mark.parametrize("dtype", [F32, F16])
+@pytest.mark.parametrize("layout", ["nchw", LAST])
+@pytest.mark.parametrize("batch", [0, 2])
+def test_opcheck(operator, layout, batch, dtype):
+    args = example(operator.name, shape=(batch, 6, 6, 7), kernel=(3, 3), layout=layout, dtype=dtype).checked()
+    args = tuple(a.detach().requires_grad_() if isinstance(a, torch.Tensor) else a for a in args)
+    forward = getattr(torch.ops.ffnet_kernels_cuda, operator.name).default
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
+    # A traced graph brings gradients in another layout, which another kernel takes; second derivatives are plain sums.
+    tolerance = {"atol": 1e-5, "rtol": 1e-5} if dtype == F32 else {"atol": 0.01, "rtol": 0.01}
+    torch.library.opcheck(forward, args, test_utils=tests, **tolerance)
+    grad = torch.randn_like(forward(*args)).requires_grad_()
+    backward = getattr(torch.ops.ffnet_kernels_cuda, f"{operator.name}_backward").default
+    call = (grad, *args, [i % 2 == 0 for i in range(len(operator.tensors))])
+    torch.library.opcheck(backward, call, test_utils=tests, **tolerance)
+
+
+class Mixers(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = fk.DepthwiseConv2d(8, 7, activation="gelu")
+        self.attention = fk.FFNifiedAttention(8, 5, layer_scale=0.5)
+        self.mixer = fk.ChannelMixer(8, 3, layer_scale=0.5)
+
+    def forward(self, x):
+        x = self.attention(self.conv(x), x)
+        return self.mixer(x, x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_compiled_model_trains_the_same(dtype, memory_format):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = Mixers().to(dtype)
+    x = torch.randn(3, 8, 9, 10, dtype=dtype).contiguous(memory_format=memory_format)
+    seen = set()
+
+    def keep(graph, inputs):
+        seen.update(str(node.target) for node in graph.graph.nodes)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    def step(run):
+        model.zero_grad()
+        run(x).float().square().sum().backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    with fk.use_backend("cuda"):
+        expected = step(model)
+        got = step(torch.compile(model, fullgraph=True, backend=keep))
+    assert {target.split(".")[1] for target in seen if "ffnet_kernels_cuda" in target} == set(parity.OPERATORS)
+    for g, e in zip(got, expected, strict=True):
+        torch.testing.assert_close(g, e)
+    torch._dynamo.reset()
+
+
+@every_operator
+def test_it_is_chosen_where_it_is_forced_only(operator):
+    case = example(operator)
+    decision = fk.explain(operator, *case.args, **case.kwargs)
+    assert decision.backend != "cuda"
+    assert decision.refused["cuda"] == "run on the processor, for tests"
+    cuda_cases.started_kernels()
+    case.run()
+    assert not cuda_cases.started_kernels()
+    with fk.use_backend("cuda"):
+        case.run()
+    assert cuda_cases.started_kernels()
+
+
+STREAM, BANDED, CORES = "panels streamed down the planes", "banded filter in shared memory", "CUDA cores"
+NAMED = [
+    ("depthwise_conv2d", {"dtype": F16}, STREAM, "depthwise_stream_kernel<"),
+    ("depthwise_conv2d", {"dtype": BF16, "kernel": (9, 3)}, BANDED, "banded_kernel<"),
+    ("depthwise_conv2d", {"dtype": BF16, "stride": 2}, BANDED, "banded_kernel<"),
+    ("depthwise_conv2d", {"dtype": F16, "kernel": (33, 3)}, CORES, "direct_kernel<"),
+    ("depthwise_conv2d", {"dtype": F16, "layout": LAST}, CORES, "direct_kernel<"),
+    ("depthwise_conv2d", {}, CORES, "direct_kernel<"),
+    ("ffnified_attention", {"dtype": F16}, "both convolutions in one pass", "attention_forward_kernel<"),
+    ("ffnified_attention", {"dtype": F16, "value_kernel": (9, 9)}, "two convolutions", "banded_kernel<"),
+    ("ffnified_attention", {}, "two convolutions", "direct_kernel<"),
+    ("channel_mixer", {"dtype": F16}, "both 1×1 convolutions in one kernel", "mixer_kernel<"),
+    ("channel_mixer", {}, "1×1 convolutions by torch", "elementwise_kernel<"),
+    ("channel_mixer", {"dtype": F16, "shape": (1, 130, 4, 5)}, "1×1 convolutions by torch", "elementwise_kernel<"),
+]
+
+
+@pytest.mark.parametrize(("operator", "options", "words", "kernel"), NAMED)
+def test_explain_names_the_kernel(operator, options, words, kernel):
+    case = example(operator, **options)
+    cuda_cases.started_kernels()
+    with fk.use_backend("cuda"):
+        decision = fk.explain(operator, *case.args, **case.kwargs)
+        assert not cuda_cases.started_kernels()
+        case.run()
+    assert decision.backend == "cuda"
+    assert words in decision.variant
+    assert any(name.startswith(kernel) for name in cuda_cases.started_kernels())
+
+
+def test_explain_knows_older_gpus():
+    case = example("depthwise_conv2d", dtype=F16)
+    with fk.use_backend("cuda"), machine(architecture=75):
+        assert CORES in fk.explain(case.operator, *case.args, **case.kwargs).variant
+
+
+@every_operator
+def test_a_call_that_it_does_not_take(operator):
+    case = example(operator, dtype=torch.float64)
+    message = "backend 'cuda' does not take this call: takes float32, bfloat16 and float16, got torch.float64"
+    with fk.use_backend("cuda"), pytest.raises(fk.BackendError, match=message):
+        case.run()
+    meta = case._replace(args=tuple(a.to("meta") for a in case.args), kwargs={})
+    with fk.use_backend("cuda"), pytest.raises(fk.BackendError, match="takes CPU tensors, got meta"):
+        meta.run()
