@@ -2,7 +2,7 @@
 # make test          all tests, lint and types among them
 # make lint          lint and types only
 # make bench         the quick benchmark suite
-# make gpu           on a GPU: checks and benchmarks of the Triton kernels, their tiles measured
+# make gpu           on a GPU: checks and benchmarks of the CUDA and Triton kernels, Triton's tiles measured
 # make compat        the libraries, as built here, in a venv with another torch, one for CUDA (no GPU needed)
 #
 # Each makes .venv if there is none (versions: requirements.txt) and builds. On a machine that has torch and no network,

@@ -176,7 +176,8 @@ def build_host_cuda(out: Path, work: Path, sanitizer: list[str], verbose: bool) 
     """The CUDA kernels as C++ for the processor (csrc/cuda/host), for tests; raises CannotBuild."""
     include, library, _ = torch_paths(TORCH_TARGET_VERSION)
     compiler, ninja = find_compiler(), Ninja(work)
-    common = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-DFFNET_HOST_EXECUTION"]
+    common = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas",
+              "-DFFNET_HOST_EXECUTION"]  # fmt: skip
     command = [*compiler, *common, *sanitizer]
     sources = [*cuda_sources(), *sorted((CSRC / "cuda" / "host").glob("*.cpp"))]
     objects = [compile_step(ninja, [*command, "-x", "c++"], source, source.stem) for source in sources]

@@ -1,6 +1,6 @@
 // The CPU kernels as operators of torch's dispatcher, through the LibTorch stable ABI only: this library runs in any
-// torch from TORCH_TARGET_VERSION on. Schemas, fakes and autograd are in ffnet_kernels/operators.py; arguments have been
-// checked by ffnet_kernels/checks.py, and what memory safety needs is checked here again.
+// torch from TORCH_TARGET_VERSION on. Schemas, fakes and autograd are in ffnet_kernels/operators.py; arguments have
+// been checked by ffnet_kernels/checks.py, and what memory safety needs is checked here again.
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -33,8 +33,8 @@ ffnet::Executor executor() { return {static_cast<int>(torch::stable::get_num_thr
 ffnet::Activation parse_activation(const std::string& name) { return ffnet::parse_activation<ffnet::Activation>(name); }
 
 void check_float_cpu(const Tensor& t, const char* name, int64_t dim) {
-  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float && t.dim() == dim,
-                  "ffnet_kernels (cpu): ", name, " must be a ", dim, "-dimensional float32 CPU tensor");
+  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float && t.dim() == dim, "ffnet_kernels (cpu): ", name,
+                  " must be a ", dim, "-dimensional float32 CPU tensor");
 }
 
 ffnet::Strides strides(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
@@ -60,8 +60,13 @@ ffnet::Filter filter(const Tensor& weight, const char* name, const ChannelVector
   check_float_cpu(weight, name, 4);
   STD_TORCH_CHECK(weight.size(1) == 1 && weight.size(2) > 0 && weight.size(3) > 0, "ffnet_kernels (cpu): ", name,
                   " must have the shape [O, 1, kh, kw]");
-  return {weight.const_data_ptr<float>(), bias.data(), weight.size(2), weight.size(3),
-          weight.stride(0), weight.stride(2), weight.stride(3)};
+  return {weight.const_data_ptr<float>(),
+          bias.data(),
+          weight.size(2),
+          weight.size(3),
+          weight.stride(0),
+          weight.stride(2),
+          weight.stride(3)};
 }
 
 template <class Op>
@@ -83,7 +88,8 @@ Tensor depthwise_conv2d(const Tensor& x, const Tensor& weight, const std::option
                   "ffnet_kernels (cpu): padding must be (top, bottom, left, right), none of them negative");
   check_float_cpu(weight, "weight", 4);
   const int64_t n = x.size(0), c = x.size(1), outputs = weight.size(0);
-  STD_TORCH_CHECK(c > 0 && outputs > 0 && outputs % c == 0, "ffnet_kernels (cpu): weight must have a multiple of x's channels");
+  STD_TORCH_CHECK(c > 0 && outputs > 0 && outputs % c == 0,
+                  "ffnet_kernels (cpu): weight must have a multiple of x's channels");
   const ChannelVector bias_vector(bias, "bias", outputs);
 
   ffnet::DepthwiseConv2d op{};
@@ -92,13 +98,15 @@ Tensor depthwise_conv2d(const Tensor& x, const Tensor& weight, const std::option
   op.h = x.size(2), op.w = x.size(3);
   op.stride_h = stride[0], op.stride_w = stride[1];
   op.pad_top = padding[0], op.pad_left = padding[2];
-  const int64_t room_h = op.h + padding[0] + padding[1] - op.filter.kh, room_w = op.w + padding[2] + padding[3] - op.filter.kw;
+  const int64_t room_h = op.h + padding[0] + padding[1] - op.filter.kh,
+                room_w = op.w + padding[2] + padding[3] - op.filter.kw;
   STD_TORCH_CHECK(room_h >= 0 && room_w >= 0, "ffnet_kernels (cpu): the padded map is smaller than the kernel");
   STD_TORCH_CHECK(op.h > 0 && op.w > 0, "ffnet_kernels (cpu): x must have height and width");
   op.out_h = room_h / op.stride_h + 1, op.out_w = room_w / op.stride_w + 1;
   op.activation = parse_activation(activation);
 
-  Tensor out = empty_map(x, {n, outputs, op.out_h, op.out_w}, suggests_channels_last(x) || suggests_channels_last(weight));
+  Tensor out =
+      empty_map(x, {n, outputs, op.out_h, op.out_w}, suggests_channels_last(x) || suggests_channels_last(weight));
   op.x = x.const_data_ptr<float>(), op.x_stride = strides(x);
   op.out = out.mutable_data_ptr<float>(), op.out_stride = strides(out);
   if (n > 0) ffnet::active_kernels().depthwise_conv2d(op, executor());
@@ -139,8 +147,10 @@ Tensor ffnified_attention(const Tensor& query, const Tensor& key, const std::opt
   check_float_cpu(value, "value", 4);
   const int64_t n = query.size(0), c = query.size(1), h = query.size(2), w = query.size(3);
   STD_TORCH_CHECK(c > 0 && h > 0 && w > 0, "ffnet_kernels (cpu): query must have channels, height and width");
-  STD_TORCH_CHECK(key.size(0) == c && value.size(0) == c, "ffnet_kernels (cpu): key and value must have query's channels");
-  const ChannelVector key_vector(key_bias, "key_bias", c), value_vector(value_bias, "value_bias", c), scale_vector(scale, "scale", c);
+  STD_TORCH_CHECK(key.size(0) == c && value.size(0) == c,
+                  "ffnet_kernels (cpu): key and value must have query's channels");
+  const ChannelVector key_vector(key_bias, "key_bias", c), value_vector(value_bias, "value_bias", c),
+      scale_vector(scale, "scale", c);
 
   ffnet::FfnifiedAttention op{};
   op.key = filter(key, "key", key_vector), op.value = filter(value, "value", value_vector);
@@ -150,7 +160,8 @@ Tensor ffnified_attention(const Tensor& query, const Tensor& key, const std::opt
   op.activation = parse_activation(activation);
   op.scale = scale_vector.data();
   set_residual(op, residual, {n, c, h, w});
-  Tensor out = empty_map(query, {n, c, h, w}, suggests_channels_last(query) || suggests_channels_last(key) || suggests_channels_last(value));
+  Tensor out = empty_map(query, {n, c, h, w},
+                         suggests_channels_last(query) || suggests_channels_last(key) || suggests_channels_last(value));
   op.query = query.const_data_ptr<float>(), op.query_stride = strides(query);
   op.out = out.mutable_data_ptr<float>(), op.out_stride = strides(out);
   if (n > 0) ffnet::active_kernels().ffnified_attention(op, executor());
@@ -182,7 +193,8 @@ Tensor channel_mixer(const Tensor& x, const Tensor& weight, const std::optional<
   check_float_cpu(weight, "weight", 4);
   const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
   STD_TORCH_CHECK(c > 0 && h > 0 && w > 0 && weight.size(0) == c, "ffnet_kernels (cpu): weight must have x's channels");
-  const PointwiseWeight expand(expand_weight, "expand_weight", c), project(project_weight, "project_weight", expand.rows());
+  const PointwiseWeight expand(expand_weight, "expand_weight", c),
+      project(project_weight, "project_weight", expand.rows());
   const ChannelVector bias_vector(bias, "bias", c), expand_vector(expand_bias, "expand_bias", expand.rows()),
       project_vector(project_bias, "project_bias", project.rows()), scale_vector(scale, "scale", project.rows());
 

@@ -1,7 +1,7 @@
-// The CUDA kernels as operators of torch's dispatcher, through the LibTorch stable ABI only. Schemas, fakes and autograd
-// of the public operators are in ffnet_kernels/operators.py; arguments have been checked by ffnet_kernels/checks.py, and
-// what memory safety needs is checked here again. With FFNET_HOST_EXECUTION the same operators take CPU tensors, for the
-// tests (csrc/cuda/host).
+// The CUDA kernels as operators of torch's dispatcher, through the LibTorch stable ABI only. Schemas, fakes and
+// autograd of the public operators are in ffnet_kernels/operators.py; arguments have been checked by
+// ffnet_kernels/checks.py, and what memory safety needs is checked here again. With FFNET_HOST_EXECUTION the same
+// operators take CPU tensors, for the tests (csrc/cuda/host).
 #include "torch_common.h"
 
 #include <array>
@@ -30,7 +30,8 @@ class Session {
 #ifdef FFNET_HOST_EXECUTION
   explicit Session(const Tensor&) : device_(current_device(nullptr)) {}
 #else
-  explicit Session(const Tensor& t) : guard_(t.get_device_index()), device_(current_device(stream(t.get_device_index()))) {}
+  explicit Session(const Tensor& t)
+      : guard_(t.get_device_index()), device_(current_device(stream(t.get_device_index()))) {}
 #endif
   const Device& device() const { return device_; }
 
@@ -74,7 +75,9 @@ void check_shape(const Tensor& t, const char* name, const std::array<int64_t, 4>
   for (int d = 0; d < 4; ++d) FFNET_CHECK(t.size(d) == shape[d], name, " has a wrong shape at dimension ", d);
 }
 
-Map map_of(const Tensor& t) { return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
+Map map_of(const Tensor& t) {
+  return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
+}
 Map written(Tensor& t) { return {t.mutable_data_ptr(), t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
 
 // A per-channel vector as dense memory; keeps the copy alive where one was needed.
@@ -95,9 +98,15 @@ class ChannelVector {
 Filter filter_of(const Tensor& weight, const Tensor& like, const char* name, const void* bias) {
   check_like(weight, like, name, 4);
   FFNET_CHECK(weight.size(1) == 1 && weight.size(2) > 0 && weight.size(3) > 0 && weight.size(2) <= 1 << 15 &&
-                  weight.size(3) <= 1 << 15, name, " must have the shape [O, 1, kh, kw]");
-  return {weight.const_data_ptr(), weight.stride(0), weight.stride(2), weight.stride(3), bias,
-          static_cast<int>(weight.size(2)), static_cast<int>(weight.size(3))};
+                  weight.size(3) <= 1 << 15,
+              name, " must have the shape [O, 1, kh, kw]");
+  return {weight.const_data_ptr(),
+          weight.stride(0),
+          weight.stride(2),
+          weight.stride(3),
+          bias,
+          static_cast<int>(weight.size(2)),
+          static_cast<int>(weight.size(3))};
 }
 
 // A call whose maps and activation are still to be set.
@@ -109,7 +118,8 @@ Convolution convolution(const Tensor& x, const Filter& filter, int64_t outputs, 
   for (const int64_t p : padding) FFNET_CHECK(p >= 0 && p <= 1 << 15, "padding must be from 0 to 2^15");
   const int64_t channels = x.size(1);
   FFNET_CHECK(outputs == channels || outputs == 2 * channels, "weight must have one or two filters a channel");
-  const int64_t room_h = x.size(2) + padding[0] + padding[1] - filter.kh, room_w = x.size(3) + padding[2] + padding[3] - filter.kw;
+  const int64_t room_h = x.size(2) + padding[0] + padding[1] - filter.kh,
+                room_w = x.size(3) + padding[2] + padding[3] - filter.kw;
   FFNET_CHECK(room_h >= 0 && room_w >= 0, "the padded map is smaller than the kernel");
   Convolution call{};
   call.dtype = dtype_of(x);
@@ -136,9 +146,10 @@ DenseMaps dense_maps(const Tensor& map) {
   const int64_t c = map.size(1), pixels = map.size(2) * map.size(3);
   const auto adjacent = [&](int64_t stride, int64_t expected, int64_t size) { return size == 1 || stride == expected; };
   const int64_t pixel = channels_last ? c : 1;
-  FFNET_CHECK(adjacent(map.stride(0), c * pixels, map.size(0)) && adjacent(map.stride(1), channels_last ? 1 : pixels, c) &&
-                  adjacent(map.stride(2), pixel * map.size(3), map.size(2)) && adjacent(map.stride(3), pixel, map.size(3)),
-              "map must be dense");
+  FFNET_CHECK(
+      adjacent(map.stride(0), c * pixels, map.size(0)) && adjacent(map.stride(1), channels_last ? 1 : pixels, c) &&
+          adjacent(map.stride(2), pixel * map.size(3), map.size(2)) && adjacent(map.stride(3), pixel, map.size(3)),
+      "map must be dense");
   return {dtype_of(map), map.size(0), static_cast<int>(c), pixels, channels_last};
 }
 
@@ -179,7 +190,8 @@ Tensor depthwise_conv2d(const Tensor& x, const Tensor& weight, const std::option
                         const std::string& activation) {
   check_map(x, x, "x");
   const ChannelVector bias_vector(bias, x, "bias", weight.size(0));
-  Convolution call = convolution(x, filter_of(weight, x, "weight", bias_vector.data()), weight.size(0), stride, padding);
+  Convolution call =
+      convolution(x, filter_of(weight, x, "weight", bias_vector.data()), weight.size(0), stride, padding);
   call.activation = parse_activation<Activation>(activation);
   const Session session(x);
   Tensor out = empty_map(x, {call.n, weight.size(0), call.out_h, call.out_w},
@@ -196,7 +208,8 @@ Tensor depthwise_conv2d_activation_backward(const Tensor& grad, const Tensor& x,
   check_map(x, x, "x");
   check_map(grad, x, "grad");
   const ChannelVector bias_vector(bias, x, "bias", weight.size(0));
-  Convolution call = convolution(x, filter_of(weight, x, "weight", bias_vector.data()), weight.size(0), stride, padding);
+  Convolution call =
+      convolution(x, filter_of(weight, x, "weight", bias_vector.data()), weight.size(0), stride, padding);
   check_shape(grad, "grad", {call.n, weight.size(0), call.out_h, call.out_w});
   call.activation = parse_activation<Activation>(activation);
   const Session session(x);
@@ -209,8 +222,8 @@ Tensor depthwise_conv2d_activation_backward(const Tensor& grad, const Tensor& x,
 }
 
 // Gradient of x, in the shape and format of `like`.
-Tensor depthwise_conv2d_dgrad(const Tensor& grad, const Tensor& weight, const Tensor& like, const std::vector<int64_t>& stride,
-                              const std::vector<int64_t>& padding) {
+Tensor depthwise_conv2d_dgrad(const Tensor& grad, const Tensor& weight, const Tensor& like,
+                              const std::vector<int64_t>& stride, const std::vector<int64_t>& padding) {
   check_map(like, like, "x");
   check_map(grad, like, "grad");
   Convolution call = convolution(like, filter_of(weight, like, "weight", nullptr), weight.size(0), stride, padding);
@@ -235,21 +248,27 @@ Tensor depthwise_conv2d_dgrad(const Tensor& grad, const Tensor& weight, const Te
 // Partial sums of the gradients of a filter and its bias: [splits, outputs, taps + 1], float32.
 Tensor filter_partials(Convolution& call, const Tensor& like, const Device& device) {
   const bool tensor_cores = has_tensor_cores(device) && wgrad_takes(call);
-  const int64_t splits = call.n == 0 ? 0 : tensor_cores ? wgrad_splits(call, device) : direct_wgrad_splits(call, device);
+  const int64_t splits = call.n == 0    ? 0
+                         : tensor_cores ? wgrad_splits(call, device)
+                                        : direct_wgrad_splits(call, device);
   const int64_t taps = int64_t{call.filter.kh} * call.filter.kw;
-  Tensor partials = torch::stable::empty({splits, call.channels * call.multiplier, taps + 1}, ScalarType::Float, std::nullopt, like.device());
+  Tensor partials = torch::stable::empty({splits, call.channels * call.multiplier, taps + 1}, ScalarType::Float,
+                                         std::nullopt, like.device());
   if (splits == 0) return partials;
   auto* data = static_cast<float*>(partials.mutable_data_ptr());
   tensor_cores ? wgrad(call, data, device) : direct_wgrad(call, data, device);
   return partials;
 }
 
-std::tuple<Tensor, Tensor> depthwise_conv2d_wgrad(const Tensor& grad, const Tensor& x, const std::vector<int64_t>& kernel_size,
-                                                  const std::vector<int64_t>& stride, const std::vector<int64_t>& padding) {
+std::tuple<Tensor, Tensor> depthwise_conv2d_wgrad(const Tensor& grad, const Tensor& x,
+                                                  const std::vector<int64_t>& kernel_size,
+                                                  const std::vector<int64_t>& stride,
+                                                  const std::vector<int64_t>& padding) {
   check_map(x, x, "x");
   check_map(grad, x, "grad");
   FFNET_CHECK(kernel_size.size() == 2 && kernel_size[0] > 0 && kernel_size[1] > 0 && kernel_size[0] <= 1 << 15 &&
-                  kernel_size[1] <= 1 << 15, "kernel_size must be (kh, kw)");
+                  kernel_size[1] <= 1 << 15,
+              "kernel_size must be (kh, kw)");
   Filter filter{};
   filter.kh = static_cast<int>(kernel_size[0]), filter.kw = static_cast<int>(kernel_size[1]);
   const int64_t outputs = grad.size(1);
@@ -260,8 +279,8 @@ std::tuple<Tensor, Tensor> depthwise_conv2d_wgrad(const Tensor& grad, const Tens
   Tensor bias_grad = torch::stable::empty({outputs}, x.scalar_type(), std::nullopt, x.device());
   call.x = map_of(x), call.out = map_of(grad);
   const Tensor partials = filter_partials(call, x, session.device());
-  finish_filter_gradients({call.dtype, outputs, partials.size(0), static_cast<const float*>(partials.const_data_ptr()), filter,
-                           nullptr, filter_grad.mutable_data_ptr(), bias_grad.mutable_data_ptr(), nullptr},
+  finish_filter_gradients({call.dtype, outputs, partials.size(0), static_cast<const float*>(partials.const_data_ptr()),
+                           filter, nullptr, filter_grad.mutable_data_ptr(), bias_grad.mutable_data_ptr(), nullptr},
                           session.device());
   return {filter_grad, bias_grad};
 }
@@ -273,18 +292,22 @@ struct AttentionCall {
   bool channels_last;
 
   AttentionCall(const Tensor& query, const Tensor& key, const std::optional<Tensor>& key_bias_, const Tensor& value,
-                const std::optional<Tensor>& value_bias_, const std::string& activation, const std::optional<Tensor>& scale_,
-                const std::optional<Tensor>& residual)
+                const std::optional<Tensor>& value_bias_, const std::string& activation,
+                const std::optional<Tensor>& scale_, const std::optional<Tensor>& residual)
       : key_bias((check_map(query, query, "query"), key_bias_), query, "key_bias", query.size(1)),
-        value_bias(value_bias_, query, "value_bias", query.size(1)), scale(scale_, query, "scale", query.size(1)), call{},
+        value_bias(value_bias_, query, "value_bias", query.size(1)),
+        scale(scale_, query, "scale", query.size(1)),
+        call{},
         channels_last(suggests_channels_last(query) || suggests_channels_last(key) || suggests_channels_last(value)) {
     call.dtype = dtype_of(query);
     call.n = query.size(0), call.channels = query.size(1);
     call.h = static_cast<int>(query.size(2)), call.w = static_cast<int>(query.size(3));
     call.activation = parse_activation<Activation>(activation);
     call.query = map_of(query);
-    call.key = filter_of(key, query, "key", key_bias.data()), call.value = filter_of(value, query, "value", value_bias.data());
-    FFNET_CHECK(key.size(0) == query.size(1) && value.size(0) == query.size(1), "key and value must have query's channels");
+    call.key = filter_of(key, query, "key", key_bias.data()),
+    call.value = filter_of(value, query, "value", value_bias.data());
+    FFNET_CHECK(key.size(0) == query.size(1) && value.size(0) == query.size(1),
+                "key and value must have query's channels");
     call.scale = scale.data();
     if (!residual) return;
     check_like(*residual, query, "residual", 4);
@@ -293,8 +316,8 @@ struct AttentionCall {
   }
 };
 
-Tensor ffnified_attention(const Tensor& query, const Tensor& key, const std::optional<Tensor>& key_bias, const Tensor& value,
-                          const std::optional<Tensor>& value_bias, const std::string& activation,
+Tensor ffnified_attention(const Tensor& query, const Tensor& key, const std::optional<Tensor>& key_bias,
+                          const Tensor& value, const std::optional<Tensor>& value_bias, const std::string& activation,
                           const std::optional<Tensor>& scale, const std::optional<Tensor>& residual) {
   AttentionCall a(query, key, key_bias, value, value_bias, activation, scale, residual);
   const Session session(query);
@@ -306,7 +329,9 @@ Tensor ffnified_attention(const Tensor& query, const Tensor& key, const std::opt
     attention_forward(a.call, session.device());
     return out;
   }
-  const auto same = [](const Filter& f) { return std::vector<int64_t>{(f.kh - 1) / 2, f.kh / 2, (f.kw - 1) / 2, f.kw / 2}; };
+  const auto same = [](const Filter& f) {
+    return std::vector<int64_t>{(f.kh - 1) / 2, f.kh / 2, (f.kw - 1) / 2, f.kw / 2};
+  };
   Tensor hidden = empty_map(query, {a.call.n, a.call.channels, a.call.h, a.call.w}, a.channels_last);
   Convolution first = convolution(query, a.call.key, a.call.channels, one, same(a.call.key));
   first.x = a.call.query, first.out = written(hidden), first.activation = a.call.activation;
@@ -321,7 +346,8 @@ Tensor ffnified_attention(const Tensor& query, const Tensor& key, const std::opt
 // See attention_backward: (gradient of the query, hidden map, its gradient); takes planes of 16 bits only.
 std::tuple<Tensor, Tensor, Tensor> ffnified_attention_dgrad(const Tensor& grad, const Tensor& query, const Tensor& key,
                                                             const std::optional<Tensor>& key_bias, const Tensor& value,
-                                                            const std::string& activation, const std::optional<Tensor>& scale) {
+                                                            const std::string& activation,
+                                                            const std::optional<Tensor>& scale) {
   AttentionCall a(query, key, key_bias, value, std::nullopt, activation, scale, std::nullopt);
   check_map(grad, query, "grad");
   check_shape(grad, "grad", {a.call.n, a.call.channels, a.call.h, a.call.w});
@@ -329,32 +355,39 @@ std::tuple<Tensor, Tensor, Tensor> ffnified_attention_dgrad(const Tensor& grad, 
   const auto make = [&] { return empty_map(query, {a.call.n, a.call.channels, a.call.h, a.call.w}, false); };
   Tensor query_grad = make(), hidden = make(), hidden_grad = make();
   a.call.out = map_of(grad);
-  FFNET_CHECK(choose(a.call, session.device()) == AttentionKernel::stream, "ffnified_attention_dgrad does not take this call");
-  if (a.call.n > 0) attention_backward(a.call, {written(query_grad), written(hidden), written(hidden_grad)}, session.device());
+  FFNET_CHECK(choose(a.call, session.device()) == AttentionKernel::stream,
+              "ffnified_attention_dgrad does not take this call");
+  if (a.call.n > 0)
+    attention_backward(a.call, {written(query_grad), written(hidden), written(hidden_grad)}, session.device());
   return {query_grad, hidden, hidden_grad};
 }
 
 // Gradients of value, value_bias and scale from the gradient of the result and the hidden map.
-std::tuple<Tensor, Tensor, Tensor> ffnified_attention_value_grads(const Tensor& grad, const Tensor& hidden, const Tensor& value,
+std::tuple<Tensor, Tensor, Tensor> ffnified_attention_value_grads(const Tensor& grad, const Tensor& hidden,
+                                                                  const Tensor& value,
                                                                   const std::optional<Tensor>& value_bias,
                                                                   const std::optional<Tensor>& scale) {
   check_map(hidden, hidden, "hidden");
   check_map(grad, hidden, "grad");
   const int64_t channels = hidden.size(1);
-  const ChannelVector bias_vector(value_bias, hidden, "value_bias", channels), scale_vector(scale, hidden, "scale", channels);
+  const ChannelVector bias_vector(value_bias, hidden, "value_bias", channels),
+      scale_vector(scale, hidden, "scale", channels);
   const Filter filter = filter_of(value, hidden, "value", bias_vector.data());
   const std::vector<int64_t> padding{(filter.kh - 1) / 2, filter.kh / 2, (filter.kw - 1) / 2, filter.kw / 2};
   Convolution call = convolution(hidden, filter, channels, {1, 1}, padding);
   check_shape(grad, "grad", {call.n, channels, call.out_h, call.out_w});
   const Session session(hidden);
   Tensor filter_grad = empty_map(hidden, {channels, 1, filter.kh, filter.kw}, false);
-  const auto vector = [&] { return torch::stable::empty({channels}, hidden.scalar_type(), std::nullopt, hidden.device()); };
+  const auto vector = [&] {
+    return torch::stable::empty({channels}, hidden.scalar_type(), std::nullopt, hidden.device());
+  };
   Tensor bias_grad = vector(), scale_grad = vector();
   call.x = map_of(hidden), call.out = map_of(grad);
   const Tensor partials = filter_partials(call, hidden, session.device());
-  finish_filter_gradients({call.dtype, channels, partials.size(0), static_cast<const float*>(partials.const_data_ptr()), filter,
-                           scale_vector.data(), filter_grad.mutable_data_ptr(), bias_grad.mutable_data_ptr(),
-                           scale_grad.mutable_data_ptr()}, session.device());
+  finish_filter_gradients({call.dtype, channels, partials.size(0), static_cast<const float*>(partials.const_data_ptr()),
+                           filter, scale_vector.data(), filter_grad.mutable_data_ptr(), bias_grad.mutable_data_ptr(),
+                           scale_grad.mutable_data_ptr()},
+                          session.device());
   return {filter_grad, bias_grad, scale_grad};
 }
 
@@ -376,7 +409,8 @@ ChannelMixer pointwise(const Tensor& x, const Tensor& expand_weight, const Tenso
               "expand_weight must be [D, C], project_weight [O, D]");
   ChannelMixer call{};
   call.dtype = dtype_of(x);
-  call.n = x.size(0), call.channels = static_cast<int>(x.size(1)), call.hidden = static_cast<int>(expand_weight.size(0));
+  call.n = x.size(0), call.channels = static_cast<int>(x.size(1)),
+  call.hidden = static_cast<int>(expand_weight.size(0));
   call.outputs = static_cast<int>(project_weight.size(0));
   call.h = static_cast<int>(x.size(2)), call.w = static_cast<int>(x.size(3));
   call.x = map_of(x), call.out = map_of(out);
@@ -402,12 +436,13 @@ void channel_mixer_pointwise(const Tensor& x, const Tensor& expand_weight, const
                              const Tensor& project_weight, const std::optional<Tensor>& project_bias,
                              const std::string& activation, const std::optional<Tensor>& scale,
                              const std::optional<Tensor>& residual, Tensor out) {
-  FFNET_CHECK(channel_mixer_takes(x, expand_weight, project_weight, residual, out), "channel_mixer_pointwise does not take this call");
+  FFNET_CHECK(channel_mixer_takes(x, expand_weight, project_weight, residual, out),
+              "channel_mixer_pointwise does not take this call");
   ChannelMixer call = pointwise(x, expand_weight, project_weight, residual, out);
   check_map(out, x, "out");
   check_shape(out, "out", {call.n, call.outputs, call.h, call.w});
-  const ChannelVector expand(expand_bias, x, "expand_bias", call.hidden), project(project_bias, x, "project_bias", call.outputs),
-      scales(scale, x, "scale", call.outputs);
+  const ChannelVector expand(expand_bias, x, "expand_bias", call.hidden),
+      project(project_bias, x, "project_bias", call.outputs), scales(scale, x, "scale", call.outputs);
   call.activation = parse_activation<Activation>(activation);
   call.expand = matrix_of(expand_weight), call.project = matrix_of(project_weight);
   call.expand_bias = expand.data(), call.project_bias = project.data(), call.scale = scales.data();
@@ -420,11 +455,14 @@ void bias_activation_(Tensor map, const std::optional<Tensor>& bias, const std::
   const DenseMaps maps = dense_maps(map);
   const ChannelVector vector(bias, map, "bias", map.size(1));
   const Session session(map);
-  if (maps.n > 0) bias_activation(maps, parse_activation<Activation>(activation), map.mutable_data_ptr(), vector.data(), session.device());
+  if (maps.n > 0)
+    bias_activation(maps, parse_activation<Activation>(activation), map.mutable_data_ptr(), vector.data(),
+                    session.device());
 }
 
 // With z = map + bias: gradient becomes gradient · act'(z), map becomes act(z).
-void activation_backward_(Tensor map, const std::optional<Tensor>& bias, Tensor gradient, const std::string& activation) {
+void activation_backward_(Tensor map, const std::optional<Tensor>& bias, Tensor gradient,
+                          const std::string& activation) {
   const DenseMaps maps = dense_maps(map);
   check_like(gradient, map, "gradient", 4);
   for (int d = 0; d < 4; ++d)
@@ -449,7 +487,8 @@ std::string describe_depthwise_conv2d(const Tensor& x, const Tensor& weight, con
   check_map(x, x, "x");
   Convolution call = convolution(x, filter_of(weight, x, "weight", nullptr), weight.size(0), stride, padding);
   const Session session(x);
-  call.x = map_of(x), call.out = planned(call.out_w, weight.size(0), suggests_channels_last(x) || suggests_channels_last(weight));
+  call.x = map_of(x),
+  call.out = planned(call.out_w, weight.size(0), suggests_channels_last(x) || suggests_channels_last(weight));
   return describe(choose(call, session.device()));
 }
 
@@ -465,7 +504,8 @@ std::string describe_ffnified_attention(const Tensor& query, const Tensor& key, 
 void select_host(const std::string& schedule, int64_t seed, int64_t architecture, int64_t multiprocessors) {
   host::select_schedule(schedule == "forward"   ? host::Schedule::forward
                         : schedule == "reverse" ? host::Schedule::reverse
-                                                : host::Schedule::shuffled, static_cast<uint32_t>(seed));
+                                                : host::Schedule::shuffled,
+                        static_cast<uint32_t>(seed));
   host::settings() = {static_cast<int>(architecture), static_cast<int>(multiprocessors)};
 }
 
@@ -476,18 +516,27 @@ std::string started_kernels() { return host::started_kernels(); }
 }  // namespace ffnet
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ffnet_kernels_cuda, m) {
-  m.def("depthwise_conv2d_activation_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[4] padding, "
-        "str activation) -> Tensor");
+  m.def(
+      "depthwise_conv2d_activation_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[4] "
+      "padding, "
+      "str activation) -> Tensor");
   m.def("depthwise_conv2d_dgrad(Tensor grad, Tensor weight, Tensor like, int[2] stride, int[4] padding) -> Tensor");
-  m.def("depthwise_conv2d_wgrad(Tensor grad, Tensor x, int[2] kernel_size, int[2] stride, int[4] padding) -> (Tensor, Tensor)");
-  m.def("ffnified_attention_dgrad(Tensor grad, Tensor query, Tensor key, Tensor? key_bias, Tensor value, str activation, "
-        "Tensor? scale) -> (Tensor, Tensor, Tensor)");
-  m.def("ffnified_attention_value_grads(Tensor grad, Tensor hidden, Tensor value, Tensor? value_bias, Tensor? scale) -> "
-        "(Tensor, Tensor, Tensor)");
+  m.def(
+      "depthwise_conv2d_wgrad(Tensor grad, Tensor x, int[2] kernel_size, int[2] stride, int[4] padding) -> (Tensor, "
+      "Tensor)");
+  m.def(
+      "ffnified_attention_dgrad(Tensor grad, Tensor query, Tensor key, Tensor? key_bias, Tensor value, str activation, "
+      "Tensor? scale) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "ffnified_attention_value_grads(Tensor grad, Tensor hidden, Tensor value, Tensor? value_bias, Tensor? scale) -> "
+      "(Tensor, Tensor, Tensor)");
   m.def("ffnified_attention_dgrad_takes(Tensor grad, Tensor query, Tensor key, Tensor value) -> bool");
-  m.def("channel_mixer_fits(Tensor x, Tensor expand_weight, Tensor project_weight, Tensor? residual, Tensor out) -> bool");
-  m.def("channel_mixer_pointwise(Tensor x, Tensor expand_weight, Tensor? expand_bias, Tensor project_weight, "
-        "Tensor? project_bias, str activation, Tensor? scale, Tensor? residual, Tensor(a!) out) -> ()");
+  m.def(
+      "channel_mixer_fits(Tensor x, Tensor expand_weight, Tensor project_weight, Tensor? residual, Tensor out) -> "
+      "bool");
+  m.def(
+      "channel_mixer_pointwise(Tensor x, Tensor expand_weight, Tensor? expand_bias, Tensor project_weight, "
+      "Tensor? project_bias, str activation, Tensor? scale, Tensor? residual, Tensor(a!) out) -> ()");
   m.def("bias_activation_(Tensor(a!) map, Tensor? bias, str activation) -> ()");
   m.def("activation_backward_(Tensor(a!) map, Tensor? bias, Tensor(b!) gradient, str activation) -> ()");
   m.def("scale_residual_(Tensor(a!) out, Tensor? bias, Tensor? scale, Tensor? residual) -> ()");

@@ -51,8 +51,9 @@ inline ActivationParameters activation_parameters(Activation kind) {
   constexpr float k = -1.44269504f;
   switch (kind) {
     case Activation::gelu:
-      return {kind, {k * 1.59492468f, k * 7.37572741e-2f, k * -4.88870310e-4f, k * -3.88674801e-5f, k * 1.99622598e-6f,
-                     k * -3.00885992e-8f}};
+      return {kind,
+              {k * 1.59492468f, k * 7.37572741e-2f, k * -4.88870310e-4f, k * -3.88674801e-5f, k * 1.99622598e-6f,
+               k * -3.00885992e-8f}};
     case Activation::gelu_tanh: return {kind, {k * 1.59576912f, k * 7.13548163e-2f}};
     case Activation::silu: return {kind, {k}};
     default: return {kind, {}};

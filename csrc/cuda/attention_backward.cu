@@ -1,7 +1,7 @@
 // Backward of the FFNified attention on tensor cores, for 16-bit planes and filters of up to 7x9. Three convolutions in
-// one pass: z = conv(query, key) + b1 again, the gradient of the hidden map = scale · conv'(gradient, value), and of that
-// times act'(z) the gradient of the query. Written besides it: act(z) and its gradient, which the filters' gradients
-// (wgrad.cu) are taken of.
+// one pass: z = conv(query, key) + b1 again, the gradient of the hidden map = scale · conv'(gradient, value), and of
+// that times act'(z) the gradient of the query. Written besides it: act(z) and its gradient, which the filters'
+// gradients (wgrad.cu) are taken of.
 #include "activation.h"
 #include "stream.h"
 
@@ -21,7 +21,8 @@ struct Parameters {
 };
 
 template <class T, int K, Windows WINDOWS>
-FFNET_KERNEL(kStreamWarps * kWarp, 2) attention_backward_kernel(FFNET_PARAMETER Parameters p) {
+FFNET_KERNEL(kStreamWarps* kWarp, 2)
+attention_backward_kernel(FFNET_PARAMETER Parameters p) {
 #if FFNET_HAS_SM80
   constexpr bool ALIGNED = WINDOWS != Windows::any;
   const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
@@ -36,7 +37,8 @@ FFNET_KERNEL(kStreamWarps * kWarp, 2) attention_backward_kernel(FFNET_PARAMETER 
   const float key_bias = p.key_bias ? to_float(T{p.key_bias[channel]}) : 0.0f;
   const float scale = p.scale ? to_float(T{p.scale[channel]}) : 1.0f;
 
-  const int begin = split * p.split.panels, end = static_cast<int>(smaller(p.shape.panels, begin + int64_t{p.split.panels}));
+  const int begin = split * p.split.panels,
+            end = static_cast<int>(smaller(p.shape.panels, begin + int64_t{p.split.panels}));
   const int turns = (p.rows.steps + K - 1) / K;
   const Source sources[2] = {{p.query, channel, p.rows.first}, {p.gradient, channel, p.gradient_first}};
   RowStream<K, ALIGNED, 2> stream(p.shape, sources, turns, begin, end, memory, lane);
@@ -63,7 +65,7 @@ FFNET_KERNEL(kStreamWarps * kWarp, 2) attention_backward_kernel(FFNET_PARAMETER 
         }
         if (step >= p.rows.middle_begin && step < p.rows.middle_end) {
           const int row = p.rows.first + step - p.rows.lag_middle;
-          const float(&sum)[4] = middle.complete(i), (&sum_grad)[4] = middle_grad.complete(i);
+          const float (&sum)[4] = middle.complete(i), (&sum_grad)[4] = middle_grad.complete(i);
           float grad[4], active[4];
           derivative_fast(p.activation, sum, grad, active);
 #pragma unroll
@@ -74,7 +76,7 @@ FFNET_KERNEL(kStreamWarps * kWarp, 2) attention_backward_kernel(FFNET_PARAMETER 
           result.add(i, key_mirrored, own, neighbours.of(own));
         }
         if (step >= p.rows.output_begin && step < p.rows.steps) {
-          const float(&sum)[4] = result.complete(i);
+          const float (&sum)[4] = result.complete(i);
           query_grad.write(step - p.rows.output_begin, {{pack<T>(sum[0], sum[1]), pack<T>(sum[2], sum[3])}});
         }
       }
@@ -98,7 +100,8 @@ void attention_backward(const Attention& call, const AttentionGradients& gradien
     const int earlier = std::max(ahead, 0);
     p.rows.first -= earlier;
     p.rows.input_end += earlier + std::max(-ahead, 0);
-    p.rows.middle_begin += earlier, p.rows.middle_end += earlier, p.rows.output_begin += earlier, p.rows.steps += earlier;
+    p.rows.middle_begin += earlier, p.rows.middle_end += earlier, p.rows.output_begin += earlier,
+        p.rows.steps += earlier;
   }
   p.gradient_first = p.rows.first + ahead;
   p.split = stream_split(p.shape, call.channels, device);
@@ -114,11 +117,13 @@ void attention_backward(const Attention& call, const AttentionGradients& gradien
   p.activation = activation_parameters(call.activation);
   bool aligned = true;
   for (const Plane& plane : {p.query, p.gradient, p.query_grad, p.hidden, p.hidden_grad}) aligned &= plane.unit == 16;
-  with_stream_kernel(call.dtype, std::max(call.key.kh, call.value.kh), p.shape, aligned, [&](auto type, auto k, auto windows) {
-    constexpr Windows kWindows = windows() == Windows::alone ? Windows::aligned : windows();  // fewer kernels to compile
-    launch("attention_backward_kernel", attention_backward_kernel<typename decltype(type)::Type, k(), kWindows>,
-           stream_grid<k()>(p.split, p.channels, 2), p, device.stream);
-  });
+  with_stream_kernel(
+      call.dtype, std::max(call.key.kh, call.value.kh), p.shape, aligned, [&](auto type, auto k, auto windows) {
+        constexpr Windows kWindows =
+            windows() == Windows::alone ? Windows::aligned : windows();  // fewer kernels to compile
+        launch("attention_backward_kernel", attention_backward_kernel<typename decltype(type)::Type, k(), kWindows>,
+               stream_grid<k()>(p.split, p.channels, 2), p, device.stream);
+      });
 }
 
 }  // namespace ffnet

@@ -19,7 +19,8 @@ struct Parameters {
 };
 
 template <class T, int K, Windows WINDOWS>
-FFNET_KERNEL(kStreamWarps * kWarp, 3) attention_forward_kernel(FFNET_PARAMETER Parameters p) {
+FFNET_KERNEL(kStreamWarps* kWarp, 3)
+attention_forward_kernel(FFNET_PARAMETER Parameters p) {
 #if FFNET_HAS_SM80
   constexpr bool HALO = WINDOWS != Windows::alone, ALIGNED = WINDOWS != Windows::any;
   const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
@@ -35,7 +36,8 @@ FFNET_KERNEL(kStreamWarps * kWarp, 3) attention_forward_kernel(FFNET_PARAMETER P
   const float value_bias = p.value_bias ? to_float(T{p.value_bias[channel]}) : 0.0f;
   const float scale = p.scale ? to_float(T{p.scale[channel]}) : 1.0f;
 
-  const int begin = split * p.split.panels, end = static_cast<int>(smaller(p.shape.panels, begin + int64_t{p.split.panels}));
+  const int begin = split * p.split.panels,
+            end = static_cast<int>(smaller(p.shape.panels, begin + int64_t{p.split.panels}));
   const int turns = (p.rows.steps + K - 1) / K;
   const Source sources[2] = {{p.query, channel, p.rows.first}, {p.residual, channel, p.rows.first - p.rows.lag_output}};
   RowStream<K, ALIGNED, 2> stream(p.shape, sources, turns, begin, end, memory, lane);
@@ -57,7 +59,7 @@ FFNET_KERNEL(kStreamWarps * kWarp, 3) attention_forward_kernel(FFNET_PARAMETER P
           middle.add(i, key, own, HALO ? neighbours.of(own) : RowPair{});
         }
         if (step >= p.rows.middle_begin && step < p.rows.middle_end) {
-          const float(&sum)[4] = middle.complete(i);
+          const float (&sum)[4] = middle.complete(i);
           float active[4];
           activate_fast(p.activation, sum, active);
           const RowPair own = inside.apply(p.rows.first + step - p.rows.lag_middle,
@@ -65,7 +67,7 @@ FFNET_KERNEL(kStreamWarps * kWarp, 3) attention_forward_kernel(FFNET_PARAMETER P
           result.add(i, value, own, HALO ? neighbours.of(own) : RowPair{});
         }
         if (step >= p.rows.output_begin && step < p.rows.steps) {
-          const float(&sum)[4] = result.complete(i);
+          const float (&sum)[4] = result.complete(i);
           float out[4];
 #pragma unroll
           for (int e = 0; e < 4; ++e) out[e] = scale * sum[e];
@@ -91,7 +93,8 @@ FFNET_KERNEL(kStreamWarps * kWarp, 3) attention_forward_kernel(FFNET_PARAMETER P
 bool attention_takes(const Attention& call) {
   const auto fits = [](const Filter& f) { return f.kh <= 7 && f.kw <= 9; };
   return call.dtype != Dtype::float32 && fits(call.key) && fits(call.value) && panels_take(call.n, call.h, call.w) &&
-         planar(call.query, call.w) && planar(call.out, call.w) && (!call.residual.data || planar(call.residual, call.w));
+         planar(call.query, call.w) && planar(call.out, call.w) &&
+         (!call.residual.data || planar(call.residual, call.w));
 }
 
 void attention_forward(const Attention& call, const Device& device) {
@@ -111,10 +114,11 @@ void attention_forward(const Attention& call, const Device& device) {
   p.scale = static_cast<const uint16_t*>(call.scale);
   p.activation = activation_parameters(call.activation);
   const bool aligned = p.query.unit == 16 && p.out.unit == 16 && (!p.residual.data || p.residual.unit == 16);
-  with_stream_kernel(call.dtype, std::max(call.key.kh, call.value.kh), p.shape, aligned, [&](auto type, auto k, auto windows) {
-    launch("attention_forward_kernel", attention_forward_kernel<typename decltype(type)::Type, k(), windows()>,
-           stream_grid<k()>(p.split, p.channels, p.residual.data ? 2 : 1), p, device.stream);
-  });
+  with_stream_kernel(
+      call.dtype, std::max(call.key.kh, call.value.kh), p.shape, aligned, [&](auto type, auto k, auto windows) {
+        launch("attention_forward_kernel", attention_forward_kernel<typename decltype(type)::Type, k(), windows()>,
+               stream_grid<k()>(p.split, p.channels, p.residual.data ? 2 : 1), p, device.stream);
+      });
 }
 
 }  // namespace ffnet

@@ -70,7 +70,7 @@ class RollingSums {
   FFNET_DEVICE void add(int i, const BandedFilter<K, HALO>& filter, RowPair own, RowPair halo) {
 #pragma unroll
     for (int ky = K - 1; ky >= 0; --ky) {
-      float(&sum)[4] = sums_[(i - ky + K) % K];
+      float (&sum)[4] = sums_[(i - ky + K) % K];
       filter.template multiply<T>(ky, sum, own, halo, ky == 0 ? start_ : sum);
     }
   }

@@ -3,9 +3,9 @@
 //
 //     out[y, x] = Σ in[row, column] · filter[ky, kx]   with ky = in_y·row + out_y·y + pad (columns alike),
 //
-// where (in, out) is (1, -stride) forward and (-stride, 1) for the gradient. The filter's rows stand in shared memory as
-// banded matrices; a warp holds 8 rows of 16 windows of 8 columns of the result, and each row of the input that it reads
-// is multiplied with the matrices of all results it takes part in.
+// where (in, out) is (1, -stride) forward and (-stride, 1) for the gradient. The filter's rows stand in shared memory
+// as banded matrices; a warp holds 8 rows of 16 windows of 8 columns of the result, and each row of the input that it
+// reads is multiplied with the matrices of all results it takes part in.
 #include "activation.h"
 #include "band.h"
 
@@ -53,7 +53,10 @@ struct Parameters {
 
 // Two neighbouring 16-bit values of a row, zero outside of it.
 FFNET_DEVICE uint32_t read_pair(const uint16_t* row, int column, int width, bool paired) {
-  if (paired) return static_cast<unsigned>(column) < static_cast<unsigned>(width) ? *reinterpret_cast<const uint32_t*>(row + column) : 0;
+  if (paired)
+    return static_cast<unsigned>(column) < static_cast<unsigned>(width)
+               ? *reinterpret_cast<const uint32_t*>(row + column)
+               : 0;
   const uint32_t low = static_cast<unsigned>(column) < static_cast<unsigned>(width) ? row[column] : 0;
   const uint32_t high = static_cast<unsigned>(column + 1) < static_cast<unsigned>(width) ? row[column + 1] : 0;
   return low | high << 16;
@@ -62,7 +65,8 @@ FFNET_DEVICE uint32_t read_pair(const uint16_t* row, int column, int width, bool
 #endif
 
 template <class T, int PAIRS>
-FFNET_KERNEL(kBandedWarps * kWarp, 3) banded_kernel(FFNET_PARAMETER Parameters p) {
+FFNET_KERNEL(kBandedWarps* kWarp, 3)
+banded_kernel(FFNET_PARAMETER Parameters p) {
 #if FFNET_HAS_SM80
   const int lane = thread_index() % kWarp, warp = thread_index() / kWarp, g = lane / 4, t = lane % 4;
   const int64_t channel = block_y();
@@ -72,14 +76,17 @@ FFNET_KERNEL(kBandedWarps * kWarp, 3) banded_kernel(FFNET_PARAMETER Parameters p
   for (int i = thread_index(); i < p.outputs_a_channel * kh * PAIRS * kWarp; i += block_threads()) {
     const int l = i % kWarp, pair = i / kWarp % PAIRS, ky = i / (kWarp * PAIRS) % kh, f = i / (kWarp * PAIRS * kh);
     const int column = p.window_origin + pair * 16 + l % 4 * 2;
-    const auto entry = [&](int u) { return filter_tap(p.filter, channel * p.outputs_a_channel + f, ky, p.columns.tap(column + u, l / 4)); };
+    const auto entry = [&](int u) {
+      return filter_tap(p.filter, channel * p.outputs_a_channel + f, ky, p.columns.tap(column + u, l / 4));
+    };
     bands[i] = {entry(0) | entry(1) << 16, entry(8) | entry(9) << 16};
   }
   sync_block();
 
   const float bias = p.bias ? to_float(T{p.bias[channel]}) : 0.0f;
   const int64_t tasks = p.panels * p.row_blocks;
-  for (int64_t task = int64_t{block_x()} * kBandedWarps + warp; task < tasks; task += int64_t{grid_x()} * kBandedWarps) {
+  for (int64_t task = int64_t{block_x()} * kBandedWarps + warp; task < tasks;
+       task += int64_t{grid_x()} * kBandedWarps) {
     const int64_t panel = task / p.row_blocks;
     const int first = static_cast<int>(task - panel * p.row_blocks) * kResultRows;
     // The lane's windows: g and g + 8 of the panel.
@@ -108,7 +115,8 @@ FFNET_KERNEL(kBandedWarps * kWarp, 3) banded_kernel(FFNET_PARAMETER Parameters p
         uint32_t chunk[2 * PAIRS][2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const uint16_t* source = p.in.data + (exists[half] ? image[half] * p.in.n : 0) + in_channel * p.in.c + int64_t{row} * p.in.w;
+          const uint16_t* source =
+              p.in.data + (exists[half] ? image[half] * p.in.n : 0) + in_channel * p.in.c + int64_t{row} * p.in.w;
           const int column = p.window_origin + window[half] * p.window_step + 2 * t, width = exists[half] ? p.in.w : 0;
 #pragma unroll
           for (int c = 0; c < 2 * PAIRS; ++c) chunk[c][half] = read_pair(source, column + 8 * c, width, p.in.unit >= 4);
@@ -120,7 +128,7 @@ FFNET_KERNEL(kBandedWarps * kWarp, 3) banded_kernel(FFNET_PARAMETER Parameters p
 #pragma unroll
           for (int pair = 0; pair < PAIRS; ++pair) {
             const uint2 b = filter[(ky * PAIRS + pair) * kWarp];
-            const uint32_t(&a)[2] = chunk[2 * pair], (&a8)[2] = chunk[2 * pair + 1];
+            const uint32_t (&a)[2] = chunk[2 * pair], (&a8)[2] = chunk[2 * pair + 1];
             multiply_16x8x16<T>(sums[i], a[0], a[1], a8[0], a8[1], b.x, b.y, sums[i]);
           }
         }
@@ -142,7 +150,8 @@ FFNET_KERNEL(kBandedWarps * kWarp, 3) banded_kernel(FFNET_PARAMETER Parameters p
         const bool second = x + 1 < p.out.w;
         float low = value[2 * half], high = value[2 * half + 1];
         if (p.gradient.data) {
-          const uint16_t* gradient = p.gradient.data + image[half] * p.gradient.n + channel * p.gradient.c + int64_t{y} * p.gradient.w + x;
+          const uint16_t* gradient =
+              p.gradient.data + image[half] * p.gradient.n + channel * p.gradient.c + int64_t{y} * p.gradient.w + x;
           low *= to_float(T{gradient[0]});
           high *= second ? to_float(T{gradient[1]}) : 0.0f;
         }

@@ -32,7 +32,8 @@ struct alignas(8) FloatPair {
 };
 
 template <class T, int WIDTH, bool CHANNELS_LAST>
-FFNET_KERNEL(kThreads, WIDTH > 64 ? 2 : 3) mixer_kernel(FFNET_PARAMETER MixerParameters p) {
+FFNET_KERNEL(kThreads, WIDTH > 64 ? 2 : 3)
+mixer_kernel(FFNET_PARAMETER MixerParameters p) {
 #if FFNET_HAS_SM80
   using Tile = Layout<WIDTH, CHANNELS_LAST>;
   constexpr int kSteps = WIDTH / 16, kChunk = Tile::kChunk;
@@ -121,7 +122,7 @@ FFNET_KERNEL(kThreads, WIDTH > 64 ? 2 : 3) mixer_kernel(FFNET_PARAMETER MixerPar
       float values[kRowTiles * 8];
 #pragma unroll
       for (int i = 0; i < kRowTiles * 8; ++i) values[i] = hidden[i / 8][i / 4 % 2][i % 4];
-      activate_fast(p.activation, values);
+      activate_fast(p.activation, values, values);
       uint32_t a[kRowTiles][4];
 #pragma unroll
       for (int i = 0; i < kRowTiles * 4; ++i) a[i / 4][i % 4] = pack<T>(values[2 * i], values[2 * i + 1]);
@@ -254,8 +255,8 @@ void start_mixer(const MixerParameters& p, bool channels_last, const Device& dev
 bool channel_mixer_fits(const ChannelMixer& call, const Device& device) {
   return device.architecture >= 80 && call.dtype != Dtype::float32 && call.channels <= kMaxChannels &&
          call.outputs <= kMaxChannels && evenly_spaced(call, call.x) && evenly_spaced(call, call.out) &&
-         evenly_spaced(call, call.residual) &&
-         std::max(call.expand.stride, call.project.stride) <= INT32_MAX && (channels_last(call) || nchw(call));
+         evenly_spaced(call, call.residual) && std::max(call.expand.stride, call.project.stride) <= INT32_MAX &&
+         (channels_last(call) || nchw(call));
 }
 
 void channel_mixer_forward(const ChannelMixer& call, const Device& device) {

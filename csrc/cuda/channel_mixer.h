@@ -26,8 +26,8 @@ struct ChannelMixer {
   const void *expand_bias = nullptr, *project_bias = nullptr, *scale = nullptr;
 };
 
-// Whether channel_mixer_forward takes the call: 16-bit storage, sm_80 on, at most 128 channels and outputs, maps all NCHW
-// or all channels-last with the pixels of an image evenly spaced.
+// Whether channel_mixer_forward takes the call: 16-bit storage, sm_80 on, at most 128 channels and outputs, maps all
+// NCHW or all channels-last with the pixels of an image evenly spaced.
 bool channel_mixer_fits(const ChannelMixer& call, const Device& device);
 void channel_mixer_forward(const ChannelMixer& call, const Device& device);
 

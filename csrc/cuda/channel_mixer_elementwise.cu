@@ -59,7 +59,8 @@ struct ActivationBackward {
 };
 
 template <class Operation, class T, int SIZE>
-FFNET_KERNEL(kThreads, 4) elementwise_kernel(FFNET_PARAMETER Parameters p) {
+FFNET_KERNEL(kThreads, 4)
+elementwise_kernel(FFNET_PARAMETER Parameters p) {
   struct alignas(SIZE * sizeof(T)) Vector {
     T values[SIZE];
   };
@@ -145,8 +146,8 @@ void start(const char* name, const DenseMaps& maps, const Parameters& p, const D
 }  // namespace
 
 void bias_activation(const DenseMaps& maps, Activation activation, void* map, const void* bias, const Device& device) {
-  start<BiasActivation>("bias_activation", maps,
-                                    {map, nullptr, bias, nullptr, activation_parameters(activation)}, device);
+  start<BiasActivation>("bias_activation", maps, {map, nullptr, bias, nullptr, activation_parameters(activation)},
+                        device);
 }
 
 void scale_residual(const DenseMaps& maps, void* out, const void* bias, const void* scale, const void* residual,
@@ -157,7 +158,7 @@ void scale_residual(const DenseMaps& maps, void* out, const void* bias, const vo
 void activation_backward(const DenseMaps& maps, Activation activation, void* map, const void* bias, void* gradient,
                          const Device& device) {
   start<ActivationBackward>("activation_backward", maps,
-                                        {map, gradient, bias, nullptr, activation_parameters(activation)}, device);
+                            {map, gradient, bias, nullptr, activation_parameters(activation)}, device);
 }
 
 }  // namespace ffnet

@@ -53,7 +53,7 @@ struct Layout {
   // and beyond: it is in registers when the stage is first filled. The tile of out may cover both.
   static constexpr int kOffsets = 3 * kPixels * static_cast<int>(sizeof(int64_t) / 2);
   static constexpr int kInput = kOffsets + kStage;
-  static constexpr int kEnd = kInput + max_of(kStage, kTileRows * kTilePitch);
+  static constexpr int kEnd = kInput + max_of(kStage, kTileRows* kTilePitch);
   static FFNET_DEVICE int at(int pixel, int channel) {
     return CHANNELS_LAST ? pixel * kTilePitch + channel : channel * kTilePitch + pixel;
   }
@@ -90,9 +90,8 @@ FFNET_DEVICE void load_tile(T* tile, const PixelMap& map, const int64_t* offsets
   else if (map.vector == 4)
     load(std::integral_constant<int, 8>());
   else
-    for_each_vector<1, WIDTH, CHANNELS_LAST>(map, offsets, [&](int place, int64_t offset, bool exists) {
-      tile[place] = exists ? data[offset] : T{0};
-    });
+    for_each_vector<1, WIDTH, CHANNELS_LAST>(
+        map, offsets, [&](int place, int64_t offset, bool exists) { tile[place] = exists ? data[offset] : T{0}; });
 }
 
 template <class T, int WIDTH, bool CHANNELS_LAST>

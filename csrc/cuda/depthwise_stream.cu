@@ -22,7 +22,8 @@ struct Parameters {
 };
 
 template <class T, int K, Windows WINDOWS, Epilogue EPILOGUE>
-FFNET_KERNEL(kStreamWarps * kWarp, 4) depthwise_stream_kernel(FFNET_PARAMETER Parameters p) {
+FFNET_KERNEL(kStreamWarps* kWarp, 4)
+depthwise_stream_kernel(FFNET_PARAMETER Parameters p) {
 #if FFNET_HAS_SM80
   constexpr bool HALO = WINDOWS != Windows::alone, ALIGNED = WINDOWS != Windows::any;
   constexpr bool kBackward = EPILOGUE == Epilogue::activation_backward;
@@ -37,10 +38,11 @@ FFNET_KERNEL(kStreamWarps * kWarp, 4) depthwise_stream_kernel(FFNET_PARAMETER Pa
   const Neighbours neighbours(p.shape, lane);
   const float bias = p.bias ? to_float(T{p.bias[channel]}) : 0.0f;
 
-  const int begin = split * p.split.panels, end = static_cast<int>(smaller(p.shape.panels, begin + int64_t{p.split.panels}));
+  const int begin = split * p.split.panels,
+            end = static_cast<int>(smaller(p.shape.panels, begin + int64_t{p.split.panels}));
   const int turns = (p.rows.steps + K - 1) / K;
-  const Source both[2] = {{p.x, channel / p.multiplier, p.rows.first}, {p.gradient, channel, p.rows.first - p.rows.lag_output}};
-  const Source(&sources)[kMaps] = reinterpret_cast<const Source(&)[kMaps]>(both);
+  const Source sources[2] = {{p.x, channel / p.multiplier, p.rows.first},
+                             {p.gradient, channel, p.rows.first - p.rows.lag_output}};
   RowStream<K, ALIGNED, kMaps> stream(p.shape, sources, turns, begin, end, memory, lane);
   const LaneWindows lane_windows(p.shape, lane);
   for (int panel = begin; panel < end; ++panel) {
@@ -59,7 +61,7 @@ FFNET_KERNEL(kStreamWarps * kWarp, 4) depthwise_stream_kernel(FFNET_PARAMETER Pa
           sums.add(i, filter, own, HALO ? neighbours.of(own) : RowPair{});
         }
         if (step >= p.rows.output_begin && step < p.rows.steps) {
-          const float(&sum)[4] = sums.complete(i);
+          const float (&sum)[4] = sums.complete(i);
           float out[4];
           if constexpr (kBackward) {
             float unused[4];
@@ -88,8 +90,8 @@ struct PlanarMap {
 };
 
 template <Epilogue EPILOGUE>
-void run(const Convolution& call, const PlanarMap& x, const PlanarMap& out, const FilterView& filter, Activation activation,
-         const Device& device) {
+void run(const Convolution& call, const PlanarMap& x, const PlanarMap& out, const FilterView& filter,
+         Activation activation, const Device& device) {
   Parameters p{};
   p.multiplier = call.multiplier;
   p.channels = call.channels * call.multiplier;
@@ -117,8 +119,7 @@ bool stream_takes(const Convolution& call) {
   return call.dtype != Dtype::float32 && call.stride_h == 1 && call.stride_w == 1 && call.filter.kh <= 7 &&
          call.pad_top >= 0 && bottom >= 0 && call.pad_left >= 0 && call.pad_left <= 4 && right >= 0 && right <= 4 &&
          panels_take(call.n, std::max(call.h, call.out_h), std::max(call.w, call.out_w)) && planar(call.x, call.w) &&
-         planar(call.out, call.out_w) &&
-         (!call.gradient.data || planar(call.gradient, call.out_w));
+         planar(call.out, call.out_w) && (!call.gradient.data || planar(call.gradient, call.out_w));
 }
 
 void stream_forward(const Convolution& call, const Device& device) {

@@ -18,7 +18,8 @@
 #define FFNET_PARAMETER const
 #endif
 
-// Tensor cores with 16-deep products, bfloat16 and asynchronous copies: sm_80 on. Kernels built on them are empty below.
+// Tensor cores with 16-deep products, bfloat16 and asynchronous copies: sm_80 on. Kernels built on them are empty
+// below.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
 #define FFNET_HAS_SM80 1
 #else
@@ -82,21 +83,23 @@ template <class T>
 FFNET_DEVICE void multiply_16x8x8(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b0, const float (&c)[4]);
 
 #if FFNET_HAS_SM80
-#define FFNET_DEFINE_MULTIPLY(T, name)                                                                                 \
-  template <>                                                                                                          \
-  FFNET_DEVICE void multiply_16x8x16<T>(float(&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, \
-                                        uint32_t b1, const float(&c)[4]) {                                             \
-    asm("mma.sync.aligned.m16n8k16.row.col.f32." name "." name ".f32 "                                                 \
-        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"                                          \
-        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                                               \
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));           \
-  }                                                                                                                    \
-  template <>                                                                                                          \
-  FFNET_DEVICE void multiply_16x8x8<T>(float(&d)[4], uint32_t a0, uint32_t a1, uint32_t b0, const float(&c)[4]) {      \
-    asm("mma.sync.aligned.m16n8k8.row.col.f32." name "." name ".f32 "                                                  \
-        "{%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %8, %9, %10};"                                                         \
-        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                                               \
-        : "r"(a0), "r"(a1), "r"(b0), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));                                      \
+#define FFNET_DEFINE_MULTIPLY(T, name)                                                                              \
+  template <>                                                                                                       \
+  FFNET_DEVICE void multiply_16x8x16<T>(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,          \
+                                        uint32_t b0, uint32_t b1, const float (&c)[4]) {                            \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." name "." name                                                      \
+        ".f32 "                                                                                                     \
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"                                       \
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                                            \
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));        \
+  }                                                                                                                 \
+  template <>                                                                                                       \
+  FFNET_DEVICE void multiply_16x8x8<T>(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b0, const float (&c)[4]) { \
+    asm("mma.sync.aligned.m16n8k8.row.col.f32." name "." name                                                       \
+        ".f32 "                                                                                                     \
+        "{%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %8, %9, %10};"                                                      \
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                                            \
+        : "r"(a0), "r"(a1), "r"(b0), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));                                   \
   }
 FFNET_DEFINE_MULTIPLY(Half, "f16")
 FFNET_DEFINE_MULTIPLY(BFloat16, "bf16")
@@ -125,10 +128,13 @@ template <int BYTES>
 FFNET_DEVICE void copy_async(void* shared, const void* global, bool valid) {
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   if constexpr (BYTES == 16)
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(valid ? 16 : 0) : "memory");
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(address), "l"(global),
+                 "r"(valid ? 16 : 0)
+                 : "memory");
   else
     asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], %2, %3;" ::"r"(address), "l"(global), "n"(BYTES),
-                 "r"(valid ? BYTES : 0) : "memory");
+                 "r"(valid ? BYTES : 0)
+                 : "memory");
 }
 
 // Closes a group of the thread's copies. Every thread must wait for all its groups before it ends.
@@ -157,15 +163,19 @@ template <class Parameters>
 void launch(const char* name, void (*kernel)(Parameters), const Grid& grid, const Parameters& parameters,
             [[maybe_unused]] void* stream) {
   using namespace std::string_literals;
-  const auto fail = [&](const std::string& why) { throw std::runtime_error("ffnet_kernels (cuda): "s + name + ": " + why); };
+  const auto fail = [&](const std::string& why) {
+    throw std::runtime_error("ffnet_kernels (cuda): "s + name + ": " + why);
+  };
   if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.x > 0x7fffffff || grid.y > 0xffff || grid.z > 0xffff)
-    fail("a grid of " + std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " + std::to_string(grid.z) + " blocks");
+    fail("a grid of " + std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " + std::to_string(grid.z) +
+         " blocks");
 #ifdef __CUDACC__
   const auto check = [&](cudaError_t error) {
     if (error != cudaSuccess) fail(cudaGetErrorString(error));
   };
   if (grid.shared_bytes > 48 * 1024)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(grid.shared_bytes)));
+    check(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(grid.shared_bytes)));
   const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z));
   kernel<<<blocks, grid.threads, grid.shared_bytes, static_cast<cudaStream_t>(stream)>>>(parameters);
   check(cudaGetLastError());

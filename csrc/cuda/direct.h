@@ -15,12 +15,12 @@ namespace ffnet {
 
 constexpr int kDirectThreads = 256;  // at most
 constexpr int kStripRows = 8;
-constexpr int kFilterRows = 4;       // of a filter whose height is not a template's: so many rows at once
+constexpr int kFilterRows = 4;  // of a filter whose height is not a template's: so many rows at once
 
 struct Tiling {
   bool channels_innermost;
-  int log_channels, log_positions;  // lanes of a block
-  int columns, strips, images;      // positions: of a strip's row, of a plane, of the batch
+  int log_channels, log_positions;          // lanes of a block
+  int columns, strips, images;              // positions: of a strip's row, of a plane, of the batch
   int step_column, step_strip, step_image;  // a block's positions as a sum of these
   int iterations;
   int channel_blocks;
@@ -164,8 +164,8 @@ inline Tiling make_tiling(const TilingRequest& r, const Device& device) {
   t.step_image = static_cast<int>(step / plane);
   t.channel_blocks = static_cast<int>(ceil_divide(lanes, int64_t{1} << t.log_channels));
   const int64_t blocks = ceil_divide(positions, step) * t.channel_blocks * r.tasks;
-  t.iterations = static_cast<int>(
-      std::clamp(blocks / (r.waves * device.multiprocessors), r.least_iterations, r.most_iterations));
+  t.iterations =
+      static_cast<int>(std::clamp(blocks / (r.waves * device.multiprocessors), r.least_iterations, r.most_iterations));
   t.position_blocks = ceil_divide(positions, static_cast<int64_t>(t.iterations) * step);
   return t;
 }

@@ -73,15 +73,16 @@ FFNET_DEVICE void stage_filter(float* weights, const DirectCall& p, int first_ou
 
 // KH: rows of the filter, 0: any number. SH: vertical stride.
 template <class T, int V, int KH, int SH>
-FFNET_KERNEL(kDirectThreads, 2) direct_kernel(FFNET_PARAMETER DirectCall p) {
+FFNET_KERNEL(kDirectThreads, 2)
+direct_kernel(FFNET_PARAMETER DirectCall p) {
   constexpr int K = KH ? KH : kFilterRows, PITCH = kFilterPitch<K>, ROWS = (kStripRows - 1) * SH + K;
   float* weights = reinterpret_cast<float*>(shared_memory());
   const Tiling& tiling = p.tiling;
   // Blocks that follow each other share memory's pages: channels of a position, or positions of a channel.
   const int channel_block = tiling.channels_innermost ? block_x() % tiling.channel_blocks
                                                       : static_cast<int>(block_x() / tiling.position_blocks);
-  const int64_t position_block = tiling.channels_innermost ? block_x() / tiling.channel_blocks
-                                                           : block_x() % tiling.position_blocks;
+  const int64_t position_block =
+      tiling.channels_innermost ? block_x() / tiling.channel_blocks : block_x() % tiling.position_blocks;
   const int lanes = 1 << tiling.log_channels, lane = lane_channel(tiling);
   const int first_output = channel_block * lanes * V, output = first_output + lane * V;
   const bool one_stage = p.sources == 1 && p.filter.kh <= K && p.filter.kw <= kStageColumns;
@@ -203,8 +204,10 @@ void start(Plan& plan, const Device& device) {
   Grid grid;
   grid.x = p.tiling.position_blocks * p.tiling.channel_blocks;
   grid.threads = p.tiling.threads();
-  grid.shared_bytes = static_cast<size_t>(std::min(p.filter.kw, kStageColumns)) * (V << p.tiling.log_channels) *
-                      kFilterPitch<KH ? KH : kFilterRows> * sizeof(float);
+  grid.shared_bytes =
+      static_cast<size_t>(std::min(p.filter.kw, kStageColumns)) * (V << p.tiling.log_channels) * kFilterPitch < KH
+          ? KH
+          : kFilterRows > *sizeof(float);
   launch("direct convolution", direct_kernel<T, V, KH, SH>, grid, p, device.stream);
 }
 

@@ -20,7 +20,9 @@ struct WgradCall {
 
 // Columns of a tile of taps: as many sums as registers allow.
 template <int PACK, int KH>
-constexpr int kTileColumns = KH == 3 ? 3 : PACK == 2 ? 2 : 4;
+constexpr int kTileColumns = KH == 3     ? 3
+                             : PACK == 2 ? 2
+                                         : 4;
 template <int KH>
 constexpr int kTileRows = KH ? KH : kFilterRows;
 
@@ -40,7 +42,8 @@ FFNET_DEVICE void add_column(float (&sum)[K][COLUMNS][V], int x, const float (&g
 
 // KH: rows of the filter, 0: any number. SH: vertical stride.
 template <class T, int V, int KH, int SH>
-FFNET_KERNEL(kDirectThreads, 2) wgrad_kernel(FFNET_PARAMETER WgradCall p) {
+FFNET_KERNEL(kDirectThreads, 2)
+wgrad_kernel(FFNET_PARAMETER WgradCall p) {
   constexpr int K = kTileRows<KH>, COLUMNS = kTileColumns<V, KH>, ROWS = (kStripRows - 1) * SH + K;
   const Tiling& tiling = p.tiling;
   // Blocks that read the same share of both maps follow each other.
@@ -168,10 +171,14 @@ void start_for_filter(const Convolution& call, float* partials, const Device& de
   p.tiles_x = static_cast<int>(tiles_across(call, V));
   p.tiles = static_cast<int>(p.tiles_x * tiles_down(call));
   const int kh = template_height(call);
-  if (call.stride_h == 2) start<T, V, 0, 2>(call, p, device);
-  else if (kh == 3) start<T, V, 3, 1>(call, p, device);
-  else if (kh == 7) start<T, V, 7, 1>(call, p, device);
-  else start<T, V, 0, 1>(call, p, device);
+  if (call.stride_h == 2)
+    start<T, V, 0, 2>(call, p, device);
+  else if (kh == 3)
+    start<T, V, 3, 1>(call, p, device);
+  else if (kh == 7)
+    start<T, V, 7, 1>(call, p, device);
+  else
+    start<T, V, 0, 1>(call, p, device);
 }
 
 }  // namespace

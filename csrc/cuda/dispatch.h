@@ -22,7 +22,8 @@ inline ConvolutionKernel choose(const Convolution& call, const Device& device) {
 }
 
 inline AttentionKernel choose(const Attention& call, const Device& device) {
-  return has_tensor_cores(device) && attention_takes(call) ? AttentionKernel::stream : AttentionKernel::two_convolutions;
+  return has_tensor_cores(device) && attention_takes(call) ? AttentionKernel::stream
+                                                           : AttentionKernel::two_convolutions;
 }
 
 inline const char* describe(ConvolutionKernel kernel) {

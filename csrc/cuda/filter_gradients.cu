@@ -19,7 +19,8 @@ struct Parameters {
 
 // A warp per output; the bias's sum follows those of the taps.
 template <class T>
-FFNET_KERNEL(kFinishWarps * kWarp, 4) filter_gradients_kernel(FFNET_PARAMETER Parameters<T> p) {
+FFNET_KERNEL(kFinishWarps* kWarp, 4)
+filter_gradients_kernel(FFNET_PARAMETER Parameters<T> p) {
   const int lane = thread_index() % kWarp;
   const int64_t output = int64_t{block_x()} * kFinishWarps + thread_index() / kWarp;
   if (output >= p.outputs) return;
@@ -27,11 +28,13 @@ FFNET_KERNEL(kFinishWarps * kWarp, 4) filter_gradients_kernel(FFNET_PARAMETER Pa
   float product = 0.0f;
   for (int tap = lane; tap <= p.taps; tap += kWarp) {
     float sum = 0.0f;
-    for (int64_t split = 0; split < p.splits; ++split) sum += p.partials[(split * p.outputs + output) * (p.taps + 1) + tap];
+    for (int64_t split = 0; split < p.splits; ++split)
+      sum += p.partials[(split * p.outputs + output) * (p.taps + 1) + tap];
     if (tap < p.taps) {
       if (p.filter_grad) p.filter_grad[output * p.taps + tap] = from_float<T>(scale * sum);
       if (p.scale_grad)
-        product += sum * to_float(p.filter[output * p.filter_output + tap / p.kw * p.filter_y + tap % p.kw * p.filter_x]);
+        product +=
+            sum * to_float(p.filter[output * p.filter_output + tap / p.kw * p.filter_y + tap % p.kw * p.filter_x]);
     } else {
       if (p.bias_grad) p.bias_grad[output] = from_float<T>(scale * sum);
       if (p.scale_grad && p.bias) product += sum * to_float(p.bias[output]);
@@ -46,9 +49,20 @@ FFNET_KERNEL(kFinishWarps * kWarp, 4) filter_gradients_kernel(FFNET_PARAMETER Pa
 template <class T>
 void run(const FilterGradients& call, const Device& device) {
   const Filter& f = call.filter;
-  const Parameters<T> p{call.outputs, call.splits, f.kh * f.kw, f.kw, call.partials, static_cast<const T*>(f.data),
-                        static_cast<const T*>(f.bias), static_cast<const T*>(call.scale), f.output, f.y, f.x,
-                        static_cast<T*>(call.filter_grad), static_cast<T*>(call.bias_grad), static_cast<T*>(call.scale_grad)};
+  const Parameters<T> p{call.outputs,
+                        call.splits,
+                        f.kh * f.kw,
+                        f.kw,
+                        call.partials,
+                        static_cast<const T*>(f.data),
+                        static_cast<const T*>(f.bias),
+                        static_cast<const T*>(call.scale),
+                        f.output,
+                        f.y,
+                        f.x,
+                        static_cast<T*>(call.filter_grad),
+                        static_cast<T*>(call.bias_grad),
+                        static_cast<T*>(call.scale_grad)};
   Grid grid;
   grid.x = (call.outputs + kFinishWarps - 1) / kFinishWarps;
   grid.threads = kFinishWarps * kWarp;

@@ -52,7 +52,7 @@ struct Attention {
 
 // What decides between kernels besides a call's shape.
 struct Device {
-  int architecture;     // 10 · major + minor
+  int architecture;  // 10 · major + minor
   int multiprocessors;
   void* stream;
 };
@@ -91,8 +91,8 @@ bool attention_takes(const Attention& call);
 void attention_forward(const Attention& call, const Device& device);
 
 // Backward of the attention up to the gradients of its filters, with call.out being read as the gradient of the result:
-// `query_grad`; and what those gradients are convolved of, hidden = act(z) and hidden_grad = scale · conv'(out) · act'(z)
-// with z = conv(query, key) + bias. Takes what attention_takes does, all maps being planes.
+// `query_grad`; and what those gradients are convolved of, hidden = act(z) and hidden_grad = scale · conv'(out) ·
+// act'(z) with z = conv(query, key) + bias. Takes what attention_takes does, all maps being planes.
 struct AttentionGradients {
   Map query_grad, hidden, hidden_grad;
 };

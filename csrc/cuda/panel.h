@@ -13,18 +13,19 @@
 
 namespace ffnet {
 
-constexpr int kWindow = 8;        // columns of a window
-constexpr int kPanel = 16;        // windows of a panel
-constexpr int kStripWindows = 6;  // windows of a strip of a map wider than 8 windows, without one at each side for its halo
+constexpr int kWindow = 8;  // columns of a window
+constexpr int kPanel = 16;  // windows of a panel
+constexpr int kStripWindows =
+    6;  // windows of a strip of a map wider than 8 windows, without one at each side for its halo
 
 // The windows of [n, h, w] planes. A plane is cut into strips where it is wide, and into segments of rows where there
 // would be too few panels otherwise; each of these parts is an image of its own below.
 struct PanelShape {
-  int w;         // of the plane that is written, or the wider one
-  int windows;   // side by side, of a strip
-  int lead;      // windows at each side of a strip that only lend their columns
+  int w;        // of the plane that is written, or the wider one
+  int windows;  // side by side, of a strip
+  int lead;     // windows at each side of a strip that only lend their columns
   int strips, segments, segment_rows;
-  int images;    // n · segments · strips
+  int images;  // n · segments · strips
   int panels;
 
   FFNET_BOTH int images_a_half() const { return kWindow / windows; }
@@ -100,7 +101,7 @@ struct Plane {
   uint16_t* data;
   int64_t n, c;  // strides
   int h, w;
-  int unit;      // see plane_unit
+  int unit;  // see plane_unit
 };
 
 inline Plane plane(const Map& map, int h, int w) {
@@ -189,8 +190,8 @@ class RowCopies {
 template <bool ALIGNED>
 class RowWriter {
  public:
-  FFNET_DEVICE RowWriter(const PanelShape& p, const Plane& plane, const Window (&windows)[2], bool lends, int64_t channel,
-                         int lane)
+  FFNET_DEVICE RowWriter(const PanelShape& p, const Plane& plane, const Window (&windows)[2], bool lends,
+                         int64_t channel, int lane)
       : row_bytes_(2 * plane.w) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -198,8 +199,7 @@ class RowWriter {
       const int column = w.column + lane % 4 * 2, columns = w.exists && !lends ? plane.w - column : 0;
       const int rows = plane.h - w.row < p.segment_rows ? plane.h - w.row : p.segment_rows;
       target_[half] = reinterpret_cast<unsigned char*>(plane.data);
-      if (columns > 0)
-        target_[half] += 2 * (w.n * plane.n + channel * plane.c + int64_t{w.row} * plane.w + column);
+      if (columns > 0) target_[half] += 2 * (w.n * plane.n + channel * plane.c + int64_t{w.row} * plane.w + column);
       rows_[half] = columns > 0 ? rows : 0;
       columns_[half] = plane.unit >= 4 ? 4 : columns;
     }
@@ -241,7 +241,8 @@ class InsideMask {
   FFNET_DEVICE RowPair apply(int row, RowPair values) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half)
-      values.half[half] &= static_cast<unsigned>(row_[half] + row) < static_cast<unsigned>(height_) ? columns_[half] : 0;
+      values.half[half] &=
+          static_cast<unsigned>(row_[half] + row) < static_cast<unsigned>(height_) ? columns_[half] : 0;
     return values;
   }
 

@@ -255,14 +255,14 @@ Clocks of one multiprocessor (sm_{PREDICTED_ARCHITECTURE}) for a row of a panel:
 be from the speed of memory if its latencies were hidden and its limits overlapped fully: it is a lower bound of what a
 GPU will show. The instructions are those executed for a panel, divided by its rows H:
 
-    (step · S + fetch · ⌈S / {RING_ROWS}⌉ + row · H + result · (S - lag)) / K + setup        with S = ⌈(H + lag) / K⌉ · K steps
+    turns · (turn + fetch) / H + (row + result + residual) / K + setup / H      with turns = ⌈(H + lag) / K⌉
 
-The main loop is unrolled over the K rows of the filter; by lag rows, K/2 rounded down for each convolution, results are
-behind the input. Its code is split at branches: what a branch skips is a row's if there is HMMA in it, a result's if
-there is STG, a fetch if there is LDGSTS; all else is executed in every step. Of an if-else the longer side counts. Setup
-is what the loop over panels does outside of the main loop; the last column is the ratio without it. A token mixer
-without residual reads and writes two maps instead of three, but the instructions that serve a residual are counted all
-the same, most being issued anyway: those rows are an upper bound.
+The main loop is unrolled over the K rows of the filter, a turn; by lag rows, K/2 rounded down for each convolution,
+results are behind the input. Its code is split at branches: what a branch skips is a row's if there is HMMA in it, a
+result's if there is STG, the residual's if it is fetched (LDGSTS) or read from shared memory alone; all else is executed
+in every turn. Of an if-else the longer side counts. Setup, once a panel, is what the loop over panels does outside of
+the main loop and what opens a panel within it; integer divisions in it are for planes that are cut into parts, which
+these are not. The last column is the ratio without setup.
 
 | operator | filter | map | issue | tensor | special | shared | memory | **ratio** | limit | main loop alone |
 |---|---|---|---|---|---|---|---|---|---|---|

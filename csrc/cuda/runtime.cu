@@ -13,10 +13,12 @@ Device current_device(void* stream) {
     int device = 0, value = 0;
     cudaError_t error = cudaGetDevice(&device);
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, name, device);
-    if (error != cudaSuccess) throw std::runtime_error(std::string("ffnet_kernels (cuda): ") + cudaGetErrorString(error));
+    if (error != cudaSuccess)
+      throw std::runtime_error(std::string("ffnet_kernels (cuda): ") + cudaGetErrorString(error));
     return value;
   };
-  const int architecture = 10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
+  const int architecture =
+      10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
   return {architecture, attribute(cudaDevAttrMultiProcessorCount), stream};
 #else
   return {host::settings().architecture, host::settings().multiprocessors, stream};

@@ -12,11 +12,11 @@ namespace ffnet {
 constexpr int kStreamWarps = 4;  // of a block; they share nothing
 
 struct StreamRows {
-  int first;                       // row of the input at step 0, relative to the segment
-  int input_end;                   // steps from here on bring padding only
-  int middle_begin, middle_end;    // steps that complete a row of the first convolution that the second reads
-  int output_begin;                // the step that completes row 0 of the result
-  int lag_middle, lag_output;      // rows between the input's and the completed ones
+  int first;                     // row of the input at step 0, relative to the segment
+  int input_end;                 // steps from here on bring padding only
+  int middle_begin, middle_end;  // steps that complete a row of the first convolution that the second reads
+  int output_begin;              // the step that completes row 0 of the result
+  int lag_middle, lag_output;    // rows between the input's and the completed ones
   int steps;
 };
 
@@ -86,12 +86,17 @@ struct Source {
 template <int K, bool ALIGNED, int MAPS>
 class RowStream {
  public:
-  FFNET_DEVICE RowStream(const PanelShape& shape, const Source (&sources)[MAPS], int turns, int first_panel, int end_panel,
+  // `sources` must outlive the stream.
+  FFNET_DEVICE RowStream(const PanelShape& shape, const Source* sources, int turns, int first_panel, int end_panel,
                          unsigned char* memory, int lane)
-      : shape_(shape), sources_{}, slot_(shape, lane / 2 / kWindow, lane / 2 % kWindow), memory_(memory), lane_(lane),
-        turns_(turns), panel_(first_panel), end_(end_panel) {
-#pragma unroll
-    for (int m = 0; m < MAPS; ++m) sources_[m] = &sources[m];
+      : shape_(shape),
+        sources_(sources),
+        slot_(shape, lane / 2 / kWindow, lane / 2 % kWindow),
+        memory_(memory),
+        lane_(lane),
+        turns_(turns),
+        panel_(first_panel),
+        end_(end_panel) {
     open_panel();
     for (int stage = 0; stage < kStages<K> - 1; ++stage) fetch();
   }
@@ -118,14 +123,14 @@ class RowStream {
     return next < kRingBytes<K> ? next : 0;
   }
 
-  FFNET_DEVICE bool has(int map) const { return map + 1 < MAPS || MAPS == 1 || sources_[map]->plane.data; }
+  FFNET_DEVICE bool has(int map) const { return map + 1 < MAPS || MAPS == 1 || sources_[map].plane.data; }
 
   FFNET_DEVICE void open_panel() {
     Window window = slot_.at(shape_, panel_);
     window.exists &= panel_ < end_;
 #pragma unroll
     for (int m = 0; m < MAPS; ++m)
-      if (has(m)) copies_[m].start(sources_[m]->plane, window, sources_[m]->channel, sources_[m]->first_row, lane_);
+      if (has(m)) copies_[m].start(sources_[m].plane, window, sources_[m].channel, sources_[m].first_row, lane_);
   }
 
   FFNET_DEVICE void fetch() {
@@ -136,13 +141,13 @@ class RowStream {
     ++turn_;
 #pragma unroll
     for (int m = 0; m < MAPS; ++m)
-      if (has(m)) copies_[m].fetch(sources_[m]->plane, memory_ + m * kRingBytes<K> + write_offset_, lane_);
+      if (has(m)) copies_[m].fetch(sources_[m].plane, memory_ + m * kRingBytes<K> + write_offset_, lane_);
     commit_copies();
     write_offset_ = next_offset(write_offset_);
   }
 
   const PanelShape& shape_;
-  const Source* sources_[MAPS];
+  const Source* sources_;
   WindowSlot slot_;
   RowCopies<K, ALIGNED> copies_[MAPS];
   unsigned char *memory_, *read_ = nullptr;

@@ -1,9 +1,10 @@
-// Gradients of a depthwise filter and its bias on tensor cores, for 16-bit planes: filter_grad[ky, kx] = Σ gradient[y, x] ·
-// input[s·y + ky - top, s·x + kx - left] over images, rows and columns.
+// Gradients of a depthwise filter and its bias on tensor cores, for 16-bit planes: filter_grad[ky, kx] = Σ gradient[y,
+// x] · input[s·y + ky - top, s·x + kx - left] over images, rows and columns.
 //
-// With 16 windows of 16 columns of the gradient as the depth of a product, gradient' · input is a matrix of 16 columns of
-// the gradient by the columns of the input around them, one for each ky; it is summed over everything a warp goes through,
-// and its diagonals are the taps. A warp streams down its windows; the rows of the input that it needs stay in a ring.
+// With 16 windows of 16 columns of the gradient as the depth of a product, gradient' · input is a matrix of 16 columns
+// of the gradient by the columns of the input around them, one for each ky; it is summed over everything a warp goes
+// through, and its diagonals are the taps. A warp streams down its windows; the rows of the input that it needs stay in
+// a ring.
 #include "device.h"
 #include "panel.h"
 
@@ -15,11 +16,11 @@ constexpr int kWide = 16;  // columns of a window
 
 struct Parameters {
   Plane x, gradient;
-  int64_t n, channels;    // of the gradient
+  int64_t n, channels;  // of the gradient
   int multiplier, stride_h, stride_w, pad_top, pad_left, kh, kw;
-  int windows, origin;    // windows of a row; column of the input where the first one's chunks begin, a multiple of 4
+  int windows, origin;  // windows of a row; column of the input where the first one's chunks begin, a multiple of 4
   int64_t panels, splits, panels_a_split;
-  int row_groups;         // of the filter, each by a warp of its own
+  int row_groups;  // of the filter, each by a warp of its own
   float* partials;
 };
 
@@ -27,7 +28,8 @@ struct Parameters {
 template <int ROWS, int CHUNKS>
 struct WgradTile {
   static constexpr int kAhead = 2;  // rows of the gradient that are on their way
-  static constexpr int kInputPitch = CHUNKS % 2 ? CHUNKS * 16 : CHUNKS * 16 + 16;  // odd multiples of 16: no bank conflicts
+  static constexpr int kInputPitch =
+      CHUNKS % 2 ? CHUNKS * 16 : CHUNKS * 16 + 16;  // odd multiples of 16: no bank conflicts
   static constexpr int kInputRow = kPanel * kInputPitch;
   static constexpr int kInputRows = ROWS + 2 * (kAhead + 1);  // with stride 2
   static constexpr int kGradientPitch = 48, kGradientRow = kPanel * kGradientPitch, kGradientRows = kAhead + 1;
@@ -39,7 +41,8 @@ struct WgradTile {
 #if FFNET_HAS_SM80
 
 // Copies `columns` values, a multiple of 4, from a row of a plane on; zeros where there is no such row or column.
-FFNET_DEVICE void copy_run(unsigned char* target, const Plane& plane, const uint16_t* row, bool exists, int column, int columns) {
+FFNET_DEVICE void copy_run(unsigned char* target, const Plane& plane, const uint16_t* row, bool exists, int column,
+                           int columns) {
   for (int e = 0; e < columns; e += 4) {
     const int from = column + e;
     if (plane.unit >= 8) {
@@ -49,7 +52,8 @@ FFNET_DEVICE void copy_run(unsigned char* target, const Plane& plane, const uint
       copy_async<4>(target + 2 * e + 4, row + from + 2, exists && from + 2 >= 0 && from + 2 < plane.w);
     } else {
       for (int i = 0; i < 4; ++i)
-        reinterpret_cast<uint16_t*>(target)[e + i] = exists && from + i >= 0 && from + i < plane.w ? row[from + i] : uint16_t{0};
+        reinterpret_cast<uint16_t*>(target)[e + i] =
+            exists && from + i >= 0 && from + i < plane.w ? row[from + i] : uint16_t{0};
     }
   }
 }
@@ -57,7 +61,8 @@ FFNET_DEVICE void copy_run(unsigned char* target, const Plane& plane, const uint
 #endif
 
 template <class T, int ROWS, int CHUNKS>
-FFNET_KERNEL(kWgradWarps * kWarp, 2) wgrad_kernel(FFNET_PARAMETER Parameters p) {
+FFNET_KERNEL(kWgradWarps* kWarp, 2)
+wgrad_kernel(FFNET_PARAMETER Parameters p) {
 #if FFNET_HAS_SM80
   using Tile = WgradTile<ROWS, CHUNKS>;
   const int lane = thread_index() % kWarp, warp = thread_index() / kWarp, g = lane / 4, t = lane % 4;
@@ -85,8 +90,8 @@ FFNET_KERNEL(kWgradWarps * kWarp, 2) wgrad_kernel(FFNET_PARAMETER Parameters p) 
     int next_row = first_ky - p.pad_top, next_slot = 0;  // of the input, to be copied
     const auto fetch = [&](int y) {
       if (y < p.gradient.h) {
-        copy_run(gradients + y % Tile::kGradientRows * Tile::kGradientRow + lane / 2 * Tile::kGradientPitch + side * 16, p.gradient,
-                 gradient_plane + int64_t{y} * p.gradient.w, exists, window * kWide + side * 8, 8);
+        copy_run(gradients + y % Tile::kGradientRows * Tile::kGradientRow + lane / 2 * Tile::kGradientPitch + side * 16,
+                 p.gradient, gradient_plane + int64_t{y} * p.gradient.w, exists, window * kWide + side * 8, 8);
         for (const int last = p.stride_h * y + first_ky + ROWS - 1 - p.pad_top; next_row <= last; ++next_row) {
           const bool inside = exists && static_cast<unsigned>(next_row) < static_cast<unsigned>(p.x.h);
           copy_run(inputs + next_slot * Tile::kInputRow + lane / 2 * Tile::kInputPitch + side * CHUNKS * 8, p.x,
@@ -205,7 +210,8 @@ void wgrad(const Convolution& call, float* partials, const Device& device) {
     grid.threads = kWgradWarps * kWarp;
     grid.shared_bytes = size_t{kWgradWarps} * tile.kBytes;
     const auto start = [&](auto kernel) { launch("wgrad_kernel", kernel, grid, p, device.stream); };
-    call.dtype == Dtype::float16 ? start(wgrad_kernel<Half, rows(), columns()>) : start(wgrad_kernel<BFloat16, rows(), columns()>);
+    call.dtype == Dtype::float16 ? start(wgrad_kernel<Half, rows(), columns()>)
+                                 : start(wgrad_kernel<BFloat16, rows(), columns()>);
   });
 }
 

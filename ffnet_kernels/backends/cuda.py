@@ -211,8 +211,10 @@ def _channel_mixer_backward(
         product, total = _pointwise_wgrad(grad, hidden, project_weight)
         grads[5:7] = (product, total) if scale is None else (product * scale[:, None], total * scale)
         if mask[7]:
-            grads[7] = (product.float() * project_weight).sum(1)
-            grads[7] = (grads[7] if project_bias is None else grads[7] + total.float() * project_bias).to(grad.dtype)
+            scale_grad = (product.float() * project_weight).sum(1)
+            if project_bias is not None:
+                scale_grad += total.float() * project_bias
+            grads[7] = scale_grad.to(grad.dtype)
     if mask[3] or mask[4]:
         grads[3:5] = _pointwise_wgrad(hidden_grad, mixed, expand_weight)
     if any(mask[:3]):

@@ -1,23 +1,18 @@
 """``python -m benchmarks.gpu`` without a GPU: its parts with planted steps, its checks and rows on the CPU."""
 
 import json
-import os
 import pickle
-import sys
 import time
 
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_contenders, gpu_processes, gpu_report, gpu_timing
-from benchmarks.gpu_contenders import COMPILED, COPY, CUDNN_NCHW, EAGER, EAGER_NCHW
-from benchmarks.peers import OURS
+from benchmarks import gpu, gpu_processes, gpu_report, gpu_timing
+from benchmarks.gpu_contenders import COMPILED, COPY, EAGER, EAGER_NCHW
 from benchmarks.results import Measurement, Result, Row
-from benchmarks.specs import ModelCase, OperatorCase
-from benchmarks.work import ModelWork
-from ffnet import create_model
-from ffnet_kernels import dispatch, native
-from ffnet_kernels.backends import reference, triton
+from benchmarks.specs import OperatorCase
+from ffnet_kernels import dispatch
+from ffnet_kernels.backends import triton
 from ffnet_kernels.backends.triton import INTERPRETED, configs, tune
 from ffnet_kernels.backends.triton.launch import recording
 
@@ -31,15 +26,6 @@ HEADER = {"device": "cpu", "source": "abc", "commit": "0123"}
 
 def session(seconds=100.0, compiler=lambda jobs, deadline: []):
     return gpu.Session(CPU, time.monotonic() + seconds, compiler)
-
-
-def clock(function):
-    function()
-    clock.now += 1.0
-    return clock.now
-
-
-clock.now = 0.0
 
 
 @pytest.fixture
@@ -287,56 +273,6 @@ def test_what_was_skipped_is_tried_again_and_not_counted(fake_gpu, parts, capsys
     assert "a: 2 of 2 passed\n" in capsys.readouterr().out
 
 
-@pytest.fixture
-def builder(tmp_path, monkeypatch):
-    """A build that only notes what it is asked for; what it writes, and what it was asked."""
-    monkeypatch.delenv("FFNET_CUDA_ARCHS", raising=False)
-    monkeypatch.delenv("FFNET_KERNELS_LIBRARY_DIR", raising=False)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
-    monkeypatch.setattr(native, "library_dir", lambda: tmp_path)
-    asked, outcome = [], {"code": 0, "missing": {}}
-
-    def run(command, seconds, environment):
-        asked.append(environment["FFNET_CUDA_ARCHS"])
-        (tmp_path / "build_record.json").write_text(
-            json.dumps({"missing": outcome["missing"], **outcome.get("cuda", {})})
-        )
-        return None if outcome["code"] is None else (outcome["code"], "the log")
-
-    monkeypatch.setattr(gpu_processes, "run", run)
-    return outcome, asked
-
-
-def test_the_library_is_built_for_this_gpu(builder, monkeypatch):
-    outcome, asked = builder
-    assert gpu_processes.build(CPU, 10) == {"passed": True, "architectures": "89"}
-    outcome["cuda"] = {"cuda": {"architectures": [75, 80]}}
-    gpu_processes.build(CPU, 10)
-    gpu_processes.build(CPU, 10)  # there is one for 8.0 now, which runs on 8.9
-    outcome["cuda"] = {"cuda": {"architectures": [75, 90]}}
-    gpu_processes.build(CPU, 10)
-    gpu_processes.build(CPU, 10)
-    monkeypatch.setenv("FFNET_CUDA_ARCHS", "90,100")
-    gpu_processes.build(CPU, 10)
-    assert asked == ["89", "89", "75,80", "75,80", "89", "90,100"]
-
-
-def test_why_there_is_no_library(builder, monkeypatch):
-    outcome, asked = builder
-    outcome["missing"] = {native.CUDA_LIBRARY: "no CUDA compiler (looked for nvcc)"}
-    assert gpu_processes.build(CPU, 10)["skipped"] == "no CUDA compiler (looked for nvcc)"
-    outcome["missing"] = {native.CUDA_LIBRARY: "compilation failed: error"}
-    row = gpu_processes.build(CPU, 10)
-    assert (row["passed"], row["error"]) == (False, "compilation failed: error\nthe log")
-    outcome["code"] = 1
-    assert gpu_processes.build(CPU, 10) == {"passed": False, "architectures": "89", "error": "the log"}
-    outcome["code"] = None
-    assert gpu_processes.build(CPU, 10) is None
-    monkeypatch.setenv("FFNET_KERNELS_LIBRARY_DIR", "elsewhere")
-    assert "FFNET_KERNELS_LIBRARY_DIR" in gpu_processes.build(CPU, 10)["skipped"]
-    assert len(asked) == 4
-
-
 def test_a_new_library_is_loaded_by_a_new_process(fake_gpu, monkeypatch, capsys):
     run, _, started = fake_gpu
     monkeypatch.setattr(gpu_processes, "build", lambda device, seconds: {"passed": True})
@@ -349,58 +285,6 @@ def test_a_new_library_is_loaded_by_a_new_process(fake_gpu, monkeypatch, capsys)
     assert run("--only", "build") == 0
     assert len(started) == 1
     assert "build: 2 of 2 passed" in capsys.readouterr().out
-
-
-@pytest.fixture
-def sanitizer(tmp_path, monkeypatch):
-    """A command in the sanitizer's place: its script."""
-    monkeypatch.setattr(dispatch, "why_unavailable", lambda name: None)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    script = tmp_path / gpu_processes.SANITIZER
-
-    def write(text):
-        script.write_text(f"#!/bin/sh\n{text}\n")
-        script.chmod(0o755)
-
-    return write
-
-
-def test_the_sanitizer(sanitizer, tmp_path):
-    sanitizer(f'echo "$@ $PYTORCH_NO_CUDA_MEMORY_CACHING" > {tmp_path}/seen')
-    row = gpu_processes.sanitize("racecheck", "k=3 ", 10)
-    assert row["passed"]
-    options = f"--tool racecheck --error-exitcode 86 --kernel-name kns=ffnet {sys.executable}"
-    seen = (tmp_path / "seen").read_text()
-    assert seen == f"{options} -m ffnet_kernels selftest --backend cuda --filter k=3  1\n"
-    sanitizer("echo RACECHECK SUMMARY: 1 hazard displayed; exit 86")
-    row = gpu_processes.sanitize("racecheck", "k=3 ", 10)
-    assert (row["passed"], row["error"]) == (False, "RACECHECK SUMMARY: 1 hazard displayed")
-
-
-def test_the_sanitizer_is_stopped_in_time(sanitizer, tmp_path, monkeypatch):
-    sanitizer(f"(sleep 2; touch {tmp_path}/late) & wait")
-    assert gpu_processes.sanitize("memcheck", "k=3 ", 0.2) is None
-    monkeypatch.setattr(gpu_processes, "LONGEST", 0.2)
-    assert gpu_processes.sanitize("memcheck", "k=3 ", 10)["error"] == "not finished after 0 s"
-    time.sleep(2.5)
-    assert not (tmp_path / "late").exists(), "its children are ended with it"
-
-
-def test_without_the_sanitizer(monkeypatch, tmp_path):
-    monkeypatch.setattr(dispatch, "why_unavailable", lambda name: None)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    assert gpu_processes.sanitize("memcheck", "k=3 ", 10) == {
-        "passed": True, "skipped": "compute-sanitizer is not there (looked on the path and in CUDA's folder)"
-    }  # fmt: skip
-    monkeypatch.setattr(dispatch, "why_unavailable", lambda name: f"no {name}")
-    assert gpu_processes.sanitize("memcheck", "k=3 ", 10)["skipped"] == "no cuda"
-
-
-def test_the_sanitizer_is_given_cases_of_every_kind():
-    names = [case.name for case in gpu.selftest_cases()]
-    for _, text in gpu_processes.SANITIZED:
-        assert {name.split()[0] for name in names if text in name} == set(gpu.OPERATORS)
 
 
 @interpreted
@@ -461,127 +345,6 @@ def test_a_step_compiles_what_it_runs(monkeypatch):
         names = [found.kernel.__name__ for found in launches]
         assert len(jobs) == number
         assert names.count("depthwise_conv2d_backward_kernel") == (0 if "forward" in text else number // 2)
-
-
-class NoCompiler:
-    def __init__(self, name, options):
-        self.name = name
-
-    def prepare(self, work):
-        raise RuntimeError("no compiler")
-
-
-@interpreted
-@pytest.mark.parametrize("backward", [False, True])
-def test_a_row_of_an_operator(backward, monkeypatch):
-    monkeypatch.setattr(gpu_timing, "TorchCompile", NoCompiler)
-    monkeypatch.setattr(dispatch, "why_unavailable", lambda name: None)
-    monkeypatch.setitem(dispatch.BACKENDS, "cuda", reference)  # in its place; that of Triton runs interpreted
-    case = OperatorCase("depthwise_conv2d", 1, 4, 4, 3, dtype="bfloat16")
-    row = gpu_timing.operator_row(case, CPU, clock, backward=backward, samples=2)
-    by_name = {m.contender: m for m in row.measurements}
-    ours = [f"{backend} {layout}" for backend in ("cuda", "triton") for layout in ("nchw", "channels-last")]
-    assert list(by_name) == [*ours, EAGER_NCHW, EAGER, COMPILED, COPY]
-    assert by_name.pop(COMPILED).reason == "RuntimeError: no compiler"
-    assert all(m.passed and len(m.samples_ms) == 2 for m in by_name.values())
-    assert [name for name in by_name if gpu_contenders.is_ours(name)] == ours
-    assert 0 < by_name["triton nchw"].error < 0.02
-    assert by_name["cuda nchw"].detail == "plain PyTorch operators"
-    one_map, parameters = 4 * 16, 4 * 9 + 4
-    assert row.bytes == 2 * ((3 * one_map + 2 * parameters) if backward else (2 * one_map + parameters))
-
-
-@interpreted
-def test_a_backend_that_is_not_there_is_not_timed(monkeypatch):
-    monkeypatch.setattr(gpu_timing, "TorchCompile", NoCompiler)
-    monkeypatch.setattr(dispatch, "why_unavailable", lambda name: "no" if name == "cuda" else None)
-    row = gpu_timing.operator_row(OperatorCase("depthwise_conv2d", 1, 2, 4, 3), CPU, clock, backward=False, samples=1)
-    assert [m.contender for m in row.measurements][:3] == ["triton nchw", "triton channels-last", EAGER_NCHW]
-
-
-@pytest.mark.parametrize("operator", ["depthwise_conv2d", "ffnified_attention"])
-def test_cudnn_computes_the_same(operator, monkeypatch):
-    asked = []
-
-    def convolve(x, weight, padding, stride, dilation, groups, **options):
-        asked.append(options)
-        return torch.nn.functional.conv2d(x, weight, None, stride, padding, dilation, groups)
-
-    monkeypatch.setattr(torch, "cudnn_convolution", convolve)
-    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
-    work = gpu_timing.operator_work(OperatorCase(operator, 1, 4, 4, 3), CPU)
-    peer = gpu_contenders.Cudnn(CUDNN_NCHW, "nchw")
-    assert peer.differs(work), "a CPU's convolution is another one"
-    torch.testing.assert_close(peer.prepare(work)(), work.plain("nchw")())
-    assert len(asked) == (1 if operator == "depthwise_conv2d" else 2)
-    monkeypatch.setattr(torch._C, "_select_conv_backend", lambda *args: torch._C._ConvBackend.Cudnn)
-    assert not peer.differs(work)
-
-
-def test_a_graph_is_replayed(monkeypatch):
-    happened = []
-
-    class Graph:
-        def replay(self):
-            happened.append("replay")
-
-    class Capture:
-        def __init__(self, graph):
-            pass
-
-        def __enter__(self):
-            happened.append("capture")
-
-        def __exit__(self, *exception):
-            happened.append("captured")
-
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", Capture)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    run, text = gpu_timing.captured(lambda: happened.append("run"), CPU)
-    run()
-    assert (happened, text) == (["capture", "run", "captured", "replay", "replay"], "")
-
-    def synchronises():
-        raise RuntimeError("not permitted")
-
-    assert gpu_timing.captured(synchronises, CPU) == (
-        synchronises, "; without a CUDA graph: RuntimeError: not permitted"
-    )  # fmt: skip
-
-
-def test_compiled_peers_run_their_backward_pass_many_times():
-    """The cheap stand-in for a compiler still goes through AOTAutograd, which may free what a second pass needs."""
-    case = OperatorCase("depthwise_conv2d", 1, 4, 4, 3)
-    work = gpu_timing.operator_work(case, CPU)
-
-    class Peer(gpu_timing.TorchCompile):
-        def prepare(self, work):
-            program = work.plain("nchw")
-            return gpu_timing.replace(program, function=torch.compile(program.function, backend="aot_eager"))
-
-    peers = [gpu_timing.Eager(EAGER, "channels_last"), Peer(COMPILED)]
-    row = gpu_timing.measure("case", 1, 1, work, peers, clock, 3, backward=True)
-    assert [(m.passed, m.reason, len(m.samples_ms)) for m in row.measurements] == [(True, None, 3)] * 2
-
-
-@pytest.mark.parametrize("name", ["model_row", "training_row"])
-def test_a_row_of_a_model(name, monkeypatch):
-    torch.manual_seed(0)
-    model = create_model("ffnet_1", depths=(1, 1), dims=(8, 8), token_kernels=(3, 3), num_classes=5).eval()
-    batch = torch.randn(4, 3, 32, 32)
-    monkeypatch.setattr(gpu_timing, "build", lambda case: ModelWork(model, [batch]))
-    monkeypatch.setattr(gpu_timing, "TorchCompile", NoCompiler)
-    monkeypatch.setattr(gpu_timing.CompiledTraining, "prepare", NoCompiler("", {}).prepare)
-    monkeypatch.setattr(ModelCase, "flops", 1)
-    monkeypatch.setattr(ModelCase, "bytes", 1)
-    case = ModelCase("ffnet_2", 4, dtype="bfloat16" if name == "training_row" else "float32")
-    row = getattr(gpu_timing, name)(case, CPU, clock, samples=1)
-    ours, *others = row.measurements
-    assert (ours.contender, ours.passed, ours.reason) == (OURS, True, None)
-    assert [m.reason for m in others if m.contender == COMPILED] == ["RuntimeError: no compiler"]
-    assert all(m.passed for m in others if m.contender != COMPILED)
-    assert all(p.grad is None for p in model.parameters())
 
 
 def test_a_row_of_the_bench_part_is_plain_data(monkeypatch):

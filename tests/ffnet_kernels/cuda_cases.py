@@ -31,6 +31,15 @@ needs_host = pytest.mark.skipif(bool(_REASON), reason=f"no CUDA kernels for the 
 on_the_host = native.cuda_host_library() is not None and _REASON is None
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """For plain PyTorch: the maps are small, and two threads on a busy machine wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @contextlib.contextmanager
 def machine(
     schedule: str = "forward", seed: int = 0, *, architecture: int = 90, multiprocessors: int = 2

@@ -6,7 +6,7 @@ import cuda_cases
 import parity
 import pytest
 import torch
-from cuda_cases import BF16, DTYPES, F16, F32, HALVES, LAST, machine
+from cuda_cases import BF16, DTYPES, F16, F32, HALVES, LAST, machine, one_thread  # noqa: F401  (a fixture)
 from examples import example
 
 import ffnet_kernels as fk

@@ -5,7 +5,7 @@ import functools
 import cuda_cases
 import parity
 import pytest
-from cuda_cases import machine
+from cuda_cases import machine, one_thread  # noqa: F401  (a fixture)
 from examples import example
 from hypothesis import given, settings
 

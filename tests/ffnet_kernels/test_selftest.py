@@ -55,7 +55,7 @@ def test_it_finds_a_wrong_gradient(only_cpu, monkeypatch, which):
 
     def wrong(*call):
         grads = list(correct(*call))
-        grads[which] = grads[which].clone()
+        grads[which] = grads[which].clone(memory_format=torch.contiguous_format)
         grads[which].view(-1)[-1] += 1e-3 * grads[which].abs().max()
         return grads
 

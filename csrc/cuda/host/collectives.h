@@ -107,17 +107,18 @@ void load_matrices_on_host(uint32_t (&r)[4], const void* row) {
   memcpy(values, row, sizeof values);
   host::warp_collective(TRANSPOSED ? "load matrices, transposed" : "load matrices", values, &r,
                         [](const void* const* inputs, void* const* outputs) {
-    for (int lane = 0; lane < host::kWarp; ++lane) {
-      const int g = lane / 4, t = lane % 4;
-      const auto at = [&](int matrix, int i, int j) -> uint32_t {
-        return static_cast<const uint16_t*>(inputs[matrix * 8 + i])[j];
-      };
-      uint32_t result[4];
-      for (int m = 0; m < 4; ++m)
-        result[m] = TRANSPOSED ? at(m, 2 * t, g) | at(m, 2 * t + 1, g) << 16 : at(m, g, 2 * t) | at(m, g, 2 * t + 1) << 16;
-      memcpy(outputs[lane], result, sizeof result);
-    }
-  });
+                          for (int lane = 0; lane < host::kWarp; ++lane) {
+                            const int g = lane / 4, t = lane % 4;
+                            const auto at = [&](int matrix, int i, int j) -> uint32_t {
+                              return static_cast<const uint16_t*>(inputs[matrix * 8 + i])[j];
+                            };
+                            uint32_t result[4];
+                            for (int m = 0; m < 4; ++m)
+                              result[m] = TRANSPOSED ? at(m, 2 * t, g) | at(m, 2 * t + 1, g) << 16
+                                                     : at(m, g, 2 * t) | at(m, g, 2 * t + 1) << 16;
+                            memcpy(outputs[lane], result, sizeof result);
+                          }
+                        });
 }
 
 inline void load_matrices(uint32_t (&r)[4], const void* row) { load_matrices_on_host<false>(r, row); }

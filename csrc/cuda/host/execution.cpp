@@ -299,14 +299,16 @@ void warp_collective(const char* site, const void* input, void* output, Compute 
   Rendezvous& warp = machine.warps[thread / kWarp];
   if (machine.threads % kWarp) fault("a block whose threads are not whole warps");
   if (warp.arrived == 0) warp.site = site;
-  if (warp.site != site && std::strcmp(warp.site, site) != 0) fault("the lanes of a warp meet in different collectives");
+  if (warp.site != site && std::strcmp(warp.site, site) != 0)
+    fault("the lanes of a warp meet in different collectives");
   warp.inputs[thread % kWarp] = input, warp.outputs[thread % kWarp] = output;
   synchronise(warp, kWarp, true, compute);
 }
 
 void copy_async(void* shared, const void* global, int bytes, int valid_bytes) {
   if (reinterpret_cast<uintptr_t>(shared) % bytes) fault("an asynchronous copy to a misaligned address");
-  if (valid_bytes && reinterpret_cast<uintptr_t>(global) % bytes) fault("an asynchronous copy from a misaligned address");
+  if (valid_bytes && reinterpret_cast<uintptr_t>(global) % bytes)
+    fault("an asynchronous copy from a misaligned address");
   Fiber& fiber = *machine.current;
   const Copy copy{shared, global, bytes, valid_bytes, fiber.copy_group};
   if (machine.schedule == Schedule::reverse) land(copy);
@@ -344,7 +346,8 @@ void record_start(const char* name, const void* code) {
   Dl_info library{};
   dladdr(code, &library);
   std::ostringstream line;
-  line << name << '\t' << std::hex << static_cast<const char*>(code) - static_cast<const char*>(library.dli_fbase) << '\n';
+  line << name << '\t' << std::hex << static_cast<const char*>(code) - static_cast<const char*>(library.dli_fbase)
+       << '\n';
   started.insert(line.str());
 }
 

@@ -3,7 +3,8 @@
 // the compiler is not nvcc.
 //
 // It shows wrong results, reads out of bounds (under AddressSanitizer) and missing barriers (under ThreadSanitizer, or
-// as results that depend on the schedule). It does not show bank conflicts, occupancy or the approximations of hardware.
+// as results that depend on the schedule). It does not show bank conflicts, occupancy or the approximations of
+// hardware.
 #pragma once
 
 #include <cstddef>
@@ -44,8 +45,8 @@ void wait_for_copies(int groups_left);
 
 [[noreturn]] void fault(const char* what);
 
-// The kernels that this thread of the host has started since the last call, a line each: the name, a tab and the place of
-// the kernel's code in the library in hexadecimal, by which `nm` tells its template arguments.
+// The kernels that this thread of the host has started since the last call, a line each: the name, a tab and the place
+// of the kernel's code in the library in hexadecimal, by which `nm` tells its template arguments.
 void record_start(const char* name, const void* code);
 std::string started_kernels();
 

@@ -1,0 +1,149 @@
+"""What a GPU is to time, on the CPU: contenders of an operator, and rows of operators and models."""
+
+import pytest
+import torch
+
+from benchmarks import gpu_contenders, gpu_timing
+from benchmarks.gpu_contenders import COMPILED, COPY, CUDNN_NCHW, EAGER, EAGER_NCHW
+from benchmarks.peers import OURS
+from benchmarks.specs import ModelCase, OperatorCase
+from benchmarks.work import ModelWork
+from ffnet import create_model
+from ffnet_kernels import dispatch
+from ffnet_kernels.backends import reference
+from ffnet_kernels.backends.triton import INTERPRETED
+
+pytest.importorskip("triton")
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1: there is a real GPU")
+
+CPU = torch.device("cpu")
+
+
+def clock(function):
+    function()
+    clock.now += 1.0
+    return clock.now
+
+
+clock.now = 0.0
+
+
+class NoCompiler:
+    def __init__(self, name, options):
+        self.name = name
+
+    def prepare(self, work):
+        raise RuntimeError("no compiler")
+
+
+@interpreted
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_row_of_an_operator(backward, monkeypatch):
+    monkeypatch.setattr(gpu_timing, "TorchCompile", NoCompiler)
+    monkeypatch.setattr(dispatch, "why_unavailable", lambda name: None)
+    monkeypatch.setitem(dispatch.BACKENDS, "cuda", reference)  # in its place; that of Triton runs interpreted
+    case = OperatorCase("depthwise_conv2d", 1, 4, 4, 3, dtype="bfloat16")
+    row = gpu_timing.operator_row(case, CPU, clock, backward=backward, samples=2)
+    by_name = {m.contender: m for m in row.measurements}
+    ours = [f"{backend} {layout}" for backend in ("cuda", "triton") for layout in ("nchw", "channels-last")]
+    assert list(by_name) == [*ours, EAGER_NCHW, EAGER, COMPILED, COPY]
+    assert by_name.pop(COMPILED).reason == "RuntimeError: no compiler"
+    assert all(m.passed and len(m.samples_ms) == 2 for m in by_name.values())
+    assert [name for name in by_name if gpu_contenders.is_ours(name)] == ours
+    assert 0 < by_name["triton nchw"].error < 0.02
+    assert by_name["cuda nchw"].detail == "plain PyTorch operators"
+    one_map, parameters = 4 * 16, 4 * 9 + 4
+    assert row.bytes == 2 * ((3 * one_map + 2 * parameters) if backward else (2 * one_map + parameters))
+
+
+@interpreted
+def test_a_backend_that_is_not_there_is_not_timed(monkeypatch):
+    monkeypatch.setattr(gpu_timing, "TorchCompile", NoCompiler)
+    monkeypatch.setattr(dispatch, "why_unavailable", lambda name: "no" if name == "cuda" else None)
+    row = gpu_timing.operator_row(OperatorCase("depthwise_conv2d", 1, 2, 4, 3), CPU, clock, backward=False, samples=1)
+    assert [m.contender for m in row.measurements][:3] == ["triton nchw", "triton channels-last", EAGER_NCHW]
+
+
+@pytest.mark.parametrize("operator", ["depthwise_conv2d", "ffnified_attention"])
+def test_cudnn_computes_the_same(operator, monkeypatch):
+    asked = []
+
+    def convolve(x, weight, padding, stride, dilation, groups, **options):
+        asked.append(options)
+        return torch.nn.functional.conv2d(x, weight, None, stride, padding, dilation, groups)
+
+    monkeypatch.setattr(torch, "cudnn_convolution", convolve)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    work = gpu_timing.operator_work(OperatorCase(operator, 1, 4, 4, 3), CPU)
+    peer = gpu_contenders.Cudnn(CUDNN_NCHW, "nchw")
+    assert peer.differs(work), "a CPU's convolution is another one"
+    torch.testing.assert_close(peer.prepare(work)(), work.plain("nchw")())
+    assert len(asked) == (1 if operator == "depthwise_conv2d" else 2)
+    monkeypatch.setattr(torch._C, "_select_conv_backend", lambda *args: torch._C._ConvBackend.Cudnn)
+    assert not peer.differs(work)
+
+
+def test_a_graph_is_replayed(monkeypatch):
+    happened = []
+
+    class Graph:
+        def replay(self):
+            happened.append("replay")
+
+    class Capture:
+        def __init__(self, graph):
+            pass
+
+        def __enter__(self):
+            happened.append("capture")
+
+        def __exit__(self, *exception):
+            happened.append("captured")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", Capture)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    run, text = gpu_timing.captured(lambda: happened.append("run"), CPU)
+    run()
+    assert (happened, text) == (["capture", "run", "captured", "replay", "replay"], "")
+
+    def synchronises():
+        raise RuntimeError("not permitted")
+
+    assert gpu_timing.captured(synchronises, CPU) == (
+        synchronises, "; without a CUDA graph: RuntimeError: not permitted"
+    )  # fmt: skip
+
+
+def test_compiled_peers_run_their_backward_pass_many_times():
+    """The cheap stand-in for a compiler still goes through AOTAutograd, which may free what a second pass needs."""
+    case = OperatorCase("depthwise_conv2d", 1, 4, 4, 3)
+    work = gpu_timing.operator_work(case, CPU)
+
+    class Peer(gpu_timing.TorchCompile):
+        def prepare(self, work):
+            program = work.plain("nchw")
+            return gpu_timing.replace(program, function=torch.compile(program.function, backend="aot_eager"))
+
+    peers = [gpu_timing.Eager(EAGER, "channels_last"), Peer(COMPILED)]
+    row = gpu_timing.measure("case", 1, 1, work, peers, clock, 3, backward=True)
+    assert [(m.passed, m.reason, len(m.samples_ms)) for m in row.measurements] == [(True, None, 3)] * 2
+
+
+@pytest.mark.parametrize("name", ["model_row", "training_row"])
+def test_a_row_of_a_model(name, monkeypatch):
+    torch.manual_seed(0)
+    model = create_model("ffnet_1", depths=(1, 1), dims=(8, 8), token_kernels=(3, 3), num_classes=5).eval()
+    batch = torch.randn(4, 3, 32, 32)
+    monkeypatch.setattr(gpu_timing, "build", lambda case: ModelWork(model, [batch]))
+    monkeypatch.setattr(gpu_timing, "TorchCompile", NoCompiler)
+    monkeypatch.setattr(gpu_timing.CompiledTraining, "prepare", NoCompiler("", {}).prepare)
+    monkeypatch.setattr(ModelCase, "flops", 1)
+    monkeypatch.setattr(ModelCase, "bytes", 1)
+    case = ModelCase("ffnet_2", 4, dtype="bfloat16" if name == "training_row" else "float32")
+    row = getattr(gpu_timing, name)(case, CPU, clock, samples=1)
+    ours, *others = row.measurements
+    assert (ours.contender, ours.passed, ours.reason) == (OURS, True, None)
+    assert [m.reason for m in others if m.contender == COMPILED] == ["RuntimeError: no compiler"]
+    assert all(m.passed for m in others if m.contender != COMPILED)
+    assert all(p.grad is None for p in model.parameters())
