@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -55,14 +56,16 @@ def build_with_fault(folder: Path, source: str, line: str, faulty: str, *, sanit
 def build_cuda_host(folder: Path, sanitizer: str = "", faults: dict[str, tuple[str, str]] | None = None) -> Path:
     """The CUDA kernels for the processor, with a sanitizer ("", "address" or "thread"), of a copy of csrc/ in `folder`.
 
-    ``faults`` are lines to alter, and what they become, by their source; a second call compiles what differs only.
+    ``faults`` are code to alter, with any white space, and what it becomes, by its source. A second call compiles what
+    differs only.
     """
     compiler()
     shutil.copytree(ROOT / "csrc", folder / "csrc", dirs_exist_ok=True)
     for source, (line, faulty) in (faults or {}).items():
-        text = (folder / "csrc" / source).read_text()
-        assert text.count(line) == 1, f"csrc/{source} no longer holds the line to alter once: {line}"
-        (folder / "csrc" / source).write_text(text.replace(line, faulty))
+        pattern = r"\s*".join(re.escape(part) for part in line.split())
+        text, found = re.subn(pattern, lambda _, faulty=faulty: faulty, (folder / "csrc" / source).read_text())
+        assert found == 1, f"csrc/{source} no longer holds the code to alter once: {line}"
+        (folder / "csrc" / source).write_text(text)
     builder = load_builder(folder / "csrc")
     flags = {"": [], "address": builder.SANITIZE_FLAGS, "thread": builder.SANITIZE_THREAD_FLAGS}[sanitizer]
     (folder / "lib").mkdir(exist_ok=True)
