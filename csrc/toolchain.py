@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 # Machine code runs on every later minor of its major version, so one architecture of each serves them all (sm_80 is
-# 8.0, 8.6, 8.7 and 8.9); what comes after the newest compiles its PTX at the first call.
+# 8.0, 8.6, 8.7 and 8.9); what comes after the newest compiles its PTX at the first call. A GPU that neither serves,
+# such as sm_110, runs the next backend (backends/cuda.py asks the library).
 CUDA_ARCHITECTURES = [75, 80, 90, 100, 120]
 
 

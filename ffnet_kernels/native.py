@@ -60,6 +60,15 @@ def cuda_library_error() -> str | None:
     return _load(library_dir() / CUDA_LIBRARY)
 
 
+@functools.cache
+def cuda_device_error(index: int) -> str | None:
+    """Why the loaded CUDA library has no code for a device, or None."""
+    library = ctypes.CDLL(str(cuda_host_library() or library_dir() / CUDA_LIBRARY))
+    reason = ctypes.create_string_buffer(500)
+    failed = library.ffnet_cuda_check_device(ctypes.c_int(index), reason, ctypes.c_size_t(len(reason)))
+    return reason.value.decode() if failed else None
+
+
 def cuda_host_library() -> Path | None:
     """The CUDA kernels compiled for the processor, for tests: where ``FFNET_KERNELS_CUDA_HOST`` says."""
     path = os.environ.get("FFNET_KERNELS_CUDA_HOST")

@@ -5,6 +5,7 @@
 #include "torch_common.h"
 
 #include <array>
+#include <cstdio>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -163,9 +164,10 @@ void scale_and_add(Tensor& out, const std::optional<Tensor>& bias, const std::op
   std::optional<Tensor> dense;  // the residual in out's layout
   if (residual) {
     check_like(*residual, out, "residual", 4);
+    check_shape(*residual, "residual", {out.size(0), channels, out.size(2), out.size(3)});
     dense = *residual;
     bool same = true;
-    for (int d = 0; d < 4; ++d) same &= residual->stride(d) == out.stride(d);
+    for (int d = 0; d < 4; ++d) same &= out.size(d) == 1 || residual->stride(d) == out.stride(d);
     if (!same) {
       dense = empty_map(out, {out.size(0), channels, out.size(2), out.size(3)}, maps.channels_last);
       torch::stable::copy_(*dense, *residual);
@@ -232,13 +234,8 @@ Tensor depthwise_conv2d_dgrad(const Tensor& grad, const Tensor& weight, const Te
   Tensor out = empty_map(like, {call.n, call.channels, call.h, call.w}, suggests_channels_last(like));
   call.x = written(out), call.out = map_of(grad);
   if (call.n == 0) return out;
-  switch (choose(call, session.device())) {
-    case ConvolutionKernel::stream:
-      if (call.multiplier == 1) {
-        stream_dgrad(call, session.device());
-        break;
-      }
-      [[fallthrough]];
+  switch (choose_dgrad(call, session.device())) {
+    case ConvolutionKernel::stream: stream_dgrad(call, session.device()); break;
     case ConvolutionKernel::banded: banded_dgrad(call, session.device()); break;
     default: direct_dgrad(call, session.device());
   }
@@ -247,7 +244,7 @@ Tensor depthwise_conv2d_dgrad(const Tensor& grad, const Tensor& weight, const Te
 
 // Partial sums of the gradients of a filter and its bias: [splits, outputs, taps + 1], float32.
 Tensor filter_partials(Convolution& call, const Tensor& like, const Device& device) {
-  const bool tensor_cores = has_tensor_cores(device) && wgrad_takes(call);
+  const bool tensor_cores = choose_wgrad(call, device);
   const int64_t splits = call.n == 0    ? 0
                          : tensor_cores ? wgrad_splits(call, device)
                                         : direct_wgrad_splits(call, device);
@@ -373,6 +370,7 @@ std::tuple<Tensor, Tensor, Tensor> ffnified_attention_value_grads(const Tensor& 
   const ChannelVector bias_vector(value_bias, hidden, "value_bias", channels),
       scale_vector(scale, hidden, "scale", channels);
   const Filter filter = filter_of(value, hidden, "value", bias_vector.data());
+  FFNET_CHECK(value.size(0) == channels, "value must have the hidden map's channels");
   const std::vector<int64_t> padding{(filter.kh - 1) / 2, filter.kh / 2, (filter.kw - 1) / 2, filter.kw / 2};
   Convolution call = convolution(hidden, filter, channels, {1, 1}, padding);
   check_shape(grad, "grad", {call.n, channels, call.out_h, call.out_w});
@@ -403,6 +401,7 @@ bool ffnified_attention_dgrad_takes(const Tensor& grad, const Tensor& query, con
 ChannelMixer pointwise(const Tensor& x, const Tensor& expand_weight, const Tensor& project_weight,
                        const std::optional<Tensor>& residual, const Tensor& out) {
   check_map(x, x, "x");
+  check_like(out, x, "out", 4);
   check_like(expand_weight, x, "expand_weight", 2);
   check_like(project_weight, x, "project_weight", 2);
   FFNET_CHECK(expand_weight.size(1) == x.size(1) && project_weight.size(1) == expand_weight.size(0),
@@ -427,9 +426,9 @@ Matrix matrix_of(const Tensor& weight) { return {weight.const_data_ptr(), weight
 // Whether channel_mixer_pointwise takes the call. `out` lends its layout.
 bool channel_mixer_takes(const Tensor& x, const Tensor& expand_weight, const Tensor& project_weight,
                          const std::optional<Tensor>& residual, const Tensor& out) {
+  const ChannelMixer call = pointwise(x, expand_weight, project_weight, residual, out);
   const Session session(x);
-  return expand_weight.stride(1) == 1 && project_weight.stride(1) == 1 &&
-         channel_mixer_fits(pointwise(x, expand_weight, project_weight, residual, out), session.device());
+  return expand_weight.stride(1) == 1 && project_weight.stride(1) == 1 && channel_mixer_fits(call, session.device());
 }
 
 void channel_mixer_pointwise(const Tensor& x, const Tensor& expand_weight, const std::optional<Tensor>& expand_bias,
@@ -514,6 +513,21 @@ std::string started_kernels() { return host::started_kernels(); }
 
 }  // namespace
 }  // namespace ffnet
+
+// For Python, while nothing is traced: 0, or 1 and why the library does not run on a GPU.
+extern "C" __attribute__((visibility("default"))) int ffnet_cuda_check_device([[maybe_unused]] int device, char* reason,
+                                                                              size_t size) {
+  try {
+#ifndef FFNET_HOST_EXECUTION
+    const torch::stable::accelerator::DeviceGuard guard(device);
+#endif
+    ffnet::current_device(nullptr);
+    return 0;
+  } catch (const std::exception& error) {
+    snprintf(reason, size, "%s", error.what());
+    return 1;
+  }
+}
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ffnet_kernels_cuda, m) {
   m.def(

@@ -9,6 +9,7 @@
 
 #include "activation.h"
 #include "channel_mixer_tiles.h"
+#include "dispatch.h"
 
 namespace ffnet {
 namespace {
@@ -236,7 +237,7 @@ void start_mixer(const MixerParameters& p, bool channels_last, const Device& dev
   grid.x = (p.pixels + kPixels - 1) / kPixels;
   grid.threads = kThreads;
   grid.shared_bytes = 2 * (channels_last ? Layout<WIDTH, true>::kEnd : Layout<WIDTH, false>::kEnd);
-  launch("channel_mixer", channels_last ? mixer_kernel<T, WIDTH, true> : mixer_kernel<T, WIDTH, false>, grid, p,
+  launch("mixer_kernel", channels_last ? mixer_kernel<T, WIDTH, true> : mixer_kernel<T, WIDTH, false>, grid, p,
          device.stream);
 }
 
@@ -253,7 +254,7 @@ void start_mixer(const MixerParameters& p, bool channels_last, const Device& dev
 }  // namespace
 
 bool channel_mixer_fits(const ChannelMixer& call, const Device& device) {
-  return device.architecture >= 80 && call.dtype != Dtype::float32 && call.channels <= kMaxChannels &&
+  return has_tensor_cores(device) && call.dtype != Dtype::float32 && call.channels <= kMaxChannels &&
          call.outputs <= kMaxChannels && evenly_spaced(call, call.x) && evenly_spaced(call, call.out) &&
          evenly_spaced(call, call.residual) && std::max(call.expand.stride, call.project.stride) <= INT32_MAX &&
          (channels_last(call) || nchw(call));

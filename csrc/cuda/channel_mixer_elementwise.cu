@@ -146,18 +146,19 @@ void start(const char* name, const DenseMaps& maps, const Parameters& p, const D
 }  // namespace
 
 void bias_activation(const DenseMaps& maps, Activation activation, void* map, const void* bias, const Device& device) {
-  start<BiasActivation>("bias_activation", maps, {map, nullptr, bias, nullptr, activation_parameters(activation)},
-                        device);
+  start<BiasActivation>("elementwise_kernel (bias_activation)", maps,
+                        {map, nullptr, bias, nullptr, activation_parameters(activation)}, device);
 }
 
 void scale_residual(const DenseMaps& maps, void* out, const void* bias, const void* scale, const void* residual,
                     const Device& device) {
-  start<ScaleResidual>("scale_residual", maps, {out, const_cast<void*>(residual), bias, scale, {}}, device);
+  start<ScaleResidual>("elementwise_kernel (scale_residual)", maps, {out, const_cast<void*>(residual), bias, scale, {}},
+                       device);
 }
 
 void activation_backward(const DenseMaps& maps, Activation activation, void* map, const void* bias, void* gradient,
                          const Device& device) {
-  start<ActivationBackward>("activation_backward", maps,
+  start<ActivationBackward>("elementwise_kernel (activation_backward)", maps,
                             {map, gradient, bias, nullptr, activation_parameters(activation)}, device);
 }
 

@@ -116,8 +116,10 @@ void run(const Convolution& call, const PlanarMap& x, const PlanarMap& out, cons
 
 bool stream_takes(const Convolution& call) {
   const int bottom = call.filter.kh - 1 - call.pad_top, right = call.filter.kw - 1 - call.pad_left;
-  return call.dtype != Dtype::float32 && call.stride_h == 1 && call.stride_w == 1 && call.filter.kh <= 7 &&
-         call.pad_top >= 0 && bottom >= 0 && call.pad_left >= 0 && call.pad_left <= 4 && right >= 0 && right <= 4 &&
+  // The last rows of the result must read the map: sums are started by rows of it.
+  return call.out_h <= call.h + call.pad_top && call.dtype != Dtype::float32 && call.stride_h == 1 &&
+         call.stride_w == 1 && call.filter.kh <= 7 && call.pad_top >= 0 && bottom >= 0 && call.pad_left >= 0 &&
+         call.pad_left <= 4 && right >= 0 && right <= 4 &&
          panels_take(call.n, std::max(call.h, call.out_h), std::max(call.w, call.out_w)) && planar(call.x, call.w) &&
          planar(call.out, call.out_w) && (!call.gradient.data || planar(call.gradient, call.out_w));
 }

@@ -83,23 +83,23 @@ template <class T>
 FFNET_DEVICE void multiply_16x8x8(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b0, const float (&c)[4]);
 
 #if FFNET_HAS_SM80
-#define FFNET_DEFINE_MULTIPLY(T, name)                                                                              \
-  template <>                                                                                                       \
-  FFNET_DEVICE void multiply_16x8x16<T>(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,          \
-                                        uint32_t b0, uint32_t b1, const float (&c)[4]) {                            \
-    asm("mma.sync.aligned.m16n8k16.row.col.f32." name "." name                                                      \
-        ".f32 "                                                                                                     \
-        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"                                       \
-        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                                            \
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));        \
-  }                                                                                                                 \
-  template <>                                                                                                       \
-  FFNET_DEVICE void multiply_16x8x8<T>(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b0, const float (&c)[4]) { \
-    asm("mma.sync.aligned.m16n8k8.row.col.f32." name "." name                                                       \
-        ".f32 "                                                                                                     \
-        "{%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %8, %9, %10};"                                                      \
-        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                                            \
-        : "r"(a0), "r"(a1), "r"(b0), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));                                   \
+#define FFNET_DEFINE_MULTIPLY(T, name)                                                                                \
+  template <>                                                                                                         \
+  FFNET_DEVICE void multiply_16x8x16<T>(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,            \
+                                        uint32_t b0, uint32_t b1, const float (&c)[4]) {                              \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." name "." name                                               \
+                 ".f32 "                                                                                              \
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"                                \
+                 : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                                     \
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3])); \
+  }                                                                                                                   \
+  template <>                                                                                                         \
+  FFNET_DEVICE void multiply_16x8x8<T>(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b0, const float (&c)[4]) {   \
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32." name "." name                                                \
+                 ".f32 "                                                                                              \
+                 "{%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %8, %9, %10};"                                               \
+                 : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                                     \
+                 : "r"(a0), "r"(a1), "r"(b0), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));                            \
   }
 FFNET_DEFINE_MULTIPLY(Half, "f16")
 FFNET_DEFINE_MULTIPLY(BFloat16, "bf16")
@@ -171,14 +171,18 @@ void launch(const char* name, void (*kernel)(Parameters), const Grid& grid, cons
          " blocks");
 #ifdef __CUDACC__
   const auto check = [&](cudaError_t error) {
-    if (error != cudaSuccess) fail(cudaGetErrorString(error));
+    if (error == cudaSuccess) return;
+    cudaGetLastError();  // or the next launch would report it
+    fail(cudaGetErrorString(error));
   };
-  if (grid.shared_bytes > 48 * 1024)
-    check(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(grid.shared_bytes)));
+  const auto* code = reinterpret_cast<const void*>(kernel);
+  const int shared_bytes = static_cast<int>(grid.shared_bytes);
+  if (shared_bytes > 48 * 1024)
+    check(cudaFuncSetAttribute(code, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
   const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z));
-  kernel<<<blocks, grid.threads, grid.shared_bytes, static_cast<cudaStream_t>(stream)>>>(parameters);
-  check(cudaGetLastError());
+  void* arguments[] = {const_cast<Parameters*>(&parameters)};
+  check(cudaLaunchKernel(code, blocks, dim3(grid.threads), arguments, grid.shared_bytes,
+                         static_cast<cudaStream_t>(stream)));
 #else
   const host::Index blocks{static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z)};
   host::record_start(name, reinterpret_cast<const void*>(kernel));

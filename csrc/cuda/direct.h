@@ -145,7 +145,8 @@ inline Tiling make_tiling(const TilingRequest& r, const Device& device) {
   t.columns = static_cast<int>(ceil_divide(r.out_w, r.width)), t.strips = (r.out_h + kStripRows - 1) / kStripRows;
   t.images = static_cast<int>(r.images);
   const int64_t plane = static_cast<int64_t>(t.columns) * t.strips, positions = plane * r.images;
-  if (positions > 0x7fffffff) throw std::runtime_error("ffnet_kernels (cuda): a map with too many columns");
+  if (positions > 0x7fffffff)
+    throw std::runtime_error("ffnet_kernels (cuda): takes maps of up to 2^31 positions on CUDA cores");
   const int64_t lanes = ceil_divide(r.outputs, r.pack);
   const bool few = positions * lanes * r.tasks < int64_t{2} * kDirectThreads * device.multiprocessors;
   const int log_threads = few ? 7 : 8;
@@ -156,7 +157,7 @@ inline Tiling make_tiling(const TilingRequest& r, const Device& device) {
     for (int log = t.log_channels - 1; log >= 0 && r.bytes << log >= 32; --log)
       if (idle(log) < idle(t.log_channels)) t.log_channels = log;
   } else {
-    t.log_channels = std::min(log_threads - std::min(log_threads, ceil_log2(plane)), ceil_log2(lanes));
+    t.log_channels = std::min({log_threads - std::min(log_threads, ceil_log2(plane)), ceil_log2(lanes), 5});
   }
   t.log_positions = log_threads - t.log_channels;
   const int step = 1 << t.log_positions;

@@ -204,11 +204,9 @@ void start(Plan& plan, const Device& device) {
   Grid grid;
   grid.x = p.tiling.position_blocks * p.tiling.channel_blocks;
   grid.threads = p.tiling.threads();
-  grid.shared_bytes =
-      static_cast<size_t>(std::min(p.filter.kw, kStageColumns)) * (V << p.tiling.log_channels) * kFilterPitch < KH
-          ? KH
-          : kFilterRows > *sizeof(float);
-  launch("direct convolution", direct_kernel<T, V, KH, SH>, grid, p, device.stream);
+  constexpr size_t kTapBytes = kFilterPitch<(KH ? KH : kFilterRows)> * sizeof(float);  // of a column of a filter
+  grid.shared_bytes = kTapBytes * std::min(p.filter.kw, kStageColumns) * (V << p.tiling.log_channels);
+  launch("direct_kernel", direct_kernel<T, V, KH, SH>, grid, p, device.stream);
 }
 
 template <class T, int V>

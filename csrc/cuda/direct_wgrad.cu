@@ -43,7 +43,7 @@ FFNET_DEVICE void add_column(float (&sum)[K][COLUMNS][V], int x, const float (&g
 // KH: rows of the filter, 0: any number. SH: vertical stride.
 template <class T, int V, int KH, int SH>
 FFNET_KERNEL(kDirectThreads, 2)
-wgrad_kernel(FFNET_PARAMETER WgradCall p) {
+direct_wgrad_kernel(FFNET_PARAMETER WgradCall p) {
   constexpr int K = kTileRows<KH>, COLUMNS = kTileColumns<V, KH>, ROWS = (kStripRows - 1) * SH + K;
   const Tiling& tiling = p.tiling;
   // Blocks that read the same share of both maps follow each other.
@@ -158,7 +158,7 @@ void start(const Convolution& call, WgradCall& p, const Device& device) {
   grid.x = p.tiling.position_blocks * p.tiles * p.tiling.channel_blocks;
   grid.threads = p.tiling.threads();
   grid.shared_bytes = static_cast<size_t>(kTileRows<KH> * kTileColumns<V, KH> + 1) * V * grid.threads * sizeof(float);
-  launch("direct filter gradient", wgrad_kernel<T, V, KH, SH>, grid, p, device.stream);
+  launch("direct_wgrad_kernel", direct_wgrad_kernel<T, V, KH, SH>, grid, p, device.stream);
 }
 
 template <class T, int V>

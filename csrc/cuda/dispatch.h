@@ -21,6 +21,20 @@ inline ConvolutionKernel choose(const Convolution& call, const Device& device) {
   return ConvolutionKernel::direct;
 }
 
+// For the gradient of the input.
+inline ConvolutionKernel choose_dgrad(const Convolution& call, const Device& device) {
+  if (has_tensor_cores(device)) {
+    if (call.multiplier == 1 && stream_takes(call)) return ConvolutionKernel::stream;
+    if (banded_takes(call)) return ConvolutionKernel::banded;
+  }
+  return ConvolutionKernel::direct;
+}
+
+// Whether the gradients of the filter are taken by wgrad, else by direct_wgrad.
+inline bool choose_wgrad(const Convolution& call, const Device& device) {
+  return has_tensor_cores(device) && wgrad_takes(call);
+}
+
 inline AttentionKernel choose(const Attention& call, const Device& device) {
   return has_tensor_cores(device) && attention_takes(call) ? AttentionKernel::stream
                                                            : AttentionKernel::two_convolutions;

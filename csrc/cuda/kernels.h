@@ -52,12 +52,13 @@ struct Attention {
 
 // What decides between kernels besides a call's shape.
 struct Device {
-  int architecture;  // 10 · major + minor
+  int architecture;  // that kernels were compiled for, 10 · major + minor
   int multiprocessors;
   void* stream;
 };
 
-// The current device's properties, with the stream that kernels run on.
+// The current device's properties, with the stream that kernels run on. Raises std::runtime_error where the library has
+// no code for it.
 Device current_device(void* stream);
 
 // ---- any layout, dtype and architecture, on CUDA cores (direct_convolution.cu, direct_wgrad.cu) ----

@@ -84,12 +84,12 @@ UNITS = (
         "read it. The last argument is how many products each of them takes, of 16 columns of the input.",
     ),
     (
-        r"wgrad_kernel<\w+, \d, \d>",
+        r"wgrad_kernel",
         "A row of the gradient, 256 elements, for as many rows of the filter as the second argument says. The loops "
         "that copy rows into shared memory are counted once.",
     ),
     (
-        r"wgrad_kernel",
+        r"direct_wgrad_kernel",
         "For a thread: a strip of 8 rows of the gradient and a tile of taps; code for strips at the edge of a plane "
         "is counted besides that for whole ones. Arguments: channels, rows of the filter (0: any), stride.",
     ),

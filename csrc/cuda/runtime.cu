@@ -1,4 +1,6 @@
 // What the host asks of the device.
+#include <atomic>
+
 #include "device.h"
 #include "kernels.h"
 #ifndef __CUDACC__
@@ -7,19 +9,50 @@
 
 namespace ffnet {
 
+#ifdef __CUDACC__
+namespace {
+
+// Compiled like all others: which code of it the device loads tells which of theirs.
+FFNET_KERNEL(32, 1) probe_kernel(FFNET_PARAMETER int) {}
+
+struct Known {
+  int architecture, multiprocessors;
+};
+
+Known ask() {
+  int device = 0, multiprocessors = 0;
+  cudaFuncAttributes attributes{};
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, probe_kernel);
+  if (error != cudaSuccess) {
+    cudaGetLastError();  // or the next launch would report it
+    throw std::runtime_error(std::string("ffnet_kernels (cuda): the library does not run on this GPU: ") +
+                             cudaGetErrorString(error));
+  }
+  // Code that was compiled for an older architecture has what that one has, on a newer GPU too.
+  return {attributes.ptxVersion, multiprocessors};
+}
+
+}  // namespace
+#endif
+
 Device current_device(void* stream) {
 #ifdef __CUDACC__
-  const auto attribute = [](cudaDeviceAttr name) {
-    int device = 0, value = 0;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, name, device);
-    if (error != cudaSuccess)
-      throw std::runtime_error(std::string("ffnet_kernels (cuda): ") + cudaGetErrorString(error));
-    return value;
-  };
-  const int architecture =
-      10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
-  return {architecture, attribute(cudaDevAttrMultiProcessorCount), stream};
+  constexpr int kMost = 64;
+  static std::atomic<int> known[kMost];  // architecture and multiprocessors in one number, 0 before they were asked for
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kMost) {
+    const Known found = ask();
+    return {found.architecture, found.multiprocessors, stream};
+  }
+  int packed = known[device].load(std::memory_order_relaxed);
+  if (packed == 0) {
+    const Known found = ask();
+    packed = found.architecture << 16 | found.multiprocessors;
+    known[device].store(packed, std::memory_order_relaxed);
+  }
+  return {packed >> 16, packed & 0xffff, stream};
 #else
   return {host::settings().architecture, host::settings().multiprocessors, stream};
 #endif

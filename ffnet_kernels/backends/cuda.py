@@ -20,32 +20,35 @@ from .gradients import same_padding
 _ops = torch.ops.ffnet_kernels_cuda
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OLDEST = (7, 5)
-_MOST = 2**28
+_MOST, _MOST_PIXELS = 2**28, 2**30
 _DEVICE = "cpu" if native.cuda_host_library() else "cuda"
 
 
 @functools.cache
 def unavailable() -> str | None:
     error = native.cuda_library_error()
-    if error is not None or _DEVICE == "cpu":
-        return error
-    if torch.cuda.device_count() == 0:
+    if error is None and _DEVICE == "cuda" and torch.cuda.device_count() == 0:
         return "there is no GPU"
-    newest = max(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
-    return None if newest >= _OLDEST else f"the GPU is sm_{newest[0]}{newest[1]}; sm_75 or newer is needed"
+    return error
+
+
+@torch.compiler.assume_constant_result
+def _device_error(index: int) -> str | None:
+    """Why the library does not run on a GPU: not built for it, or the driver is older than the library's CUDA."""
+    if _DEVICE == "cuda" and torch.cuda.get_device_capability(index) < _OLDEST:
+        return f"takes GPUs from sm_75 on, and cuda:{index} is older"
+    return native.cuda_device_error(index)
 
 
 def refusal(operator: str, args: tuple) -> str | None:
     x = args[0]
     if x.device.type != _DEVICE:
         return f"takes {_DEVICE.upper()} tensors, got {x.device}"
-    if _DEVICE == "cuda" and torch.cuda.get_device_capability(x.device) < _OLDEST:
-        return f"{x.device} is older than sm_75"
     if x.dtype not in _DTYPES:
         return f"takes float32, bfloat16 and float16, got {x.dtype}"
-    if max(x.shape[1:]) > _MOST:
-        return f"takes up to 2^28 channels, rows and columns, got the shape {list(x.shape)}"
-    return None
+    if max(x.shape[1:]) > _MOST or x.shape[0] * x.shape[2] * x.shape[3] > _MOST_PIXELS:
+        return f"takes up to 2^28 channels, rows and columns and 2^30 pixels, got the shape {list(x.shape)}"
+    return _device_error(x.device.index or 0)
 
 
 def slower(operator: str, args: tuple) -> str | None:
@@ -161,7 +164,7 @@ def _ffnified_attention_backward(
 ) -> list[Tensor]:
     key_pads, value_pads = same_padding(key), same_padding(value)
     query_grad = hidden = None
-    if _ops.ffnified_attention_dgrad_takes(grad, query, key, value):
+    if any(mask[:3]) and _ops.ffnified_attention_dgrad_takes(grad, query, key, value):
         maps = _ops.ffnified_attention_dgrad.default(grad, query, key, key_bias, value, activation, scale)
         query_grad, hidden, hidden_grad = maps
     else:  # the same maps by a kernel each
@@ -203,20 +206,18 @@ def _channel_mixer_backward(
     last = suggests_channels_last(mixed)
     grad = grad.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
     hidden = _product(expand_weight, mixed, _map_like(mixed, expand_weight.shape[0]))
-    scaled_weight = project_weight if scale is None else project_weight * scale[:, None]
-    hidden_grad = _product(scaled_weight.T, grad, torch.empty_like(hidden))
+    scaled = grad if scale is None else grad * scale[:, None, None]
+    hidden_grad = _product(project_weight.T, scaled, torch.empty_like(hidden))
     _ops.activation_backward_.default(hidden, expand_bias, hidden_grad, activation)
     grads: list[Tensor | None] = [None] * 9
-    if any(mask[5:8]):
-        product, total = _pointwise_wgrad(grad, hidden, project_weight)
-        grads[5:7] = (product, total) if scale is None else (product * scale[:, None], total * scale)
-        if mask[7]:
-            scale_grad = (product.float() * project_weight).sum(1)
-            if project_bias is not None:
-                scale_grad += total.float() * project_bias
-            grads[7] = scale_grad.to(grad.dtype)
+    if mask[5] or mask[6]:
+        grads[5:7] = _pointwise_wgrad(scaled, hidden)
+    if mask[7]:
+        out = _product(project_weight, hidden, _map_like(mixed, grad.shape[1]))
+        _ops.scale_residual_.default(out, project_bias, None, None)
+        grads[7] = (grad * out).sum((0, 2, 3))
     if mask[3] or mask[4]:
-        grads[3:5] = _pointwise_wgrad(hidden_grad, mixed, expand_weight)
+        grads[3:5] = _pointwise_wgrad(hidden_grad, mixed)
     if any(mask[:3]):
         mixed_grad = _product(expand_weight.T, hidden_grad, torch.empty_like(mixed))
         grads[:3] = convolve_backward(mixed_grad, x, weight, (1, 1), pads, mask[:3])
@@ -224,11 +225,13 @@ def _channel_mixer_backward(
     return _wanted(grads, mask)
 
 
-def _pointwise_wgrad(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of a 1×1 convolution's weight and bias."""
-    arguments = ([weight.shape[0]], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [False, True, True])
-    _, product, total = torch.ops.aten.convolution_backward(grad, x, weight[:, :, None, None], *arguments)
-    return product.flatten(1), total
+def _pointwise_wgrad(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of a 1×1 convolution's weight and bias, by one GEMM: cuDNN's might add up in any order."""
+    if suggests_channels_last(x):
+        product = grad.permute(0, 2, 3, 1).flatten(0, 2).T @ x.permute(0, 2, 3, 1).flatten(0, 2)
+    else:
+        product = grad.transpose(0, 1).flatten(1) @ x.transpose(0, 1).flatten(1).T
+    return product, grad.sum((0, 2, 3))
 
 
 def _wanted(grads: list[Tensor | None], mask) -> list[Tensor]:

@@ -161,7 +161,7 @@ def formats(x: Tensor) -> tuple[bool, bool]:
 def convolutions_in_time(args: tuple) -> Iterator[None]:
     """Keeps plain PyTorch from oneDNN for large 16-bit filters: it would compile code for minutes."""
     large = any(
-        isinstance(a, Tensor) and a.dim() == 4 and a.element_size() == 2 and a.shape[1] == 1 and a.shape[2:].numel() > 100
+        isinstance(a, Tensor) and a.dim() == 4 and a.element_size() == 2 and a.shape[1] == 1 and a[:1].numel() > 100
         for a in args
     )
     enabled = torch.backends.mkldnn.enabled

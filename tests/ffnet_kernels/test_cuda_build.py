@@ -125,13 +125,12 @@ def test_the_library_shows_none_of_its_cuda_runtime(library):
     assert [name for name, _ in symbols(library, "--defined-only") if name.startswith(("cuda", "__cuda"))] == []
 
 
-def test_only_a_torch_with_cuda_loads_it(library):
+def test_only_a_torch_with_cuda_loads_it(library, monkeypatch):
     import torch
 
-    if torch.version.cuda is None:
-        assert native.cuda_library_error() == f"torch {torch.__version__} is a build without CUDA"
-    else:
-        assert native.cuda_library_error() is None
+    monkeypatch.delenv("FFNET_KERNELS_CUDA_HOST", raising=False)
+    error = native.cuda_library_error.__wrapped__()
+    assert error == (f"torch {torch.__version__} is a build without CUDA" if torch.version.cuda is None else None)
 
 
 def test_the_library_passes_the_gate(library):
@@ -231,11 +230,13 @@ def streaming_kernels(resources) -> dict:
     kernels = {}
     for case in resources.CASES:
         products = {"hmma_k16" if case.size > 8 else "hmma_k8": case.rows * case.rows * case.convolutions}
+        optional = case.convolutions == 2  # the residual
         phases = {
-            "step": counts(resources, total=70),
-            "fetch": counts(resources, total=140, global_load=14),
+            "turn": counts(resources, total=70),
+            "fetch": counts(resources, total=140, global_load=4) if optional else counts(resources),
             "row": counts(resources, total=350, **products),
             "result": counts(resources, total=140, global_store=2 * case.rows),
+            "residual": counts(resources, total=35, shared_load=14) if optional else counts(resources),
             "setup": counts(resources, total=160),
         }
         row = [96, 0, 1024, counts(resources), counts(resources), [phases[phase] for phase in resources.PHASES]]
@@ -252,6 +253,12 @@ STREAM = """
 40 FMUL
 50 FMUL
 60 ISETP
+61 @BRA 70
+62 IADD3
+63 @BRA 66
+64 I2F.RP
+65 MUFU.RCP
+66 IADD3
 70 @BRA a0
 80 LDGSTS.E.128
 90 LDGDEPBAR
@@ -267,7 +274,10 @@ f0 BRA 110
 130 BRA.DIV 1d0
 140 @BRA 170
 150 FMUL
-160 STG.E
+151 @BRA 154
+152 LDS
+153 FADD
+154 STG.E
 170 ISETP
 180 @BRA 60
 190 IADD3
@@ -291,11 +301,13 @@ def test_the_main_loop_is_split_into_phases(resources):
     assert main is loops[0]
     found = dict(zip(code.PHASES, code.phases(loops, main), strict=True))
     parts = {
-        "step": {"total": 7},  # ISETP twice, and the five branches of the loop that nothing skips
+        "turn": {"total": 8},  # ISETP twice, and the six branches of the loop that nothing skips
         "fetch": {"total": 2, "global_load": 1, "shared_clocks": 4},
         "row": {"total": 7, "shared_load": 1, "mufu": 1, "fp32": 1, "hmma_k16": 1, "shared_clocks": 1},  # no FSEL
-        "result": {"total": 2, "fp32": 1, "global_store": 1},
-        "setup": {"total": 6, "mufu": 1, "fp32": 2},  # the longer side of the if-else
+        "result": {"total": 3, "fp32": 1, "global_store": 1},
+        "residual": {"total": 2, "shared_load": 1, "fp32": 1, "shared_clocks": 1},
+        # The longer side of the if-else, and what opens a panel in the loop, without a division.
+        "setup": {"total": 9, "mufu": 1, "fp32": 2},
     }
     for phase, expected in parts.items():
         named = {name: n for name, n in zip(code.COUNTS, found[phase], strict=True) if n and name != "other"}
@@ -304,10 +316,10 @@ def test_the_main_loop_is_split_into_phases(resources):
 
 def test_how_often_phases_are_executed(resources):
     token_mixer = resources.Case("any", "any", rows=7, convolutions=2, size=16, maps=3, limit=1.3)
-    # 22 steps in four turns of the loop: 28; rows 6 to 27 are results.
-    assert token_mixer.passes() == [4, 1, 16 / 7, 22 / 7, 1]
+    # 22 steps in four turns of the loop.
+    assert token_mixer.passes() == [4, 4, 16 / 7, 16 / 7, 16 / 7, 1]
     one = resources.Case("any", "any", rows=3, convolutions=1, size=32, maps=2, limit=1.5)
-    assert one.passes() == [11, 9 / 3, 32 / 3, 32 / 3, 1]
+    assert one.passes() == [11, 0, 32 / 3, 32 / 3, 0, 1]
 
 
 def test_predicted_clocks(resources):
@@ -316,17 +328,18 @@ def test_predicted_clocks(resources):
         counts(resources, total=40, shared_clocks=56),
         counts(resources, total=160, hmma_k16=14, hmma_k8=6, mufu=16, shared_clocks=40),
         counts(resources, total=24),
+        counts(resources, total=10, shared_clocks=4),
         counts(resources, total=800, mufu=8),
     ]
-    clocks = resources.clocks(phases, [2, 1, 8, 4, 1], size=8, maps=3)
+    clocks = resources.clocks(phases, [2, 1, 8, 4, 4, 1], size=8, maps=3)
     assert clocks == {
-        "issue": (2 * 80 + 40 + 8 * 160 + 4 * 24 + 800) / 8 / 4,
+        "issue": (2 * 80 + 40 + 8 * 160 + 4 * 24 + 4 * 10 + 800) / 8 / 4,
         "tensor": 2 * 14 + 6,
         "special": 2 * (16 + 1),
-        "shared": 56 / 8 + 40,
+        "shared": 56 / 8 + 40 + 4 * 4 / 8,
         "memory": pytest.approx(128 * 6 / 14.46),
     }
-    assert resources.ratio(clocks) == pytest.approx(74.25 / (128 * 6 / 14.46))
+    assert resources.ratio(clocks) == pytest.approx(75.5 / (128 * 6 / 14.46))
 
 
 def test_predictions_within_their_limits_pass(resources):
@@ -347,19 +360,19 @@ def test_a_prediction_over_its_limit_is_found(resources, tmp_path, monkeypatch, 
     monkeypatch.setattr(sys, "argv", ["resources.py", str(library), "--check", str(table)])
     with pytest.raises(SystemExit) as exit:
         resources.main()
-    # (2 · 70 + 4/7 · 140 + 8/7 · 350 + 8/7 · 140 + 1600) / 8 rows / 4 = 74.4 clocks, against 53.1 of memory
-    ours = "token mixer, 7x7 at 8x8: predicted to take 1.40 times as long as its memory accesses, the limit is 1.3"
+    # (2 · (70 + 140) + 8/7 · (350 + 140 + 35) + 1600) / 8 rows / 4 = 81.9 clocks, against 53.1 of memory
+    ours = "token mixer, 7x7 at 8x8: predicted to take 1.54 times as long as its memory accesses, the limit is 1.3"
     assert ours in str(exit.value.code).splitlines()
     assert "16x16" not in str(exit.value.code)
-    assert "| token mixer | 7×7 | 8² | 74.4 | 14.0 | 0.0 | 0.0 | 53.1 | **1.40** | 1.3 **exceeded** | 1.00 |" in (
+    assert "| token mixer | 7×7 | 8² | 81.9 | 14.0 | 0.0 | 0.0 | 53.1 | **1.54** | 1.3 **exceeded** | 1.00 |" in (
         resources.markdown(kernels, "unknown")
     )
 
 
-@pytest.mark.parametrize("phase", ["row", "result", "fetch"])
+@pytest.mark.parametrize("phase", ["row", "result", "fetch", "residual"])
 def test_a_main_loop_that_is_read_wrongly_is_found(resources, phase):
     kernels = streaming_kernels(resources)
-    name = "depthwise_stream_kernel<Half, 7, aligned, activate>"
+    name = "attention_forward_kernel<Half, 7, aligned>"
     phases = kernels[name][resources.PREDICTED_ARCHITECTURE][5]
     place = resources.PHASES.index(phase)
     phases[0], phases[place] = phases[place], phases[0]

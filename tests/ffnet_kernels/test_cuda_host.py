@@ -318,3 +318,56 @@ def test_a_call_that_it_does_not_take(operator):
     meta = case._replace(args=tuple(a.to("meta") for a in case.args), kwargs={})
     with fk.use_backend("cuda"), pytest.raises(fk.BackendError, match="takes CPU tensors, got meta"):
         meta.run()
+
+
+MAP, FILTER = torch.ones(1, 3, 8, 8), torch.ones(3, 1, 3, 3)
+ONE, SAME, VECTOR = [1, 1], [1, 1, 1, 1], torch.ones(3)
+HALF, EXPAND, PROJECT = MAP.half(), torch.ones(5, 3).half(), torch.ones(3, 5).half()
+#: Good calls of the library's own operators, and what of them to replace: (place, value, message).
+RAW = {
+    "depthwise_conv2d": ((MAP, FILTER, None, ONE, SAME, "none"), [
+        (0, MAP.double(), "the map's dtype"), (0, torch.ones(3, 8, 8), "x must have 4"),
+        (0, torch.ones(1, 0, 8, 8), "channels"), (1, FILTER.half(), "the map's dtype"),
+        (1, FILTER[:2], "filters a channel"),
+        (1, torch.ones(3, 1, 11, 11), "smaller than the kernel"), (2, VECTOR[:2], "bias must have 3"),
+        (3, [3, 1], "stride"), (4, [1, 1, -1, 1], "padding"), (5, "tanh", "unknown activation"),
+    ]),
+    "depthwise_conv2d_activation_backward": ((MAP, MAP, FILTER, None, ONE, SAME, "gelu"), [
+        (0, MAP[:, :, 1:], "wrong shape"), (0, MAP.half(), "the map's dtype"),
+    ]),
+    "depthwise_conv2d_dgrad": ((MAP, FILTER, MAP, ONE, SAME), [
+        (0, MAP[:, :2], "wrong shape"), (0, MAP.bfloat16(), "the map's dtype"), (3, [2, 2], "wrong shape"),
+    ]),
+    "depthwise_conv2d_wgrad": ((MAP, MAP, [3, 3], ONE, SAME), [
+        (0, MAP[..., 1:], "wrong shape"), (2, [0, 3], "kernel_size"), (2, [3, 5], "wrong shape"),
+    ]),
+    "ffnified_attention": ((MAP, FILTER, None, FILTER, None, "gelu", None, None), [
+        (1, FILTER[:2], "key and value"), (3, FILTER.half(), "the map's dtype"), (6, VECTOR[:1], "scale must have 3"),
+        (7, MAP[..., :7], "wrong shape"),
+    ]),
+    "ffnified_attention_value_grads": ((MAP, MAP, FILTER, None, None), [
+        (0, MAP[:, :, :7], "wrong shape"), (2, FILTER[:2], "value"), (4, VECTOR.half(), "the map's dtype"),
+    ]),
+    "channel_mixer_pointwise": ((HALF, EXPAND, None, PROJECT, None, "gelu", None, None, HALF.clone()), [
+        (0, MAP, "the map's dtype"), (1, EXPAND[:4], "expand_weight must be"),
+        (3, PROJECT[:, :4], "expand_weight must be"), (2, VECTOR.half(), "expand_bias must have 5"),
+        (7, HALF[:, :2], "wrong shape"), (8, torch.cat([HALF, HALF]), "wrong shape"), (8, HALF.mT, "does not take"),
+    ]),
+    "bias_activation_": ((MAP.clone(), None, "gelu"), [
+        (0, MAP[..., 1:], "dense"), (1, VECTOR[:2], "bias must have 3"),
+    ]),
+    "scale_residual_": ((MAP.clone(), None, VECTOR, None), [
+        (2, VECTOR[:1], "scale must have 3"), (0, MAP[..., 1:], "dense"),
+    ]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("operator", RAW)
+def test_a_bad_argument_is_refused(operator):
+    """Past the checks of the public functions: an error, never foreign memory."""
+    good, bads = RAW[operator]
+    run = getattr(torch.ops.ffnet_kernels_cuda, operator).default
+    run(*good)
+    for place, value, message in bads:
+        with pytest.raises(RuntimeError, match=message):
+            run(*good[:place], value, *good[place + 1 :])
