@@ -7,7 +7,8 @@ differentiable to any order and honour ``torch.autocast`` as a convolution does.
 A NaN or an infinity in a map is never lost. It may show in more results than plain PyTorch would show it in: the CUDA
 kernels for 16-bit NCHW maps multiply rows of a map with banded matrices, whose zeros make NaN of it in all columns of
 the window of 8 results around it (and, where strides or a second convolution widen the window, next to that), in the
-rows that the filter reaches. An infinite weight makes NaN where it meets the zeros of padding.
+rows that a filter of 3 or of 7 rows reaches, and in gradients of taps that do not read it. An infinite weight makes NaN
+where it meets the zeros of padding.
 
 Raises (all functions): TypeError for an argument that is no tensor; ValueError for a wrong shape, dtype, device,
 stride, padding or activation; :class:`ffnet_kernels.BackendError` where a backend was forced that does not take the
