@@ -320,6 +320,40 @@ def test_a_call_that_it_does_not_take(operator):
         meta.run()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kernel", [3, 5, 7])
+@pytest.mark.parametrize("padding", [(1, 3, 1, 1), (0, 5, 1, 3), (2, 7, 4, 0), (9, 0, 2, 2), (1, 0, 0, 9)])
+def test_padding_of_any_side(padding, kernel, dtype):
+    """The operator takes four numbers, of which the public function makes pairs only."""
+    case = example("depthwise_conv2d", shape=(3, 2, 6, 8), kernel=(kernel, kernel), dtype=dtype)
+    x, weight, bias = case.args
+    args = (x, weight, bias, (1, 1), padding, "gelu")
+    expected, eager = parity.reference_of("depthwise_conv2d", args)
+    out = torch.ops.ffnet_kernels_cuda.depthwise_conv2d(*args)
+    assert (out.double() - expected).abs().max() <= parity.limit_of("depthwise_conv2d", args, expected, eager)
+    call = (torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(dtype), *args, [True] * 3)
+    exact, plain = parity.reference_of("depthwise_conv2d_backward", call)
+    for got, e, p in zip(torch.ops.ffnet_kernels_cuda.depthwise_conv2d_backward(*call), exact, plain, strict=True):
+        assert (got.double() - e).abs().max() <= parity.error_limit(e, p)
+
+
+@pytest.mark.parametrize("operator", ["ffnified_attention", "channel_mixer"])
+def test_gradients_of_a_layer_scale_as_training_begins_with(operator):
+    """Of 1e-5: its products with weights would be what float16 has few digits for."""
+    case = example(operator, shape=(2, 16, 9, 8), kernel=(3, 3), dtype=F16)
+    case.kwargs["scale"] *= 1e-5
+    parity.check_gradients(case, "cuda")
+
+
+@pytest.mark.parametrize(("kernel", "architecture"), [((7, 7), 75), ((7, 31), 75), ((31, 31), 75), ((7, 31), 90)])
+def test_many_channels_of_tiny_maps_share_memory(kernel, architecture):
+    """Host execution refuses a block with more shared memory than the smallest GPU has."""
+    case = example("depthwise_conv2d", shape=(8, 256, 2, 2), kernel=kernel, dtype=F32)
+    with machine(architecture=architecture, multiprocessors=1):
+        parity.check(case, "cuda")
+        parity.check_gradients(case, "cuda")
+
+
 MAP, FILTER = torch.ones(1, 3, 8, 8), torch.ones(3, 1, 3, 3)
 ONE, SAME, VECTOR = [1, 1], [1, 1, 1, 1], torch.ones(3)
 HALF, EXPAND, PROJECT = MAP.half(), torch.ones(5, 3).half(), torch.ones(3, 5).half()
@@ -356,8 +390,8 @@ RAW = {
     "bias_activation_": ((MAP.clone(), None, "gelu"), [
         (0, MAP[..., 1:], "dense"), (1, VECTOR[:2], "bias must have 3"),
     ]),
-    "scale_residual_": ((MAP.clone(), None, VECTOR, None), [
-        (2, VECTOR[:1], "scale must have 3"), (0, MAP[..., 1:], "dense"),
+    "scale_residual_": ((MAP.clone(), None, VECTOR, MAP), [
+        (2, VECTOR[:1], "scale must have 3"), (0, MAP[..., 1:], "dense"), (3, MAP[:, :, :1], "wrong shape"),
     ]),
 }  # fmt: skip
 

@@ -13,6 +13,8 @@
 #include <string>
 #include <vector>
 
+#include "settings.h"
+
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
 #endif
@@ -362,6 +364,9 @@ void run_grid(Index grid, int threads, size_t shared_bytes, const std::function<
   const Unwatched scheduling;
   Machine& m = machine;
   m.grid = grid, m.threads = threads, m.kernel = &kernel, m.fault.clear(), m.current = nullptr;
+  // What a block gets on the smallest GPUs: sm_75, and 8.6, 8.9 and 12.0 of those with tensor cores for all types.
+  const size_t most = (settings().architecture < 80 ? 64 : 99) * size_t{1024};
+  if (shared_bytes > most) fault("a block with more shared memory than some GPUs have");
   while (m.stacks.size() < static_cast<size_t>(threads)) m.stacks.emplace_back(new unsigned char[kStack]);
   m.fibers.resize(std::max(m.fibers.size(), static_cast<size_t>(threads)));
   for (int i = 0; i < threads; ++i) m.fibers[i].stack = m.stacks[i].get();
