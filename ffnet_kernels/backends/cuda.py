@@ -32,12 +32,15 @@ def unavailable() -> str | None:
     return error
 
 
-@torch.compiler.assume_constant_result
 def _device_error(index: int) -> str | None:
     """Why the library does not run on a GPU: not built for it, or the driver is older than the library's CUDA."""
     if _DEVICE == "cuda" and torch.cuda.get_device_capability(index) < _OLDEST:
         return f"takes GPUs from sm_75 on, and cuda:{index} is older"
     return native.cuda_device_error(index)
+
+
+# What torch.compiler.assume_constant_result sets, which imports the compiler: it cannot trace a call of the library.
+_device_error._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def refusal(operator: str, args: tuple) -> str | None:
