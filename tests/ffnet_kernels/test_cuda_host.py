@@ -320,6 +320,18 @@ def test_a_call_that_it_does_not_take(operator):
         meta.run()
 
 
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu"])
+def test_activations_of_every_float16(activation):
+    """Of one filter tap that is 1: within a unit in the last place, where rounding alone takes half of one."""
+    values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(F16)
+    x = values[values.abs() < 100].unflatten(0, (-1, 2)).reshape(1, 1, -1, 2)
+    weight = torch.ones(1, 1, 1, 1, dtype=F16)
+    out = torch.ops.ffnet_kernels_cuda.depthwise_conv2d(x, weight, None, [1, 1], [0, 0, 0, 0], activation).double()
+    exact = reference.depthwise_conv2d(x.double(), weight.double(), None, (1, 1), (0, 0, 0, 0), activation)
+    unit = torch.finfo(F16).eps * 2.0 ** exact.abs().clamp(min=2.0**-14).log2().floor()
+    assert ((out - exact).abs() / unit).max() < 1
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kernel", [3, 5, 7])
 @pytest.mark.parametrize("padding", [(1, 3, 1, 1), (0, 5, 1, 3), (2, 7, 4, 0), (9, 0, 2, 2), (1, 0, 0, 9)])
