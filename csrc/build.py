@@ -44,11 +44,13 @@ CPU_LIBRARY, CUDA_LIBRARY = "libffnet_kernels_cpu.so", "libffnet_kernels_cuda.so
 HOST_CUDA_LIBRARY = "libffnet_kernels_cuda_host.so"
 TORCH_TARGET_VERSION = (2, 11)
 
+AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"]
 # Per instruction set: nothing for the baseline, so that it runs on any processor of the architecture.
 ISA_FLAGS = {
     "baseline": [],
-    "avx2": ["-mavx2", "-mfma"],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma"],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": AVX512_FLAGS,
+    "avx512bf16": [*AVX512_FLAGS, "-mavx512bf16"],
 }
 KERNEL_SOURCES = [
     "kernels.cpp", "depthwise_conv2d.cpp", "depthwise_conv2d_wgrad.cpp", "ffnified_attention.cpp", "channel_mixer.cpp",

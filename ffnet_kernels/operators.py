@@ -189,10 +189,12 @@ def _define_wgrad(library: torch.library.Library) -> None:
     def fallback(grad, x, kernel_size, padding):
         weight = x.new_empty((x.shape[1], 1, *kernel_size))
         mask = (False, True, True)
-        return tuple(reference.convolve_backward(grad, x, weight, (1, 1), padding, mask)[1:])
+        wanted = reference.convolve_backward(grad, x, weight, (1, 1), padding, mask)[1:]
+        return tuple(g.to(torch.promote_types(x.dtype, torch.float32)) for g in wanted)
 
     def fake(grad, x, kernel_size, padding):
-        return x.new_empty((x.shape[1], 1, *kernel_size)), x.new_empty((x.shape[1],))
+        single = {"dtype": torch.promote_types(x.dtype, torch.float32)}
+        return x.new_empty((x.shape[1], 1, *kernel_size), **single), x.new_empty((x.shape[1],), **single)
 
     def setup_context(ctx, inputs, output):
         grad, x, ctx.kernel_size, ctx.padding = inputs

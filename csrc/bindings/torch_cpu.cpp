@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../cpu/select.h"
+#include "../cpu/storage.h"
 #include "torch_common.h"
 
 namespace {
@@ -32,68 +33,99 @@ ffnet::Executor executor() { return {static_cast<int>(torch::stable::get_num_thr
 
 ffnet::Activation parse_activation(const std::string& name) { return ffnet::parse_activation<ffnet::Activation>(name); }
 
-void check_float_cpu(const Tensor& t, const char* name, int64_t dim) {
-  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float && t.dim() == dim, "ffnet_kernels (cpu): ", name,
-                  " must be a ", dim, "-dimensional float32 CPU tensor");
+ffnet::Storage storage(const Tensor& map) {
+  switch (map.scalar_type()) {
+    case ScalarType::BFloat16: return ffnet::Storage::bfloat16;
+    case ScalarType::Half: return ffnet::Storage::float16;
+    default: return ffnet::Storage::float32;
+  }
+}
+
+// What decides how the others are read.
+void check_map(const Tensor& t, const char* name) {
+  const ScalarType type = t.scalar_type();
+  STD_TORCH_CHECK(t.is_cpu() && t.dim() == 4 &&
+                      (type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half),
+                  "ffnet_kernels (cpu): ", name,
+                  " must be a 4-dimensional CPU tensor of float32, bfloat16 or float16");
+}
+
+// A CPU tensor of `dim` dimensions with elements of x's type.
+void check_cpu(const Tensor& t, const char* name, int64_t dim, const Tensor& x) {
+  STD_TORCH_CHECK(t.is_cpu() && t.dim() == dim && t.scalar_type() == x.scalar_type(), "ffnet_kernels (cpu): ", name,
+                  " must be a ", dim, "-dimensional CPU tensor of the map's dtype");
 }
 
 ffnet::Strides strides(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
 
-// A per-channel vector as contiguous memory; keeps the copy alive where one was needed.
+// A per-channel vector as contiguous float32; keeps the copy alive where one was needed.
 class ChannelVector {
  public:
-  ChannelVector(const std::optional<Tensor>& vector, const char* name, int64_t channels) {
+  ChannelVector(const std::optional<Tensor>& vector, const char* name, int64_t channels, const Tensor& x) {
     if (!vector) return;
-    check_float_cpu(*vector, name, 1);
+    check_cpu(*vector, name, 1, x);
     STD_TORCH_CHECK(vector->size(0) == channels, "ffnet_kernels (cpu): ", name, " must have ", channels, " elements");
     tensor_ = torch::stable::contiguous(*vector);
-    data_ = tensor_->const_data_ptr<float>();
+    if (x.scalar_type() == ScalarType::Float) {
+      data_ = static_cast<const float*>(tensor_->const_data_ptr());
+    } else {
+      widened_.resize(channels);
+      if (x.scalar_type() == ScalarType::Half)
+        widen<ffnet::Float16>();
+      else
+        widen<ffnet::BFloat16>();
+    }
   }
+  ChannelVector(const ChannelVector&) = delete;
   const float* data() const { return data_; }
 
  private:
+  template <class T>
+  void widen() {
+    const T* from = static_cast<const T*>(tensor_->const_data_ptr());
+    for (size_t i = 0; i < widened_.size(); ++i) widened_[i] = ffnet::baseline::to_float(from[i]);
+    data_ = widened_.data();
+  }
+
   std::optional<Tensor> tensor_;
+  std::vector<float> widened_;
   const float* data_ = nullptr;
 };
 
-ffnet::Filter filter(const Tensor& weight, const char* name, const ChannelVector& bias) {
-  check_float_cpu(weight, name, 4);
+ffnet::Filter filter(const Tensor& weight, const char* name, const ChannelVector& bias, const Tensor& x) {
+  check_cpu(weight, name, 4, x);
   STD_TORCH_CHECK(weight.size(1) == 1 && weight.size(2) > 0 && weight.size(3) > 0, "ffnet_kernels (cpu): ", name,
                   " must have the shape [O, 1, kh, kw]");
-  return {weight.const_data_ptr<float>(),
-          bias.data(),
-          weight.size(2),
-          weight.size(3),
-          weight.stride(0),
-          weight.stride(2),
-          weight.stride(3)};
+  return {weight.const_data_ptr(), bias.data(),      weight.size(2),  weight.size(3),
+          weight.stride(0),        weight.stride(2), weight.stride(3)};
 }
 
 template <class Op>
-void set_residual(Op& op, const std::optional<Tensor>& residual, const std::array<int64_t, 4>& shape) {
+void set_residual(Op& op, const std::optional<Tensor>& residual, const std::array<int64_t, 4>& shape, const Tensor& x) {
   if (!residual) return;
-  check_float_cpu(*residual, "residual", 4);
+  check_cpu(*residual, "residual", 4, x);
   for (int d = 0; d < 4; ++d)
     STD_TORCH_CHECK(residual->size(d) == shape[d], "ffnet_kernels (cpu): residual must have the result's shape");
-  op.residual = residual->const_data_ptr<float>(), op.residual_stride = strides(*residual);
+  op.residual = residual->const_data_ptr(), op.residual_stride = strides(*residual);
 }
 
 Tensor depthwise_conv2d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                         const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                         const std::string& activation) {
-  check_float_cpu(x, "x", 4);
+  check_map(x, "x");
   STD_TORCH_CHECK(stride.size() == 2 && (stride[0] == 1 || stride[0] == 2) && (stride[1] == 1 || stride[1] == 2),
                   "ffnet_kernels (cpu): stride must be two numbers, each 1 or 2");
   STD_TORCH_CHECK(padding.size() == 4 && *std::min_element(padding.begin(), padding.end()) >= 0,
                   "ffnet_kernels (cpu): padding must be (top, bottom, left, right), none of them negative");
-  check_float_cpu(weight, "weight", 4);
+  check_cpu(weight, "weight", 4, x);
   const int64_t n = x.size(0), c = x.size(1), outputs = weight.size(0);
   STD_TORCH_CHECK(c > 0 && outputs > 0 && outputs % c == 0,
                   "ffnet_kernels (cpu): weight must have a multiple of x's channels");
-  const ChannelVector bias_vector(bias, "bias", outputs);
+  const ChannelVector bias_vector(bias, "bias", outputs, x);
 
   ffnet::DepthwiseConv2d op{};
-  op.filter = filter(weight, "weight", bias_vector);
+  op.storage = storage(x);
+  op.filter = filter(weight, "weight", bias_vector, x);
   op.n = n, op.channels = c, op.multiplier = outputs / c;
   op.h = x.size(2), op.w = x.size(3);
   op.stride_h = stride[0], op.stride_w = stride[1];
@@ -107,8 +139,8 @@ Tensor depthwise_conv2d(const Tensor& x, const Tensor& weight, const std::option
 
   Tensor out =
       empty_map(x, {n, outputs, op.out_h, op.out_w}, suggests_channels_last(x) || suggests_channels_last(weight));
-  op.x = x.const_data_ptr<float>(), op.x_stride = strides(x);
-  op.out = out.mutable_data_ptr<float>(), op.out_stride = strides(out);
+  op.x = x.const_data_ptr(), op.x_stride = strides(x);
+  op.out = out.mutable_data_ptr(), op.out_stride = strides(out);
   if (n > 0) ffnet::active_kernels().depthwise_conv2d(op, executor());
   return out;
 }
@@ -116,11 +148,12 @@ Tensor depthwise_conv2d(const Tensor& x, const Tensor& weight, const std::option
 std::tuple<Tensor, Tensor> depthwise_conv2d_wgrad(const Tensor& grad, const Tensor& x,
                                                   const std::vector<int64_t>& kernel_size,
                                                   const std::vector<int64_t>& padding) {
-  check_float_cpu(x, "x", 4);
-  check_float_cpu(grad, "grad", 4);
+  check_map(x, "x");
+  check_cpu(grad, "grad", 4, x);
   STD_TORCH_CHECK(kernel_size.size() == 2 && kernel_size[0] > 0 && kernel_size[1] > 0 && padding.size() == 4,
                   "ffnet_kernels (cpu): kernel_size must be (kh, kw), padding (top, bottom, left, right)");
   ffnet::DepthwiseWgrad op{};
+  op.storage = storage(x);
   STD_TORCH_CHECK(x.size(2) > 0 && x.size(3) > 0 && grad.size(2) > 0 && grad.size(3) > 0,
                   "ffnet_kernels (cpu): x and grad must have height and width");
   op.n = x.size(0), op.channels = x.size(1), op.h = x.size(2), op.w = x.size(3);
@@ -130,10 +163,11 @@ std::tuple<Tensor, Tensor> depthwise_conv2d_wgrad(const Tensor& grad, const Tens
                       op.out_h == op.h + padding[0] + padding[1] - op.kh + 1 &&
                       op.out_w == op.w + padding[2] + padding[3] - op.kw + 1,
                   "ffnet_kernels (cpu): grad must have the shape of the convolution's result");
-  Tensor weight_grad = empty_map(x, {op.channels, 1, op.kh, op.kw}, false);
+  Tensor weight_grad =
+      torch::stable::empty({op.channels, 1, op.kh, op.kw}, ScalarType::Float, std::nullopt, x.device());
   Tensor bias_grad = torch::stable::empty({op.channels}, ScalarType::Float, std::nullopt, x.device());
-  op.x = x.const_data_ptr<float>(), op.x_stride = strides(x);
-  op.grad = grad.const_data_ptr<float>(), op.grad_stride = strides(grad);
+  op.x = x.const_data_ptr(), op.x_stride = strides(x);
+  op.grad = grad.const_data_ptr(), op.grad_stride = strides(grad);
   op.weight_grad = weight_grad.mutable_data_ptr<float>(), op.bias_grad = bias_grad.mutable_data_ptr<float>();
   ffnet::active_kernels().depthwise_conv2d_wgrad(op, executor());
   return {weight_grad, bias_grad};
@@ -142,28 +176,29 @@ std::tuple<Tensor, Tensor> depthwise_conv2d_wgrad(const Tensor& grad, const Tens
 Tensor ffnified_attention(const Tensor& query, const Tensor& key, const std::optional<Tensor>& key_bias,
                           const Tensor& value, const std::optional<Tensor>& value_bias, const std::string& activation,
                           const std::optional<Tensor>& scale, const std::optional<Tensor>& residual) {
-  check_float_cpu(query, "query", 4);
-  check_float_cpu(key, "key", 4);
-  check_float_cpu(value, "value", 4);
+  check_map(query, "query");
+  check_cpu(key, "key", 4, query);
+  check_cpu(value, "value", 4, query);
   const int64_t n = query.size(0), c = query.size(1), h = query.size(2), w = query.size(3);
   STD_TORCH_CHECK(c > 0 && h > 0 && w > 0, "ffnet_kernels (cpu): query must have channels, height and width");
   STD_TORCH_CHECK(key.size(0) == c && value.size(0) == c,
                   "ffnet_kernels (cpu): key and value must have query's channels");
-  const ChannelVector key_vector(key_bias, "key_bias", c), value_vector(value_bias, "value_bias", c),
-      scale_vector(scale, "scale", c);
+  const ChannelVector key_vector(key_bias, "key_bias", c, query), value_vector(value_bias, "value_bias", c, query),
+      scale_vector(scale, "scale", c, query);
 
   ffnet::FfnifiedAttention op{};
-  op.key = filter(key, "key", key_vector), op.value = filter(value, "value", value_vector);
+  op.storage = storage(query);
+  op.key = filter(key, "key", key_vector, query), op.value = filter(value, "value", value_vector, query);
   op.n = n, op.channels = c, op.h = h, op.w = w;
   op.key_pad_top = (op.key.kh - 1) / 2, op.key_pad_left = (op.key.kw - 1) / 2;
   op.value_pad_top = (op.value.kh - 1) / 2, op.value_pad_left = (op.value.kw - 1) / 2;
   op.activation = parse_activation(activation);
   op.scale = scale_vector.data();
-  set_residual(op, residual, {n, c, h, w});
+  set_residual(op, residual, {n, c, h, w}, query);
   Tensor out = empty_map(query, {n, c, h, w},
                          suggests_channels_last(query) || suggests_channels_last(key) || suggests_channels_last(value));
-  op.query = query.const_data_ptr<float>(), op.query_stride = strides(query);
-  op.out = out.mutable_data_ptr<float>(), op.out_stride = strides(out);
+  op.query = query.const_data_ptr(), op.query_stride = strides(query);
+  op.out = out.mutable_data_ptr(), op.out_stride = strides(out);
   if (n > 0) ffnet::active_kernels().ffnified_attention(op, executor());
   return out;
 }
@@ -171,12 +206,12 @@ Tensor ffnified_attention(const Tensor& query, const Tensor& key, const std::opt
 // A 1x1 weight [rows, columns] with adjacent columns; keeps the copy alive where one was needed.
 class PointwiseWeight {
  public:
-  PointwiseWeight(const Tensor& weight, const char* name, int64_t columns) : tensor_(weight) {
-    check_float_cpu(weight, name, 2);
+  PointwiseWeight(const Tensor& weight, const char* name, int64_t columns, const Tensor& x) : tensor_(weight) {
+    check_cpu(weight, name, 2, x);
     STD_TORCH_CHECK(weight.size(1) == columns, "ffnet_kernels (cpu): ", name, " must have ", columns, " columns");
     if (weight.stride(1) != 1) tensor_ = torch::stable::contiguous(weight);
   }
-  const float* data() const { return tensor_.const_data_ptr<float>(); }
+  const void* data() const { return tensor_.const_data_ptr(); }
   int64_t rows() const { return tensor_.size(0); }
   int64_t stride() const { return tensor_.stride(0); }
 
@@ -189,17 +224,18 @@ Tensor channel_mixer(const Tensor& x, const Tensor& weight, const std::optional<
                      const Tensor& project_weight, const std::optional<Tensor>& project_bias,
                      const std::string& activation, const std::optional<Tensor>& scale,
                      const std::optional<Tensor>& residual) {
-  check_float_cpu(x, "x", 4);
-  check_float_cpu(weight, "weight", 4);
+  check_map(x, "x");
+  check_cpu(weight, "weight", 4, x);
   const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
   STD_TORCH_CHECK(c > 0 && h > 0 && w > 0 && weight.size(0) == c, "ffnet_kernels (cpu): weight must have x's channels");
-  const PointwiseWeight expand(expand_weight, "expand_weight", c),
-      project(project_weight, "project_weight", expand.rows());
-  const ChannelVector bias_vector(bias, "bias", c), expand_vector(expand_bias, "expand_bias", expand.rows()),
-      project_vector(project_bias, "project_bias", project.rows()), scale_vector(scale, "scale", project.rows());
+  const PointwiseWeight expand(expand_weight, "expand_weight", c, x),
+      project(project_weight, "project_weight", expand.rows(), x);
+  const ChannelVector bias_vector(bias, "bias", c, x), expand_vector(expand_bias, "expand_bias", expand.rows(), x),
+      project_vector(project_bias, "project_bias", project.rows(), x), scale_vector(scale, "scale", project.rows(), x);
 
   ffnet::ChannelMixer op{};
-  op.filter = filter(weight, "weight", bias_vector);
+  op.storage = storage(x);
+  op.filter = filter(weight, "weight", bias_vector, x);
   op.n = n, op.channels = c, op.h = h, op.w = w;
   op.hidden = expand.rows(), op.outputs = project.rows();
   op.pad_top = (op.filter.kh - 1) / 2, op.pad_left = (op.filter.kw - 1) / 2;
@@ -207,10 +243,10 @@ Tensor channel_mixer(const Tensor& x, const Tensor& weight, const std::optional<
   op.project = project.data(), op.project_stride = project.stride(), op.project_bias = project_vector.data();
   op.activation = parse_activation(activation);
   op.scale = scale_vector.data();
-  set_residual(op, residual, {n, op.outputs, h, w});
+  set_residual(op, residual, {n, op.outputs, h, w}, x);
   Tensor out = empty_map(x, {n, op.outputs, h, w}, suggests_channels_last(x) || suggests_channels_last(weight));
-  op.x = x.const_data_ptr<float>(), op.x_stride = strides(x);
-  op.out = out.mutable_data_ptr<float>(), op.out_stride = strides(out);
+  op.x = x.const_data_ptr(), op.x_stride = strides(x);
+  op.out = out.mutable_data_ptr(), op.out_stride = strides(out);
   if (n > 0) ffnet::active_kernels().channel_mixer(op, executor());
   return out;
 }

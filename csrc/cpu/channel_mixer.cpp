@@ -1,46 +1,67 @@
-// channel_mixer forward: residual + scale * (project * act(expand * DW(x) + b1) + b2), float32.
+// channel_mixer forward: residual + scale * (project * act(expand * DW(x) + b1) + b2).
 //
 // A task takes a strip of rows of one image through the whole chain: depthwise convolution, transposed into panels of
 // pixels; product with the expanding weight and activation; product with the projecting weight; scale and residual on
 // the way out. The hidden map, several times as wide as x, exists for one strip at a time and stays in L2.
-#include "activation.h"
 #include "gemm.h"
-#include "pack.h"
+#include "retry.h"
 
 namespace ffnet::FFNET_ISA {
 namespace {
 
 constexpr int64_t kHiddenFloats = 160 * 1024;  // of one strip: 640 KiB, most of an L2
 
-struct Work {
-  const ChannelMixer& op;
-  Tiling tiling;
-  ConvRow conv_row;
+struct Run {
+  template <class T, class Taps>
+  static bool task(const ChannelMixer& op, const Tiling& tiling, int64_t task);
 };
 
-// Depthwise convolution of rows [first, last), channel vector by channel vector, into panels [channel][kPanel].
-void mix_pixels(const Work& work, const float* image, int64_t first, int64_t last, float* panels, int64_t panel_floats,
-                Arena arena) {
-  const ChannelMixer& op = work.op;
+// [16 pixels][lanes] -> channels (or pairs of them) of a panel.
+template <class Taps>
+void store_mixed(const float* pixels, float* panel) {
+  const auto read = [&](int64_t i) __attribute__((always_inline)) { return Vec::load(pixels + i * kLanes); };
+  Vec even = Vec::fill(0);
+  const auto write = [&](int64_t c, Vec x) __attribute__((always_inline)) {
+    if constexpr (Taps::rows == 1) {
+      x.store(panel + c * kPanel);
+    } else {
+#if defined(__AVX512BF16__)
+      if (c % 2 == 0)
+        even = x;
+      else
+        interleave(even, x).store(panel + c / 2 * kPanel);
+#endif
+    }
+  };
+  transpose_block(read, kLanes, write, kLanes);
+  (void)even;
+}
+
+// Depthwise convolution of rows [first, last), channel vector by channel vector, into panels.
+template <class T, class Taps>
+void mix_pixels(const ChannelMixer& op, const T* image, int64_t first, int64_t last, float* panels,
+                int64_t panel_floats, Arena arena) {
   const int64_t kh = op.filter.kh, pixels = (last - first) * op.w;
   const int64_t in_first = max_of(0, first - op.pad_top), in_last = min_of(op.h, last - op.pad_top + kh - 1);
   const int64_t padded = ceil_div(pixels, kPanel) * kPanel;
-  float* packed = arena.floats(packed_floats(op.filter));
+  const ConvRow conv_row = select_conv_row<Taps>(op.filter, 1);
+  float* packed = arena.floats(packed_floats<Taps>(op.filter));
   float* lines = arena.floats(padded * kLanes);
-  float* gathered = arena.floats((in_last - in_first) * op.w * kLanes);
-  const float** rows = arena.pointers(kh);
+  const float** rows = arena.pointers(row_groups<Taps>(kh));
+  float* gathered = arena.floats(0);
   for (int64_t i = pixels * kLanes; i < padded * kLanes; ++i) lines[i] = 0;
   for (int64_t c = 0; c < op.channels; c += kLanes) {
     const Lanes lanes{c, min_of(kLanes, op.channels - c), 1};
-    const PackedFilter filter = pack_filter(op.filter, c, lanes.count, 1, op.pad_left, packed);
-    const Rows input(image, op.x_stride, op.w, lanes, in_first, in_last, gathered);
+    const PackedFilter filter = pack_filter<T, Taps>(op.filter, c, lanes.count, 1, op.pad_left, packed);
+    const Rows<T, Taps> input(image, op.x_stride, op.h, op.w, lanes, in_first, in_last, gathered);
+    const bool used_in_place = in_place<T>(lanes, op.x_stride.c);
     for (int64_t r = first; r < last; ++r) {
-      for (int64_t ky = 0; ky < kh; ++ky) rows[ky] = input[r - op.pad_top + ky];
-      prefetch_row(input[r + 1 - op.pad_top + kh - 1], input.pixel(), 0, op.w);
-      work.conv_row({rows, input.pixel(), op.w}, filter, {lines + (r - first) * op.w * kLanes, kLanes, 0, op.w});
+      const PackedFilter placed = input.window(r - op.pad_top, filter, rows);
+      if (used_in_place) prefetch_row(input[r + 1 - op.pad_top + kh - 1], input.pixel(), 0, op.w);
+      conv_row({rows, input.pixel(), op.w}, placed, {lines + (r - first) * op.w * kLanes, kLanes, 0, op.w});
     }
     for (int64_t p = 0; p < padded; p += kLanes)
-      transpose_block(lines + p * kLanes, kLanes, panels + p / kPanel * panel_floats + c * kPanel + p % kPanel, kPanel);
+      store_mixed<Taps>(lines + p * kLanes, panels + p / kPanel * panel_floats + c / Taps::rows * kPanel + p % kPanel);
   }
 }
 
@@ -52,55 +73,75 @@ struct Pixels {
 };
 
 // One panel, plus scale and residual, into the map; `first` is its first pixel in the strip, of which `count` exist.
+template <class T>
 void write_panel(const ChannelMixer& op, int64_t n, const float* panel, int64_t first, int64_t count,
-                 const Pixels& out_at, const Pixels& residual_at) {
-  float* out = op.out + n * op.out_stride.n;
-  const float* residual = op.residual ? op.residual + n * op.residual_stride.n : nullptr;
+                 const Pixels& out_at, const Pixels& residual_at, NanSensor& sensor) {
+  T* out = static_cast<T*>(op.out) + n * op.out_stride.n;
+  const T* residual = op.residual ? static_cast<const T*>(op.residual) + n * op.residual_stride.n : nullptr;
   const bool vectors = op.out_stride.c == 1 && (!residual || op.residual_stride.c == 1);
   for (int64_t c = 0; vectors && c < op.outputs; c += kLanes) {
     const int64_t channels = min_of(kLanes, op.outputs - c);
     const Vec scale = op.scale ? Vec::load_first(op.scale + c, channels) : Vec::fill(1);
     for (int64_t p = 0; p < count; p += kLanes) {
-      float block[kLanes * kLanes];
-      transpose_block(panel + c * kPanel + p, kPanel, block, kLanes);
-      for (int64_t i = 0; i < kLanes && p + i < count; ++i) {
+      const auto read = [&](int64_t i)
+                            __attribute__((always_inline)) { return Vec::load(panel + (c + i) * kPanel + p); };
+      const auto write = [&](int64_t i, Vec x) __attribute__((always_inline)) {
+        const int64_t at = first + p + i;
         Vec base = Vec::fill(0);
-        if (residual) base = Vec::load_first(residual + residual_at(first + p + i) + c, channels);
-        fma(Vec::load(block + i * kLanes), scale, base).store_first(out + out_at(first + p + i) + c, channels);
-      }
+        if (residual) base = load_first(residual + residual_at(at) + c, channels);
+        x = fma(x, scale, base);
+        sensor.see(x);
+        store_first(x, out + out_at(at) + c, channels);
+      };
+      transpose_block(read, channels, write, min_of(kLanes, count - p));
     }
   }
   for (int64_t c = 0; !vectors && c < op.outputs; ++c) {
-    const float scale = op.scale ? op.scale[c] : 1;
-    for (int64_t p = 0; p < count; ++p) {
-      const float base = residual ? residual[residual_at(first + p) + c * op.residual_stride.c] : 0;
-      out[out_at(first + p) + c * op.out_stride.c] = base + scale * panel[c * kPanel + p];
+    const Vec scale = Vec::fill(op.scale ? op.scale[c] : 1);
+    for (int64_t p = 0; p < count; p += kLanes) {
+      float values[kLanes];
+      (Vec::load(panel + c * kPanel + p) * scale).store(values);
+      sensor.see(Vec::load(values));
+      for (int64_t i = 0; i < min_of(kLanes, count - p); ++i) {
+        const int64_t at = first + p + i;
+        const float base = residual ? to_float(residual[residual_at(at) + c * op.residual_stride.c]) : 0;
+        from_float(base + values[i], out[out_at(at) + c * op.out_stride.c]);
+      }
     }
   }
 }
 
-void run_task(void* context, int64_t task) {
-  const Work& work = *static_cast<const Work*>(context);
-  const ChannelMixer& op = work.op;
-  const int64_t n = work.tiling.image(task), first = work.tiling.first_row(task), last = work.tiling.last_row(task);
+template <class T, class Taps>
+bool Run::task(const ChannelMixer& op, const Tiling& tiling, int64_t task) {
+  const int64_t n = tiling.image(task), first = tiling.first_row(task), last = tiling.last_row(task);
   const int64_t pixels = (last - first) * op.w, panels = ceil_div(pixels, kPanel), kh = op.filter.kh;
   // One buffer holds the mixed map, then, when that has been used, the result.
   const int64_t map_panel = ceil_div(max_of(op.channels, op.outputs), kLanes) * kLanes * kPanel;
-  const int64_t hidden_panel = op.hidden * kPanel;
-  const int64_t depthwise = packed_floats(op.filter) + panels * kPanel * kLanes + (last - first + kh) * op.w * kLanes +
-                            kh * Arena::kPointer;
-  Arena arena(panels * (map_panel + hidden_panel) + depthwise);
+  const int64_t hidden_panel = ceil_div(op.hidden, Taps::rows) * kPanel;
+  const int64_t depthwise = packed_floats<Taps>(op.filter) + panels * kPanel * kLanes +
+                            (last - first + kh + 1) * op.w * kLanes + row_groups<Taps>(kh) * Arena::kPointer;
+  const int64_t left_floats = LeftBlock<T, Taps>::floats(max_of(op.channels, op.hidden));
+  Arena arena(panels * (map_panel + hidden_panel) + max_of(depthwise, left_floats));
   float* map = arena.floats(panels * map_panel);
   float* hidden = arena.floats(panels * hidden_panel);
+  float* left = arena.at;
 
-  mix_pixels(work, op.x + n * op.x_stride.n, first, last, map, map_panel, arena);
-  gemm({op.expand, op.expand_stride}, op.hidden, op.channels, op.expand_bias, map, map_panel, hidden, hidden_panel,
-       panels, op.activation);
-  gemm({op.project, op.project_stride}, op.outputs, op.hidden, op.project_bias, hidden, hidden_panel, map, map_panel,
-       panels, Activation::none);
+  mix_pixels<T, Taps>(op, static_cast<const T*>(op.x) + n * op.x_stride.n, first, last, map, map_panel, arena);
+  gemm<T, Taps>({op.expand, op.hidden, op.channels, op.expand_stride, op.expand_bias}, map, map_panel, panels, left,
+                [&](int64_t p, int64_t row, int64_t rows, float* block) {
+                  activate_row(block, Vec::lanes, 2 * rows, op.activation);
+                  store_panel<Taps>(block, row, rows, hidden + p * hidden_panel);
+                });
+  gemm<T, Taps>({op.project, op.outputs, op.hidden, op.project_stride, op.project_bias}, hidden, hidden_panel, panels,
+                left, [&](int64_t p, int64_t row, int64_t rows, const float* block) {
+                  store_panel<FloatTaps>(block, row, rows, map + p * map_panel);
+                });
+  NanSensor sensor;
   const Pixels out_at{op.out_stride, op.w, first}, residual_at{op.residual_stride, op.w, first};
   for (int64_t p = 0; p < panels; ++p)
-    write_panel(op, n, map + p * map_panel, p * kPanel, min_of(kPanel, pixels - p * kPanel), out_at, residual_at);
+    write_panel<T>(op, n, map + p * map_panel, p * kPanel, min_of(kPanel, pixels - p * kPanel), out_at, residual_at,
+                   sensor);
+  return Taps::rows > 1 && sensor.alarmed();
 }
 
 // Rows per strip: whole panels, a hidden map that fits L2, threads that end together. A strip streams all weights
@@ -121,8 +162,7 @@ Tiling tile_rows(const ChannelMixer& op, int threads) {
 }  // namespace
 
 void channel_mixer(const ChannelMixer& op, const Executor& executor) {
-  Work work{op, tile_rows(op, executor.threads), select_conv_row(op.filter, 1)};
-  executor.run(work.tiling.tasks(), run_task, &work);
+  run_storage<Run>(op, tile_rows(op, executor.threads), executor);
 }
 
 }  // namespace ffnet::FFNET_ISA

@@ -1,4 +1,4 @@
-// Weight and bias gradients of a stride-1 depthwise convolution, float32:
+// Weight and bias gradients of a stride-1 depthwise convolution:
 //   weight_grad[c, ky, kx] = sum over n, i, j of grad[n, c, i, j] * x[n, c, i - pad_top + ky, j - pad_left + kx]
 //
 // For one vector of channels and one filter row, up to seven sums stay in registers while strips of both maps pass
@@ -7,7 +7,8 @@
 #include <cstdlib>
 #include <new>
 
-#include "pack.h"
+#include "rows.h"
+#include "tiling.h"
 
 namespace ffnet::FFNET_ISA {
 namespace {
@@ -20,7 +21,8 @@ constexpr int64_t kLeastTasks = 32;         // images are cut until there are as
 // No standard container: its functions, compiled for this instruction set, could be linked into the baseline.
 struct Buffer {
   float* data;
-  explicit Buffer(int64_t floats) : data(static_cast<float*>(std::malloc(static_cast<size_t>(floats) * sizeof(float)))) {
+  explicit Buffer(int64_t floats)
+      : data(static_cast<float*>(std::malloc(static_cast<size_t>(floats) * sizeof(float)))) {
     if (!data) throw std::bad_alloc();
   }
   Buffer(const Buffer&) = delete;
@@ -51,8 +53,8 @@ FFNET_INLINE void add_pixels(Vec (&sum)[kTaps], const float* grad, int64_t grad_
 }
 
 // Adds a strip of rows to T sums of one filter row: x row = grad row + shift, first tap at column `left`.
-template <int T>
-void add_strip(const Rows& grad, const Rows& x, int64_t first, int64_t last, int64_t shift, int64_t left,
+template <int T, class Map>
+void add_strip(const Map& grad, const Map& x, int64_t first, int64_t last, int64_t shift, int64_t left,
                int64_t grad_width, int64_t width, float* sums) {
   Vec sum[kTaps];
 #pragma GCC unroll 16
@@ -77,21 +79,24 @@ void add_strip(const Rows& grad, const Rows& x, int64_t first, int64_t last, int
   for (int t = 0; t < T; ++t) (Vec::load(sums + t * kLanes) + sum[t]).store(sums + t * kLanes);
 }
 
-using AddStrip = void (*)(const Rows&, const Rows&, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float*);
-constexpr AddStrip kAddStrip[kTaps] = {add_strip<1>, add_strip<2>, add_strip<3>, add_strip<4>,
-                                       add_strip<5>, add_strip<6>, add_strip<7>};
-
+template <class T>
 void add_image(const DepthwiseWgrad& op, int64_t n, const Lanes& lanes, float* sums, Arena arena) {
   float* x_scratch = arena.floats(op.h * op.w * kLanes);
   float* grad_scratch = arena.floats(op.out_h * op.out_w * kLanes);
-  const Rows x(op.x + n * op.x_stride.n, op.x_stride, op.w, lanes, 0, op.h, x_scratch);
-  const Rows grad(op.grad + n * op.grad_stride.n, op.grad_stride, op.out_w, lanes, 0, op.out_h, grad_scratch);
+  using Map = Rows<T, FloatTaps>;
+  using AddStrip = void (*)(const Map&, const Map&, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float*);
+  static constexpr AddStrip add_strips[kTaps] = {add_strip<1, Map>, add_strip<2, Map>, add_strip<3, Map>,
+                                                 add_strip<4, Map>, add_strip<5, Map>, add_strip<6, Map>,
+                                                 add_strip<7, Map>};
+  const Map x(static_cast<const T*>(op.x) + n * op.x_stride.n, op.x_stride, op.h, op.w, lanes, 0, op.h, x_scratch);
+  const Map grad(static_cast<const T*>(op.grad) + n * op.grad_stride.n, op.grad_stride, op.out_h, op.out_w, lanes, 0,
+                 op.out_h, grad_scratch);
   const int64_t run = max_of(1, kRunningPixels / op.out_w), strip = max_of(run, kStripFloats / (op.w * kLanes));
   for (int64_t first = 0; first < op.out_h; first += strip) {
     const int64_t last = min_of(first + strip, op.out_h);
     for (int64_t ky = 0; ky < op.kh; ++ky) {
       for (int64_t kx = 0; kx < op.kw; kx += kTaps) {
-        const AddStrip add = kAddStrip[min_of(kTaps, op.kw - kx) - 1];
+        const AddStrip add = add_strips[min_of(kTaps, op.kw - kx) - 1];
         float* row_sums = sums + (ky * op.kw + kx) * kLanes;
         for (int64_t r = first; r < last; r += run)
           add(grad, x, r, min_of(r + run, last), ky - op.pad_top, kx - op.pad_left, op.out_w, op.w, row_sums);
@@ -114,8 +119,11 @@ void run_task(void* context, int64_t task) {
   float* sums = work.partial + task * work.partial_floats;
   for (int64_t i = 0; i < work.partial_floats; ++i) sums[i] = 0;
   const Arena arena((op.h * op.w + op.out_h * op.out_w) * kLanes);
-  for (int64_t n = chunk * op.n / work.chunks; n < (chunk + 1) * op.n / work.chunks; ++n)
-    add_image(op, n, lanes, sums, arena);
+  for (int64_t n = chunk * op.n / work.chunks; n < (chunk + 1) * op.n / work.chunks; ++n) switch (op.storage) {
+      case Storage::float32: add_image<float>(op, n, lanes, sums, arena); break;
+      case Storage::bfloat16: add_image<BFloat16>(op, n, lanes, sums, arena); break;
+      case Storage::float16: add_image<Float16>(op, n, lanes, sums, arena); break;
+    }
 }
 
 // Adds the chunks of one vector of channels in order and writes the gradients.

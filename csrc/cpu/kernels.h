@@ -9,6 +9,15 @@ namespace ffnet {
 
 enum class Activation : int { none, gelu, gelu_tanh, relu, silu };
 
+// What maps and weights consist of; sums are float32. Biases and layer scales are float32 always.
+enum class Storage : int { float32, bfloat16, float16 };
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
 // Strides of a [N, C, H, W] map, in elements.
 struct Strides {
   int64_t n, c, h, w;
@@ -16,7 +25,7 @@ struct Strides {
 
 // A depthwise filter [O, 1, kh, kw] with element strides, and its bias [O] (contiguous, may be null).
 struct Filter {
-  const float* weight;
+  const void* weight;
   const float* bias;
   int64_t kh, kw;
   int64_t stride_o, stride_h, stride_w;
@@ -28,70 +37,75 @@ struct Executor {
   void (*run)(int64_t count, void (*body)(void* context, int64_t index), void* context);
 };
 
-// out[n, o, i, j] = act(bias[o] + sum_{ky, kx} x[n, o / multiplier, i*stride_h - pad_top + ky, ...] * weight[o, ky, kx])
+// out[n, o, i, j] = act(bias[o] + sum_{ky, kx} x[n, o / multiplier, i*stride_h - pad_top + ky, ...] * weight[o, ky,
+// kx])
 struct DepthwiseConv2d {
+  Storage storage;
   int64_t n, channels, multiplier;
   int64_t h, w, out_h, out_w;
   int64_t stride_h, stride_w, pad_top, pad_left;
-  const float* x;
+  const void* x;
   Strides x_stride;
   Filter filter;
   Activation activation;
-  float* out;
+  void* out;
   Strides out_stride;
 };
 
 // Gradients of the weight [C, 1, kh, kw] and the bias [C] of a stride-1 convolution with one output per channel, both
 // contiguous; bias_grad may be null.
 struct DepthwiseWgrad {
+  Storage storage;
   int64_t n, channels, h, w, out_h, out_w, kh, kw, pad_top, pad_left;
-  const float* x;
+  const void* x;
   Strides x_stride;
-  const float* grad;
+  const void* grad;
   Strides grad_stride;
-  float* weight_grad;
+  float* weight_grad;  // float32 whatever the maps are
   float* bias_grad;
 };
 
 // out = residual + scale * (DW(act(DW(query; key)); value)), both convolutions stride 1 and "same" padded.
 struct FfnifiedAttention {
+  Storage storage;
   int64_t n, channels, h, w;
-  const float* query;
+  const void* query;
   Strides query_stride;
   Filter key, value;
   int64_t key_pad_top, key_pad_left, value_pad_top, value_pad_left;
   Activation activation;
-  const float* scale;     // [C] contiguous, may be null
-  const float* residual;  // may be null
+  const float* scale;    // [C] contiguous, may be null
+  const void* residual;  // may be null
   Strides residual_stride;
-  float* out;
+  void* out;
   Strides out_stride;
 };
 
 // out = residual + scale * (project * act(expand * (DW(x; filter)) + expand_bias) + project_bias), "same" padded.
 struct ChannelMixer {
+  Storage storage;
   int64_t n, channels, hidden, outputs, h, w;
-  const float* x;
+  const void* x;
   Strides x_stride;
   Filter filter;
   int64_t pad_top, pad_left;
-  const float* expand;  // [hidden][channels], rows expand_stride apart
+  const void* expand;  // [hidden][channels], rows expand_stride apart
   int64_t expand_stride;
   const float* expand_bias;  // [hidden] contiguous, may be null
-  const float* project;      // [outputs][hidden], rows project_stride apart
+  const void* project;       // [outputs][hidden], rows project_stride apart
   int64_t project_stride;
   const float* project_bias;  // [outputs] contiguous, may be null
   Activation activation;
-  const float* scale;     // [outputs] contiguous, may be null
-  const float* residual;  // may be null
+  const float* scale;    // [outputs] contiguous, may be null
+  const void* residual;  // may be null
   Strides residual_stride;
-  float* out;
+  void* out;
   Strides out_stride;
 };
 
 struct Kernels {
   const char* isa;
-  int lanes;  // channels computed together
+  int lanes;                                    // channels computed together
   bool (*is_unrolled)(int64_t kh, int64_t kw);  // whether filters of this size have code of their own
   void (*depthwise_conv2d)(const DepthwiseConv2d&, const Executor&);
   void (*depthwise_conv2d_wgrad)(const DepthwiseWgrad&, const Executor&);
@@ -103,6 +117,7 @@ struct Kernels {
 const Kernels* baseline_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
+const Kernels* avx512bf16_kernels();
 
 // Scratch of at least `floats` floats, 64-byte aligned, owned by the calling thread and reused between calls.
 // Throws std::bad_alloc.

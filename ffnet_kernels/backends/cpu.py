@@ -21,8 +21,8 @@ def refusal(operator: str, args: tuple) -> str | None:
     x = args[0]
     if x.device.type != "cpu":
         return f"takes CPU tensors, got {x.device}"
-    if x.dtype != torch.float32:
-        return f"takes float32, got {x.dtype}"
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"takes float32, bfloat16 and float16, got {x.dtype}"
     return None
 
 
@@ -85,5 +85,5 @@ def convolve_backward(grad, x, weight, stride, padding, mask) -> list:
         grads[0] = convolve(grad, weight.flip(2, 3), None, (1, 1), mirrored)
     if mask[1] or mask[2]:
         wanted = _ops.depthwise_conv2d_wgrad.default(grad, x, (kh, kw), padding)
-        grads[1:] = [g if m else None for g, m in zip(wanted, mask[1:], strict=True)]
+        grads[1:] = [g.to(x.dtype) if m else None for g, m in zip(wanted, mask[1:], strict=True)]
     return grads

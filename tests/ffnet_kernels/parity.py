@@ -317,7 +317,8 @@ class Sizes(NamedTuple):
         return n, c, h, w
 
 
-NATIVE = Sizes(st.integers(0, 3), _channels, _extents, _kernels, st.just(torch.float32), 1_500_000)
+_dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+NATIVE = Sizes(st.integers(0, 3), _channels, _extents, _kernels, _dtypes, 1_500_000)
 _generators = st.integers(0, 2**31).map(lambda seed: torch.Generator().manual_seed(seed))
 
 
