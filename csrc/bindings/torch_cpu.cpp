@@ -46,8 +46,7 @@ void check_map(const Tensor& t, const char* name) {
   const ScalarType type = t.scalar_type();
   STD_TORCH_CHECK(t.is_cpu() && t.dim() == 4 &&
                       (type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half),
-                  "ffnet_kernels (cpu): ", name,
-                  " must be a 4-dimensional CPU tensor of float32, bfloat16 or float16");
+                  "ffnet_kernels (cpu): ", name, " must be a 4-dimensional CPU tensor of float32, bfloat16 or float16");
 }
 
 // A CPU tensor of `dim` dimensions with elements of x's type.

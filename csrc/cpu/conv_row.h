@@ -18,10 +18,13 @@ struct FloatTaps {
   static FFNET_INLINE Vec add(Vec x, Vec w, Vec sum) { return fma(x, w, sum); }
 };
 #if defined(__AVX512BF16__)
+constexpr bool kPairs = true;  // whether maps of bfloat16 are taken in pairs
 struct PairTaps {
   static constexpr int rows = 2;
   static FFNET_INLINE Vec add(Vec x, Vec w, Vec sum) { return dot(x, w, sum); }
 };
+#else
+constexpr bool kPairs = false;
 #endif
 
 // Input of an output row: kh row pointers (null where the row is padding) of `width` vectors, `pixel` floats apart.

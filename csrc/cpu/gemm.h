@@ -16,8 +16,7 @@ constexpr int kGemmRows = Vec::registers == 32 ? 14 : 6;
 struct Matrix {
   const void* data;
   int64_t rows, depth;
-  int64_t stride;     // elements from row to row; columns are adjacent
-  const float* bias;  // of each row; may be null
+  int64_t stride;  // elements from row to row; columns are adjacent
 };
 
 // One running sum over the whole depth would round badly; after so many steps it is added to C and starts anew. Sums of
@@ -60,58 +59,82 @@ FFNET_INLINE void gemm_rows(int64_t rows, const float* a, int64_t stride, int64_
     make[rows - 1](a + k, stride, min_of(kRunningDepth<Taps>, depth - k), b + k * kPanel, c);
 }
 
-// A block of A's rows as taps, copied next to each other: rows of a weight often lie a power of two apart, which makes
-// them share few lines of a cache.
+// A's rows as taps: where they are stored, or, where they are stored as something else, a block of them copied.
 template <class T, class Taps>
-class LeftBlock {
+class Left {
  public:
-  static int64_t stride(int64_t depth) { return ceil_div(ceil_div(depth, Taps::rows), 32) * 32 + 16; }
-  static int64_t floats(int64_t depth) { return kGemmRows * stride(depth); }
+  static int64_t scratch_floats(int64_t depth) { return kGemmRows * taps(depth); }
 
-  static void pack(const Matrix& a, int64_t first, int64_t rows, float* out) {
-    const int64_t taps = ceil_div(a.depth, Taps::rows);
-    for (int64_t r = 0; r < rows; ++r, out += stride(a.depth)) {
-      const T* row = static_cast<const T*>(a.data) + (first + r) * a.stride;
+  Left(const Matrix& a, float* scratch) : a_(a), scratch_(scratch) {
+    const auto address = reinterpret_cast<uintptr_t>(a.data);
+    in_place_ = sizeof(T) * Taps::rows == sizeof(float) && a.depth % Taps::rows == 0 && a.stride % Taps::rows == 0 &&
+                address % sizeof(float) == 0;
+  }
+  int64_t depth() const { return taps(a_.depth); }
+  int64_t stride() const { return in_place_ ? a_.stride / Taps::rows : depth(); }
+  const float* block(int64_t first, int64_t rows) const {
+    const T* from = static_cast<const T*>(a_.data) + first * a_.stride;
+    if (in_place_) return reinterpret_cast<const float*>(from);
+    float* out = scratch_;
+    for (int64_t r = 0; r < rows; ++r, from += a_.stride, out += depth()) {
       if constexpr (Taps::rows == 1) {
         int64_t k = 0;
-        for (; k + kLanes <= a.depth; k += kLanes) load(row + k).store(out + k);
-        for (; k < a.depth; ++k) out[k] = to_float(row[k]);
+        for (; k + kLanes <= a_.depth; k += kLanes) load(from + k).store(out + k);
+        for (; k < a_.depth; ++k) out[k] = to_float(from[k]);
       } else {
-        out[taps - 1] = 0;
-        __builtin_memcpy(out, row, static_cast<size_t>(a.depth) * sizeof(T));
+        out[depth() - 1] = 0;  // an odd depth leaves half of it
+        __builtin_memcpy(out, from, static_cast<size_t>(a_.depth) * sizeof(T));
       }
     }
+    return scratch_;
   }
+
+ private:
+  static int64_t taps(int64_t depth) { return ceil_div(depth, Taps::rows); }
+
+  Matrix a_;
+  float* scratch_;
+  bool in_place_;
 };
 
-// For every block of rows and every panel of B (b_panel floats apart): A * B + bias, [rows][kPanel], given to
-// finish(panel, first row, rows, block). Blocks begin at even rows. `left` has room for a LeftBlock.
-template <class T, class Taps, class Finish>
-FFNET_INLINE void gemm(const Matrix& a, const float* b, int64_t b_panel, int64_t panels, float* left,
-                       const Finish& finish) {
+// For every block of rows, which begin at even ones, and every panel of B (b_panel floats apart): start(panel, first
+// row, rows, block) fills block [rows][kPanel], A * B is added to it and it is given to finish(panel, first row, rows,
+// block). A block of A stays in L1 while all panels pass.
+template <class Taps, class T, class Start, class Finish>
+FFNET_INLINE void gemm(const Matrix& a, const Left<T, Taps>& left, const float* b, int64_t b_panel, int64_t panels,
+                       const Start& start, const Finish& finish) {
   const int64_t pairs = ceil_div(a.rows, 2), blocks = ceil_div(pairs, kGemmRows / 2);  // of nearly equal size
-  const int64_t stride = LeftBlock<T, Taps>::stride(a.depth), depth = ceil_div(a.depth, Taps::rows);
   for (int64_t i = 0; i < blocks; ++i) {
     const int64_t first = i * pairs / blocks * 2, rows = min_of((i + 1) * pairs / blocks * 2, a.rows) - first;
-    LeftBlock<T, Taps>::pack(a, first, rows, left);
+    const float* from = left.block(first, rows);
     for (int64_t p = 0; p < panels; ++p) {
       alignas(64) float block[kGemmRows * kPanel];
-      for (int64_t r = 0; r < rows; ++r) {
-        const Vec start = Vec::fill(a.bias ? a.bias[first + r] : 0);
-        start.store(block + r * kPanel);
-        start.store(block + r * kPanel + Vec::lanes);
-      }
-      gemm_rows<Taps>(rows, left, stride, depth, b + p * b_panel, block, std::make_index_sequence<kGemmRows>());
+      start(p, first, rows, block);
+      gemm_rows<Taps>(rows, from, left.stride(), left.depth(), b + p * b_panel, block,
+                      std::make_index_sequence<kGemmRows>());
       finish(p, first, rows, block);  // apart from the sums, or they would spill
     }
   }
+}
+
+// The usual start: each row's bias, which may be null.
+FFNET_INLINE void start_with_bias(const float* bias, int64_t rows, float* block) {
+  for (int64_t r = 0; r < rows; ++r, block += kPanel) {
+    const Vec value = Vec::fill(bias ? bias[r] : 0);
+    value.store(block);
+    value.store(block + Vec::lanes);
+  }
+}
+
+FFNET_INLINE void copy_block(const float* from, int64_t rows, float* to) {
+  for (int64_t i = 0; i < rows * kPanel; i += Vec::lanes) Vec::load(from + i).store(to + i);
 }
 
 // Rows [first, first + rows) of a product, [rows][kPanel], as the B of the next; `first` is even.
 template <class Taps>
 void store_panel(const float* block, int64_t first, int64_t rows, float* panel) {
   if constexpr (Taps::rows == 1) {
-    for (int64_t i = 0; i < rows * kPanel; i += Vec::lanes) Vec::load(block + i).store(panel + first * kPanel + i);
+    copy_block(block, rows, panel + first * kPanel);
   } else {
 #if defined(__AVX512BF16__)
     for (int64_t r = 0; r < rows; r += 2) {
