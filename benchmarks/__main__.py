@@ -37,10 +37,12 @@ def main(argv: list[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
 
+    samples = options.samples or (goals.SAMPLES if options.suite == "record" else DEFAULT_SAMPLES)
+
     def runner(case: Case) -> Runner:
         names = options.peers or (goals.peers(case) if options.suite == "record" else DEFAULT_CONTENDERS)
         contenders = [CONTENDERS[name] for name in dict.fromkeys((OURS, *names))]
-        return Runner(contenders, options.samples, options.seconds)
+        return Runner(contenders, samples, options.seconds)
 
     result = run_cases(cases, runner)
     print(report(result))
@@ -83,7 +85,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--threads", type=_positive, metavar="N", help="threads (default: torch's)")
     parser.add_argument(
-        "--samples", type=_positive, default=DEFAULT_SAMPLES, metavar="N", help="per contender (default: %(default)s)"
+        "--samples",
+        type=_positive,
+        metavar="N",
+        help=f"per contender (default: {DEFAULT_SAMPLES}; suite 'record': {goals.SAMPLES})",
     )
     parser.add_argument(
         "--seconds",

@@ -17,6 +17,7 @@ from .report import markdown
 from .results import Result, Row, merge, peers_of, write_json
 from .specs import LARGE_FILTERS, Case, ModelCase, OperatorCase, TrainingCase, suite
 
+SAMPLES = 9  # of each contender: the suite has hundreds of cases
 NHWC, NCHW = "eager channels-last", "eager nchw"
 HEADERS = (
     "case", "ours ms", "GFLOP/s", "best peer", "peer ms", "ratio", "quartiles", "busy", "must", "", "aim", "",

@@ -77,7 +77,7 @@ def test_ratio_samples_and_repeats(clock):
 
 
 def test_contenders_alternate_and_take_turns_in_going_first(clock):
-    seconds = 2 * runner.MIN_SAMPLE_SECONDS  # so that a sample is one call
+    seconds = 4 * runner.MIN_SAMPLE_SECONDS  # so that a sample is one call
     run(clock, Toy("a", clock, seconds), Toy("b", clock, seconds), samples=4)
     # Each sample is an untimed call and a timed one.
     assert clock.running[-16:] == [name for turn in ("ab", "ba", "ab", "ba") for name in turn for _ in range(2)]
@@ -85,13 +85,13 @@ def test_contenders_alternate_and_take_turns_in_going_first(clock):
 
 def test_a_sample_begins_quiet_and_warm(clock, monkeypatch):
     monkeypatch.setattr(runner, "wait_until_quiet", lambda: clock.running.append("quiet"))
-    row = run(clock, Toy("long", clock, 2 * runner.LONG_SECONDS), Toy("short", clock, 4e-4), samples=1)
+    row = run(clock, Toy("long", clock, 2 * runner.LONG_SECONDS), Toy("short", clock, 3e-4), samples=1)
     short = row.measurement("short")
-    untimed = math.ceil(runner.UNTIMED_SECONDS / 4e-4)
+    untimed = math.ceil(runner.UNTIMED_SECONDS / 3e-4)
     assert clock.running[-3 - untimed - short.repeats :] == [
         "quiet", "long", "quiet", *["short"] * (untimed + short.repeats)
     ]  # fmt: skip
-    assert short.median_ms == pytest.approx(0.4)
+    assert short.median_ms == pytest.approx(0.3)
 
 
 def test_a_long_case_ends_early_but_not_at_once(clock):
