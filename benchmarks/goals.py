@@ -67,7 +67,7 @@ def goal(case: Case) -> Goal | None:
 def peers(case: Case) -> tuple[str, ...]:
     """The strongest peers of a case, so that the suite is done in minutes.
 
-    torch.compile is left out: its code calls the same convolutions as eager PyTorch, it was not the best peer of FFNet-1
+    torch.compile is left out: its code calls the same convolutions as eager PyTorch, it was not the best of FFNet-1
     in trials, and compiling takes longer than measuring all others. ``--peers all`` adds it. 16-bit filters of 31×31
     are not run by eager PyTorch forward: it has to do without oneDNN there, and took hundreds of times OpenVINO's time.
     """

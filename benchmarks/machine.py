@@ -11,7 +11,6 @@ from typing import Any
 
 import ffnet_kernels
 
-
 RUNTIMES = ("onnx", "onnxruntime", "openvino")
 
 

@@ -158,7 +158,7 @@ def merge(parts: Sequence[Result]) -> Result:
         ValueError: for runs on different machines, versions or numbers of threads.
     """
     first = parts[0]
-    for name in ("processor", "threads", "isa", "torch", "commit"):
+    for name in ("processor", "threads", "isa", "torch", "commit", "runtimes"):
         found = list(dict.fromkeys(part.machine.get(name) for part in parts))
         if len(found) > 1:
             raise ValueError(f"parts of different runs: {name} is {' and '.join(map(repr, found))}")
