@@ -54,6 +54,7 @@ ISA_FLAGS = {
 }
 KERNEL_SOURCES = [
     "kernels.cpp", "depthwise_conv2d.cpp", "depthwise_conv2d_wgrad.cpp", "ffnified_attention.cpp", "channel_mixer.cpp",
+    "conv2d.cpp",
 ]  # fmt: skip
 COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra"]
 CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]

@@ -108,14 +108,26 @@ void set_residual(Op& op, const std::optional<Tensor>& residual, const std::arra
   op.residual = residual->const_data_ptr(), op.residual_stride = strides(*residual);
 }
 
-Tensor depthwise_conv2d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                        const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                        const std::string& activation) {
-  check_map(x, "x");
+// Stride, padding and the size of the result, from the size of the map.
+template <class Op>
+void set_geometry(Op& op, int64_t kh, int64_t kw, const std::vector<int64_t>& stride,
+                  const std::vector<int64_t>& padding) {
   STD_TORCH_CHECK(stride.size() == 2 && (stride[0] == 1 || stride[0] == 2) && (stride[1] == 1 || stride[1] == 2),
                   "ffnet_kernels (cpu): stride must be two numbers, each 1 or 2");
   STD_TORCH_CHECK(padding.size() == 4 && *std::min_element(padding.begin(), padding.end()) >= 0,
                   "ffnet_kernels (cpu): padding must be (top, bottom, left, right), none of them negative");
+  op.stride_h = stride[0], op.stride_w = stride[1];
+  op.pad_top = padding[0], op.pad_left = padding[2];
+  const int64_t room_h = op.h + padding[0] + padding[1] - kh, room_w = op.w + padding[2] + padding[3] - kw;
+  STD_TORCH_CHECK(room_h >= 0 && room_w >= 0, "ffnet_kernels (cpu): the padded map is smaller than the kernel");
+  STD_TORCH_CHECK(op.h > 0 && op.w > 0, "ffnet_kernels (cpu): x must have height and width");
+  op.out_h = room_h / op.stride_h + 1, op.out_w = room_w / op.stride_w + 1;
+}
+
+Tensor depthwise_conv2d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                        const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                        const std::string& activation) {
+  check_map(x, "x");
   check_cpu(weight, "weight", 4, x);
   const int64_t n = x.size(0), c = x.size(1), outputs = weight.size(0);
   STD_TORCH_CHECK(c > 0 && outputs > 0 && outputs % c == 0,
@@ -127,13 +139,7 @@ Tensor depthwise_conv2d(const Tensor& x, const Tensor& weight, const std::option
   op.filter = filter(weight, "weight", bias_vector, x);
   op.n = n, op.channels = c, op.multiplier = outputs / c;
   op.h = x.size(2), op.w = x.size(3);
-  op.stride_h = stride[0], op.stride_w = stride[1];
-  op.pad_top = padding[0], op.pad_left = padding[2];
-  const int64_t room_h = op.h + padding[0] + padding[1] - op.filter.kh,
-                room_w = op.w + padding[2] + padding[3] - op.filter.kw;
-  STD_TORCH_CHECK(room_h >= 0 && room_w >= 0, "ffnet_kernels (cpu): the padded map is smaller than the kernel");
-  STD_TORCH_CHECK(op.h > 0 && op.w > 0, "ffnet_kernels (cpu): x must have height and width");
-  op.out_h = room_h / op.stride_h + 1, op.out_w = room_w / op.stride_w + 1;
+  set_geometry(op, op.filter.kh, op.filter.kw, stride, padding);
   op.activation = parse_activation(activation);
 
   Tensor out =
@@ -235,7 +241,7 @@ Tensor channel_mixer(const Tensor& x, const Tensor& weight, const std::optional<
   ffnet::ChannelMixer op{};
   op.storage = storage(x);
   op.filter = filter(weight, "weight", bias_vector, x);
-  op.n = n, op.channels = c, op.h = h, op.w = w;
+  op.n = n, op.channels = c, op.h = op.out_h = h, op.w = op.out_w = w;
   op.hidden = expand.rows(), op.outputs = project.rows();
   op.pad_top = (op.filter.kh - 1) / 2, op.pad_left = (op.filter.kw - 1) / 2;
   op.expand = expand.data(), op.expand_stride = expand.stride(), op.expand_bias = expand_vector.data();
@@ -250,9 +256,43 @@ Tensor channel_mixer(const Tensor& x, const Tensor& weight, const std::optional<
   return out;
 }
 
+Tensor conv2d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+              const std::vector<int64_t>& stride, const std::vector<int64_t>& padding, const std::string& activation) {
+  check_map(x, "x");
+  check_cpu(weight, "weight", 4, x);
+  const int64_t n = x.size(0), c = x.size(1), outputs = weight.size(0);
+  STD_TORCH_CHECK(c > 0 && outputs > 0 && weight.size(1) == c && weight.size(2) > 0 && weight.size(3) > 0,
+                  "ffnet_kernels (cpu): weight must have the shape [O, ", c, ", kh, kw]");
+  const ChannelVector bias_vector(bias, "bias", outputs, x);
+  ffnet::Conv2d op{};
+  op.storage = storage(x);
+  op.n = n, op.channels = c, op.outputs = outputs, op.h = x.size(2), op.w = x.size(3);
+  op.kh = weight.size(2), op.kw = weight.size(3);
+  set_geometry(op, op.kh, op.kw, stride, padding);
+  // A row is read in the order in which it is stored; anything else is copied.
+  const int64_t taps = op.kh * op.kw;
+  const auto row_is = [&](int64_t c_step, int64_t y_step, int64_t x_step) {
+    return (c == 1 || weight.stride(1) == c_step) && (op.kh == 1 || weight.stride(2) == y_step) &&
+           (op.kw == 1 || weight.stride(3) == x_step);
+  };
+  op.channels_inside = row_is(1, op.kw * c, c);
+  const bool plain = op.channels_inside || row_is(taps, op.kw, 1);
+  const Tensor rows = plain ? weight : torch::stable::contiguous(weight);
+  op.weight = rows.const_data_ptr(), op.weight_stride = rows.stride(0);
+  op.bias = bias_vector.data();
+  op.activation = parse_activation(activation);
+  Tensor out =
+      empty_map(x, {n, outputs, op.out_h, op.out_w}, suggests_channels_last(x) || suggests_channels_last(weight));
+  op.x = x.const_data_ptr(), op.x_stride = strides(x);
+  op.out = out.mutable_data_ptr(), op.out_stride = strides(out);
+  if (n > 0) ffnet::active_kernels().conv2d(op, executor());
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(ffnet_kernels, CPU, m) {
+  m.impl("conv2d", TORCH_BOX(&conv2d));
   m.impl("depthwise_conv2d", TORCH_BOX(&depthwise_conv2d));
   m.impl("depthwise_conv2d_wgrad", TORCH_BOX(&depthwise_conv2d_wgrad));
   m.impl("ffnified_attention", TORCH_BOX(&ffnified_attention));

@@ -3,7 +3,7 @@
 // A task takes a strip of rows of one image through the whole chain: depthwise convolution, transposed into panels of
 // pixels; product with the expanding weight and activation; product with the projecting weight; scale and residual on
 // the way out. The hidden map, several times as wide as x, exists for one strip at a time and stays in L2.
-#include "gemm.h"
+#include "panel_output.h"
 #include "retry.h"
 
 namespace ffnet::FFNET_ISA {
@@ -45,16 +45,6 @@ struct Strip {
   int64_t pixels(const ChannelMixer& op) const { return (last - first) * op.w; }
 };
 
-// Where pixel p of a strip lies in a map.
-struct Pixels {
-  Strides stride;
-  int64_t width, height, first_row;
-  int64_t operator()(int64_t p) const {
-    const int64_t row = first_row + p / width;
-    return row / height * stride.n + row % height * stride.h + p % width * stride.w;
-  }
-};
-
 // Depthwise convolution of a strip, channel vector by channel vector, into panels.
 template <class T, class Taps>
 void mix_pixels(const ChannelMixer& op, const Strip& strip, float* panels, int64_t panel_floats, Arena arena) {
@@ -87,50 +77,9 @@ void mix_pixels(const ChannelMixer& op, const Strip& strip, float* panels, int64
   }
 }
 
-// One panel, plus scale and residual, into the map; `first` is its first pixel in the strip, of which `count` exist.
-template <class T>
-void write_panel(const ChannelMixer& op, const float* panel, int64_t first, int64_t count, const Pixels& out_at,
-                 const Pixels& residual_at, NanSensor& sensor) {
-  T* out = static_cast<T*>(op.out);
-  const T* residual = static_cast<const T*>(op.residual);
-  const bool vectors = op.out_stride.c == 1 && (!residual || op.residual_stride.c == 1);
-  for (int64_t c = 0; vectors && c < op.outputs; c += kLanes) {
-    const int64_t channels = min_of(kLanes, op.outputs - c);
-    const Vec scale = op.scale ? Vec::load_first(op.scale + c, channels) : Vec::fill(1);
-    for (int64_t p = 0; p < count; p += kLanes) {
-      const auto read = [&](int64_t i)
-                            __attribute__((always_inline)) { return Vec::load(panel + (c + i) * kPanel + p); };
-      const auto write = [&](int64_t i, Vec x) __attribute__((always_inline)) {
-        const int64_t at = first + p + i;
-        Vec base = Vec::fill(0);
-        if (residual) base = load_first(residual + residual_at(at) + c, channels);
-        x = fma(x, scale, base);
-        sensor.see(x);
-        store_first(x, out + out_at(at) + c, channels);
-      };
-      transpose_block(read, channels, write, min_of(kLanes, count - p));
-    }
-  }
-  for (int64_t c = 0; !vectors && c < op.outputs; ++c) {
-    const Vec scale = Vec::fill(op.scale ? op.scale[c] : 1);
-    for (int64_t p = 0; p < count; p += kLanes) {
-      float values[kLanes];
-      (Vec::load(panel + c * kPanel + p) * scale).store(values);
-      sensor.see(Vec::load(values));
-      for (int64_t i = 0; i < min_of(kLanes, count - p); ++i) {
-        const int64_t at = first + p + i;
-        const float base = residual ? to_float(residual[residual_at(at) + c * op.residual_stride.c]) : 0;
-        from_float(base + values[i], out[out_at(at) + c * op.out_stride.c]);
-      }
-    }
-  }
-}
-
 int64_t hidden_chunk(const ChannelMixer& op) {
   return ceil_div(ceil_div(op.hidden, ceil_div(op.hidden, kChunk)), 2) * 2;
 }
-
-int64_t whole_vectors(int64_t channels) { return ceil_div(channels, kLanes) * kLanes; }
 
 template <class T, class Taps>
 bool Run::task(const ChannelMixer& op, const Tiling& tiling, int64_t task) {
@@ -175,10 +124,9 @@ bool Run::task(const ChannelMixer& op, const Tiling& tiling, int64_t task) {
         });
   }
   NanSensor sensor;
-  const Pixels out_at{op.out_stride, op.w, op.h, strip.first}, residual_at{op.residual_stride, op.w, op.h, strip.first};
+  const PanelOutput<T> to(op, strip.first);
   for (int64_t p = 0; p < panels; ++p)
-    write_panel<T>(op, out + p * out_panel, p * kPanel, min_of(kPanel, pixels - p * kPanel), out_at, residual_at,
-                   sensor);
+    to.write(out + p * out_panel, p * kPanel, min_of(kPanel, pixels - p * kPanel), sensor);
   return Taps::rows > 1 && sensor.alarmed();
 }
 

@@ -84,7 +84,7 @@ struct FfnifiedAttention {
 // out = residual + scale * (project * act(expand * (DW(x; filter)) + expand_bias) + project_bias), "same" padded.
 struct ChannelMixer {
   Storage storage;
-  int64_t n, channels, hidden, outputs, h, w;
+  int64_t n, channels, hidden, outputs, h, w, out_h, out_w;  // out_h = h, out_w = w
   const void* x;
   Strides x_stride;
   Filter filter;
@@ -103,6 +103,26 @@ struct ChannelMixer {
   Strides out_stride;
 };
 
+// out = act(conv(x; weight) + bias), one group.
+struct Conv2d {
+  Storage storage;
+  int64_t n, channels, outputs;
+  int64_t h, w, out_h, out_w;
+  int64_t kh, kw, stride_h, stride_w, pad_top, pad_left;
+  const void* x;
+  Strides x_stride;
+  const void* weight;  // [outputs][kh * kw * channels], rows weight_stride apart
+  int64_t weight_stride;
+  bool channels_inside;  // order of a row: [kh][kw][channels], else [channels][kh][kw]
+  const float* bias;     // [outputs] contiguous, may be null
+  Activation activation;
+  const float* scale;  // always null, as is the residual
+  const void* residual;
+  Strides residual_stride;
+  void* out;
+  Strides out_stride;
+};
+
 struct Kernels {
   const char* isa;
   int lanes;                                    // channels computed together
@@ -111,6 +131,7 @@ struct Kernels {
   void (*depthwise_conv2d_wgrad)(const DepthwiseWgrad&, const Executor&);
   void (*ffnified_attention)(const FfnifiedAttention&, const Executor&);
   void (*channel_mixer)(const ChannelMixer&, const Executor&);
+  void (*conv2d)(const Conv2d&, const Executor&);
 };
 
 // Instruction sets, slowest first; null where this build holds none for them.

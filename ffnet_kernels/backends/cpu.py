@@ -28,6 +28,8 @@ def refusal(operator: str, args: tuple) -> str | None:
 
 def slower(operator: str, args: tuple) -> str | None:
     x = args[0]
+    if operator == "conv2d":
+        return _slower_conv2d(x, args[1])
     if operator.endswith("_backward") and max(args[2].shape[2:]) <= 3:
         return "slower for filters of up to 3×3, whose gradients torch computes natively"
     if x.shape[1] < 4 and x.stride(1) == 1:
@@ -37,10 +39,21 @@ def slower(operator: str, args: tuple) -> str | None:
     return None
 
 
+def _slower_conv2d(x: Tensor, weight: Tensor) -> str | None:
+    _, channels, kh, kw = weight.shape
+    if kh * kw > 1 and (channels > 4 or x.dtype == torch.float32):
+        return "slower than torch's own convolution for filters larger than 1×1"
+    if kh * kw == 1 and x.dtype != torch.float32 and channels < 160:
+        return "slower than torch's own 16-bit 1×1 convolution of fewer than 160 channels"
+    return None
+
+
 def describe(operator: str, args: tuple) -> str:
     helper = native.helper()
     if helper is None:
         return "instruction set chosen at run time"
+    if operator == "conv2d":
+        return f"{helper.isa()}, panels of pixels"
     x, weights = args[0], [args[1], args[3]] if operator == "ffnified_attention" else [args[1]]
     unrolled = all(helper.is_unrolled(weight.shape[2], weight.shape[3]) for weight in weights)
     in_place = x.stride(1) == 1 and x.shape[1] >= helper.lanes() and weights[0].shape[0] == x.shape[1]
@@ -51,6 +64,10 @@ def describe(operator: str, args: tuple) -> str:
 
 def depthwise_conv2d(*args) -> Tensor:
     return _ops.depthwise_conv2d.default(*args)
+
+
+def conv2d(*args) -> Tensor:
+    return _ops.conv2d.default(*args)
 
 
 def ffnified_attention(*args) -> Tensor:

@@ -59,7 +59,7 @@ class Case(NamedTuple):
 
     def checked(self) -> tuple:
         """The arguments as the operators' schemas have them."""
-        names = ("stride", "padding", "activation") if self.operator == "depthwise_conv2d" else ()
+        names = ("stride", "padding", "activation") if "conv2d" in self.operator else ()
         defaults = {"stride": 1, "padding": "same", "activation": "none"} if names else {}
         if not names:
             defaults = {"activation": "gelu", "scale": None, "residual": None}
@@ -133,7 +133,7 @@ def laid_out(
 
 
 def expected_formats(operator: str, args: tuple, like: Tensor) -> list[tuple[bool, bool]]:
-    """:func:`formats` of a tensor of ``like``'s shape in the format that the depthwise convolutions of ``args`` give.
+    """:func:`formats` of a tensor of ``like``'s shape in the format that the convolutions of ``args`` give.
 
     Both formats where their result has but one channel and so does not tell.
     """
@@ -144,7 +144,7 @@ def expected_formats(operator: str, args: tuple, like: Tensor) -> list[tuple[boo
     )
     for weight in weights:
         # Wide padding: a map of one pixel would not tell its format.
-        out = F.conv2d(out, weight, None, 1, (weight.shape[2], weight.shape[3]), groups=args[0].shape[1])
+        out = F.conv2d(out, weight, None, 1, (weight.shape[2], weight.shape[3]), groups=out.shape[1] // weight.shape[1])
     candidates = (torch.contiguous_format, torch.channels_last)
     return [
         formats(torch.empty(like.shape, device="meta", memory_format=candidate))
@@ -187,7 +187,7 @@ def limit_of(operator: str, args: tuple, expected: Tensor, eager: Tensor) -> flo
         generator = torch.Generator().manual_seed(0)
         more = list(args)
         for i, values in enumerate(args):
-            if values is args[0] or (operator != "depthwise_conv2d" and i == len(args) - 1 and values is not None):
+            if values is args[0] or ("conv2d" not in operator and i == len(args) - 1 and values is not None):
                 images = -(-_SAMPLE * values.shape[0] // expected.numel())
                 extra = torch.randn(images, *values.shape[1:], generator=generator)
                 more[i] = torch.cat([values, extra.to(values.dtype)])
