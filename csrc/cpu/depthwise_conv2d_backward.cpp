@@ -19,7 +19,7 @@ struct Work {
   const PartialSums& sums;
   ConvRow conv_row;
   int64_t band, halo;  // rows; gradient rows above a band that its input gradient needs
-  bool needs_x() const { return op.activation != Activation::none || wants_filter(); }
+  bool needs_x() const { return op.activation != Activation::none || op.filter_grad.weight; }
   bool wants_filter() const { return op.filter_grad.weight || op.filter_grad.bias; }
 };
 
@@ -58,9 +58,14 @@ class Task {
   Task(const Work& work, const Lanes& lanes, float* sums)
       : work_(work),
         op_(work.op),
-        lanes_(lanes),
-        input_lanes_{lanes.first / op_.multiplier, ceil_div(lanes.count, op_.multiplier), 1},
-        sums_(sums) {
+        sums_(sums),
+        x_map_{op_.x, op_.x_stride, lanes, op_.h, op_.w},
+        grad_map_{op_.grad, op_.grad_stride, {lanes.first, lanes.count, 1}, op_.out_h, op_.out_w},
+        x_grad_map_{op_.x_grad,
+                    op_.x_grad_stride,
+                    {lanes.first / lanes.multiplier, ceil_div(lanes.count, lanes.multiplier), 1},
+                    op_.h,
+                    op_.w} {
     const int64_t kh = op_.filter.kh, rows = work.band + work.halo,
                   out_rows = min_of(op_.h, work.band * op_.stride_h + kh);
     x_ = RowRing(op_.h, op_.w, (rows - 1) * op_.stride_h + kh, op_.pad_top,
@@ -76,13 +81,12 @@ class Task {
           pack_filter(op_.filter, lanes.first, lanes.count, op_.stride_w, op_.pad_left, arena.floats(filter_floats));
     slope_ = arena.floats(line);
     if (!op_.x_grad) return;
-    const Lanes filters{lanes.first, lanes.count, 1};
     for (int64_t p = 0; p < op_.stride_h; ++p) {
       const MirroredTaps taps = row_taps(p);
       for (int64_t q = 0; q < op_.stride_w; ++q) {
         const MirroredTaps columns(q, op_.stride_w, op_.filter.kw, op_.pad_left);
-        const PackedFilter filter =
-            pack_mirrored(op_.filter, taps, columns, op_.stride_h, op_.stride_w, filters, arena.floats(filter_floats));
+        const PackedFilter filter = pack_mirrored(op_.filter, taps, columns, op_.stride_h, op_.stride_w,
+                                                  grad_map_.lanes, arena.floats(filter_floats));
         classes_[p][q] = {columns, filter, select_dgrad_row(taps.count, columns.count), q,
                           ceil_div(max_of(0, op_.w - q), op_.stride_w)};
       }
@@ -91,7 +95,8 @@ class Task {
   }
 
   // Gradient rows [first, last) of an image, and the rows of x that have all their gradients then.
-  void run(int64_t n, int64_t first, int64_t last) {
+  void run(int64_t n, int64_t first, int64_t last, bool more_images) {
+    more_images_ = more_images;
     grad_made_ = op_.x_grad ? max_of(0, first - work_.halo) : first;
     x_made_ = max_of(0, grad_made_ * op_.stride_h - op_.pad_top);
     int64_t out_made = done_rows(first);
@@ -131,13 +136,14 @@ class Task {
     if (work_.needs_x()) {
       const int64_t x_last = min_of(op_.h, (last - 1) * op_.stride_h - op_.pad_top + op_.filter.kh);
       if (x_last > x_made_) {
-        x_.gather(op_.x + n * op_.x_stride.n, op_.x_stride, lanes_, x_made_, x_last);
+        x_.gather(x_map_, n, x_made_, x_last);
         x_made_ = x_last;
       }
     }
-    grad_.gather(op_.grad + n * op_.grad_stride.n, op_.grad_stride, {lanes_.first, lanes_.count, 1}, grad_made_, last);
+    grad_.gather(grad_map_, n, grad_made_, last);
     if (op_.activation != Activation::none) {
       for (int64_t r = grad_made_; r < last; ++r) {
+        prefetch_x(n, (r + work_.band) * op_.stride_h);
         work_.conv_row({x_.window(r * op_.stride_h - op_.pad_top), kLanes, op_.w}, forward_,
                        {slope_, kLanes, 0, op_.out_w});
         slope_row(slope_, nullptr, op_.out_w, op_.activation);
@@ -147,9 +153,17 @@ class Task {
     grad_made_ = last;
   }
 
+  void prefetch_x(int64_t n, int64_t row) const {
+    if (!work_.needs_x()) return;
+    for (int64_t r = row; r < row + op_.stride_h; ++r) x_map_.prefetch(n, r, more_images_);
+  }
+
   void make_x_grad(int64_t n, int64_t first, int64_t last) {
     const int64_t line = op_.w * kLanes;
     for (int64_t r = first; r < last; ++r) {
+      x_grad_map_.prefetch(n, r, false);
+      if (r % op_.stride_h == 0) grad_map_.prefetch(n, (r + op_.pad_top) / op_.stride_h + work_.band, more_images_);
+      if (op_.activation == Activation::none) prefetch_x(n, r + work_.band * op_.stride_h);
       const int64_t p = r % op_.stride_h;
       const float* const* rows = grad_.window(r / op_.stride_h + row_taps(p).offset);
       for (int64_t q = 0; q < op_.stride_w; ++q) {
@@ -161,14 +175,15 @@ class Task {
     if (op_.multiplier == 2)
       for (int64_t i = 0; i < (last - first) * line; i += kLanes)
         add_pairs(Vec::load(out_ + i), std::make_index_sequence<Vec::lanes>()).store(out_ + i);
-    scatter_rows(out_, last - first, op_.w, input_lanes_,
-                 op_.x_grad + n * op_.x_grad_stride.n + first * op_.x_grad_stride.h, op_.x_grad_stride);
+    scatter_rows(out_, last - first, op_.w, x_grad_map_.lanes, x_grad_map_.row(n, first), x_grad_map_.stride);
   }
 
   const Work& work_;
   const DepthwiseConv2dBackward& op_;
-  Lanes lanes_, input_lanes_;
   float* sums_;
+  MapView<const float> x_map_, grad_map_;
+  MapView<float> x_grad_map_;
+  bool more_images_ = false;
   RowRing x_, grad_;
   PackedFilter forward_{};
   PixelClass classes_[2][2] = {{empty(), empty()}, {empty(), empty()}};
@@ -186,7 +201,8 @@ Lanes lanes_of(const DepthwiseConv2dBackward& op, int64_t vector) {
 void run_task(void* context, int64_t index) {
   const Work& work = *static_cast<const Work*>(context);
   Task task(work, lanes_of(work.op, work.tiling.vector(index)), work.sums.start(index));
-  work.tiling.for_each_strip(index, [&](int64_t n, int64_t first, int64_t last) { task.run(n, first, last); });
+  work.tiling.for_each_strip(
+      index, [&](int64_t n, int64_t first, int64_t last, bool more) { task.run(n, first, last, more); });
 }
 
 void finish_task(void* context, int64_t vector) {

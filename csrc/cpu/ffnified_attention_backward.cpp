@@ -50,7 +50,14 @@ Lanes lanes_of(const FfnifiedAttentionBackward& op, int64_t vector) {
 // One task's vector of channels.
 class Task {
  public:
-  Task(const Work& work, const Lanes& lanes, float* sums) : work_(work), op_(work.op), lanes_(lanes), sums_(sums) {
+  Task(const Work& work, const Lanes& lanes, float* sums)
+      : work_(work),
+        op_(work.op),
+        lanes_(lanes),
+        sums_(sums),
+        query_map_{op_.query, op_.query_stride, lanes, op_.h, op_.w},
+        grad_map_{op_.grad, op_.grad_stride, lanes, op_.h, op_.w},
+        query_grad_map_{op_.query_grad, op_.query_grad_stride, lanes, op_.h, op_.w} {
     const Reach &k = work.key, &v = work.value;
     // Rows around a band: middle rows that its gradients need, then what those need.
     const int64_t middle = work.band + max_of(k.after, v.before) + max_of(k.before, v.after);
@@ -77,7 +84,8 @@ class Task {
   }
 
   // Rows [first, last) of the gradients of an image.
-  void run(int64_t n, int64_t first, int64_t last) {
+  void run(int64_t n, int64_t first, int64_t last, bool more_images) {
+    more_images_ = more_images;
     const Reach &k = work_.key, &v = work_.value;
     middle_made_ = max_of(0, op_.query_grad ? first - k.after : first);
     z_made_ = max_of(0, min_of(middle_made_, work_.wants_value() ? first - v.before : first));
@@ -95,7 +103,7 @@ class Task {
             op_.value.kh, op_.value.kw, sums_ + work_.value_at());
       if (work_.wants_grad_sum()) add_bias_sum(grad_, u, end, op_.w, sums_ + work_.value_at() + work_.value_floats());
       if (!work_.wants_middle()) continue;
-      make_middle(middle);
+      make_middle(n, middle);
       if (op_.key_grad.weight)
         add_filter_sums<1>(
             {slope_.window(u), query_.window(u - k.before), end - u, 1, 0, op_.w, -op_.key_pad_left, op_.w}, op_.key.kh,
@@ -114,10 +122,11 @@ class Task {
   void make_z(int64_t n, int64_t last) {
     if (last <= z_made_) return;
     const int64_t query_last = min_of(op_.h, last + work_.key.after);
-    query_.gather(op_.query + n * op_.query_stride.n, op_.query_stride, lanes_, query_made_, query_last);
+    query_.gather(query_map_, n, query_made_, query_last);
     query_made_ = query_last;
     const bool middle = work_.wants_middle() && work_.has_slope(), value = work_.wants_value();
     for (int64_t r = z_made_; r < last && (middle || value); ++r) {
+      query_map_.prefetch(n, r + work_.key.after + work_.band, more_images_);
       float* z = middle ? slope_.line(r) : hidden_.line(r);
       work_.conv_key({query_.window(r - work_.key.before), kLanes, op_.w}, conv_key_, {z, kLanes, 0, op_.w});
       if (middle) {
@@ -130,13 +139,14 @@ class Task {
   }
 
   void gather_grad(int64_t n, int64_t last) {
-    grad_.gather(op_.grad + n * op_.grad_stride.n, op_.grad_stride, lanes_, grad_made_, last);
+    grad_.gather(grad_map_, n, grad_made_, last);
     grad_made_ = last;
   }
 
   // Rows of dz up to `last`, in place of act'(z).
-  void make_middle(int64_t last) {
+  void make_middle(int64_t n, int64_t last) {
     for (int64_t r = middle_made_; r < last; ++r) {
+      grad_map_.prefetch(n, r + work_.value.before + work_.band, more_images_);
       float* dz = slope_.line(r);
       float* dh = work_.has_slope() ? line_ : dz;
       work_.conv_value({grad_.window(r - work_.value.after), kLanes, op_.w}, mirrored_value_, {dh, kLanes, 0, op_.w});
@@ -147,17 +157,21 @@ class Task {
 
   void make_query_grad(int64_t n, int64_t first, int64_t last) {
     const int64_t line = op_.w * kLanes;
-    for (int64_t r = first; r < last; ++r)
+    for (int64_t r = first; r < last; ++r) {
+      query_grad_map_.prefetch(n, r, false);
       work_.conv_key({slope_.window(r - work_.key.after), kLanes, op_.w}, mirrored_key_,
                      {out_ + (r - first) * line, kLanes, 0, op_.w});
-    scatter_rows(out_, last - first, op_.w, lanes_,
-                 op_.query_grad + n * op_.query_grad_stride.n + first * op_.query_grad_stride.h, op_.query_grad_stride);
+    }
+    scatter_rows(out_, last - first, op_.w, lanes_, query_grad_map_.row(n, first), query_grad_map_.stride);
   }
 
   const Work& work_;
   const FfnifiedAttentionBackward& op_;
   Lanes lanes_;
   float* sums_;
+  MapView<const float> query_map_, grad_map_;
+  MapView<float> query_grad_map_;
+  bool more_images_ = false;
   RowRing query_, hidden_, slope_, grad_;  // slope: act'(z), then dz
   PackedFilter conv_key_{}, mirrored_key_{}, mirrored_value_{};
   float *line_ = nullptr, *out_ = nullptr;
@@ -167,7 +181,8 @@ class Task {
 void run_task(void* context, int64_t index) {
   const Work& work = *static_cast<const Work*>(context);
   Task task(work, lanes_of(work.op, work.tiling.vector(index)), work.sums.start(index));
-  work.tiling.for_each_strip(index, [&](int64_t n, int64_t first, int64_t last) { task.run(n, first, last); });
+  work.tiling.for_each_strip(
+      index, [&](int64_t n, int64_t first, int64_t last, bool more) { task.run(n, first, last, more); });
 }
 
 // <value, v> + value_bias * sum of g

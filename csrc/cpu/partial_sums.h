@@ -24,14 +24,16 @@ class GradientTiling {
   int64_t vectors() const { return vectors_; }
   int64_t chunks() const { return chunks_; }
   int64_t tasks() const { return vectors_ * chunks_; }
-  int64_t vector(int64_t task) const { return task / chunks_; }
-  // f(image, first row, last row) for the strips of a task.
+  // Neighbouring vectors of a chunk follow each other: they share the pages and lines of channels-last maps.
+  int64_t vector(int64_t task) const { return task % vectors_; }
+  // f(image, first row, last row, whether the task goes on with the next image) for the strips of a task.
   template <class F>
   void for_each_strip(int64_t task, const F& f) const {
-    const int64_t chunk = task % chunks_, all = images_ * strips_;
-    for (int64_t i = chunk * all / chunks_; i < (chunk + 1) * all / chunks_; ++i) {
+    const int64_t chunk = task / vectors_, all = images_ * strips_;
+    const int64_t last = (chunk + 1) * all / chunks_;
+    for (int64_t i = chunk * all / chunks_; i < last; ++i) {
       const int64_t strip = i % strips_;
-      f(i / strips_, strip * height_ / strips_, (strip + 1) * height_ / strips_);
+      f(i / strips_, strip * height_ / strips_, (strip + 1) * height_ / strips_, strips_ == 1 && i + 1 < last);
     }
   }
 
@@ -43,7 +45,8 @@ class GradientTiling {
 // into the baseline.
 class PartialSums {
  public:
-  PartialSums(const GradientTiling& tiling, int64_t floats) : chunks_(tiling.chunks()), floats_(floats) {
+  PartialSums(const GradientTiling& tiling, int64_t floats)
+      : vectors_(tiling.vectors()), chunks_(tiling.chunks()), floats_(floats) {
     const size_t bytes = static_cast<size_t>(tiling.tasks() * floats) * sizeof(float);
     if (bytes && !(data_ = static_cast<float*>(std::malloc(bytes)))) throw std::bad_alloc();
   }
@@ -57,10 +60,11 @@ class PartialSums {
   }
   // Those of all chunks of a vector of channels, added.
   float* total(int64_t vector) const {
-    float* sums = data_ + vector * chunks_ * floats_;
+    float* sums = data_ + vector * floats_;
     for (int64_t i = 0; i < floats_; i += kLanes) {
       Vec total = Vec::load(sums + i);
-      for (int64_t chunk = 1; chunk < chunks_; ++chunk) total = total + Vec::load(sums + chunk * floats_ + i);
+      for (int64_t chunk = 1; chunk < chunks_; ++chunk)
+        total = total + Vec::load(sums + chunk * vectors_ * floats_ + i);
       total.store(sums + i);
     }
     return sums;
@@ -68,7 +72,7 @@ class PartialSums {
 
  private:
   float* data_ = nullptr;
-  int64_t chunks_, floats_;
+  int64_t vectors_, chunks_, floats_;
 };
 
 }  // namespace ffnet::FFNET_ISA
