@@ -58,6 +58,13 @@ class Gradients {
 
 const Tensor* pointer(const Optional& tensor) { return tensor ? &*tensor : nullptr; }
 
+void check_residual(const Optional& residual, const Tensor& grad) {
+  if (!residual) return;
+  check_float_cpu(*residual, "residual", 4);
+  for (int d = 0; d < 4; ++d)
+    STD_TORCH_CHECK(residual->size(d) == grad.size(d), "ffnet_kernels (cpu): residual must have the result's shape");
+}
+
 template <class Op>
 void set_grad(Op& op, const Tensor& grad, const std::array<int64_t, 4>& shape) {
   check_float_cpu(grad, "grad", 4);
@@ -95,6 +102,7 @@ std::vector<Tensor> ffnified_attention_backward(const Tensor& grad, const Tensor
   const AttentionVectors vectors(query, key_bias, value_bias, scale);
   auto op = attention_arguments<ffnet::FfnifiedAttentionBackward>(query, key, value, vectors, activation);
   set_grad(op, grad, {op.n, op.channels, op.h, op.w});
+  check_residual(residual, grad);
   Gradients grads({&query, &key, pointer(key_bias), &value, pointer(value_bias), pointer(scale), pointer(residual)},
                   mask);
   grads.set_map(0, op.query_grad, op.query_grad_stride);
