@@ -160,18 +160,21 @@ class Task {
 
   void make_x_grad(int64_t n, int64_t first, int64_t last) {
     const int64_t line = op_.w * kLanes;
+    const bool direct = op_.multiplier == 1 && in_place(x_grad_map_.lanes, op_.x_grad_stride.c);
+    const int64_t pixel = direct ? op_.x_grad_stride.w : kLanes;
     for (int64_t r = first; r < last; ++r) {
-      x_grad_map_.prefetch(n, r, false);
+      x_grad_map_.prefetch(n, r + 1, false);
       if (r % op_.stride_h == 0) grad_map_.prefetch(n, (r + op_.pad_top) / op_.stride_h + work_.band, more_images_);
       if (op_.activation == Activation::none) prefetch_x(n, r + work_.band * op_.stride_h);
       const int64_t p = r % op_.stride_h;
       const float* const* rows = grad_.window(r / op_.stride_h + row_taps(p).offset);
+      float* out = direct ? x_grad_map_.row(n, r) + x_grad_map_.lanes.first : out_ + (r - first) * line;
       for (int64_t q = 0; q < op_.stride_w; ++q) {
         const PixelClass& c = classes_[p][q];
-        c.conv_row({rows, kLanes, op_.out_w}, c.filter,
-                   {out_ + (r - first) * line + c.first * kLanes, op_.stride_w * kLanes, 0, c.count});
+        c.conv_row({rows, kLanes, op_.out_w}, c.filter, {out + c.first * pixel, op_.stride_w * pixel, 0, c.count});
       }
     }
+    if (direct) return;
     if (op_.multiplier == 2)
       for (int64_t i = 0; i < (last - first) * line; i += kLanes)
         add_pairs(Vec::load(out_ + i), std::make_index_sequence<Vec::lanes>()).store(out_ + i);
