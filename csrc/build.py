@@ -53,8 +53,8 @@ ISA_FLAGS = {
     "avx512bf16": [*AVX512_FLAGS, "-mavx512bf16"],
 }
 KERNEL_SOURCES = [
-    "kernels.cpp", "depthwise_conv2d.cpp", "depthwise_conv2d_wgrad.cpp", "ffnified_attention.cpp", "channel_mixer.cpp",
-    "conv2d.cpp",
+    "kernels.cpp", "depthwise_conv2d.cpp", "depthwise_conv2d_backward.cpp", "ffnified_attention.cpp",
+    "ffnified_attention_backward.cpp", "channel_mixer.cpp", "conv2d.cpp",
 ]  # fmt: skip
 COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra"]
 CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
@@ -101,7 +101,8 @@ def plan(ninja: Ninja, out: Path, compiler: list[str], sanitize: bool) -> dict[s
             flags = [*KERNEL_FLAGS, *ISA_FLAGS[isa]]
             objects.append(compile_one(CSRC / "cpu" / source, f"{isa}_{Path(source).stem}", flags))
     binding_flags = ["-isystem", str(include), target_version_flag()]
-    objects.append(compile_one(CSRC / "bindings" / "torch_cpu.cpp", "torch_cpu", binding_flags))
+    for name in ("torch_cpu", "torch_cpu_backward"):
+        objects.append(compile_one(CSRC / "bindings" / f"{name}.cpp", name, binding_flags))
     link = [*compiler, "-shared", *extra]
     cpu_library = ninja.add(
         out / CPU_LIBRARY,

@@ -52,19 +52,6 @@ struct DepthwiseConv2d {
   Strides out_stride;
 };
 
-// Gradients of the weight [C, 1, kh, kw] and the bias [C] of a stride-1 convolution with one output per channel, both
-// contiguous; bias_grad may be null.
-struct DepthwiseWgrad {
-  Storage storage;
-  int64_t n, channels, h, w, out_h, out_w, kh, kw, pad_top, pad_left;
-  const void* x;
-  Strides x_stride;
-  const void* grad;
-  Strides grad_stride;
-  float* weight_grad;  // float32 whatever the maps are
-  float* bias_grad;
-};
-
 // out = residual + scale * (DW(act(DW(query; key)); value)), both convolutions stride 1 and "same" padded.
 struct FfnifiedAttention {
   Storage storage;
@@ -123,13 +110,56 @@ struct Conv2d {
   Strides out_stride;
 };
 
+// Of a filter [O, 1, kh, kw] and its bias [O] (contiguous); either may be null. Elements are those of the maps.
+struct FilterGrad {
+  void* weight;
+  int64_t stride_o, stride_h, stride_w;
+  void* bias;
+};
+
+// Gradients of DepthwiseConv2d, of one or two outputs per channel; those that are null are not wanted.
+struct DepthwiseConv2dBackward {
+  Storage storage;
+  int64_t n, channels, multiplier;
+  int64_t h, w, out_h, out_w;
+  int64_t stride_h, stride_w, pad_top, pad_left;
+  const void* x;
+  Strides x_stride;
+  Filter filter;
+  Activation activation;
+  const void* grad;
+  Strides grad_stride;
+  void* x_grad;
+  Strides x_grad_stride;
+  FilterGrad filter_grad;
+};
+
+// Gradients of FfnifiedAttention; those that are null are not wanted. That of the residual is the incoming one.
+struct FfnifiedAttentionBackward {
+  Storage storage;
+  int64_t n, channels, h, w;
+  const void* query;
+  Strides query_stride;
+  Filter key, value;
+  int64_t key_pad_top, key_pad_left, value_pad_top, value_pad_left;
+  Activation activation;
+  const float* scale;  // [C] contiguous, may be null
+  const void* grad;
+  Strides grad_stride;
+  void* query_grad;
+  Strides query_grad_stride;
+  FilterGrad key_grad, value_grad;
+  void* scale_grad;  // [C] contiguous
+};
+
 struct Kernels {
   const char* isa;
   int lanes;                                    // channels computed together
   bool (*is_unrolled)(int64_t kh, int64_t kw);  // whether filters of this size have code of their own
   void (*depthwise_conv2d)(const DepthwiseConv2d&, const Executor&);
-  void (*depthwise_conv2d_wgrad)(const DepthwiseWgrad&, const Executor&);
+  void (*depthwise_conv2d_backward)(const DepthwiseConv2dBackward&, const Executor&);
   void (*ffnified_attention)(const FfnifiedAttention&, const Executor&);
+  void (*ffnified_attention_backward)(const FfnifiedAttentionBackward&, const Executor&);
   void (*channel_mixer)(const ChannelMixer&, const Executor&);
   void (*conv2d)(const Conv2d&, const Executor&);
 };

@@ -13,6 +13,16 @@ FFNET_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 FFNET_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 FFNET_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// f of an element of the type that maps and weights are stored as.
+template <class F>
+void with_storage(Storage storage, const F& f) {
+  switch (storage) {
+    case Storage::float32: return f(0.f);
+    case Storage::bfloat16: return f(BFloat16());
+    case Storage::float16: return f(Float16());
+  }
+}
+
 // Which channels a vector holds: lane l is channel (first + l) / multiplier of the map; lanes past `count` are zero.
 struct Lanes {
   int64_t first, count, multiplier;
