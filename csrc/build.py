@@ -53,7 +53,7 @@ ISA_FLAGS = {
     "avx512bf16": [*AVX512_FLAGS, "-mavx512bf16"],
 }
 KERNEL_SOURCES = [
-    "kernels.cpp", "depthwise_conv2d.cpp", "depthwise_conv2d_backward.cpp", "ffnified_attention.cpp",
+    "kernels.cpp", "conv_row.cpp", "depthwise_conv2d.cpp", "depthwise_conv2d_backward.cpp", "ffnified_attention.cpp",
     "ffnified_attention_backward.cpp", "channel_mixer.cpp", "conv2d.cpp",
 ]  # fmt: skip
 COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra"]
