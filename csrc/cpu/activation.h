@@ -81,20 +81,24 @@ FFNET_INLINE Vec gelu_tanh(Vec x) {
   return x * sigmoid(inner * Vec::fill(1.59576912f));
 }
 
-template <Vec (*function)(Vec)>
-FFNET_INLINE void map_row(float* row, int64_t pixel, int64_t width) {
-  for (int64_t i = 0; i < width; ++i, row += pixel) function(Vec::load(row)).store(row);
+// f of the activation, a function object: loops around it are made for each.
+template <class F>
+FFNET_INLINE void with_activation(Activation activation, const F& f) {
+  switch (activation) {
+    case Activation::none: return f([](Vec x) __attribute__((always_inline)) { return x; });
+    case Activation::relu: return f([](Vec x) __attribute__((always_inline)) { return relu(x); });
+    case Activation::gelu: return f([](Vec x) __attribute__((always_inline)) { return gelu(x); });
+    case Activation::gelu_tanh: return f([](Vec x) __attribute__((always_inline)) { return gelu_tanh(x); });
+    case Activation::silu: return f([](Vec x) __attribute__((always_inline)) { return silu(x); });
+  }
 }
 
 // Applies the activation in place to `width` vectors that lie `pixel` floats apart.
 inline void activate_row(float* row, int64_t pixel, int64_t width, Activation activation) {
-  switch (activation) {
-    case Activation::none: return;
-    case Activation::relu: return map_row<relu>(row, pixel, width);
-    case Activation::gelu: return map_row<gelu>(row, pixel, width);
-    case Activation::gelu_tanh: return map_row<gelu_tanh>(row, pixel, width);
-    case Activation::silu: return map_row<silu>(row, pixel, width);
-  }
+  if (activation == Activation::none) return;
+  with_activation(activation, [&](auto act) {
+    for (float* end = row + width * pixel; row != end; row += pixel) act(Vec::load(row)).store(row);
+  });
 }
 
 }  // namespace ffnet::FFNET_ISA

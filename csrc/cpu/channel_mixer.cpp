@@ -13,9 +13,12 @@ namespace {
 constexpr int64_t kStripFloats = 224 * 1024;
 constexpr int64_t kChunk = 512;  // hidden channels
 
-struct Run {
-  template <class T, class Taps>
-  static bool task(const ChannelMixer& op, const Tiling& tiling, int64_t task);
+template <class T, class Taps>
+struct MixerTask {
+  const ChannelMixer& op;
+  const Tiling& tiling;
+  int64_t task;
+  bool run(int64_t);
 };
 
 // [16 pixels][lanes] -> channels (or pairs of them) of a panel.
@@ -82,7 +85,7 @@ int64_t hidden_chunk(const ChannelMixer& op) {
 }
 
 template <class T, class Taps>
-bool Run::task(const ChannelMixer& op, const Tiling& tiling, int64_t task) {
+bool MixerTask<T, Taps>::run(int64_t) {
   const Strip strip{tiling.first_row(task), tiling.last_row(task)};
   const int64_t pixels = strip.pixels(op), panels = ceil_div(pixels, kPanel), kh = op.filter.kh;
   const int64_t mixed_panel = whole_vectors(op.channels) / Taps::rows * kPanel, out_panel = op.outputs * kPanel;
@@ -143,7 +146,7 @@ Tiling tile_rows(const ChannelMixer& op, int threads) {
     const int64_t pixels = ceil_div(rows * op.w, kPanel) * kPanel, strips = ceil_div(height, rows);
     if (rows > 1 && pixels * pixel > kStripFloats) break;
     const int64_t cost = ceil_div(strips, threads) * (pixels + weights);
-    if (cost < best_cost) best_cost = cost, best = {1, 1, 1, strips, rows, height};
+    if (cost < best_cost) best_cost = cost, best = strips_of_batch(strips, rows, height);
   }
   return best;
 }
@@ -151,7 +154,7 @@ Tiling tile_rows(const ChannelMixer& op, int threads) {
 }  // namespace
 
 void channel_mixer(const ChannelMixer& op, const Executor& executor) {
-  run_storage<Run>(op, tile_rows(op, executor.threads), executor);
+  run_storage<MixerTask>(op, tile_rows(op, executor.threads), executor);
 }
 
 }  // namespace ffnet::FFNET_ISA

@@ -22,8 +22,9 @@ Route route(const Lanes& lanes, const DepthwiseConv2d& op) {
 // One vector of output channels of a task.
 template <class T, class Taps>
 struct Column {
-  Lanes lanes;
+  Lanes input_lanes, lanes;
   PackedFilter filter;
+  float* gathered;
   Rows<T, Taps> input;
   Route to;
   float* lines;
@@ -34,84 +35,106 @@ struct Column {
   const float* next;
 };
 
-struct Run {
-  template <class T, class Taps>
-  static bool task(const DepthwiseConv2d& op, const Tiling& tiling, int64_t task);
-};
-
+// A group of vectors of channels of some images and a strip of their rows.
 template <class T, class Taps>
-bool Run::task(const DepthwiseConv2d& op, const Tiling& tiling, int64_t task) {
-  const int64_t outputs = op.channels * op.multiplier, o = tiling.first_channel(task), n = tiling.image(task);
-  const int64_t first = tiling.first_row(task), last = tiling.last_row(task), kh = op.filter.kh;
-  const int64_t count = min_of(tiling.group_size, ceil_div(outputs - o, kLanes));
-  const int64_t in_first = max_of(0, first * op.stride_h - op.pad_top);
-  const int64_t in_last = min_of(op.h, (last - 1) * op.stride_h - op.pad_top + kh);
-  const int64_t filter_floats = packed_floats<Taps>(op.filter), line = op.out_w * kLanes;
-  const int64_t groups = row_groups<Taps>(kh);
-  const auto lanes_of = [&](int64_t i) {
-    const int64_t c = o + i * kLanes;
-    return Lanes{c, min_of(kLanes, outputs - c), op.multiplier};
-  };
-  const auto input_floats = [&](const Lanes& lanes) {
-    return Rows<T, Taps>::scratch_floats(op.x_stride, op.w, lanes, in_first, in_last);
-  };
-  const auto line_floats = [&](Route to) {
-    return to == Route::in_place ? 0 : to == Route::by_block ? kMaxBlock * kLanes : (last - first) * line;
-  };
-  int64_t floats = count * (filter_floats + groups * Arena::kPointer);
-  for (int64_t i = 0; i < count; ++i) floats += input_floats(lanes_of(i)) + line_floats(route<T>(lanes_of(i), op));
-  Arena arena(floats);
-  const T* image = static_cast<const T*>(op.x) + n * op.x_stride.n;
-  T* out_image = static_cast<T*>(op.out) + n * op.out_stride.n;
+class DepthwiseTask {
+ public:
+  DepthwiseTask(const DepthwiseConv2d& op, const Tiling& tiling, int64_t task)
+      : op_(op),
+        first_(tiling.first_row(task)),
+        last_(tiling.last_row(task)),
+        in_first_(max_of(0, first_ * op.stride_h - op.pad_top)),
+        in_last_(min_of(op.h, (last_ - 1) * op.stride_h - op.pad_top + op.filter.kh)),
+        conv_row_(select_conv_row<Taps>(op.filter, op.stride_w)) {
+    const int64_t outputs = op.channels * op.multiplier, o = tiling.first_channel(task);
+    const int64_t filter_floats = packed_floats<Taps>(op.filter), groups = row_groups<Taps>(op.filter.kh);
+    count_ = min_of(tiling.group_size, ceil_div(outputs - o, kLanes));
+    int64_t floats = 0;
+    for (int64_t i = 0; i < count_; ++i) {
+      Column<T, Taps>& column = columns_[i];
+      const int64_t c = o + i * kLanes, count = min_of(kLanes, outputs - c);
+      column.input_lanes = {c, count, op.multiplier}, column.lanes = {c, count, 1};
+      column.to = route<T>(column.input_lanes, op);
+      floats += filter_floats + groups * Arena::kPointer + input_floats(column) + line_floats(column);
+    }
+    Arena arena(floats);
+    for (int64_t i = 0; i < count_; ++i) {
+      Column<T, Taps>& column = columns_[i];
+      column.filter = pack_filter<T, Taps>(op.filter, column.lanes.first, column.lanes.count, op.stride_w, op.pad_left,
+                                           arena.floats(filter_floats));
+      column.gathered = arena.floats(input_floats(column));
+      column.lines = arena.floats(line_floats(column));
+      column.in_rows = arena.pointers(groups);
+    }
+  }
 
-  Column<T, Taps> columns[kMaxGroup];
-  for (int64_t i = 0; i < count; ++i) {
-    const Lanes lanes = lanes_of(i);
-    Column<T, Taps>& column = columns[i];
-    column.lanes = {lanes.first, lanes.count, 1};
-    column.filter = pack_filter<T, Taps>(op.filter, lanes.first, lanes.count, op.stride_w, op.pad_left,
-                                         arena.floats(filter_floats));
-    column.input =
-        Rows<T, Taps>(image, op.x_stride, op.h, op.w, lanes, in_first, in_last, arena.floats(input_floats(lanes)));
-    column.to = route<T>(lanes, op);
-    column.lines = arena.floats(line_floats(column.to));
-    column.in_rows = arena.pointers(groups);
-  }
-  const ConvRow conv_row = select_conv_row<Taps>(op.filter, op.stride_w);
-  NanSensor sensor;
-  for (int64_t r = first; r < last; ++r) {
-    T* out_row = out_image + r * op.out_stride.h;
-    for (int64_t i = 0; i < count; ++i) {
-      Column<T, Taps>& column = columns[i];
-      const int64_t top = r * op.stride_h - op.pad_top;
-      column.placed = column.input.window(top, column.filter, column.in_rows);
-      column.next = in_place<T>(column.lanes, op.x_stride.c) ? column.input[top + op.stride_h + kh - 1] : nullptr;
-      column.out = column.to == Route::in_place   ? reinterpret_cast<float*>(out_row + column.lanes.first)
-                   : column.to == Route::by_block ? column.lines
-                                                  : column.lines + (r - first) * line;
+  bool run(int64_t n) {
+    const T* image = static_cast<const T*>(op_.x) + n * op_.x_stride.n;
+    for (int64_t i = 0; i < count_; ++i) {
+      Column<T, Taps>& column = columns_[i];
+      column.input =
+          Rows<T, Taps>(image, op_.x_stride, op_.h, op_.w, column.input_lanes, in_first_, in_last_, column.gathered);
     }
-    for (int64_t block = 0; block < op.out_w; block += kMaxBlock) {
-      const int64_t end = min_of(block + kMaxBlock, op.out_w);
-      for (int64_t i = 0; i < count; ++i) {
-        const Column<T, Taps>& column = columns[i];
-        const int64_t pixel = column.to == Route::in_place ? op.out_stride.w : kLanes;
-        float* out = column.to == Route::by_block ? column.out - block * pixel : column.out;
-        prefetch_row(column.next, column.input.pixel(), block * op.stride_w, min_of(end * op.stride_w, op.w));
-        conv_row({column.in_rows, column.input.pixel(), op.w}, column.placed, {out, pixel, block, end});
-        activate_row(out + block * pixel, pixel, end - block, op.activation);
-        if constexpr (Taps::rows > 1)
-          for (int64_t j = block; j < end; ++j) sensor.see(Vec::load(out + j * pixel));
-        if (column.to == Route::by_block)
-          scatter_row(column.lines, end - block, column.lanes, out_row + block * op.out_stride.w, 1, op.out_stride.w);
-      }
+    NanSensor sensor;
+    T* out_image = static_cast<T*>(op_.out) + n * op_.out_stride.n;
+    for (int64_t r = first_; r < last_; ++r) {
+      T* out_row = out_image + r * op_.out_stride.h;
+      for (int64_t i = 0; i < count_; ++i) place(columns_[i], r, out_row);
+      for (int64_t block = 0; block < op_.out_w; block += kMaxBlock)
+        for (int64_t i = 0; i < count_; ++i)
+          make_block(columns_[i], block, min_of(block + kMaxBlock, op_.out_w), out_row, sensor);
     }
+    for (int64_t i = 0; i < count_; ++i)
+      if (columns_[i].to == Route::by_strip)
+        scatter_rows(columns_[i].lines, last_ - first_, op_.out_w, columns_[i].lanes,
+                     out_image + first_ * op_.out_stride.h, op_.out_stride);
+    return sensor.alarmed();
   }
-  for (int64_t i = 0; i < count; ++i)
-    if (columns[i].to == Route::by_strip)
-      scatter_rows(columns[i].lines, last - first, op.out_w, columns[i].lanes, out_image + first * op.out_stride.h,
-                   op.out_stride);
-  return sensor.alarmed();
-}
+
+ private:
+  int64_t line() const { return op_.out_w * kLanes; }
+  int64_t input_floats(const Column<T, Taps>& column) const {
+    return Rows<T, Taps>::scratch_floats(op_.x_stride, op_.w, column.input_lanes, in_first_, in_last_);
+  }
+  int64_t line_floats(const Column<T, Taps>& column) const {
+    return column.to == Route::in_place   ? 0
+           : column.to == Route::by_block ? kMaxBlock * kLanes
+                                          : (last_ - first_) * line();
+  }
+
+  void place(Column<T, Taps>& column, int64_t r, T* out_row) const {
+    const int64_t top = r * op_.stride_h - op_.pad_top;
+    column.placed = column.input.window(top, column.filter, column.in_rows);
+    column.next = in_place<T>(column.input_lanes, op_.x_stride.c) ? column.input[top + op_.stride_h + op_.filter.kh - 1]
+                                                                  : nullptr;
+    column.out = column.to == Route::in_place   ? reinterpret_cast<float*>(out_row + column.lanes.first)
+                 : column.to == Route::by_block ? column.lines
+                                                : column.lines + (r - first_) * line();
+  }
+
+  void make_block(const Column<T, Taps>& column, int64_t first, int64_t end, T* out_row, NanSensor& sensor) const {
+    const int64_t pixel = column.to == Route::in_place ? op_.out_stride.w : kLanes;
+    float* out = column.to == Route::by_block ? column.out - first * pixel : column.out;
+    prefetch_row(column.next, column.input.pixel(), first * op_.stride_w, min_of(end * op_.stride_w, op_.w));
+    conv_row_({column.in_rows, column.input.pixel(), op_.w}, column.placed, {out, pixel, first, end});
+    if constexpr (Taps::rows > 1) sensor.see_row(out + first * pixel, pixel, end - first);
+    if (column.to == Route::by_block && column.lanes.count == kLanes) {
+      T* to = out_row + column.lanes.first;
+      with_activation(op_.activation, [&](auto act) {
+        for (int64_t i = first; i < end; ++i) store(act(Vec::load(out + i * pixel)), to + i * op_.out_stride.w);
+      });
+      return;
+    }
+    activate_row(out + first * pixel, pixel, end - first, op_.activation);
+    if (column.to == Route::by_block)
+      scatter_row(column.lines, end - first, column.lanes, out_row + first * op_.out_stride.w, 1, op_.out_stride.w);
+  }
+
+  const DepthwiseConv2d& op_;
+  int64_t first_, last_, in_first_, in_last_, count_;
+  ConvRow conv_row_;
+  Column<T, Taps> columns_[kMaxGroup];
+};
 
 }  // namespace
 
@@ -123,7 +146,8 @@ void depthwise_conv2d(const DepthwiseConv2d& op, const Executor& executor) {
   // Two vectors of a 16-bit channels-last map share a cache line.
   const bool shared_lines = op.x_stride.c == 1 && op.storage != Storage::float32;
   const int64_t group = shared_lines ? min_of(2, vectors) : group_size(gathered, op.filter.kh * op.w * kLanes, vectors);
-  run_storage<Run>(op, tile(vectors, group, op.n, op.out_h, 1, strip, executor.threads), executor);
+  const Tiling tiling = tile(vectors, group, op.n, op.out_h, 1, strip, executor.threads);
+  run_storage<DepthwiseTask>(op, share_filters(tiling, op.out_w, executor.threads), executor);
 }
 
 }  // namespace ffnet::FFNET_ISA

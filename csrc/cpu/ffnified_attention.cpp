@@ -15,29 +15,31 @@ class Ring {
   static int64_t floats(int64_t kh, int64_t line) { return (row_groups<Taps>(kh) + (Taps::rows > 1)) * line; }
 
   Ring(float* data, int64_t kh, int64_t height, int64_t line)
-      : data_(data), groups_(row_groups<Taps>(kh) + (Taps::rows > 1)), height_(height), line_(line) {
+      : data_(data), groups_(row_groups<Taps>(kh) + (Taps::rows > 1)), height_(height), line_(line) {}
+  void clear() const {
     // What a window reaches before it is made is multiplied by zero: it must be a number.
-    for (int64_t i = 0; Taps::rows > 1 && i < groups_ * line; ++i) data[i] = 0;
+    for (int64_t i = 0; Taps::rows > 1 && i < groups_ * line_; i += kLanes) Vec::fill(0).store(data_ + i);
   }
   // Where row r is made.
   float* row(int64_t r) const { return Taps::rows > 1 ? data_ + (groups_ - 1) * line_ : at(r); }
-  // Takes over row r when it has been made.
-  void close(int64_t r) const {
-    (void)r;
+  // Activates row r, which has been made, and takes it over.
+  void close(int64_t r, Activation activation) const {
+    if constexpr (Taps::rows == 1) {
+      activate_row(row(r), kLanes, line_ / kLanes, activation);
+    } else {
 #if defined(__AVX512BF16__)
-    if constexpr (Taps::rows > 1) {
       const float* made = row(r);
       float* pairs = data_ + r / 2 % (groups_ - 1) * line_;
-      const bool upper = r % 2;
-      for (int64_t i = 0; i < line_; i += kLanes) {
-        const __m256i bits = narrow(Vec::load(made + i), BFloat16());
-        const __m256i none = _mm256_setzero_si256();
-        const Vec pair = upper ? interleave(none, bits) : interleave(bits, none);
-        const Vec below = upper ? Vec::load(pairs + i) : Vec::fill(0);
-        Vec{_mm512_or_ps(below.v, pair.v)}.store(pairs + i);
-      }
-    }
+      with_activation(activation, [&](auto act) {
+        if (r % 2 == 0) {
+          for (int64_t i = 0; i < line_; i += kLanes) low_half(act(Vec::load(made + i))).store(pairs + i);
+        } else {
+          for (int64_t i = 0; i < line_; i += kLanes)
+            with_high_half(Vec::load(pairs + i), act(Vec::load(made + i))).store(pairs + i);
+        }
+      });
 #endif
+    }
   }
   PackedFilter window(int64_t top, const PackedFilter& filter, const float** rows) const {
     const int64_t group = floor_div(top, Taps::rows);
@@ -53,92 +55,125 @@ class Ring {
   int64_t groups_, height_, line_;
 };
 
-struct Run {
-  template <class T, class Taps>
-  static bool task(const FfnifiedAttention& op, const Tiling& tiling, int64_t task);
-};
-
-// residual + scale * value for one row, back into `value`; either may be missing.
-template <class T>
-void finish_row(float* value, int64_t pixel, int64_t width, Vec scale, const T* residual, int64_t residual_pixel,
-                const float* residual_line) {
-  for (int64_t i = 0; i < width; ++i, value += pixel) {
-    const Vec base = residual        ? load(residual + i * residual_pixel)
-                     : residual_line ? Vec::load(residual_line + i * kLanes)
-                                     : Vec::fill(0);
-    fma(Vec::load(value), scale, base).store(value);
+// residual + scale * value for one row; the residual may be null.
+template <class T, class R>
+void finish_row(const float* value, int64_t pixel, int64_t width, Vec scale, const R* residual, int64_t residual_pixel,
+                T* out, int64_t out_pixel) {
+  if (!residual) {
+    for (int64_t i = 0; i < width; ++i) store(Vec::load(value + i * pixel) * scale, out + i * out_pixel);
+    return;
   }
+  for (int64_t i = 0; i < width; ++i)
+    store(fma(Vec::load(value + i * pixel), scale, load(residual + i * residual_pixel)), out + i * out_pixel);
 }
 
+// A vector of channels of some images and a strip of their rows.
 template <class T, class Taps>
-bool Run::task(const FfnifiedAttention& op, const Tiling& tiling, int64_t task) {
-  const int64_t c = tiling.first_channel(task), n = tiling.image(task);
-  const int64_t first = tiling.first_row(task), last = tiling.last_row(task);
-  const Lanes lanes{c, min_of(kLanes, op.channels - c), 1};
-  const int64_t kh1 = op.key.kh, kh2 = op.value.kh, line = op.w * kLanes;
-
-  // Middle rows this strip needs, and the query rows those need. A group of middle rows starts at its first.
-  const int64_t mid_first = max_of(0, first - op.value_pad_top) / Taps::rows * Taps::rows;
-  const int64_t mid_last = min_of(op.h, last - op.value_pad_top + kh2 - 1);
-  const int64_t in_first = max_of(0, mid_first - op.key_pad_top),
-                in_last = min_of(op.h, mid_last - op.key_pad_top + kh1 - 1);
-  const bool direct = in_place<T>(lanes, op.out_stride.c), by_row = !direct && op.out_stride.c == 1;
-  const bool whole_residual = op.residual_stride.c == 1 && lanes.count == kLanes;
-  const int64_t gathered = Rows<T, Taps>::scratch_floats(op.query_stride, op.w, lanes, in_first, in_last);
-  const int64_t out_floats = direct ? 0 : by_row ? line : (last - first) * line;
-  const int64_t key_floats = packed_floats<Taps>(op.key), value_floats = packed_floats<Taps>(op.value);
-  const int64_t groups1 = row_groups<Taps>(kh1), groups2 = row_groups<Taps>(kh2);
-  Arena arena(key_floats + value_floats + Ring<Taps>::floats(kh2, line) + line + out_floats + kLanes + gathered +
-              (groups1 + groups2) * Arena::kPointer);
-  const PackedFilter key = pack_filter<T, Taps>(op.key, c, lanes.count, 1, op.key_pad_left, arena.floats(key_floats));
-  const PackedFilter value =
-      pack_filter<T, Taps>(op.value, c, lanes.count, 1, op.value_pad_left, arena.floats(value_floats));
-  const Ring<Taps> ring(arena.floats(Ring<Taps>::floats(kh2, line)), kh2, op.h, line);
-  float* out_rows = arena.floats(out_floats);
-  float* residual_line = arena.floats(line);
-  float* scale = arena.floats(kLanes);
-  for (int64_t l = 0; l < kLanes; ++l) scale[l] = op.scale && l < lanes.count ? op.scale[c + l] : 1;
-  const Rows<T, Taps> query(static_cast<const T*>(op.query) + n * op.query_stride.n, op.query_stride, op.h, op.w, lanes,
-                            in_first, in_last, arena.floats(gathered));
-  const float** key_rows = arena.pointers(groups1);
-  const float** value_rows = arena.pointers(groups2);
-  const ConvRow conv_key = select_conv_row<Taps>(op.key, 1), conv_value = select_conv_row<Taps>(op.value, 1);
-  T* out_image = static_cast<T*>(op.out) + n * op.out_stride.n;
-
-  NanSensor sensor;
-  int64_t made = mid_first;  // middle rows [mid_first, made) have been computed
-  for (int64_t r = first; r < last; ++r) {
-    for (const int64_t need = min_of(op.h, r - op.value_pad_top + kh2); made < need; ++made) {
-      const PackedFilter placed = query.window(made - op.key_pad_top, key, key_rows);
-      if (gathered == 0) prefetch_row(query[made + 1 - op.key_pad_top + kh1 - 1], query.pixel(), 0, op.w);
-      const RowOutput middle{ring.row(made), kLanes, 0, op.w};
-      conv_key({key_rows, query.pixel(), op.w}, placed, middle);
-      activate_row(middle.data, kLanes, op.w, op.activation);
-      ring.close(made);
-    }
-    const PackedFilter placed = ring.window(r - op.value_pad_top, value, value_rows);
-    T* out_row = out_image + r * op.out_stride.h;
-    const RowOutput out = direct ? RowOutput{reinterpret_cast<float*>(out_row + c), op.out_stride.w, 0, op.w}
-                                 : RowOutput{by_row ? out_rows : out_rows + (r - first) * line, kLanes, 0, op.w};
-    const T* from = op.residual
-                        ? static_cast<const T*>(op.residual) + n * op.residual_stride.n + r * op.residual_stride.h
-                        : nullptr;
-    if (from && whole_residual && direct)
-      prefetch_row(reinterpret_cast<const float*>(from + c), op.residual_stride.w, 0, op.w);
-    conv_value({value_rows, kLanes, op.w}, placed, out);
-    if (from && !whole_residual)
-      gather_row(Elements<T>{from}, op.residual_stride.c, op.residual_stride.w, op.w, lanes, residual_line);
-    if (from || op.scale)
-      finish_row(out.data, out.pixel, op.w, Vec::load(scale), from && whole_residual ? from + c : nullptr,
-                 op.residual_stride.w, from ? residual_line : nullptr);
-    if constexpr (Taps::rows > 1)
-      for (int64_t i = 0; i < op.w; ++i) sensor.see(Vec::load(out.data + i * out.pixel));
-    if (by_row) scatter_row(out_rows, op.w, lanes, out_row, 1, op.out_stride.w);
+class AttentionTask {
+ public:
+  AttentionTask(const FfnifiedAttention& op, const Tiling& tiling, int64_t task)
+      : op_(op),
+        first_(tiling.first_row(task)),
+        last_(tiling.last_row(task)),
+        line_(op.w * kLanes),
+        lanes_{tiling.first_channel(task), min_of(kLanes, op.channels - tiling.first_channel(task)), 1},
+        // Middle rows this strip needs, and the query rows those need. A group of middle rows starts at its first.
+        mid_first_(max_of(0, first_ - op.value_pad_top) / Taps::rows * Taps::rows),
+        in_first_(max_of(0, mid_first_ - op.key_pad_top)),
+        in_last_(
+            min_of(op.h, min_of(op.h, last_ - op.value_pad_top + op.value.kh - 1) - op.key_pad_top + op.key.kh - 1)),
+        gathered_floats_(Rows<T, Taps>::scratch_floats(op.query_stride, op.w, lanes_, in_first_, in_last_)),
+        to_(in_place<T>(lanes_, op.out_stride.c)             ? Route::in_place
+            : op.out_stride.c == 1 && lanes_.count == kLanes ? Route::by_row
+                                                             : Route::by_strip) {
+    const int64_t key_floats = packed_floats<Taps>(op.key), value_floats = packed_floats<Taps>(op.value);
+    const int64_t groups1 = row_groups<Taps>(op.key.kh), groups2 = row_groups<Taps>(op.value.kh);
+    const int64_t out_floats = to_ == Route::in_place ? 0 : to_ == Route::by_row ? line_ : (last_ - first_) * line_;
+    const int64_t ring_floats = Ring<Taps>::floats(op.value.kh, line_);
+    Arena arena(key_floats + value_floats + ring_floats + line_ + out_floats + gathered_floats_ +
+                (groups1 + groups2) * Arena::kPointer);
+    const int64_t c = lanes_.first;
+    key_ = pack_filter<T, Taps>(op.key, c, lanes_.count, 1, op.key_pad_left, arena.floats(key_floats));
+    value_ = pack_filter<T, Taps>(op.value, c, lanes_.count, 1, op.value_pad_left, arena.floats(value_floats));
+    ring_floats_ = arena.floats(ring_floats);
+    out_lines_ = arena.floats(out_floats);
+    residual_line_ = arena.floats(line_);
+    gathered_ = arena.floats(gathered_floats_);
+    key_rows_ = arena.pointers(groups1), value_rows_ = arena.pointers(groups2);
+    conv_key_ = select_conv_row<Taps>(op.key, 1), conv_value_ = select_conv_row<Taps>(op.value, 1);
+    scale_ = Vec::fill(1);
+    if (op.scale) scale_ = Vec::load_first(op.scale + c, lanes_.count);
   }
-  if (!direct && !by_row)
-    scatter_rows(out_rows, last - first, op.w, lanes, out_image + first * op.out_stride.h, op.out_stride);
-  return sensor.alarmed();
-}
+
+  bool run(int64_t n) {
+    const Rows<T, Taps> query(static_cast<const T*>(op_.query) + n * op_.query_stride.n, op_.query_stride, op_.h, op_.w,
+                              lanes_, in_first_, in_last_, gathered_);
+    const Ring<Taps> ring(ring_floats_, op_.value.kh, op_.h, line_);
+    ring.clear();
+    NanSensor sensor;
+    int64_t made = mid_first_;  // middle rows [mid_first_, made) have been computed
+    for (int64_t r = first_; r < last_; ++r) {
+      for (const int64_t need = min_of(op_.h, r - op_.value_pad_top + op_.value.kh); made < need; ++made) {
+        const PackedFilter placed = query.window(made - op_.key_pad_top, key_, key_rows_);
+        if (gathered_floats_ == 0)
+          prefetch_row(query[made + 1 - op_.key_pad_top + op_.key.kh - 1], query.pixel(), 0, op_.w);
+        conv_key_({key_rows_, query.pixel(), op_.w}, placed, {ring.row(made), kLanes, 0, op_.w});
+        ring.close(made, op_.activation);
+      }
+      make_row(n, r, ring, sensor);
+    }
+    if (to_ == Route::by_strip)
+      scatter_rows(out_lines_, last_ - first_, op_.w, lanes_, out_row(n, first_), op_.out_stride);
+    return sensor.alarmed();
+  }
+
+ private:
+  // Where the rows of the result are made: where they belong, in one line, or all in scratch, for partial vectors and
+  // other layouts.
+  enum class Route { in_place, by_row, by_strip };
+
+  T* out_row(int64_t n, int64_t r) const {
+    return static_cast<T*>(op_.out) + n * op_.out_stride.n + r * op_.out_stride.h;
+  }
+
+  void make_row(int64_t n, int64_t r, const Ring<Taps>& ring, NanSensor& sensor) {
+    const int64_t c = lanes_.first, width = op_.w;
+    const PackedFilter placed = ring.window(r - op_.value_pad_top, value_, value_rows_);
+    const T* residual = nullptr;
+    if (op_.residual)
+      residual = static_cast<const T*>(op_.residual) + n * op_.residual_stride.n + r * op_.residual_stride.h;
+    const bool whole_residual = residual && op_.residual_stride.c == 1 && lanes_.count == kLanes;
+    float* value = to_ == Route::by_strip ? out_lines_ + (r - first_) * line_ : out_lines_;
+    int64_t pixel = kLanes;
+    if (to_ == Route::in_place) {
+      value = reinterpret_cast<float*>(out_row(n, r) + c), pixel = op_.out_stride.w;
+      if (whole_residual) prefetch_row(reinterpret_cast<const float*>(residual + c), op_.residual_stride.w, 0, width);
+    }
+    conv_value_({value_rows_, kLanes, width}, placed, {value, pixel, 0, width});
+    if constexpr (Taps::rows > 1) sensor.see_row(value, pixel, width);
+
+    const auto finish = [&](const auto* base, int64_t base_pixel) {
+      if (to_ == Route::by_row)
+        finish_row(value, pixel, width, scale_, base, base_pixel, out_row(n, r) + c, op_.out_stride.w);
+      else if (base || op_.scale)
+        finish_row(value, pixel, width, scale_, base, base_pixel, value, pixel);
+    };
+    if (!residual || whole_residual) return finish(residual ? residual + c : nullptr, op_.residual_stride.w);
+    gather_row(Elements<T>{residual}, op_.residual_stride.c, op_.residual_stride.w, width, lanes_, residual_line_);
+    finish(static_cast<const float*>(residual_line_), kLanes);
+  }
+
+  const FfnifiedAttention& op_;
+  int64_t first_, last_, line_;
+  Lanes lanes_;
+  int64_t mid_first_, in_first_, in_last_, gathered_floats_;
+  Route to_;
+  PackedFilter key_, value_;
+  float *ring_floats_, *out_lines_, *residual_line_, *gathered_;
+  const float **key_rows_, **value_rows_;
+  ConvRow conv_key_, conv_value_;
+  Vec scale_;
+};
 
 }  // namespace
 
@@ -147,7 +182,8 @@ void ffnified_attention(const FfnifiedAttention& op, const Executor& executor) {
   // The last vector is gathered at least.
   const bool gathered = op.query_stride.c != 1 || op.channels % kLanes != 0 || op.storage != Storage::float32;
   const int64_t strip = longest_strip(gathered, op.w, op.h, op.key.kh + op.value.kh);
-  run_storage<Run>(op, tile(ceil_div(op.channels, kLanes), 1, op.n, op.h, halo, strip, executor.threads), executor);
+  const Tiling tiling = tile(ceil_div(op.channels, kLanes), 1, op.n, op.h, halo, strip, executor.threads);
+  run_storage<AttentionTask>(op, share_filters(tiling, op.w, executor.threads), executor);
 }
 
 }  // namespace ffnet::FFNET_ISA

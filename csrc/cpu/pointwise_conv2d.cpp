@@ -56,13 +56,16 @@ bool is_paired(const Strides& s, int64_t channels, const void* map) {
 }
 Strides halved(const Strides& s) { return {s.n / 2, 1, s.h / 2, s.w / 2}; }
 
-struct Run {
-  template <class T, class Taps>
-  static bool task(const Conv2d& op, const Tiling& tiling, int64_t task);
+template <class T, class Taps>
+struct PointwiseTask {
+  const Conv2d& op;
+  const Tiling& tiling;
+  int64_t task;
+  bool run(int64_t);
 };
 
 template <class T, class Taps>
-bool Run::task(const Conv2d& op, const Tiling& tiling, int64_t task) {
+bool PointwiseTask<T, Taps>::run(int64_t) {
   const int64_t first_row = tiling.first_row(task), pixels = (tiling.last_row(task) - first_row) * op.w;
   const bool pairs_in = Taps::rows == 2 && is_paired(op.x_stride, op.channels, op.x),
              pairs_out = Taps::rows == 2 && is_paired(op.out_stride, op.outputs, op.out);
@@ -130,7 +133,7 @@ Tiling tile_rows(const Conv2d& op, int threads) {
     const int64_t pixels = ceil_div(rows * op.w, kPanel) * kPanel, strips = ceil_div(height, rows);
     if (rows > 1 && pixels * (op.channels + op.outputs) > kStripFloats) break;
     const int64_t cost = ceil_div(strips, threads) * (pixels + weights);
-    if (cost < best_cost) best_cost = cost, best = {1, 1, 1, strips, rows, height};
+    if (cost < best_cost) best_cost = cost, best = strips_of_batch(strips, rows, height);
   }
   return best;
 }
@@ -139,7 +142,7 @@ Tiling tile_rows(const Conv2d& op, int threads) {
 
 void pointwise_conv2d(const Conv2d& given, const Executor& executor) {
   const Conv2d op = flattened(given);
-  run_storage<Run>(op, tile_rows(op, executor.threads), executor);
+  run_storage<PointwiseTask>(op, tile_rows(op, executor.threads), executor);
 }
 
 }  // namespace ffnet::FFNET_ISA

@@ -17,6 +17,16 @@ namespace ffnet::FFNET_ISA {
 struct NanSensor {
   Vec sum = Vec::fill(0);
   FFNET_INLINE void see(Vec x) { sum = fma(x, Vec::fill(0), sum); }
+  // `width` vectors `pixel` floats apart; in four parts for the latency of additions.
+  FFNET_INLINE void see_row(const float* row, int64_t pixel, int64_t width) {
+    Vec part[4] = {sum, Vec::fill(0), Vec::fill(0), Vec::fill(0)};
+    int64_t i = 0;
+    for (; i + 4 <= width; i += 4)
+#pragma GCC unroll 4
+      for (int p = 0; p < 4; ++p) part[p] = fma(Vec::load(row + (i + p) * pixel), Vec::fill(0), part[p]);
+    for (; i < width; ++i) part[0] = fma(Vec::load(row + i * pixel), Vec::fill(0), part[0]);
+    sum = (part[0] + part[1]) + (part[2] + part[3]);
+  }
   bool alarmed() const {
     float lanes[Vec::lanes];
     sum.store(lanes);
@@ -55,35 +65,41 @@ struct Tasks {
   const Flags* only;
 };
 
-// Run has `template <class T, class Taps> static bool task(const Op&, const Tiling&, int64_t task)`, which tells
-// whether there was an alarm.
-template <class Run, class T, class Taps, class Op>
+// Task<T, Taps>(op, tiling, task) prepares a task; its `bool run(image)` does it for one image and tells whether there
+// was an alarm.
+template <template <class, class> class Task, class T, class Taps, class Op>
 void run_tasks(const Tasks<Op>& tasks, const Executor& executor) {
-  const auto body = [](void* context, int64_t task) {
+  const auto body = [](void* context, int64_t index) {
     const auto& all = *static_cast<const Tasks<Op>*>(context);
-    const int64_t plane = all.tiling.plane(task);
-    if (all.only && !(*all.only)[plane]) return;
-    if (Run::template task<T, Taps>(all.op, all.tiling, task) && all.alarms) all.alarms->set(plane);
+    const Tiling& tiling = all.tiling;
+    const int64_t first = tiling.first_image(index), last = tiling.last_image(index);
+    const auto is_wanted = [&](int64_t n) { return !all.only || (*all.only)[tiling.plane(index, n)]; };
+    bool wanted = false;
+    for (int64_t n = first; n < last; ++n) wanted = wanted || is_wanted(n);
+    if (!wanted) return;
+    Task<T, Taps> task{all.op, tiling, index};
+    for (int64_t n = first; n < last; ++n)
+      if (is_wanted(n) && task.run(n) && all.alarms) all.alarms->set(tiling.plane(index, n));
   };
   executor.run(tasks.tiling.tasks(), body, const_cast<Tasks<Op>*>(&tasks));
 }
 
 #if defined(__AVX512BF16__)
-template <class Run, class Op>
+template <template <class, class> class Task, class Op>
 void run_in_pairs(const Op& op, const Tiling& tiling, const Executor& executor) {
   Flags alarms(tiling.planes());
-  run_tasks<Run, BFloat16, PairTaps, Op>({op, tiling, &alarms, nullptr}, executor);
-  if (alarms.any()) run_tasks<Run, BFloat16, FloatTaps, Op>({op, tiling, nullptr, &alarms}, executor);
+  run_tasks<Task, BFloat16, PairTaps, Op>({op, tiling, &alarms, nullptr}, executor);
+  if (alarms.any()) run_tasks<Task, BFloat16, FloatTaps, Op>({op, tiling, nullptr, &alarms}, executor);
 }
 #endif
 
-template <class Run, class Op>
+template <template <class, class> class Task, class Op>
 void run_storage(const Op& op, const Tiling& tiling, const Executor& executor) {
 #if defined(__AVX512BF16__)
-  if (op.storage == Storage::bfloat16) return run_in_pairs<Run>(op, tiling, executor);
+  if (op.storage == Storage::bfloat16) return run_in_pairs<Task>(op, tiling, executor);
 #endif
   with_storage(op.storage, [&](auto element) {
-    run_tasks<Run, decltype(element), FloatTaps, Op>({op, tiling, nullptr, nullptr}, executor);
+    run_tasks<Task, decltype(element), FloatTaps, Op>({op, tiling, nullptr, nullptr}, executor);
   });
 }
 

@@ -160,6 +160,12 @@ FFNET_INLINE Vec interleave(__m256i low, __m256i high) {
 }
 FFNET_INLINE Vec interleave(Vec low, Vec high) { return interleave(narrow(low, BFloat16()), narrow(high, BFloat16())); }
 
+FFNET_INLINE Vec low_half(Vec x) { return {_mm512_castsi512_ps(_mm512_cvtepu16_epi32(narrow(x, BFloat16())))}; }
+FFNET_INLINE Vec with_high_half(Vec low, Vec x) {
+  const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow(x, BFloat16())), 16);
+  return {_mm512_or_ps(low.v, _mm512_castsi512_ps(high))};
+}
+
 // sum + x.low * w.low + x.high * w.high
 FFNET_INLINE Vec dot(Vec x, Vec w, Vec sum) {
   return {_mm512_dpbf16_ps(sum.v, bit_cast<__m512bh>(x.v), bit_cast<__m512bh>(w.v))};

@@ -19,25 +19,35 @@ struct Arena {
   const float** pointers(int64_t count) { return reinterpret_cast<const float**>(floats(count * kPointer)); }
 };
 
-// task = (group of adjacent vectors of channels, image, strip of output rows), channels outermost so that consecutive
-// tasks share filters.
+// task = (group of adjacent vectors of channels, some images, strip of output rows), channels outermost so that
+// consecutive tasks share filters. A plane is one group of one image.
 struct Tiling {
-  int64_t groups, group_size, images, strips, rows, height;
-  int64_t tasks() const { return groups * images * strips; }
+  int64_t groups, group_size, images, images_per_task, strips, rows, height;
+  int64_t chunks() const { return ceil_div(images, images_per_task); }
+  int64_t tasks() const { return groups * chunks() * strips; }
   int64_t planes() const { return groups * images; }
-  int64_t plane(int64_t task) const { return task / strips; }
-  int64_t first_channel(int64_t task) const { return task / (images * strips) * group_size * kLanes; }
-  int64_t image(int64_t task) const { return task / strips % images; }
+  int64_t group(int64_t task) const { return task / (chunks() * strips); }
+  int64_t plane(int64_t task, int64_t image) const { return group(task) * images + image; }
+  int64_t first_channel(int64_t task) const { return group(task) * group_size * kLanes; }
+  int64_t first_image(int64_t task) const { return task / strips % chunks() * images_per_task; }
+  int64_t last_image(int64_t task) const { return min_of(first_image(task) + images_per_task, images); }
   int64_t first_row(int64_t task) const { return task % strips * rows; }
   int64_t last_row(int64_t task) const { return min_of(first_row(task) + rows, height); }
 };
+
+// Rows of a batch that one task takes through all channels at once.
+inline Tiling strips_of_batch(int64_t strips, int64_t rows, int64_t height) {
+  return {1, 1, 1, 1, strips, rows, height};
+}
 
 // Vectors of channels that one task takes through its rows together: whole runs of a channels-last row are used while
 // their pages and lines are at hand. What the group rereads, `row_floats` for each vector, should stay in L2.
 constexpr int64_t kMaxGroup = 8;
 inline int64_t group_size(bool gathered, int64_t row_floats, int64_t vectors) {
   constexpr int64_t kGroupFloats = 64 * 1024;
-  return gathered ? 1 : max_of(1, min_of(min_of(kMaxGroup, vectors), kGroupFloats / row_floats));
+  if (gathered) return 1;
+  const int64_t most = max_of(1, min_of(min_of(kMaxGroup, vectors), kGroupFloats / row_floats));
+  return ceil_div(vectors, ceil_div(vectors, most));  // groups of nearly equal size
 }
 
 // Rows a strip should have at most: where the map is gathered, what keeps the copy inside L2, but never so few that
@@ -57,9 +67,17 @@ inline Tiling tile(int64_t vectors, int64_t group, int64_t images, int64_t heigh
   for (int64_t strips = fewest; strips <= max_of(fewest, min_of(height, 64)); ++strips) {
     const int64_t rows = ceil_div(height, strips), used = ceil_div(height, rows);
     const int64_t cost = ceil_div(groups * images * used, threads) * (rows + halo);
-    if (cost < best_cost) best_cost = cost, best = {groups, group, images, used, rows, height};
+    if (cost < best_cost) best_cost = cost, best = {groups, group, images, 1, used, rows, height};
   }
   return best;
+}
+
+// Lets tasks of a few pixels take several images, for which filters are packed once, where enough tasks are left.
+inline Tiling share_filters(Tiling tiling, int64_t width, int threads) {
+  constexpr int64_t kPixels = 1024, kTasksPerThread = 8;
+  const int64_t wanted = ceil_div(kPixels, tiling.rows * width);
+  tiling.images_per_task = max_of(1, min_of(wanted, tiling.tasks() / (kTasksPerThread * threads)));
+  return tiling;
 }
 
 }  // namespace ffnet::FFNET_ISA
