@@ -6,6 +6,8 @@ out, per-channel vectors one-dimensional, 1×1 weights two-dimensional. Backends
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -143,12 +145,18 @@ def _matrix(name: str, weight, inputs: int, like: Tensor) -> Tensor:
     return weight
 
 
-def _geometry(x: Tensor, kernel: tuple[int, int], stride, padding) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
-    """Strides and the padding of each side."""
+@functools.lru_cache
+def sides(kernel: tuple[int, int], stride, padding) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
+    """As :func:`_geometry`, for a map of any size."""
     strides = _pair("stride", stride)
     if strides[0] not in (1, 2) or strides[1] not in (1, 2):
         raise ValueError(f"stride: expected 1 or 2, got {stride!r}")
-    pads = _padding(padding, kernel)
+    return strides, _padding(padding, kernel)
+
+
+def _geometry(x: Tensor, kernel: tuple[int, int], stride, padding) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
+    """Strides and the padding of each side."""
+    strides, pads = sides.__wrapped__(kernel, stride, padding)
     height, width = x.shape[2] + pads[0] + pads[1], x.shape[3] + pads[2] + pads[3]
     if height < kernel[0] or width < kernel[1]:
         raise ValueError(

@@ -105,6 +105,23 @@ def select(operator: str, args: tuple) -> ModuleType:
     raise BackendError(f"{operator}: backend '{forced}' does not take this call: {reason}")
 
 
+def is_plain_cpu_call(x: Any) -> bool:
+    """Whether `select` would choose the CPU kernels whatever else is in the call: a short cut for eager inference."""
+    return (
+        type(x) is torch.Tensor
+        and x.is_cpu
+        and x.dim() == 4
+        and x.dtype in cpu.DTYPES
+        and _state.forced == "auto"
+        and cpu in _AVAILABLE
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+        and not _transformed()
+        and cpu.slower_map(x) is None
+    )
+
+
 def _refusal(backend: ModuleType, operator: str, args: tuple) -> str | None:
     return backend.refusal(operator, args) if hasattr(backend, operator) else "has no kernel for it"
 

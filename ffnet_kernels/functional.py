@@ -25,6 +25,8 @@ from torch import Tensor
 
 from . import checks, dispatch
 
+_ops = torch.ops.ffnet_kernels
+
 
 def depthwise_conv2d(
     x: Tensor,
@@ -49,6 +51,10 @@ def depthwise_conv2d(
     Returns:
         ``[N, C or 2·C, H', W']``.
     """
+    if dispatch.is_plain_cpu_call(x):
+        out = _convolve_at_once(_ops.depthwise_conv2d, x, weight, bias, stride, padding, activation)
+        if out is not None and out.shape[1] <= 2 * x.shape[1]:
+            return out
     x, weight, bias = _autocast(x, weight, bias)
     args = checks.depthwise_conv2d(x, weight, bias, stride, padding, activation)
     return dispatch.select("depthwise_conv2d", args).depthwise_conv2d(*args)
@@ -77,6 +83,10 @@ def conv2d(
     Returns:
         ``[N, O, H', W']``.
     """
+    if dispatch.is_plain_cpu_call(x):
+        out = _convolve_at_once(_ops.conv2d, x, weight, bias, stride, padding, activation)
+        if out is not None:
+            return out
     x, weight, bias = _autocast(x, weight, bias)
     args = checks.conv2d(x, weight, bias, stride, padding, activation)
     return dispatch.select("conv2d", args).conv2d(*args)
@@ -109,6 +119,10 @@ def ffnified_attention(
     Returns:
         ``[N, C, H, W]``.
     """
+    if dispatch.is_plain_cpu_call(query):
+        out = _at_once(_ops.ffnified_attention, query, key, key_bias, value, value_bias, activation, scale, residual)
+        if out is not None:
+            return out
     query, key, key_bias, value, value_bias, scale, residual = _autocast(
         query, key, key_bias, value, value_bias, scale, residual
     )
@@ -146,6 +160,13 @@ def channel_mixer(
     Returns:
         ``[N, O, H, W]``.
     """
+    if dispatch.is_plain_cpu_call(x):
+        out = _at_once(
+            _ops.channel_mixer, x, weight, bias, expand_weight, expand_bias, project_weight, project_bias, activation,
+            scale, residual,
+        )  # fmt: skip
+        if out is not None:
+            return out
     x, weight, bias, expand_weight, expand_bias, project_weight, project_bias, scale, residual = _autocast(
         x, weight, bias, expand_weight, expand_bias, project_weight, project_bias, scale, residual
     )
@@ -153,6 +174,24 @@ def channel_mixer(
         x, weight, bias, expand_weight, expand_bias, project_weight, project_bias, activation, scale, residual
     )
     return dispatch.select("channel_mixer", args).channel_mixer(*args)
+
+
+def _at_once(operator, *args) -> Tensor | None:
+    """The result of a native operator, which checks its arguments itself; None for what it does not take as it is.
+
+    That spares small maps the time of the checks in Python, which then spell the arguments out or say what is wrong.
+    """
+    try:
+        return operator.default(*args)
+    except (RuntimeError, TypeError):
+        return None
+
+
+def _convolve_at_once(operator, x, weight, bias, stride, padding, activation) -> Tensor | None:
+    try:
+        return operator.default(x, weight, bias, *checks.sides(weight.shape[2:], stride, padding), activation)
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        return None
 
 
 _PUBLIC: dict[str, Callable[..., Tensor]] = {

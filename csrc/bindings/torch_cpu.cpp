@@ -53,11 +53,12 @@ Tensor ffnified_attention(const Tensor& query, const Tensor& key, const std::opt
   return out;
 }
 
-// A 1x1 weight [rows, columns] with adjacent columns; keeps the copy alive where one was needed.
+// A 1x1 weight [rows, columns] or [rows, columns, 1, 1] with adjacent columns; keeps the copy alive where one was needed.
 class PointwiseWeight {
  public:
   PointwiseWeight(const Tensor& weight, const char* name, int64_t columns, const Tensor& x) : tensor_(weight) {
-    check_cpu(weight, name, 2, x);
+    const bool filter = weight.dim() == 4 && weight.size(2) == 1 && weight.size(3) == 1;
+    check_cpu(weight, name, filter ? 4 : 2, x);
     STD_TORCH_CHECK(weight.size(1) == columns, "ffnet_kernels (cpu): ", name, " must have ", columns, " columns");
     if (weight.stride(1) != 1) tensor_ = torch::stable::contiguous(weight);
   }

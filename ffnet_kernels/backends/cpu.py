@@ -13,6 +13,8 @@ from . import gradients
 
 _ops = torch.ops.ffnet_kernels
 
+DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+
 
 def unavailable() -> str | None:
     return native.cpu_library_error()
@@ -22,7 +24,7 @@ def refusal(operator: str, args: tuple) -> str | None:
     x = args[0]
     if x.device.type != "cpu":
         return f"takes CPU tensors, got {x.device}"
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if x.dtype not in DTYPES:
         return f"takes float32, bfloat16 and float16, got {x.dtype}"
     if operator == "depthwise_conv2d_backward" and args[2].shape[0] > 2 * args[1].shape[1]:
         return f"takes one or two outputs per channel, got {args[2].shape[0]} for {args[1].shape[1]} channels"
@@ -30,12 +32,15 @@ def refusal(operator: str, args: tuple) -> str | None:
 
 
 def slower(operator: str, args: tuple) -> str | None:
-    x = args[0]
-    if operator == "conv2d":
-        return None
-    if x.shape[1] < 4 and x.stride(1) == 1:
+    return None if operator == "conv2d" else slower_map(args[0])
+
+
+def slower_map(x: Tensor) -> str | None:
+    """Why plain PyTorch is the faster one for depthwise operators on this map."""
+    _, channels, height, width = x.shape
+    if channels < 4 and x.stride(1) == 1:
         return "slower on a channels-last map of fewer than 4 channels, which leaves most of a vector idle"
-    if x.shape[2] * x.shape[3] <= 4 and x.shape[0] > 1:
+    if height * width <= 4 and x.shape[0] > 1:
         return "slower on maps of up to 2×2 pixels"
     return None
 

@@ -78,7 +78,7 @@ BAD = {
             ("expand_weight", torch.ones(0, 3), "weight"),
             ("expand_bias", torch.ones(4), "expand_bias"),
             ("project_weight", torch.ones(3, 6), "project_weight"),
-            ("project_weight", torch.ones(3, 5, 1, 1), "project_weight"),
+            ("project_weight", torch.ones(3, 5, 1, 2), "project_weight"),
             ("project_bias", torch.ones(4), "project_bias"),
             ("activation", "GELU", "unknown activation 'GELU'"),
             ("scale", torch.ones(4), "scale"),
