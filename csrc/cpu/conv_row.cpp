@@ -62,8 +62,14 @@ void conv_block_any(const RowInput& in, const PackedFilter& filter, int64_t firs
     if (row) {
       const float* w = filter.weights + ky * filter.kw * Vec::lanes;
       int kx = 0;
-      for (; kx + 7 <= filter.kw; kx += 7)
-        add_taps<Taps, 7, S, B>(sum, row, begin + kx, in.pixel, in.width, w + kx * Vec::lanes);
+      for (; kx + 7 <= filter.kw; kx += 7) {
+        const int64_t from = begin + kx, to = from + S * (B - 1) + 7;
+        if (from >= in.width || to <= 0) continue;
+        if (from >= 0 && to <= in.width)
+          add_taps<Taps, 7, S, B, true>(sum, row, from, in.pixel, in.width, w + kx * Vec::lanes);
+        else
+          add_taps<Taps, 7, S, B>(sum, row, from, in.pixel, in.width, w + kx * Vec::lanes);
+      }
       const float* rest = w + kx * Vec::lanes;
       switch (filter.kw - kx) {
         case 1: add_taps<Taps, 1, S, B>(sum, row, begin + kx, in.pixel, in.width, rest); break;
