@@ -24,22 +24,41 @@ FFNET_INLINE void add_taps(Vec (&sum)[B], const float* row, int64_t begin, int64
   }
 }
 
+// Adds a row of a filter K wide, if it lies on the map, to outputs [first, first + B).
+template <class Taps, int K, int S, int B>
+FFNET_INLINE void add_filter_row(Vec (&sum)[B], const RowInput& in, const PackedFilter& filter, int ky, int64_t begin,
+                                 bool inside) {
+  const float* row = in.rows[ky];
+  if (!row) return;
+  const float* weights = filter.weights + ky * K * Vec::lanes;
+  if (inside) {
+    add_taps<Taps, K, S, B, true>(sum, row, begin, in.pixel, in.width, weights);
+  } else {
+    add_taps<Taps, K, S, B>(sum, row, begin, in.pixel, in.width, weights);
+  }
+}
+
 // Outputs [first, first + B) of a row, for a filter K wide.
 template <class Taps, int K, int S, int B>
 void conv_block(const RowInput& in, const PackedFilter& filter, int64_t first, float* out, int64_t out_pixel) {
-  Vec sum[B];
+  // A few sums wait for themselves: then every other row of the filter has sums of its own.
+  constexpr bool kTwice = 2 * B <= kMaxBlock && Vec::registers == 32;
+  Vec sum[B], other[kTwice ? B : 1];
 #pragma GCC unroll 16
   for (int b = 0; b < B; ++b) sum[b] = Vec::load(filter.bias);
   const int64_t begin = first * S - filter.pad_left;
   const bool inside = K <= 4 && begin >= 0 && begin + S * (B - 1) + K <= in.width;
-  for (int ky = 0; ky < filter.kh; ++ky) {
-    if (!in.rows[ky]) continue;
-    const float* weights = filter.weights + ky * K * Vec::lanes;
-    if (inside) {
-      add_taps<Taps, K, S, B, true>(sum, in.rows[ky], begin, in.pixel, in.width, weights);
-    } else {
-      add_taps<Taps, K, S, B>(sum, in.rows[ky], begin, in.pixel, in.width, weights);
+  if constexpr (kTwice) {
+#pragma GCC unroll 16
+    for (int b = 0; b < B; ++b) other[b] = Vec::fill(0);
+    for (int ky = 0; ky < filter.kh; ky += 2) {
+      add_filter_row<Taps, K, S>(sum, in, filter, ky, begin, inside);
+      if (ky + 1 < filter.kh) add_filter_row<Taps, K, S>(other, in, filter, ky + 1, begin, inside);
     }
+#pragma GCC unroll 16
+    for (int b = 0; b < B; ++b) sum[b] = sum[b] + other[b];
+  } else {
+    for (int ky = 0; ky < filter.kh; ++ky) add_filter_row<Taps, K, S>(sum, in, filter, ky, begin, inside);
   }
 #pragma GCC unroll 16
   for (int b = 0; b < B; ++b) sum[b].store(out + b * out_pixel);

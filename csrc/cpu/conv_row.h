@@ -2,7 +2,7 @@
 //
 // Outputs are made in blocks that live in registers; every input pixel is loaded once per filter row and added to all
 // outputs it reaches. Taps that fall on padding are skipped, not multiplied by zero, and the order of additions depends
-// on nothing but the filter, so a result does not change with tiling or threads.
+// on nothing but the filter and the width of the row, so a result does not change with tiling or threads.
 #pragma once
 
 
