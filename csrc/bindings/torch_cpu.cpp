@@ -3,14 +3,13 @@
 // been checked by ffnet_kernels/checks.py, and what memory safety needs is checked here again.
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "../cpu/select.h"
-#include "torch_common.h"
+#include "torch_executor.h"
 
 namespace {
 
@@ -19,16 +18,7 @@ using ffnet::ScalarType;
 using ffnet::suggests_channels_last;
 using ffnet::Tensor;
 
-// Threads take the next index when they finish one, so that a stolen core does not hold up the rest.
-void run_on_torch_threads(int64_t count, void (*body)(void*, int64_t), void* context) {
-  std::atomic<int64_t> next{0};
-  const int64_t threads = std::min<int64_t>(count, torch::stable::get_num_threads());
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) body(context, i);
-  });
-}
-
-ffnet::Executor executor() { return {static_cast<int>(torch::stable::get_num_threads()), run_on_torch_threads}; }
+using ffnet::executor;
 
 ffnet::Activation parse_activation(const std::string& name) { return ffnet::parse_activation<ffnet::Activation>(name); }
 

@@ -9,24 +9,35 @@ namespace ffnet::FFNET_ISA {
 
 FFNET_INLINE Vec relu(Vec x) { return at_least(x, Vec::fill(0)); }
 
-// x / 2 + |x| * H(|x|), H(t) = erf(t / sqrt 2) / 2, which is odd. NaN for -inf, as torch has it.
-FFNET_INLINE Vec gelu(Vec x) {
-  namespace k = gelu_coefficients;
-  const Vec t = abs(x);
 #if defined(__AVX512F__)
-  // Table form: adding 1.5 * 2^23 rounds to the nearest segment and leaves its number in the low bits.
+// Where a t >= 0 lies in the tables: adding 1.5 * 2^23 rounds to the nearest segment and leaves its number in the low bits.
+struct Segment {
+  __m512i number;
+  Vec offset;
+};
+FFNET_INLINE Segment segment_of(Vec t) {
+  namespace k = gelu_coefficients;
   const Vec magic = Vec::fill(12582912.f);
-  const Vec s = at_most(t * Vec::fill(k::inverse_width), Vec::fill(k::last_segment));
+  const Vec s = at_most(t * Vec::fill(k::inverse_width), Vec::fill(k::last));
   const Vec shifted = s + magic;
-  const __m512i segment = _mm512_castps_si512(shifted.v);
-  const auto coefficient = [&](int d) { return Vec{_mm512_permutexvar_ps(segment, _mm512_load_ps(k::table[d]))}; };
-  const Vec u = s - (shifted - magic);
-  Vec h = coefficient(5);
-  h = fma(h, u, coefficient(4));
-  h = fma(h, u, coefficient(3));
-  h = fma(h, u, coefficient(2));
-  h = fma(h, u, coefficient(1));
-  h = fma(h, u, coefficient(0));
+  return {_mm512_castps_si512(shifted.v), s - (shifted - magic)};
+}
+FFNET_INLINE Vec look_up(const float (&table)[6][16], const Segment& at) {
+  const auto coefficient = [&](int d) { return Vec{_mm512_permutexvar_ps(at.number, _mm512_load_ps(table[d]))}; };
+  Vec y = coefficient(5);
+  y = fma(y, at.offset, coefficient(4));
+  y = fma(y, at.offset, coefficient(3));
+  y = fma(y, at.offset, coefficient(2));
+  y = fma(y, at.offset, coefficient(1));
+  return fma(y, at.offset, coefficient(0));
+}
+#endif
+
+// H(t) = erf(t / sqrt 2) / 2 for t >= 0.
+FFNET_INLINE Vec half_erf(Vec t) {
+  namespace k = gelu_coefficients;
+#if defined(__AVX512F__)
+  return look_up(k::table, segment_of(t));
 #else
   const Vec s = at_most(t, Vec::fill(k::limit)), u = s * s;
   Vec p = Vec::fill(k::p[5]), q = Vec::fill(k::q[5]);
@@ -34,9 +45,14 @@ FFNET_INLINE Vec gelu(Vec x) {
     p = fma(p, u, Vec::fill(k::p[d]));
     q = fma(q, u, Vec::fill(k::q[d]));
   }
-  const Vec h = at_most(s * p / q, Vec::fill(0.5f));
+  return at_most(s * p / q, Vec::fill(0.5f));
 #endif
-  return fma(t, h, x * Vec::fill(0.5f));
+}
+
+// x / 2 + |x| * H(|x|). NaN for -inf, as torch has it.
+FFNET_INLINE Vec gelu(Vec x) {
+  const Vec t = abs(x);
+  return fma(t, half_erf(t), x * Vec::fill(0.5f));
 }
 
 // exp on [-87, inf]; below it stays at exp(-87), which 1 + exp does not see.

@@ -1,10 +1,12 @@
-"""Fits the coefficients of GELU(x) = x/2 + |x| H(|x|), H(t) = erf(t / sqrt 2) / 2, and writes gelu_coefficients.h.
+"""Fits the coefficients of GELU(x) = x/2 + |x| H(|x|), H(t) = erf(t / sqrt 2) / 2, and of its derivative
+GELU'(x) = 1/2 + sign(x) G(|x|), G(t) = H(t) + t phi(t), and writes gelu_coefficients.h.
 
     python csrc/cpu/fit_gelu.py          # rewrites the header, prints the errors it reached
 
-Two forms of H, for t = |x|:
+Two forms of H, for t = |x|; of G the table only:
   table     16 segments centred on k * WIDTH, a polynomial of degree 5 in the distance to the centre (AVX-512: one
-            register holds one coefficient of all segments, so a look-up is one permute). The last segment is 1/2.
+            register holds one coefficient of all segments, so a look-up is one permute). The last segment of H is 1/2;
+            t / WIDTH is capped at LAST, a little before its end.
   rational  t * P(t^2) / Q(t^2) up to LIMIT, where it reaches 1/2 (everything else).
 Needs numpy and mpmath.
 """
@@ -14,7 +16,7 @@ from pathlib import Path
 import mpmath
 import numpy as np
 
-WIDTH, DEGREE, SEGMENTS = 0.39, 5, 16
+WIDTH, DEGREE, SEGMENTS, LAST = 0.39, 5, 16, 15.49
 LIMIT, P_DEGREE, Q_DEGREE = 5.6, 5, 5
 
 
@@ -24,19 +26,22 @@ def half_erf(t):
     )
 
 
-def fit_table() -> np.ndarray:
+def slope(t):
+    return half_erf(t) + t * np.exp(-t * t / 2) / np.sqrt(2 * np.pi)
+
+
+def fit_table(function) -> np.ndarray:
     nodes = np.cos((np.arange(64) + 0.5) * np.pi / 64) / 2
     table = np.zeros((DEGREE + 1, SEGMENTS))
-    for k in range(SEGMENTS - 1):
-        series = np.polynomial.chebyshev.Chebyshev.fit(nodes, half_erf((nodes + k) * WIDTH), DEGREE, domain=[-0.5, 0.5])
+    for k in range(SEGMENTS):
+        series = np.polynomial.chebyshev.Chebyshev.fit(nodes, function((nodes + k) * WIDTH), DEGREE, domain=[-0.5, 0.5])
         table[:, k] = series.convert(kind=np.polynomial.Polynomial).coef
-    table[::2, 0] = 0  # H is odd: H(0) is exactly 0
-    table[:, -1] = [0.5] + [0] * DEGREE
+    table[::2, 0] = 0  # both functions are odd: exactly 0 at 0
     return table.astype(np.float32)
 
 
 def evaluate_table(table: np.ndarray, t: np.ndarray) -> np.ndarray:
-    s = np.minimum(t.astype(np.float32) * np.float32(1 / WIDTH), np.float32(SEGMENTS - 1))
+    s = np.minimum(t.astype(np.float32) * np.float32(1 / WIDTH), np.float32(LAST))
     k = np.rint(s).astype(int)
     u = s - k.astype(np.float32)
     out = table[DEGREE][k]
@@ -92,22 +97,30 @@ def c_array(values: np.ndarray) -> str:
 def main() -> None:
     t = np.linspace(0, 8, 200_001)
     exact = half_erf(t)
-    table = fit_table()
+    table, slopes = fit_table(half_erf), fit_table(slope)
+    table[:, -1] = [0.5] + [0] * DEGREE
     p, q = fit_rational()
     for name, value in (("table", evaluate_table(table, t)), ("rational", evaluate_rational(p, q, t))):
         error = np.abs(value - exact)
         print(f"{name:9s} max |H error| {error.max():.2e}, max |t * error| {(t * error).max():.2e}, at 8: {value[-1]}")
-    rows = "\n".join(f"    {{{c_array(row)}}}," for row in table)
+    value = evaluate_table(slopes, t)
+    print(f"slopes    max |G error| {np.abs(value - slope(t)).max():.2e}, at 8: {value[-1]}")
+    rows, slope_rows = ("\n".join(f"    {{{c_array(row)}}}," for row in part) for part in (table, slopes))
     header = f"""// Written by fit_gelu.py: do not edit.
 #pragma once
 
 namespace ffnet::gelu_coefficients {{
 
-// H(t) = erf(t / sqrt 2) / 2 near t = k * width: sum over d of table[d][k] * (t / width - k)^d.
+// H(t) = erf(t / sqrt 2) / 2 near t = k * width: sum over d of table[d][k] * (t / width - k)^d, t / width up to last.
 constexpr float inverse_width = {1 / WIDTH:.9e}f;
-constexpr float last_segment = {SEGMENTS - 1}.f;
+constexpr float last = {LAST}f;
 alignas(64) constexpr float table[{DEGREE + 1}][{SEGMENTS}] = {{
 {rows}
+}};
+
+// G(t) = H(t) + t * exp(-t^2 / 2) / sqrt(2 pi), in the same form.
+alignas(64) constexpr float slopes[{DEGREE + 1}][{SEGMENTS}] = {{
+{slope_rows}
 }};
 
 // H(t) = t * P(t^2) / Q(t^2), capped at 1/2, for t up to limit.

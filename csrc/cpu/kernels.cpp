@@ -9,6 +9,7 @@ void depthwise_conv2d(const DepthwiseConv2d&, const Executor&);
 void depthwise_conv2d_wgrad(const DepthwiseWgrad&, const Executor&);
 void ffnified_attention(const FfnifiedAttention&, const Executor&);
 void channel_mixer(const ChannelMixer&, const Executor&);
+const TrainingKernels* training_kernels();
 }  // namespace FFNET_ISA
 
 #define FFNET_JOIN(a, b) a##b
@@ -25,6 +26,7 @@ const Kernels* FFNET_TABLE_NAME(FFNET_ISA)() {
       FFNET_ISA::depthwise_conv2d_wgrad,
       FFNET_ISA::ffnified_attention,
       FFNET_ISA::channel_mixer,
+      FFNET_ISA::training_kernels,
   };
   return &table;
 }

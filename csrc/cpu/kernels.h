@@ -89,6 +89,8 @@ struct ChannelMixer {
   Strides out_stride;
 };
 
+struct TrainingKernels;
+
 struct Kernels {
   const char* isa;
   int lanes;  // channels computed together
@@ -97,6 +99,7 @@ struct Kernels {
   void (*depthwise_conv2d_wgrad)(const DepthwiseWgrad&, const Executor&);
   void (*ffnified_attention)(const FfnifiedAttention&, const Executor&);
   void (*channel_mixer)(const ChannelMixer&, const Executor&);
+  const TrainingKernels* (*training)();  // see training.h
 };
 
 // Instruction sets, slowest first; null where this build holds none for them.

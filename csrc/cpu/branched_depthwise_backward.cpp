@@ -1,0 +1,263 @@
+// branched_depthwise backward, float32, stride 1, one output per channel; only x and the statistics are kept.
+//
+// With y the output of a branch's convolution, M its pixels in the batch, and gradient g of the branches' sum,
+//   gamma_grad = sum g (y - mean) / deviation,  beta_grad = sum g,
+//   y_grad = gamma / deviation * (g - beta_grad / M - (y - mean) / deviation * gamma_grad / M).
+// A first pass makes y row by row for the two sums; a second one makes y again, y_grad from it, and the gradients of x
+// and of the filters while the maps of an image and a vector of channels are at hand. g itself is the incoming gradient
+// times the activation's derivative at the branches' sum, which both passes make from the rows of y.
+#include "activation_slope.h"
+#include "branched.h"
+#include "buffer.h"
+#include "wgrad_row.h"
+
+namespace ffnet::FFNET_ISA {
+namespace {
+
+constexpr int64_t kStripFloats = 4 * 1024;  // of each map: both stay in L1
+
+struct Work {
+  const BranchedDepthwiseBackward& op;
+  int64_t chunks, weight_floats;
+  float* sums;     // [vectors][chunks][1 + branches][lanes]: sum of g, of g * (y - mean)
+  float* weights;  // [vectors][chunks][weight_floats]
+  int64_t images_from(int64_t task) const { return task % chunks * op.forward.n / chunks; }
+  int64_t images_to(int64_t task) const { return (task % chunks + 1) * op.forward.n / chunks; }
+  int64_t sum_floats() const { return (1 + op.forward.branches) * kLanes; }
+};
+
+// Rows of g and of y - mean.
+class Gradients {
+ public:
+  Gradients(const Work& work, const Lanes& lanes)
+      : op_(work.op), lanes_(lanes), branches_(work.op.forward, work.op.forward.h) {
+    const BranchedDepthwise& f = op_.forward;
+    Vec beta = Vec::fill(0);
+    for (int b = 0; b < f.branches; ++b) {
+      (Vec::fill(0) - lanes_of(f.branch[b].mean, lanes)).store(shift_ + b * kLanes);
+      scale_[b] = norm_scale(f.branch[b], lanes).scale;
+      beta = beta + lanes_of(f.branch[b].beta, lanes);
+    }
+    beta_ = beta;
+  }
+  int64_t scratch_floats() const { return branches_.scratch_floats() + 2 * op_.forward.w * kLanes; }
+  void place(Arena& arena) {
+    branches_.place(arena, lanes_, shift_);
+    line_ = arena.floats(op_.forward.w * kLanes);
+    slope_ = arena.floats(op_.forward.w * kLanes);
+  }
+  void start_image(int64_t n) {
+    const BranchedDepthwise& f = op_.forward;
+    grad_ = op_.grad + n * op_.grad_stride.n;
+    branches_.x().gather(f.x + n * f.x_stride.n, f.x_stride, lanes_, 0, f.h);
+  }
+  const RowRing& x() { return branches_.x(); }
+  // Makes row r: y - mean of each branch into y, g as the result.
+  const float* make(int64_t r, const float* (&y)[kMaxBranches]) {
+    const BranchedDepthwise& f = op_.forward;
+    const float* row = grad_ + r * op_.grad_stride.h;
+    if (r + 1 < f.h && op_.grad_stride.c == 1)
+      prefetch_row(row + op_.grad_stride.h + lanes_.first, op_.grad_stride.w, 0, f.w);
+    gather_row(row, op_.grad_stride.c, op_.grad_stride.w, f.w, lanes_, line_);
+    for (int b = 0; b < f.branches; ++b) y[b] = branches_.make(b, r);
+    if (f.activation != Activation::none) {
+      for (int64_t i = 0; i < f.w * kLanes; i += kLanes) {
+        Vec z = beta_;
+        for (int b = 0; b < f.branches; ++b) z = fma(Vec::load(y[b] + i), scale_[b], z);
+        z.store(slope_ + i);
+      }
+      slope_row(slope_, nullptr, f.w, f.activation);
+      apply_slope_row(line_, slope_, line_, f.w, f.activation);
+    }
+    return line_;
+  }
+
+ private:
+  const BranchedDepthwiseBackward& op_;
+  Lanes lanes_;
+  BranchRows branches_;
+  float shift_[kMaxBranches * kLanes];
+  Vec scale_[kMaxBranches], beta_;
+  const float* grad_;
+  float *line_, *slope_;
+};
+
+Lanes lanes_of_task(const Work& work, int64_t task) {
+  const int64_t c = task / work.chunks * kLanes;
+  return {c, min_of(kLanes, work.op.forward.channels - c), 1};
+}
+
+void sum_gradients(void* context, int64_t task) {
+  const Work& work = *static_cast<const Work*>(context);
+  const BranchedDepthwise& f = work.op.forward;
+  Gradients gradients(work, lanes_of_task(work, task));
+  Arena arena(gradients.scratch_floats());
+  gradients.place(arena);
+  Vec sum[1 + kMaxBranches];
+  for (Vec& s : sum) s = Vec::fill(0);
+  for (int64_t n = work.images_from(task); n < work.images_to(task); ++n) {
+    gradients.start_image(n);
+    for (int64_t r = 0; r < f.h; ++r) {
+      const float* y[kMaxBranches];
+      const float* g = gradients.make(r, y);
+      Vec row[1 + kMaxBranches];  // rows are summed by themselves: one running sum over all maps would round badly
+      for (Vec& s : row) s = Vec::fill(0);
+      for (int64_t i = 0; i < f.w * kLanes; i += kLanes) {
+        const Vec grad = Vec::load(g + i);
+        row[0] = row[0] + grad;
+        for (int b = 0; b < f.branches; ++b) row[1 + b] = fma(grad, Vec::load(y[b] + i), row[1 + b]);
+      }
+      for (int s = 0; s <= f.branches; ++s) sum[s] = sum[s] + row[s];
+    }
+  }
+  for (int s = 0; s <= f.branches; ++s) sum[s].store(work.sums + task * work.sum_floats() + s * kLanes);
+}
+
+// Adds the chunks' parts of one vector of channels, in order, into the first.
+void add_chunks(float* parts, int64_t chunks, int64_t floats) {
+  for (int64_t i = 0; i < floats; i += kLanes) {
+    Vec total = Vec::load(parts + i);
+    for (int64_t chunk = 1; chunk < chunks; ++chunk) total = total + Vec::load(parts + chunk * floats + i);
+    total.store(parts + i);
+  }
+}
+
+void finish_sums(void* context, int64_t vector) {
+  const Work& work = *static_cast<const Work*>(context);
+  const BranchedDepthwise& f = work.op.forward;
+  const Lanes lanes = lanes_of_task(work, vector * work.chunks);
+  float* sums = work.sums + vector * work.chunks * work.sum_floats();
+  add_chunks(sums, work.chunks, work.sum_floats());
+  for (int b = 0; b < f.branches; ++b) {
+    const BranchGradients& to = work.op.gradients[b];
+    Vec::load(sums).store_first(to.beta + lanes.first, lanes.count);
+    (Vec::load(sums + (1 + b) * kLanes) * norm_scale(f.branch[b], lanes).inverse_deviation)
+        .store_first(to.gamma + lanes.first, lanes.count);
+  }
+}
+
+// y_grad = scale * g + slope * (y - mean) + shift
+struct Coefficients {
+  Vec scale, slope, shift;
+};
+
+Coefficients coefficients(const Work& work, int64_t task, int b, const Lanes& lanes) {
+  const BranchedDepthwise& f = work.op.forward;
+  const float* sums = work.sums + task / work.chunks * work.chunks * work.sum_floats();
+  const NormScale norm = norm_scale(f.branch[b], lanes);
+  const Vec share = Vec::fill(-1.f / (static_cast<float>(f.n) * static_cast<float>(f.h * f.w))) * norm.scale;
+  const Vec gamma_grad = Vec::load(sums + (1 + b) * kLanes) * norm.inverse_deviation;
+  return {norm.scale, share * norm.inverse_deviation * gamma_grad, share * Vec::load(sums)};
+}
+
+// The filter turned by half a turn: what the gradient of x is convolved with.
+PackedFilter turned_filter(const Branch& branch, const Lanes& lanes, float* out) {
+  const PackedFilter filter = pack_filter(branch.filter, lanes.first, lanes.count, 1, pad_left(branch), out);
+  const int64_t taps = branch.filter.kh * branch.filter.kw;
+  for (int64_t i = 0, j = taps - 1; i < j; ++i, --j) {
+    const Vec a = Vec::load(out + i * kLanes), b = Vec::load(out + j * kLanes);
+    a.store(out + j * kLanes), b.store(out + i * kLanes);
+  }
+  Vec::fill(0).store(out + taps * kLanes);
+  return filter;
+}
+
+void run_task(void* context, int64_t task) {
+  const Work& work = *static_cast<const Work*>(context);
+  const BranchedDepthwiseBackward& op = work.op;
+  const BranchedDepthwise& f = op.forward;
+  const Lanes lanes = lanes_of_task(work, task);
+  const int64_t line = f.w * kLanes, strip = max_of(1, kStripFloats / line);
+  const bool direct = in_place(lanes, op.x_grad_stride.c);
+
+  Gradients gradients(work, lanes);
+  RowRing y_grad[kMaxBranches];
+  int64_t floats = gradients.scratch_floats() + 2 * line;
+  for (int b = 0; b < f.branches; ++b) {
+    const int64_t pad = pad_top(f.branch[b]);
+    y_grad[b] = RowRing(f.h, f.w, f.h, pad, pad);
+    floats += y_grad[b].scratch_floats() + packed_floats(f.branch[b].filter);
+  }
+  Arena arena(floats);
+  gradients.place(arena);
+  PackedFilter turned[kMaxBranches];
+  Coefficients at[kMaxBranches];
+  for (int b = 0; b < f.branches; ++b) {
+    y_grad[b].place(arena);
+    turned[b] = turned_filter(f.branch[b], lanes, arena.floats(packed_floats(f.branch[b].filter)));
+    at[b] = coefficients(work, task, b, lanes);
+  }
+  float *out_line = arena.floats(line), *other_line = arena.floats(line);
+  float* weights = work.weights + task * work.weight_floats;
+  for (int64_t i = 0; i < work.weight_floats; ++i) weights[i] = 0;
+
+  for (int64_t n = work.images_from(task); n < work.images_to(task); ++n) {
+    gradients.start_image(n);
+    for (int64_t r = 0; r < f.h; ++r) {
+      const float* y[kMaxBranches];
+      const float* g = gradients.make(r, y);
+      for (int b = 0; b < f.branches; ++b) {
+        float* to = y_grad[b].line(r);
+        for (int64_t i = 0; i < line; i += kLanes)
+          fma(Vec::load(g + i), at[b].scale, fma(Vec::load(y[b] + i), at[b].slope, at[b].shift)).store(to + i);
+      }
+    }
+    float* sums = weights;
+    for (int b = 0; b < f.branches; ++b) {
+      const Filter& filter = f.branch[b].filter;
+      for (int64_t r = 0; r < f.h; r += strip)
+        add_filter_sums<1>({y_grad[b].window(r), gradients.x().window(r - pad_top(f.branch[b])), min_of(strip, f.h - r),
+                            1, 0, f.w, -pad_left(f.branch[b]), f.w},
+                           filter.kh, filter.kw, sums);
+      sums += filter.kh * filter.kw * kLanes;
+    }
+    for (int64_t r = 0; op.x_grad && r < f.h; ++r) {
+      float* row = op.x_grad + n * op.x_grad_stride.n + r * op.x_grad_stride.h;
+      const RowOutput out = direct ? RowOutput{row + lanes.first, op.x_grad_stride.w, 0, f.w}
+                                   : RowOutput{out_line, kLanes, 0, f.w};
+      for (int b = 0; b < f.branches; ++b) {
+        const RowInput in{y_grad[b].window(r - pad_top(f.branch[b])), kLanes, f.w};
+        const ConvRow conv_row = select_conv_row(f.branch[b].filter, 1);
+        if (b == 0) {
+          conv_row(in, turned[b], out);
+          continue;
+        }
+        conv_row(in, turned[b], {other_line, kLanes, 0, f.w});
+        for (int64_t i = 0; i < f.w; ++i) {
+          float* to = out.data + i * out.pixel;
+          (Vec::load(to) + Vec::load(other_line + i * kLanes)).store(to);
+        }
+      }
+      if (!direct) scatter_row(out_line, f.w, lanes, row, op.x_grad_stride.c, op.x_grad_stride.w);
+    }
+  }
+}
+
+void finish_weights(void* context, int64_t vector) {
+  const Work& work = *static_cast<const Work*>(context);
+  const Lanes lanes = lanes_of_task(work, vector * work.chunks);
+  float* weights = work.weights + vector * work.chunks * work.weight_floats;
+  add_chunks(weights, work.chunks, work.weight_floats);
+  for (int b = 0; b < work.op.forward.branches; ++b) {
+    const int64_t taps = work.op.forward.branch[b].filter.kh * work.op.forward.branch[b].filter.kw;
+    scatter_row(weights, taps, lanes, work.op.gradients[b].weight, taps, 1);
+    weights += taps * kLanes;
+  }
+}
+
+}  // namespace
+
+void branched_depthwise_backward(const BranchedDepthwiseBackward& op, const Executor& executor) {
+  const BranchedDepthwise& f = op.forward;
+  const int64_t vectors = ceil_div(f.channels, kLanes), chunks = image_chunks(f.n, vectors);
+  int64_t weight_floats = 0;
+  for (int b = 0; b < f.branches; ++b) weight_floats += f.branch[b].filter.kh * f.branch[b].filter.kw * kLanes;
+  const Buffer sums(vectors * chunks * (1 + f.branches) * kLanes), weights(vectors * chunks * weight_floats);
+  Work work{op, chunks, weight_floats, sums.data, weights.data};
+  executor.run(vectors * chunks, sum_gradients, &work);
+  executor.run(vectors, finish_sums, &work);
+  executor.run(vectors * chunks, run_task, &work);
+  executor.run(vectors, finish_weights, &work);
+}
+
+}  // namespace ffnet::FFNET_ISA
