@@ -20,10 +20,10 @@ struct Work {
   const FeedForward& op;
   const FeedForwardBackward* backward;
   WeightPacking first, second;  // in the order in which a strip meets them
-  int64_t strips;
+  int64_t begin, pixels, strips;  // the pixels at hand: all, or, backward, a block of them
   const float *first_bias, *second_bias;
-  float *hidden, *hidden_grad;  // backward: act(z), gradient of z
-  int64_t from(int64_t strip) const { return strip * op.pixels / strips; }
+  float *hidden, *hidden_grad;  // backward, of the block: act(z), gradient of z
+  int64_t from(int64_t strip) const { return begin + strip * pixels / strips; }
 };
 
 void pack(void* context, int64_t task) {
@@ -32,12 +32,65 @@ void pack(void* context, int64_t task) {
   task < tasks ? work.first.run(task) : work.second.run(task - tasks);
 }
 
-// f(offset, lanes) for every vector of `floats` adjacent floats.
+struct WholeVector {
+  FFNET_INLINE Vec load(const float* p) const { return Vec::load(p); }
+  FFNET_INLINE void store(float* p, Vec x) const { x.store(p); }
+};
+struct PartOfVector {
+  int64_t lanes;
+  FFNET_INLINE Vec load(const float* p) const { return Vec::load_first(p, lanes); }
+  FFNET_INLINE void store(float* p, Vec x) const { x.store_first(p, lanes); }
+};
+
+// f(offset, how to load and store) for every vector of `floats` adjacent floats.
 template <class F>
 FFNET_INLINE void each_vector(int64_t floats, F f) {
   int64_t i = 0;
-  for (; i + kLanes <= floats; i += kLanes) f(i, kLanes);
-  if (i < floats) f(i, floats - i);
+  for (; i + kLanes <= floats; i += kLanes) f(i, WholeVector());
+  if (i < floats) f(i, PartOfVector{floats - i});
+}
+
+template <Vec (*function)(Vec)>
+void activate_with(const float* z, float* hidden, int64_t floats) {
+  each_vector(floats, [&](int64_t i, auto lanes) { lanes.store(hidden + i, function(lanes.load(z + i))); });
+}
+
+FFNET_INLINE Vec identity(Vec x) { return x; }
+
+// hidden = act(z)
+void activate(const float* z, float* hidden, int64_t floats, Activation activation) {
+  switch (activation) {
+    case Activation::none: return activate_with<identity>(z, hidden, floats);
+    case Activation::relu: return activate_with<relu>(z, hidden, floats);
+    case Activation::gelu: return activate_with<gelu>(z, hidden, floats);
+    case Activation::gelu_tanh: return activate_with<gelu_tanh>(z, hidden, floats);
+    case Activation::silu: return activate_with<silu>(z, hidden, floats);
+  }
+}
+
+template <Activated (*function)(Vec)>
+void differentiate_with(const float* z, float* hidden, float* grad, int64_t floats) {
+  each_vector(floats, [&](int64_t i, auto lanes) {
+    const Activated at = function(lanes.load(z + i));
+    lanes.store(hidden + i, at.value);
+    lanes.store(grad + i, lanes.load(grad + i) * at.slope);
+  });
+}
+
+// hidden = act(z), grad *= act'(z)
+void differentiate(const float* z, float* hidden, float* grad, int64_t floats, Activation activation) {
+  switch (activation) {
+    case Activation::none: return activate_with<identity>(z, hidden, floats);
+    case Activation::relu:  // stops any gradient, an infinite one too
+      return each_vector(floats, [&](int64_t i, auto lanes) {
+        const Vec at = lanes.load(z + i);
+        lanes.store(hidden + i, relu(at));
+        lanes.store(grad + i, where_positive(at, lanes.load(grad + i)));
+      });
+    case Activation::gelu: return differentiate_with<gelu_with_slope>(z, hidden, grad, floats);
+    case Activation::gelu_tanh: return differentiate_with<gelu_tanh_with_slope>(z, hidden, grad, floats);
+    case Activation::silu: return differentiate_with<silu_with_slope>(z, hidden, grad, floats);
+  }
 }
 
 void forward_strip(void* context, int64_t strip) {
@@ -45,43 +98,27 @@ void forward_strip(void* context, int64_t strip) {
   const FeedForward& op = work.op;
   const int64_t first = work.from(strip), rows = work.from(strip + 1) - first, floats = rows * op.hidden;
   float *z = op.z + first * op.hidden, *out = op.out + first * op.outputs;
-  Arena arena(floats + kLanes);
-  float* hidden = arena.floats(floats + kLanes);
+  float* hidden = Arena(floats).floats(floats);
   multiply(op.x + first * op.channels, op.channels, rows, work.first.matrix(), work.first_bias, z, op.hidden);
-  each_vector(floats, [&](int64_t i, int64_t lanes) { Vec::load_first(z + i, lanes).store(hidden + i); });
-  activate_row(hidden, kLanes, ceil_div(floats, kLanes), op.activation);
+  activate(z, hidden, floats, op.activation);
   multiply(hidden, op.hidden, rows, work.second.matrix(), work.second_bias, out, op.outputs);
   if (!op.residual) return;
   const float* residual = op.residual + first * op.outputs;
-  each_vector(rows * op.outputs, [&](int64_t i, int64_t lanes) {
-    (Vec::load_first(out + i, lanes) + Vec::load_first(residual + i, lanes)).store_first(out + i, lanes);
+  each_vector(rows * op.outputs, [&](int64_t i, auto lanes) {
+    lanes.store(out + i, lanes.load(out + i) + lanes.load(residual + i));
   });
 }
 
 void backward_strip(void* context, int64_t strip) {
   const Work& work = *static_cast<const Work*>(context);
   const FeedForward& op = work.op;
-  constexpr int64_t kBlock = 16 * kLanes;
   const int64_t first = work.from(strip), rows = work.from(strip + 1) - first, floats = rows * op.hidden;
   const float* z = op.z + first * op.hidden;
-  float *hidden = work.hidden + first * op.hidden, *grad = work.hidden_grad + first * op.hidden;
+  const int64_t at = (first - work.begin) * op.hidden;
+  float *hidden = work.hidden + at, *grad = work.hidden_grad + at;
   multiply(work.backward->grad + first * op.outputs, op.outputs, rows, work.first.matrix(), work.first_bias, grad,
            op.hidden);
-  float slope[kBlock], value[kBlock], from[kBlock];
-  for (int64_t block = 0; block < floats; block += kBlock) {
-    const int64_t count = min_of(kBlock, floats - block), vectors = ceil_div(count, kLanes);
-    each_vector(count, [&](int64_t i, int64_t lanes) {
-      const Vec at = Vec::load_first(z + block + i, lanes);
-      at.store(slope + i), at.store(value + i);
-      Vec::load_first(grad + block + i, lanes).store(from + i);
-    });
-    slope_row(slope, value, vectors, op.activation);
-    if (op.activation != Activation::none) apply_slope_row(from, slope, from, vectors, op.activation);
-    each_vector(count, [&](int64_t i, int64_t lanes) {
-      Vec::load(value + i).store_first(hidden + block + i, lanes);
-      Vec::load(from + i).store_first(grad + block + i, lanes);
-    });
-  }
+  differentiate(z, hidden, grad, floats, op.activation);
   if (work.backward->x_grad)
     multiply(grad, op.hidden, rows, work.second.matrix(), work.second_bias, work.backward->x_grad + first * op.channels,
              op.channels);
@@ -95,10 +132,10 @@ void finish_scale(const FeedForwardBackward& op) {
     const float* weight = f.project + o * f.hidden;
     const Vec scale = Vec::fill(f.scale[o]);
     Vec sum = Vec::fill(0);
-    each_vector(f.hidden, [&](int64_t i, int64_t lanes) {
-      const Vec grad = Vec::load_first(row + i, lanes);
-      sum = fma(grad, Vec::load_first(weight + i, lanes), sum);
-      (grad * scale).store_first(row + i, lanes);
+    each_vector(f.hidden, [&](int64_t i, auto lanes) {
+      const Vec grad = lanes.load(row + i);
+      sum = fma(grad, lanes.load(weight + i), sum);
+      lanes.store(row + i, grad * scale);
     });
     float lanes[kLanes], total = f.project_bias ? op.project_bias_grad[o] * f.project_bias[o] : 0;
     sum.store(lanes);
@@ -120,6 +157,8 @@ void feed_forward(const FeedForward& op, const Executor& executor) {
             nullptr,
             {op.expand, op.hidden, op.channels, nullptr, true, expand.data},
             {op.project, op.outputs, op.hidden, op.scale, true, project.data},
+            0,
+            op.pixels,
             pixel_strips(op.pixels, 2 * op.hidden, executor.threads),
             biases.data,
             project_bias,
@@ -130,27 +169,37 @@ void feed_forward(const FeedForward& op, const Executor& executor) {
 }
 
 void feed_forward_backward(const FeedForwardBackward& op, const Executor& executor) {
+  // Pixels go in blocks, so that the hidden maps between the products stay in cache; cut by the shape alone.
+  constexpr int64_t kBlockFloats = 384 * 1024;
   const FeedForward& f = op.forward;
-  const int64_t map = f.pixels * f.hidden, zero_floats = max_of(padded(f.hidden), padded(f.channels));
-  const Buffer hidden(map), hidden_grad(map), zeros(zero_floats);
+  const int64_t blocks = ceil_div(f.pixels, max_of(1024, kBlockFloats / f.hidden)), most = ceil_div(f.pixels, blocks);
+  const int64_t zero_floats = max_of(padded(f.hidden), padded(f.channels));
+  const Buffer hidden(most * f.hidden), hidden_grad(most * f.hidden), zeros(zero_floats),
+      expand(packed_matrix_floats(f.hidden, f.channels)), project(packed_matrix_floats(f.outputs, f.hidden));
   for (int64_t i = 0; i < zero_floats; ++i) zeros.data[i] = 0;
-  {
-    const Buffer expand(packed_matrix_floats(f.hidden, f.channels)), project(packed_matrix_floats(f.outputs, f.hidden));
-    Work work{f,
-              &op,
-              {f.project, f.outputs, f.hidden, f.scale, false, project.data},
-              {f.expand, f.hidden, f.channels, nullptr, false, expand.data},
-              pixel_strips(f.pixels, 2 * f.hidden, executor.threads),
-              zeros.data,
-              zeros.data,
-              hidden.data,
-              hidden_grad.data};
-    executor.run(work.first.tasks() + work.second.tasks(), pack, &work);
+  Work work{f,
+            &op,
+            {f.project, f.outputs, f.hidden, f.scale, false, project.data},
+            {f.expand, f.hidden, f.channels, nullptr, false, expand.data},
+            0,
+            0,
+            0,
+            zeros.data,
+            zeros.data,
+            hidden.data,
+            hidden_grad.data};
+  executor.run(work.first.tasks() + work.second.tasks(), pack, &work);
+  PointwiseWgradSum project_sum(most, f.hidden, f.outputs, op.project_grad, op.project_bias_grad),
+      expand_sum(most, f.channels, f.hidden, op.expand_grad, op.expand_bias_grad);
+  for (int64_t block = 0; block < blocks; ++block) {
+    work.begin = block * f.pixels / blocks, work.pixels = (block + 1) * f.pixels / blocks - work.begin;
+    work.strips = pixel_strips(work.pixels, 2 * f.hidden, executor.threads);
     executor.run(work.strips, backward_strip, &work);
+    project_sum.add(op.grad + work.begin * f.outputs, hidden.data, work.pixels, executor);
+    expand_sum.add(hidden_grad.data, f.x + work.begin * f.channels, work.pixels, executor);
   }
-  pointwise_wgrad(f.pixels, f.hidden, f.outputs, op.grad, hidden.data, op.project_grad, op.project_bias_grad, executor);
+  project_sum.finish(executor), expand_sum.finish(executor);
   if (f.scale) finish_scale(op);
-  pointwise_wgrad(f.pixels, f.channels, f.hidden, hidden_grad.data, f.x, op.expand_grad, op.expand_bias_grad, executor);
 }
 
 }  // namespace ffnet::FFNET_ISA

@@ -35,7 +35,9 @@ void pointwise_conv2d(const PointwiseConv2d& op, const Executor& executor) {
 }
 
 void pointwise_conv2d_wgrad(const PointwiseWgrad& op, const Executor& executor) {
-  pointwise_wgrad(op.pixels, op.inputs, op.outputs, op.grad, op.x, op.weight_grad, op.bias_grad, executor);
+  PointwiseWgradSum sum(op.pixels, op.inputs, op.outputs, op.weight_grad, op.bias_grad);
+  sum.add(op.grad, op.x, op.pixels, executor);
+  sum.finish(executor);
 }
 
 }  // namespace ffnet::FFNET_ISA
