@@ -50,19 +50,20 @@ class BranchRows {
     for (int b = 0; b < op_.branches; ++b) floats += packed_floats(op_.branch[b].filter) + op_.out_w * kLanes;
     return floats;
   }
-  // Each output has `shift` of its branch added, where there is one: [branches][lanes].
-  void place(Arena& arena, const Lanes& lanes, const float* shift) {
+  void place(Arena& arena, const Lanes& lanes) {
     x_.place(arena);
     for (int b = 0; b < op_.branches; ++b) {
       const Branch& branch = op_.branch[b];
       float* packed = arena.floats(packed_floats(branch.filter));
       filter_[b] = pack_filter(branch.filter, lanes.first, lanes.count, op_.stride_w, pad_left(branch), packed);
-      if (shift) Vec::load(shift + b * kLanes).store(packed + branch.filter.kh * branch.filter.kw * kLanes);
+      bias_[b] = packed + branch.filter.kh * branch.filter.kw * kLanes;
       conv_row_[b] = select_conv_row(branch.filter, op_.stride_w);
       line_[b] = arena.floats(op_.out_w * kLanes);
     }
   }
   RowRing& x() { return x_; }
+  // From now on `shift` is added to the outputs of a branch.
+  void set_shift(int b, Vec shift) { shift.store(bias_[b]); }
   // Makes row r of a branch's convolution.
   const float* make(int b, int64_t r) {
     const float* const* rows = x_.window(r * op_.stride_h - pad_top(op_.branch[b]));
@@ -75,7 +76,7 @@ class BranchRows {
   RowRing x_;
   PackedFilter filter_[kMaxBranches];
   ConvRow conv_row_[kMaxBranches];
-  float* line_[kMaxBranches];
+  float *bias_[kMaxBranches], *line_[kMaxBranches];
 };
 
 }  // namespace ffnet::FFNET_ISA

@@ -43,12 +43,14 @@ Moments moments_of(const float* line, int64_t width) {
   return {mean, deviations, static_cast<float>(width)};
 }
 
+constexpr int64_t kMoments = 3;
+
 struct Work {
   const BranchedDepthwise& op;
   int64_t vectors, kh, kw;  // of the merged filter
-  float* moments;           // [vectors][images][branches][mean, deviations][lanes]
+  float* moments;           // [vectors][images][branches][kMoments][lanes]: shift, mean of y - shift, deviations
   float* merged;            // [kh][kw][vectors * lanes], then the bias
-  float* image_moments(int64_t task) const { return moments + task * op.branches * 2 * kLanes; }
+  float* image_moments(int64_t task) const { return moments + task * op.branches * kMoments * kLanes; }
   float* tap(int64_t ky, int64_t kx, int64_t vector) const {
     return merged + ((ky * kw + kx) * vectors + vector) * kLanes;
   }
@@ -68,7 +70,7 @@ void measure_image(void* context, int64_t task) {
   const int64_t reach = work.kh + op.stride_h - 1;  // rows from the first one needed to the last new one
   BranchRows branches(op, reach);
   Arena arena(branches.scratch_floats());
-  branches.place(arena, lanes, nullptr);
+  branches.place(arena, lanes);
   const float* image = op.x + n * op.x_stride.n;
   Moments total[kMaxBranches];
   int64_t gathered = 0;
@@ -77,6 +79,11 @@ void measure_image(void* context, int64_t task) {
     branches.x().gather(image, op.x_stride, lanes, gathered, need);
     gathered = max_of(gathered, need);
     for (int b = 0; b < op.branches; ++b) {
+      if (r == 0) {  // sums of values around zero keep more digits
+        const Vec shift = moments_of(branches.make(b, 0), op.out_w).mean;
+        branches.set_shift(b, Vec::fill(0) - shift);
+        shift.store(work.image_moments(task) + kMoments * b * kLanes);
+      }
       const Moments row = moments_of(branches.make(b, r), op.out_w);
       if (r == 0)
         total[b] = row;
@@ -85,33 +92,49 @@ void measure_image(void* context, int64_t task) {
     }
   }
   for (int b = 0; b < op.branches; ++b) {
-    total[b].mean.store(work.image_moments(task) + 2 * b * kLanes);
-    total[b].deviations.store(work.image_moments(task) + (2 * b + 1) * kLanes);
+    float* to = work.image_moments(task) + kMoments * b * kLanes;
+    total[b].mean.store(to + kLanes);
+    total[b].deviations.store(to + 2 * kLanes);
   }
 }
 
-// Joins the images in order, writes the statistics, and merges the branches of one vector of channels.
+// Joins the images of one branch in order, in double precision.
+void join_images(const Work& work, int64_t vector, int b, float (&mean)[kLanes], float (&variance)[kLanes]) {
+  const BranchedDepthwise& op = work.op;
+  const double pixels = static_cast<double>(op.out_h * op.out_w);
+  double joined[kLanes] = {}, deviations[kLanes] = {};
+  for (int64_t n = 0; n < op.n; ++n) {
+    const float* of_image = work.image_moments(vector * op.n + n) + kMoments * b * kLanes;
+    const double share = 1 / static_cast<double>(n + 1);
+    for (int64_t l = 0; l < kLanes; ++l) {
+      const double delta = static_cast<double>(of_image[l]) + of_image[kLanes + l] - joined[l];
+      joined[l] += delta * share;
+      deviations[l] += of_image[2 * kLanes + l] + delta * delta * (pixels * static_cast<double>(n) * share);
+    }
+  }
+  for (int64_t l = 0; l < kLanes; ++l) {
+    mean[l] = static_cast<float>(joined[l]);
+    variance[l] = static_cast<float>(deviations[l] / (pixels * static_cast<double>(op.n)));
+  }
+}
+
+// Writes the statistics and merges the branches of one vector of channels.
 void merge_branches(void* context, int64_t vector) {
   const Work& work = *static_cast<const Work*>(context);
   const BranchedDepthwise& op = work.op;
   const Lanes lanes = lanes_of_vector(op, vector);
-  const float pixels = static_cast<float>(op.out_h * op.out_w);
   for (int64_t ky = 0; ky < work.kh; ++ky)
     for (int64_t kx = 0; kx < work.kw; ++kx) Vec::fill(0).store(work.tap(ky, kx, vector));
   Vec bias = Vec::fill(0);
   for (int b = 0; b < op.branches; ++b) {
     const Branch& branch = op.branch[b];
-    const auto of_image = [&](int64_t n) {
-      const float* at = work.image_moments(vector * op.n + n) + 2 * b * kLanes;
-      return Moments{Vec::load(at), Vec::load(at + kLanes), pixels};
-    };
-    Moments total = of_image(0);
-    for (int64_t n = 1; n < op.n; ++n) total.join(of_image(n));
-    total.mean.store_first(branch.mean + lanes.first, lanes.count);
-    (total.deviations / Vec::fill(total.count)).store_first(branch.variance + lanes.first, lanes.count);
+    float mean[kLanes], variance[kLanes];
+    join_images(work, vector, b, mean, variance);
+    Vec::load(mean).store_first(branch.mean + lanes.first, lanes.count);
+    Vec::load(variance).store_first(branch.variance + lanes.first, lanes.count);
 
     const Vec scale = norm_scale(branch, lanes).scale;
-    bias = bias + (lanes_of(branch.beta, lanes) - scale * total.mean);
+    bias = bias + (lanes_of(branch.beta, lanes) - scale * Vec::load(mean));
     Arena arena(packed_floats(branch.filter));
     const int64_t kh = branch.filter.kh, kw = branch.filter.kw;
     const PackedFilter filter = pack_filter(branch.filter, lanes.first, lanes.count, 1, 0, arena.at);
@@ -131,7 +154,7 @@ void branched_depthwise(const BranchedDepthwise& op, const Executor& executor) {
   int64_t kh = 1, kw = 1;
   for (int b = 0; b < op.branches; ++b)
     kh = max_of(kh, op.branch[b].filter.kh), kw = max_of(kw, op.branch[b].filter.kw);
-  const Buffer moments(vectors * op.n * op.branches * 2 * kLanes), merged((kh * kw + 1) * vectors * kLanes);
+  const Buffer moments(vectors * op.n * op.branches * kMoments * kLanes), merged((kh * kw + 1) * vectors * kLanes);
   Work work{op, vectors, kh, kw, moments.data, merged.data};
   executor.run(vectors * op.n, measure_image, &work);
   executor.run(vectors, merge_branches, &work);

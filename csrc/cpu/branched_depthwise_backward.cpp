@@ -34,7 +34,6 @@ class Gradients {
     const BranchedDepthwise& f = op_.forward;
     Vec beta = Vec::fill(0);
     for (int b = 0; b < f.branches; ++b) {
-      (Vec::fill(0) - lanes_of(f.branch[b].mean, lanes)).store(shift_ + b * kLanes);
       scale_[b] = norm_scale(f.branch[b], lanes).scale;
       beta = beta + lanes_of(f.branch[b].beta, lanes);
     }
@@ -42,7 +41,9 @@ class Gradients {
   }
   int64_t scratch_floats() const { return branches_.scratch_floats() + 2 * op_.forward.w * kLanes; }
   void place(Arena& arena) {
-    branches_.place(arena, lanes_, shift_);
+    branches_.place(arena, lanes_);
+    for (int b = 0; b < op_.forward.branches; ++b)
+      branches_.set_shift(b, Vec::fill(0) - lanes_of(op_.forward.branch[b].mean, lanes_));
     line_ = arena.floats(op_.forward.w * kLanes);
     slope_ = arena.floats(op_.forward.w * kLanes);
   }
@@ -76,7 +77,6 @@ class Gradients {
   const BranchedDepthwiseBackward& op_;
   Lanes lanes_;
   BranchRows branches_;
-  float shift_[kMaxBranches * kLanes];
   Vec scale_[kMaxBranches], beta_;
   const float* grad_;
   float *line_, *slope_;
