@@ -1,8 +1,8 @@
 """Layers of FFNet: convolutions with batch normalisation that fold into one convolution for inference.
 
 Child names (``c``, ``bn``, ``conv``, ``conv1``) are those of the published checkpoints. ``forward`` is the
-training-time form; `FoldableConv.fused` gives the inference-time form, one biased convolution. Where `enable_training_kernels`
-was called on a layer, operators of ``ffnet_kernels.training`` compute that form while the layer is in training mode.
+training-time form; `FoldableConv.fused` gives the inference-time form, one biased convolution. After
+`enable_training_kernels`, operators of ``ffnet_kernels.training`` compute the former while the layer is in training mode.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def norm_as_affine(bn: Any) -> tuple[Tensor, Tensor]:
     return scale, widen(bn.bias) - widen(bn.running_mean) * scale
 
 
-def is_pointwise(conv: nn.Conv2d) -> bool:
+def is_pointwise(conv: Any) -> bool:
     """Whether the layer is a plain 1×1 convolution."""
     return (
         type(conv) is nn.Conv2d

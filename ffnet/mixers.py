@@ -293,7 +293,6 @@ class TokenMixer(ResidualMixer):
             residual=residual,
         )
 
-
     def training_kernels_apply(self) -> bool:
         if not isinstance(self.main, MetaMixer) or not _is_gelu(self.main.part("activation")):
             return False
@@ -333,7 +332,6 @@ class ChannelMixer(ResidualMixer):
             scale=self.layer_scale,
             residual=residual,
         )
-
 
     def training_kernels_apply(self) -> bool:
         if not isinstance(self.main, MetaMixer) or not _is_gelu(self.main.part("activation")):

@@ -82,9 +82,7 @@ def pointwise_conv2d(x, weight, bias) -> tuple:
     return x, weight, _channel_vector("bias", bias, weight.shape[0], x)
 
 
-def feed_forward(
-    x, expand_weight, expand_bias, project_weight, project_bias, activation, scale, residual
-) -> tuple:
+def feed_forward(x, expand_weight, expand_bias, project_weight, project_bias, activation, scale, residual) -> tuple:
     _check_map("x", x)
     expand_weight = _matrix("expand_weight", expand_weight, x.shape[1], x)
     hidden = expand_weight.shape[0]

@@ -95,9 +95,7 @@ def feed_forward(
     Returns:
         ``[N, O, H, W]``.
     """
-    args = checks.feed_forward(
-        x, expand_weight, expand_bias, project_weight, project_bias, activation, scale, residual
-    )
+    args = checks.feed_forward(x, expand_weight, expand_bias, project_weight, project_bias, activation, scale, residual)
     if not _runs_natively("feed_forward", *args):
         return plain.feed_forward(*args)
     x, expand_weight, expand_bias, project_weight, project_bias, activation, scale, residual = args
@@ -115,9 +113,7 @@ def feed_forward(
 
 def is_hooked(*modules: nn.Module) -> bool:
     """Whether a hook on one of the modules would miss its call."""
-    return any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules
-    )
+    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules)
 
 
 def _runs_natively(operator: str, x: Tensor, *others: object) -> bool:

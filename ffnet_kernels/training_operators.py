@@ -118,7 +118,7 @@ def _fake_feed_forward_backward(
 
 
 def _save_feed_forward(ctx, inputs, output):
-    *tensors, ctx.activation, scale, residual = inputs
+    *tensors, ctx.activation, scale, _ = inputs
     ctx.save_for_backward(*tensors, scale, output[1])
     ctx.set_materialize_grads(False)
 
@@ -134,9 +134,8 @@ def _differentiate_feed_forward(ctx, grad, _of_z):
         of = [None if t is None else next(found) for t in (*tensors, scale)]
         return *of[:5], None, of[5], residual_grad
     wants_x = ctx.needs_input_grad[0]
-    grads = _ops.feed_forward_backward.default(
-        _channels_last(grad), x, z, expand_weight, expand_bias, project_weight, project_bias, ctx.activation, scale, wants_x
-    )  # fmt: skip
+    static = (ctx.activation, scale, wants_x)
+    grads = _ops.feed_forward_backward.default(_channels_last(grad), x, z, *tensors[1:], *static)
     x_grad, grads = (grads[0], grads[1:]) if wants_x else (None, grads)
     return (
         x_grad,

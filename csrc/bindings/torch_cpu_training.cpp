@@ -1,5 +1,5 @@
-// The CPU kernels of training steps as operators, for ffnet_kernels/training.py, which checks the arguments; what memory
-// safety needs is checked here again.
+// The CPU kernels of training steps as operators, for ffnet_kernels/training.py, which checks the arguments; what
+// memory safety needs is checked here again.
 #include <optional>
 #include <string>
 #include <tuple>
@@ -41,14 +41,16 @@ Tensor empty_channels_last(const Tensor& like, int64_t channels, int64_t h, int6
 }
 
 // Everything but the result; `mean` and `variance` are [branches, outputs] and belong to it in the forward pass.
-ffnet::BranchedDepthwise branched(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& gammas,
-                                  const std::vector<Tensor>& betas, const std::vector<double>& eps, float* mean,
-                                  float* variance, const std::vector<int64_t>& stride, const std::string& activation) {
+ffnet::BranchedDepthwise branched(const Tensor& x, const std::vector<Tensor>& weights,
+                                  const std::vector<Tensor>& gammas, const std::vector<Tensor>& betas,
+                                  const std::vector<double>& eps, float* mean, float* variance,
+                                  const std::vector<int64_t>& stride, const std::string& activation) {
   check_float_cpu(x, "x", 4);
   const size_t branches = weights.size();
   STD_TORCH_CHECK(branches >= 1 && branches <= ffnet::kMaxBranches && gammas.size() == branches &&
                       betas.size() == branches && eps.size() == branches,
-                  "ffnet_kernels (cpu): expected 1 or ", ffnet::kMaxBranches, " branches, each with gamma, beta and eps");
+                  "ffnet_kernels (cpu): expected 1 or ", ffnet::kMaxBranches,
+                  " branches, each with gamma, beta and eps");
   STD_TORCH_CHECK(stride.size() == 2 && (stride[0] == 1 || stride[0] == 2) && (stride[1] == 1 || stride[1] == 2),
                   "ffnet_kernels (cpu): stride must be two numbers, each 1 or 2");
   ffnet::BranchedDepthwise op{};
@@ -64,8 +66,9 @@ ffnet::BranchedDepthwise branched(const Tensor& x, const std::vector<Tensor>& we
   for (size_t b = 0; b < branches; ++b) {
     const Tensor& weight = weights[b];
     check_float_cpu(weight, "weight", 4);
-    STD_TORCH_CHECK(weight.size(0) == outputs && weight.size(1) == 1 && weight.size(2) % 2 == 1 && weight.size(3) % 2 == 1,
-                    "ffnet_kernels (cpu): a weight must be [outputs, 1, kh, kw], kh and kw odd");
+    STD_TORCH_CHECK(
+        weight.size(0) == outputs && weight.size(1) == 1 && weight.size(2) % 2 == 1 && weight.size(3) % 2 == 1,
+        "ffnet_kernels (cpu): a weight must be [outputs, 1, kh, kw], kh and kw odd");
     op.branch[b] = {{weight.const_data_ptr<float>(), nullptr, weight.size(2), weight.size(3), weight.stride(0),
                      weight.stride(2), weight.stride(3)},
                     vector_of(gammas[b], "gamma", outputs),
@@ -125,7 +128,8 @@ std::vector<Tensor> branched_depthwise_backward(const Tensor& grad, const Tensor
   for (size_t b = 0; b < weights.size(); ++b) {
     Tensor weight = empty(x, {outputs, 1, weights[b].size(2), weights[b].size(3)}), gamma = empty(x, {outputs}),
            beta = empty(x, {outputs});
-    op.gradients[b] = {weight.mutable_data_ptr<float>(), gamma.mutable_data_ptr<float>(), beta.mutable_data_ptr<float>()};
+    op.gradients[b] = {weight.mutable_data_ptr<float>(), gamma.mutable_data_ptr<float>(),
+                       beta.mutable_data_ptr<float>()};
     for (const Tensor& gradient : {weight, gamma, beta}) gradients.push_back(gradient);
   }
   kernels().branched_depthwise_backward(op, executor());
@@ -137,8 +141,9 @@ const float* pixels_of(const Tensor& map, const char* name, int64_t n, int64_t c
   check_float_cpu(map, name, 4);
   const int64_t size[] = {n, channels, h, w}, stride[] = {h * w * channels, 1, w * channels, channels};
   for (int d = 0; d < 4; ++d)
-    STD_TORCH_CHECK(map.size(d) == size[d] && (size[d] == 1 || map.stride(d) == stride[d]), "ffnet_kernels (cpu): ", name,
-                    " must be a dense channels-last map of [", n, ", ", channels, ", ", h, ", ", w, "]");
+    STD_TORCH_CHECK(map.size(d) == size[d] && (size[d] == 1 || map.stride(d) == stride[d]),
+                    "ffnet_kernels (cpu): ", name, " must be a dense channels-last map of [", n, ", ", channels, ", ",
+                    h, ", ", w, "]");
   return map.const_data_ptr<float>();
 }
 
@@ -148,8 +153,8 @@ const float* pixels_of(const Tensor& map, const char* name, const Tensor& like, 
 
 const float* matrix_of(const Tensor& weight, const char* name, int64_t columns) {
   check_float_cpu(weight, name, 2);
-  STD_TORCH_CHECK(weight.is_contiguous() && weight.size(0) > 0 && weight.size(1) == columns, "ffnet_kernels (cpu): ", name,
-                  " must be a contiguous matrix of ", columns, " columns");
+  STD_TORCH_CHECK(weight.is_contiguous() && weight.size(0) > 0 && weight.size(1) == columns,
+                  "ffnet_kernels (cpu): ", name, " must be a contiguous matrix of ", columns, " columns");
   return weight.const_data_ptr<float>();
 }
 
@@ -163,10 +168,10 @@ Tensor pointwise_conv2d(const Tensor& x, const Tensor& weight, const std::option
   check_float_cpu(x, "x", 4);
   const int64_t inputs = x.size(1), outputs = weight.size(0);
   Tensor out = empty_channels_last(x, outputs, x.size(2), x.size(3));
-  kernels().pointwise_conv2d({pixels(x), inputs, outputs, false, matrix_of(weight, "weight", inputs),
-                              optional_vector(bias, "bias", outputs), pixels_of(x, "x", x, inputs),
-                              out.mutable_data_ptr<float>()},
-                             executor());
+  kernels().pointwise_conv2d(
+      {pixels(x), inputs, outputs, false, matrix_of(weight, "weight", inputs), optional_vector(bias, "bias", outputs),
+       pixels_of(x, "x", x, inputs), out.mutable_data_ptr<float>()},
+      executor());
   return out;
 }
 
@@ -186,16 +191,17 @@ std::vector<Tensor> pointwise_conv2d_backward(const Tensor& grad, const Tensor& 
   Tensor weight_grad = empty(x, {outputs, inputs});
   gradients.push_back(weight_grad);
   if (wants_bias) gradients.push_back(empty(x, {outputs}));
-  kernels().pointwise_conv2d_wgrad({pixels(x), inputs, outputs, from, pixels_of(x, "x", x, inputs),
-                                    weight_grad.mutable_data_ptr<float>(),
-                                    wants_bias ? gradients.back().mutable_data_ptr<float>() : nullptr},
-                                   executor());
+  kernels().pointwise_conv2d_wgrad(
+      {pixels(x), inputs, outputs, from, pixels_of(x, "x", x, inputs), weight_grad.mutable_data_ptr<float>(),
+       wants_bias ? gradients.back().mutable_data_ptr<float>() : nullptr},
+      executor());
   return gradients;
 }
 
-ffnet::FeedForward feed_forward_of(const Tensor& x, const Tensor& expand_weight, const std::optional<Tensor>& expand_bias,
-                                   const Tensor& project_weight, const std::optional<Tensor>& project_bias,
-                                   const std::string& activation, const std::optional<Tensor>& scale) {
+ffnet::FeedForward feed_forward_of(const Tensor& x, const Tensor& expand_weight,
+                                   const std::optional<Tensor>& expand_bias, const Tensor& project_weight,
+                                   const std::optional<Tensor>& project_bias, const std::string& activation,
+                                   const std::optional<Tensor>& scale) {
   check_float_cpu(x, "x", 4);
   const int64_t channels = x.size(1), hidden = expand_weight.size(0), outputs = project_weight.size(0);
   ffnet::FeedForward op{};
@@ -225,8 +231,8 @@ std::tuple<Tensor, Tensor> feed_forward(const Tensor& x, const Tensor& expand_we
   return {out, z};
 }
 
-// Gradients of x, if wanted, expand_weight, expand_bias, project_weight, project_bias (whether or not there are biases),
-// and, where there is one, of the scale.
+// Gradients of x, if wanted, expand_weight, expand_bias, project_weight, project_bias (whether or not there are
+// biases), and, where there is one, of the scale.
 std::vector<Tensor> feed_forward_backward(const Tensor& grad, const Tensor& x, const Tensor& z,
                                           const Tensor& expand_weight, const std::optional<Tensor>& expand_bias,
                                           const Tensor& project_weight, const std::optional<Tensor>& project_bias,

@@ -158,10 +158,23 @@ void branched_depthwise(const BranchedDepthwise& op, const Executor& executor) {
   Work work{op, vectors, kh, kw, moments.data, merged.data};
   executor.run(vectors * op.n, measure_image, &work);
   executor.run(vectors, merge_branches, &work);
-  depthwise_conv2d({op.n, op.channels, op.multiplier, op.h, op.w, op.out_h, op.out_w, op.stride_h, op.stride_w, kh / 2,
-                    kw / 2, op.x, op.x_stride,
-                    {merged.data, work.bias(0), kh, kw, 1, kw * vectors * kLanes, vectors * kLanes}, op.activation,
-                    op.out, op.out_stride},
+  depthwise_conv2d({op.n,
+                    op.channels,
+                    op.multiplier,
+                    op.h,
+                    op.w,
+                    op.out_h,
+                    op.out_w,
+                    op.stride_h,
+                    op.stride_w,
+                    kh / 2,
+                    kw / 2,
+                    op.x,
+                    op.x_stride,
+                    {merged.data, work.bias(0), kh, kw, 1, kw * vectors * kLanes, vectors * kLanes},
+                    op.activation,
+                    op.out,
+                    op.out_stride},
                    executor);
 }
 

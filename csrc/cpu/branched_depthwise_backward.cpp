@@ -213,8 +213,8 @@ void run_task(void* context, int64_t task) {
     }
     for (int64_t r = 0; op.x_grad && r < f.h; ++r) {
       float* row = op.x_grad + n * op.x_grad_stride.n + r * op.x_grad_stride.h;
-      const RowOutput out = direct ? RowOutput{row + lanes.first, op.x_grad_stride.w, 0, f.w}
-                                   : RowOutput{out_line, kLanes, 0, f.w};
+      const RowOutput out =
+          direct ? RowOutput{row + lanes.first, op.x_grad_stride.w, 0, f.w} : RowOutput{out_line, kLanes, 0, f.w};
       for (int b = 0; b < f.branches; ++b) {
         const RowInput in{y_grad[b].window(r - pad_top(f.branch[b])), kLanes, f.w};
         const ConvRow conv_row = select_conv_row(f.branch[b].filter, 1);

@@ -12,7 +12,8 @@ namespace ffnet::FFNET_ISA {
 
 struct Buffer {
   float* data;
-  explicit Buffer(int64_t floats) : data(static_cast<float*>(std::malloc(static_cast<size_t>(floats) * sizeof(float)))) {
+  explicit Buffer(int64_t floats)
+      : data(static_cast<float*>(std::malloc(static_cast<size_t>(floats) * sizeof(float)))) {
     if (!data) throw std::bad_alloc();
   }
   Buffer(const Buffer&) = delete;

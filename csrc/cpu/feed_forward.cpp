@@ -1,4 +1,5 @@
-// feed_forward: residual + scale * (project * act(expand * x + b1) + b2) of channels-last maps, float32, and its gradients.
+// feed_forward: residual + scale * (project * act(expand * x + b1) + b2) of channels-last maps, float32, and its
+// gradients.
 //
 // The forward pass keeps z = expand * x + b1 and makes act(z), strip by strip of pixels, in L2. The backward pass makes
 // act(z) and its derivative again from z.
@@ -19,7 +20,7 @@ void pack_bias(const float* bias, const float* scale, int64_t columns, float* ou
 struct Work {
   const FeedForward& op;
   const FeedForwardBackward* backward;
-  WeightPacking first, second;  // in the order in which a strip meets them
+  WeightPacking first, second;    // in the order in which a strip meets them
   int64_t begin, pixels, strips;  // the pixels at hand: all, or, backward, a block of them
   const float *first_bias, *second_bias;
   float *hidden, *hidden_grad;  // backward, of the block: act(z), gradient of z
@@ -104,9 +105,8 @@ void forward_strip(void* context, int64_t strip) {
   multiply(hidden, op.hidden, rows, work.second.matrix(), work.second_bias, out, op.outputs);
   if (!op.residual) return;
   const float* residual = op.residual + first * op.outputs;
-  each_vector(rows * op.outputs, [&](int64_t i, auto lanes) {
-    lanes.store(out + i, lanes.load(out + i) + lanes.load(residual + i));
-  });
+  each_vector(rows * op.outputs,
+              [&](int64_t i, auto lanes) { lanes.store(out + i, lanes.load(out + i) + lanes.load(residual + i)); });
 }
 
 void backward_strip(void* context, int64_t strip) {
@@ -148,8 +148,8 @@ void finish_scale(const FeedForwardBackward& op) {
 }  // namespace
 
 void feed_forward(const FeedForward& op, const Executor& executor) {
-  const Buffer expand(packed_matrix_floats(op.channels, op.hidden)), project(packed_matrix_floats(op.hidden, op.outputs)),
-      biases(padded(op.hidden) + padded(op.outputs));
+  const Buffer expand(packed_matrix_floats(op.channels, op.hidden)),
+      project(packed_matrix_floats(op.hidden, op.outputs)), biases(padded(op.hidden) + padded(op.outputs));
   float* project_bias = biases.data + padded(op.hidden);
   pack_bias(op.expand_bias, nullptr, op.hidden, biases.data);
   pack_bias(op.project_bias, op.scale, op.outputs, project_bias);

@@ -1,7 +1,7 @@
 // Products for 1x1 convolutions of channels-last maps, whose pixels are the rows of a matrix [pixels][channels].
 //
-// The right operand is packed in panels of kPanel columns; the left one is read one scalar at a time as it lies, by rows
-// for a convolution (C = A B) and by columns for a weight gradient (C = Aᵀ B). Nothing is transposed on the way.
+// The right operand is packed in panels of kPanel columns; the left one is read one scalar at a time as it lies, by
+// rows for a convolution (C = A B) and by columns for a weight gradient (C = Aᵀ B). Nothing is transposed on the way.
 #pragma once
 
 #include "pack.h"

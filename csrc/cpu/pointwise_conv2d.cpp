@@ -18,7 +18,8 @@ void run_strip(void* context, int64_t strip) {
   const Work& work = *static_cast<const Work*>(context);
   const PackedMatrix b = work.packing.matrix();
   const int64_t first = strip * work.op.pixels / work.strips, last = (strip + 1) * work.op.pixels / work.strips;
-  multiply(work.op.x + first * b.depth, b.depth, last - first, b, work.bias, work.op.out + first * b.columns, b.columns);
+  multiply(work.op.x + first * b.depth, b.depth, last - first, b, work.bias, work.op.out + first * b.columns,
+           b.columns);
 }
 
 }  // namespace
@@ -28,8 +29,10 @@ void pointwise_conv2d(const PointwiseConv2d& op, const Executor& executor) {
   const int64_t padded = ceil_div(columns, kPanel) * kPanel;
   const Buffer packed(packed_matrix_floats(depth, columns)), bias(padded);
   for (int64_t i = 0; i < padded; ++i) bias.data[i] = op.bias && i < columns ? op.bias[i] : 0;
-  Work work{op, {op.weight, op.outputs, op.inputs, nullptr, !op.transposed, packed.data},
-            pixel_strips(op.pixels, depth + columns, executor.threads), bias.data};
+  Work work{op,
+            {op.weight, op.outputs, op.inputs, nullptr, !op.transposed, packed.data},
+            pixel_strips(op.pixels, depth + columns, executor.threads),
+            bias.data};
   executor.run(work.packing.tasks(), pack, &work);
   executor.run(work.strips, run_strip, &work);
 }

@@ -1,8 +1,8 @@
 // Weight and bias gradients of a 1x1 convolution of channels-last maps:
 //   weight_grad[o][i] = sum over pixels p of grad[p][o] * x[p][i],  bias_grad[o] = sum of grad[p][o]
 //
-// A task takes some outputs and a part of the pixels. Parts are cut by the shape alone and added in order: the result
-// does not depend on the number of threads.
+// A task takes a tile of the weight and a part of the pixels. Parts are cut by the shape alone and added in order: the
+// result does not depend on the number of threads.
 #pragma once
 
 #include "buffer.h"
@@ -14,14 +14,21 @@ class PointwiseWgradSum {
  public:
   // Contiguous results; the bias' may be null. `pixels` is what one call of `add` brings at most.
   PointwiseWgradSum(int64_t pixels, int64_t inputs, int64_t outputs, float* weight_grad, float* bias_grad)
-      : inputs_(inputs), outputs_(outputs), tiles_(ceil_div(outputs, kTileOutputs)),
-        parts_(max_of(1, min_of(ceil_div(kTasks, tiles_), pixels / kPartPixels))), weight_grad_(weight_grad),
-        bias_grad_(bias_grad), partial_(parts_ > 1 ? parts_ * part_floats() : 1) {}
+      : inputs_(inputs),
+        outputs_(outputs),
+        output_tiles_(ceil_div(outputs, kTileOutputs)),
+        input_tiles_(ceil_div(inputs, kTileInputs)),
+        parts_(max_of(1, min_of(ceil_div(kTasks, output_tiles_ * input_tiles_), pixels / kPartPixels))),
+        weight_grad_(weight_grad),
+        bias_grad_(bias_grad),
+        partial_(parts_ > 1 ? parts_ * part_floats() : 1) {}
 
   // Adds rows of pixels of both maps, the first time as a start.
   void add(const float* grad, const float* x, int64_t pixels, const Executor& executor) {
     grad_ = grad, x_ = x, pixels_ = pixels;
-    executor.run(tiles_ * parts_, [](void* self, int64_t task) { static_cast<Self*>(self)->add_part(task); }, this);
+    executor.run(
+        output_tiles_ * input_tiles_ * parts_,
+        [](void* self, int64_t task) { static_cast<Self*>(self)->add_part(task); }, this);
     started_ = true;
   }
 
@@ -33,14 +40,18 @@ class PointwiseWgradSum {
 
  private:
   using Self = PointwiseWgradSum;
-  // For each tile of outputs x is packed anew, a panel at a time.
-  static constexpr int64_t kTileOutputs = 8 * kProductRows, kTasks = 16, kPartPixels = 2 * kDepth;
+  // The sums of a tile stay in L2 while its pixels pass.
+  static constexpr int64_t kTileOutputs = 8 * kProductRows, kTileInputs = 10 * kPanel;
+  static constexpr int64_t kTasks = 16, kPartPixels = 2 * kDepth;
 
   int64_t part_floats() const { return outputs_ * (inputs_ + 1); }
 
   void add_part(int64_t task) const {
-    const int64_t tile = task % tiles_, part = task / tiles_;
-    const int64_t first = tile * outputs_ / tiles_, count = (tile + 1) * outputs_ / tiles_ - first;
+    const int64_t input_tile = task % input_tiles_, output_tile = task / input_tiles_ % output_tiles_,
+                  part = task / (input_tiles_ * output_tiles_);
+    const int64_t first = output_tile * outputs_ / output_tiles_,
+                  count = (output_tile + 1) * outputs_ / output_tiles_ - first;
+    const int64_t input_end = min_of(inputs_, (input_tile + 1) * kTileInputs);
     const int64_t begin = part * pixels_ / parts_, end = (part + 1) * pixels_ / parts_;
     float* weights = parts_ > 1 ? partial_.data + part * part_floats() : weight_grad_;
     float* biases = parts_ > 1 ? weights + outputs_ * inputs_ : bias_grad_;
@@ -52,8 +63,8 @@ class PointwiseWgradSum {
       const int64_t depth = min_of(kDepth, end - p);
       const bool start = !started_ && p == begin;
       const float* grad = grad_ + p * outputs_ + first;
-      for (int64_t i = 0; i < inputs_; i += kPanel) {
-        const int64_t columns = min_of(kPanel, inputs_ - i);
+      for (int64_t i = input_tile * kTileInputs; i < input_end; i += kPanel) {
+        const int64_t columns = min_of(kPanel, input_end - i);
         const float* from = x_ + p * inputs_ + i;
         for (int64_t v = 0; v < columns; v += kLanes)
           for (int64_t r = 0; r < depth; ++r)
@@ -61,7 +72,7 @@ class PointwiseWgradSum {
         multiply_panel<true>({grad, outputs_}, count, depth, panel,
                              {weights + first * inputs_ + i, inputs_, columns, start ? zeros : nullptr});
       }
-      for (int64_t o = 0; bias_grad_ && o < count; o += kLanes) {
+      for (int64_t o = 0; bias_grad_ && input_tile == 0 && o < count; o += kLanes) {
         Vec sum = Vec::fill(0);
         for (int64_t r = 0; r < depth; ++r) sum = sum + load_columns(grad + r * outputs_ + o, count - o);
         float* to = biases + first + o;
@@ -90,7 +101,7 @@ class PointwiseWgradSum {
     bias_grad_[o] = sum;
   }
 
-  int64_t inputs_, outputs_, tiles_, parts_;
+  int64_t inputs_, outputs_, output_tiles_, input_tiles_, parts_;
   float *weight_grad_, *bias_grad_;
   Buffer partial_;  // [parts][outputs][inputs], then the biases' sums, where there are several parts
   const float *grad_ = nullptr, *x_ = nullptr;

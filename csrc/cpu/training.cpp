@@ -14,8 +14,9 @@ void feed_forward(const FeedForward&, const Executor&);
 void feed_forward_backward(const FeedForwardBackward&, const Executor&);
 
 const TrainingKernels* training_kernels() {
-  static constexpr TrainingKernels table = {branched_depthwise, branched_depthwise_backward, pointwise_conv2d,
-                                            pointwise_conv2d_wgrad, feed_forward, feed_forward_backward};
+  static constexpr TrainingKernels table = {branched_depthwise, branched_depthwise_backward,
+                                            pointwise_conv2d,   pointwise_conv2d_wgrad,
+                                            feed_forward,       feed_forward_backward};
   return &table;
 }
 

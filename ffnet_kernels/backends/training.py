@@ -13,12 +13,11 @@ from .activations import ACTIVATE, ACTIVATE_BACKWARD
 
 
 def branched_depthwise(x, weights, gammas, betas, eps, stride, activation) -> Tensor:
-    total = None
+    outputs = []
     for weight, gamma, beta, epsilon in zip(weights, gammas, betas, eps, strict=True):
         y = F.conv2d(x, weight, None, tuple(stride), _padding(weight)[::2], groups=x.shape[1])
-        branch = F.batch_norm(y, None, None, gamma, beta, True, 0.0, epsilon)
-        total = branch if total is None else total + branch
-    return ACTIVATE[activation](total)
+        outputs.append(F.batch_norm(y, None, None, gamma, beta, True, 0.0, epsilon))
+    return ACTIVATE[activation](sum(outputs[1:], outputs[0]))
 
 
 def pointwise_conv2d(x, weight, bias) -> Tensor:
@@ -47,10 +46,11 @@ def branched_depthwise_backward(
         convolve(x, w, -m, stride, _padding(w)) for w, m in zip(weights, mean, strict=True)
     ]  # the convolutions minus their means
     if activation != "none":
-        total = sum(
+        parts = [
             torch.addcmul(beta[:, None, None], y, (gamma / deviation)[:, None, None])
             for y, gamma, beta, deviation in zip(centred, gammas, betas, deviations, strict=True)
-        )
+        ]
+        total = sum(parts[1:], parts[0])
         grad = ACTIVATE_BACKWARD[activation](grad, total)
     count = grad.numel() // grad.shape[1]
     beta_grad = grad.sum((0, 2, 3))
@@ -69,7 +69,7 @@ def branched_depthwise_backward(
 
 
 def differentiably(function, grad: Tensor, args: Sequence) -> list[Tensor | None]:
-    """Gradients of ``function(*args)`` with a graph of their own: one for each tensor in args, lists of them included."""
+    """Gradients of ``function(*args)`` with a graph of their own: one for each tensor, those in lists too."""
     # Aliases keep apart what depends on an argument directly and what depends on it through the incoming gradient.
     flat: list[Tensor] = []
 

@@ -128,14 +128,18 @@ def test_running_statistics_as_configured(options):
         torch.testing.assert_close(own, other, msg=name)
 
 
+def one_branch(conv, norm):
+    return nn.ModuleList([nn.ModuleList([conv, norm])])
+
+
 CALLED_AS_THEY_ARE = {
     "float64": lambda x, layers: (x.double(), layers.double()),
     "bfloat16": lambda x, layers: (x.bfloat16(), layers.bfloat16()),
     "running statistics": lambda x, layers: (x, layers.eval()),
     "one pixel": lambda x, layers: (x[:1, :, :1, :1].repeat(2, 1, 1, 1), layers),
     "not affine": lambda x, layers: (x, branches(6, (3, 1), affine=False)),
-    "bias": lambda x, layers: (x, nn.ModuleList([nn.ModuleList([nn.Conv2d(6, 6, 3, 1, 1, groups=6), layers[0][1]])])),
-    "dense": lambda x, layers: (x, nn.ModuleList([nn.ModuleList([nn.Conv2d(6, 6, 3, 1, 1, bias=False), layers[0][1]])])),
+    "bias": lambda x, layers: (x, one_branch(nn.Conv2d(6, 6, 3, 1, 1, groups=6), layers[0][1])),
+    "dense": lambda x, layers: (x, one_branch(nn.Conv2d(6, 6, 3, 1, 1, bias=False), layers[0][1])),
 }
 
 
