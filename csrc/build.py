@@ -51,9 +51,9 @@ ISA_FLAGS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma"],
 }
 KERNEL_SOURCES = [
-    "kernels.cpp", "depthwise_conv2d.cpp", "depthwise_conv2d_wgrad.cpp", "ffnified_attention.cpp", "channel_mixer.cpp",
-    "training.cpp", "branched_depthwise.cpp", "branched_depthwise_backward.cpp", "pointwise_conv2d.cpp",
-    "feed_forward.cpp",
+    "kernels.cpp", "depthwise_conv2d.cpp", "depthwise_conv2d_backward.cpp", "ffnified_attention.cpp",
+    "ffnified_attention_backward.cpp", "channel_mixer.cpp", "training.cpp", "branched_depthwise.cpp",
+    "branched_depthwise_backward.cpp", "pointwise_conv2d.cpp", "feed_forward.cpp",
 ]  # fmt: skip
 COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra"]
 CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
@@ -100,8 +100,8 @@ def plan(ninja: Ninja, out: Path, compiler: list[str], sanitize: bool) -> dict[s
             flags = [*KERNEL_FLAGS, *ISA_FLAGS[isa]]
             objects.append(compile_one(CSRC / "cpu" / source, f"{isa}_{Path(source).stem}", flags))
     binding_flags = ["-isystem", str(include), target_version_flag()]
-    for source in ("torch_cpu", "torch_cpu_training"):
-        objects.append(compile_one(CSRC / "bindings" / f"{source}.cpp", source, binding_flags))
+    for name in ("torch_cpu", "torch_cpu_backward", "torch_cpu_training"):
+        objects.append(compile_one(CSRC / "bindings" / f"{name}.cpp", name, binding_flags))
     link = [*compiler, "-shared", *extra]
     cpu_library = ninja.add(
         out / CPU_LIBRARY,

@@ -2,7 +2,7 @@
 
 Child names (``c``, ``bn``, ``conv``, ``conv1``) are those of the published checkpoints. ``forward`` is the
 training-time form; `FoldableConv.fused` gives the inference-time form, one biased convolution. After
-`enable_training_kernels`, operators of ``ffnet_kernels.training`` compute the former while the layer is in training mode.
+`enable_training_kernels`, operators of ``ffnet_kernels.training`` compute the former while the layer trains.
 """
 
 from __future__ import annotations

@@ -169,50 +169,17 @@ def _define(
 
     library.define(operator.schema, tags=(torch.Tag.pt2_compliant_tag,))
     library.define(operator.backward_schema, tags=(torch.Tag.pt2_compliant_tag,))
+    # What the CPU library's kernel of the backward hands on: calls that it does not take.
+    library.define(operator.backward_schema.replace("_backward(", "_backward_composed(", 1))
     library.impl(operator.name, forward_fallback, "CompositeExplicitAutograd")
-    library.impl(f"{operator.name}_backward", backward_fallback, "CompositeExplicitAutograd")
+    for name in (f"{operator.name}_backward", f"{operator.name}_backward_composed"):
+        library.impl(name, backward_fallback, "CompositeExplicitAutograd")
     torch.library.register_fake(forward_name, lambda *args: empty_output(*operator.infer(*args)), lib=library)
     torch.library.register_fake(backward_name, lambda *call: [torch.empty_like(t) for t in wanted(*call)], lib=library)
     torch.library.register_autograd(forward_name, differentiate, setup_context=setup_context, lib=library)
     torch.library.register_autograd(
         backward_name, differentiate_backward, setup_context=setup_backward_context, lib=library
     )
-
-
-def _define_wgrad(library: torch.library.Library) -> None:
-    """Weight and bias gradient of a stride-1 convolution with one output per channel: what backward passes are made of.
-
-    It is linear in both maps; its own gradients are a convolution and an input gradient.
-    """
-    name = f"{library.ns}::depthwise_conv2d_wgrad"
-
-    def fallback(grad, x, kernel_size, padding):
-        weight = x.new_empty((x.shape[1], 1, *kernel_size))
-        mask = (False, True, True)
-        return tuple(reference.convolve_backward(grad, x, weight, (1, 1), padding, mask)[1:])
-
-    def fake(grad, x, kernel_size, padding):
-        return x.new_empty((x.shape[1], 1, *kernel_size)), x.new_empty((x.shape[1],))
-
-    def setup_context(ctx, inputs, output):
-        grad, x, ctx.kernel_size, ctx.padding = inputs
-        ctx.save_for_backward(grad, x)
-
-    def differentiate(ctx, grad_weight, grad_bias):
-        grad, x = ctx.saved_tensors
-        grad_grad = grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_grad = reference.convolve(x, grad_weight, grad_bias, (1, 1), ctx.padding)
-        if ctx.needs_input_grad[1]:
-            mask = (True, False, False)
-            grad_x = reference.convolve_backward(grad, x, grad_weight, (1, 1), ctx.padding, mask)[0]
-        return grad_grad, grad_x, None, None
-
-    arguments = "Tensor grad, Tensor x, int[2] kernel_size, int[4] padding"
-    library.define(f"depthwise_conv2d_wgrad({arguments}) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
-    library.impl("depthwise_conv2d_wgrad", fallback, "CompositeExplicitAutograd")
-    torch.library.register_fake(name, fake, lib=library)
-    torch.library.register_autograd(name, differentiate, setup_context=setup_context, lib=library)
 
 
 LIBRARY = torch.library.Library("ffnet_kernels", "DEF")
@@ -222,4 +189,3 @@ for _operator in OPERATORS:
     _define(LIBRARY, _operator)
     _define(TRITON_LIBRARY, _operator, triton.run_forward, triton.run_backward)
     _define(CUDA_LIBRARY, _operator, cuda.run_forward, cuda.run_backward)
-_define_wgrad(LIBRARY)

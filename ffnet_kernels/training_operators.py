@@ -127,7 +127,7 @@ def _differentiate_feed_forward(ctx, grad, _of_z):
     *tensors, scale, z = ctx.saved_tensors
     if grad is None:
         return (None,) * 8
-    x, expand_weight, expand_bias, project_weight, project_bias = tensors
+    x, _, expand_bias, _, project_bias = tensors
     residual_grad = grad if ctx.needs_input_grad[7] else None
     if torch.is_grad_enabled():
         found = iter(plain.differentiably(plain.feed_forward, grad, (*tensors, ctx.activation, scale)))

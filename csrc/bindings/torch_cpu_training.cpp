@@ -5,25 +5,19 @@
 #include <tuple>
 #include <vector>
 
-#include "../cpu/select.h"
 #include "../cpu/training.h"
-#include "torch_executor.h"
+#include "torch_cpu_arguments.h"
 
 namespace {
 
 using ffnet::empty_map;
-using ffnet::executor;
-using ffnet::ScalarType;
 using ffnet::Tensor;
+using ffnet::cpu_arguments::check_float_cpu;
+using ffnet::cpu_arguments::executor;
+using ffnet::cpu_arguments::parse_activation;
+using ffnet::cpu_arguments::strides;
 
 const ffnet::TrainingKernels& kernels() { return *ffnet::active_kernels().training(); }
-
-void check_float_cpu(const Tensor& t, const char* name, int64_t dim) {
-  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float && t.dim() == dim, "ffnet_kernels (cpu): ", name,
-                  " must be a ", dim, "-dimensional float32 CPU tensor");
-}
-
-ffnet::Strides strides(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
 
 const float* vector_of(const Tensor& t, const char* name, int64_t size) {
   check_float_cpu(t, name, 1);
@@ -77,7 +71,7 @@ ffnet::BranchedDepthwise branched(const Tensor& x, const std::vector<Tensor>& we
                     mean + static_cast<int64_t>(b) * outputs,
                     variance + static_cast<int64_t>(b) * outputs};
   }
-  op.activation = ffnet::parse_activation<ffnet::Activation>(activation);
+  op.activation = parse_activation(activation);
   return op;
 }
 
@@ -211,7 +205,7 @@ ffnet::FeedForward feed_forward_of(const Tensor& x, const Tensor& expand_weight,
   op.project = matrix_of(project_weight, "project_weight", hidden);
   op.expand_bias = optional_vector(expand_bias, "expand_bias", hidden);
   op.project_bias = optional_vector(project_bias, "project_bias", outputs);
-  op.activation = ffnet::parse_activation<ffnet::Activation>(activation);
+  op.activation = parse_activation(activation);
   op.scale = optional_vector(scale, "scale", outputs);
   return op;
 }

@@ -10,7 +10,8 @@ namespace ffnet::FFNET_ISA {
 FFNET_INLINE Vec relu(Vec x) { return at_least(x, Vec::fill(0)); }
 
 #if defined(__AVX512F__)
-// Where a t >= 0 lies in the tables: adding 1.5 * 2^23 rounds to the nearest segment and leaves its number in the low bits.
+// Where a t >= 0 lies in the tables: adding 1.5 * 2^23 rounds to the nearest segment and leaves its number in the low
+// bits.
 struct Segment {
   __m512i number;
   Vec offset;

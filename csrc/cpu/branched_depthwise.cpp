@@ -71,12 +71,12 @@ void measure_image(void* context, int64_t task) {
   BranchRows branches(op, reach);
   Arena arena(branches.scratch_floats());
   branches.place(arena, lanes);
-  const float* image = op.x + n * op.x_stride.n;
+  const MapView<const float> x{op.x, op.x_stride, lanes, op.h, op.w};
   Moments total[kMaxBranches];
   int64_t gathered = 0;
   for (int64_t r = 0; r < op.out_h; ++r) {
     const int64_t need = min_of(op.h, r * op.stride_h + work.kh / 2 + 1);
-    branches.x().gather(image, op.x_stride, lanes, gathered, need);
+    branches.x().gather(x, n, gathered, need);
     gathered = max_of(gathered, need);
     for (int b = 0; b < op.branches; ++b) {
       if (r == 0) {  // sums of values around zero keep more digits

@@ -50,7 +50,7 @@ class Gradients {
   void start_image(int64_t n) {
     const BranchedDepthwise& f = op_.forward;
     grad_ = op_.grad + n * op_.grad_stride.n;
-    branches_.x().gather(f.x + n * f.x_stride.n, f.x_stride, lanes_, 0, f.h);
+    branches_.x().gather({f.x, f.x_stride, lanes_, f.h, f.w}, n, 0, f.h);
   }
   const RowRing& x() { return branches_.x(); }
   // Makes row r: y - mean of each branch into y, g as the result.

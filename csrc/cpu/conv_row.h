@@ -37,7 +37,7 @@ using ConvRow = void (*)(const RowInput&, const PackedFilter&, const RowOutput&)
 constexpr int kMaxBlock = Vec::registers == 32 ? 16 : 8;
 
 // Adds taps [0, T) of one filter row, T <= 7, to a block whose first input pixel under these taps is `begin`.
-template <int T, int S, int B>
+template <int T, int S, int B, bool kInside = false>
 FFNET_INLINE void add_taps(Vec (&sum)[B], const float* row, int64_t begin, int64_t pixel, int64_t width,
                            const float* weights) {
   Vec w[T];
@@ -46,7 +46,7 @@ FFNET_INLINE void add_taps(Vec (&sum)[B], const float* row, int64_t begin, int64
   int64_t offset = begin * pixel;
 #pragma GCC unroll 64
   for (int j = 0; j < S * (B - 1) + T; ++j, offset += pixel) {
-    if (static_cast<uint64_t>(begin + j) >= static_cast<uint64_t>(width)) continue;
+    if (!kInside && static_cast<uint64_t>(begin + j) >= static_cast<uint64_t>(width)) continue;
     const Vec x = Vec::load(row + offset);
 #pragma GCC unroll 16
     for (int kx = 0; kx < T; ++kx)
@@ -60,10 +60,16 @@ void conv_block(const RowInput& in, const PackedFilter& filter, int64_t first, f
   Vec sum[B];
 #pragma GCC unroll 16
   for (int b = 0; b < B; ++b) sum[b] = Vec::load(filter.bias);
+  const int64_t begin = first * S - filter.pad_left;
+  const bool inside = K <= 4 && begin >= 0 && begin + S * (B - 1) + K <= in.width;
   for (int ky = 0; ky < filter.kh; ++ky) {
-    if (in.rows[ky])
-      add_taps<K, S, B>(sum, in.rows[ky], first * S - filter.pad_left, in.pixel, in.width,
-                        filter.weights + ky * K * Vec::lanes);
+    if (!in.rows[ky]) continue;
+    const float* weights = filter.weights + ky * K * Vec::lanes;
+    if (inside) {
+      add_taps<K, S, B, true>(sum, in.rows[ky], begin, in.pixel, in.width, weights);
+    } else {
+      add_taps<K, S, B>(sum, in.rows[ky], begin, in.pixel, in.width, weights);
+    }
   }
 #pragma GCC unroll 16
   for (int b = 0; b < B; ++b) sum[b].store(out + b * out_pixel);

@@ -6,8 +6,9 @@
 namespace ffnet {
 namespace FFNET_ISA {
 void depthwise_conv2d(const DepthwiseConv2d&, const Executor&);
-void depthwise_conv2d_wgrad(const DepthwiseWgrad&, const Executor&);
+void depthwise_conv2d_backward(const DepthwiseConv2dBackward&, const Executor&);
 void ffnified_attention(const FfnifiedAttention&, const Executor&);
+void ffnified_attention_backward(const FfnifiedAttentionBackward&, const Executor&);
 void channel_mixer(const ChannelMixer&, const Executor&);
 const TrainingKernels* training_kernels();
 }  // namespace FFNET_ISA
@@ -23,8 +24,9 @@ const Kernels* FFNET_TABLE_NAME(FFNET_ISA)() {
       FFNET_ISA::Vec::lanes,
       [](int64_t kh, int64_t kw) { return FFNET_ISA::is_unrolled(kh, kw); },
       FFNET_ISA::depthwise_conv2d,
-      FFNET_ISA::depthwise_conv2d_wgrad,
+      FFNET_ISA::depthwise_conv2d_backward,
       FFNET_ISA::ffnified_attention,
+      FFNET_ISA::ffnified_attention_backward,
       FFNET_ISA::channel_mixer,
       FFNET_ISA::training_kernels,
   };

@@ -41,18 +41,6 @@ struct DepthwiseConv2d {
   Strides out_stride;
 };
 
-// Gradients of the weight [C, 1, kh, kw] and the bias [C] of a stride-1 convolution with one output per channel, both
-// contiguous; bias_grad may be null.
-struct DepthwiseWgrad {
-  int64_t n, channels, h, w, out_h, out_w, kh, kw, pad_top, pad_left;
-  const float* x;
-  Strides x_stride;
-  const float* grad;
-  Strides grad_stride;
-  float* weight_grad;
-  float* bias_grad;
-};
-
 // out = residual + scale * (DW(act(DW(query; key)); value)), both convolutions stride 1 and "same" padded.
 struct FfnifiedAttention {
   int64_t n, channels, h, w;
@@ -89,6 +77,46 @@ struct ChannelMixer {
   Strides out_stride;
 };
 
+// Of a filter [O, 1, kh, kw] and its bias [O] (contiguous); either may be null.
+struct FilterGrad {
+  float* weight;
+  int64_t stride_o, stride_h, stride_w;
+  float* bias;
+};
+
+// Gradients of DepthwiseConv2d, of one or two outputs per channel; those that are null are not wanted.
+struct DepthwiseConv2dBackward {
+  int64_t n, channels, multiplier;
+  int64_t h, w, out_h, out_w;
+  int64_t stride_h, stride_w, pad_top, pad_left;
+  const float* x;
+  Strides x_stride;
+  Filter filter;
+  Activation activation;
+  const float* grad;
+  Strides grad_stride;
+  float* x_grad;
+  Strides x_grad_stride;
+  FilterGrad filter_grad;
+};
+
+// Gradients of FfnifiedAttention; those that are null are not wanted. That of the residual is the incoming one.
+struct FfnifiedAttentionBackward {
+  int64_t n, channels, h, w;
+  const float* query;
+  Strides query_stride;
+  Filter key, value;
+  int64_t key_pad_top, key_pad_left, value_pad_top, value_pad_left;
+  Activation activation;
+  const float* scale;  // [C] contiguous, may be null
+  const float* grad;
+  Strides grad_stride;
+  float* query_grad;
+  Strides query_grad_stride;
+  FilterGrad key_grad, value_grad;
+  float* scale_grad;  // [C] contiguous
+};
+
 struct TrainingKernels;
 
 struct Kernels {
@@ -96,8 +124,9 @@ struct Kernels {
   int lanes;  // channels computed together
   bool (*is_unrolled)(int64_t kh, int64_t kw);  // whether filters of this size have code of their own
   void (*depthwise_conv2d)(const DepthwiseConv2d&, const Executor&);
-  void (*depthwise_conv2d_wgrad)(const DepthwiseWgrad&, const Executor&);
+  void (*depthwise_conv2d_backward)(const DepthwiseConv2dBackward&, const Executor&);
   void (*ffnified_attention)(const FfnifiedAttention&, const Executor&);
+  void (*ffnified_attention_backward)(const FfnifiedAttentionBackward&, const Executor&);
   void (*channel_mixer)(const ChannelMixer&, const Executor&);
   const TrainingKernels* (*training)();  // see training.h
 };

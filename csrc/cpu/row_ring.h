@@ -3,16 +3,43 @@
 // Backward passes read every row many times: dense lines keep a map with many channels from falling on few cache sets.
 #pragma once
 
+#include <type_traits>
+
 #include "pack.h"
 
 namespace ffnet::FFNET_ISA {
+
+// One map of an operator, for one vector of channels.
+template <class T>
+struct MapView {
+  T* data;
+  Strides stride;
+  Lanes lanes;
+  int64_t height, width;
+  T* row(int64_t n, int64_t r) const { return data + n * stride.n + r * stride.h; }
+  // Asks for row r while something else is computed, of the next image where this one ends above it and there is one: a
+  // vector of channels of a channels-last map is one cache line of each pixel, a pattern that hardware prefetchers do
+  // not follow.
+  FFNET_INLINE void prefetch(int64_t n, int64_t r, bool more_images) const {
+    if (r >= height) {
+      if (!more_images) return;
+      ++n, r -= height;
+    }
+    if (stride.c != 1 || r >= height) return;
+    const T* from = row(n, r) + lanes.first / lanes.multiplier;
+    for (int64_t i = 0; i < width; ++i) __builtin_prefetch(from + i * stride.w, std::is_const_v<T> ? 0 : 1);
+  }
+};
 
 class RowRing {
  public:
   RowRing() = default;
   // Of a map of `height` rows, `capacity` exist at a time. Windows reach `before` rows above the map and `after` below.
   RowRing(int64_t height, int64_t width, int64_t capacity, int64_t before, int64_t after)
-      : width_(width), capacity_(min_of(capacity, height)), height_(height), before_(max_of(before, 0)),
+      : width_(width),
+        capacity_(min_of(capacity, height)),
+        height_(height),
+        before_(max_of(before, 0)),
         after_(max_of(after, 0)) {}
   int64_t scratch_floats() const {
     return capacity_ * width_ * kLanes + (before_ + height_ + after_) * Arena::kPointer;
@@ -26,11 +53,11 @@ class RowRing {
   float* line(int64_t row) const { return lines_ + row % capacity_ * width_ * kLanes; }
   // Pointers to rows from `first` on, null outside the map.
   const float* const* window(int64_t first) const { return table_ + before_ + first; }
-  // Fills rows [first, last) from an image.
-  void gather(const float* image, const Strides& stride, const Lanes& lanes, int64_t first, int64_t last) {
+  // Fills rows [first, last) from an image of a map.
+  void gather(const MapView<const float>& map, int64_t n, int64_t first, int64_t last) {
     while (first < last) {
       const int64_t count = min_of(last - first, capacity_ - first % capacity_);
-      gather_rows(image + first * stride.h, stride, count, width_, lanes, line(first));
+      gather_rows(map.row(n, first), map.stride, count, width_, map.lanes, line(first));
       first += count;
     }
   }

@@ -13,9 +13,13 @@ constexpr int64_t kRunningPixels = 64;  // one running sum over a whole map woul
 
 // Filter rows summed together, for enough independent sums, and pixels of the gradient in registers.
 template <int T>
-constexpr int kFilterRows = T <= 3 ? 3 : Vec::registers == 32 ? 2 : 1;
+constexpr int kFilterRows = T <= 3                 ? 3
+                            : Vec::registers == 32 ? 2
+                                                   : 1;
 template <int T>
-constexpr int kPixelBlock = Vec::registers == 32 ? 16 : T <= 3 ? 4 : 8;
+constexpr int kPixelBlock = Vec::registers == 32 ? 16
+                            : T <= 3             ? 4
+                                                 : 8;
 
 // Adds B pixels of a gradient row to R x T sums; the first meets `x` rows at pixel `begin`.
 template <int R, int T, int S, int B>
@@ -92,7 +96,7 @@ AddRun add_run_of(int64_t filter_rows) {
 template <int S>
 void add_filter_sums(WgradRun run, int64_t kh, int64_t kw, float* sums) {
   const int64_t rows = run.rows, first = run.first, last = run.last, left = run.left;
-  const float* const *grad = run.grad, *const *x = run.x;
+  const float *const *grad = run.grad, *const *x = run.x;
   const int64_t run_rows = max_of(1, kRunningPixels / (last - first));
   const auto add_taps_of = [&](auto taps, int64_t kx) __attribute__((always_inline)) {
     constexpr int T = decltype(taps)::value;

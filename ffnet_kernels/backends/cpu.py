@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 
 import torch
 from torch import Tensor
 
 from .. import native
-from . import gradients, reference
+from . import gradients
 
 _ops = torch.ops.ffnet_kernels
 
@@ -23,13 +24,13 @@ def refusal(operator: str, args: tuple) -> str | None:
         return f"takes CPU tensors, got {x.device}"
     if x.dtype != torch.float32:
         return f"takes float32, got {x.dtype}"
+    if operator == "depthwise_conv2d_backward" and args[2].shape[0] > 2 * args[1].shape[1]:
+        return f"takes one or two outputs per channel, got {args[2].shape[0]} for {args[1].shape[1]} channels"
     return None
 
 
 def slower(operator: str, args: tuple) -> str | None:
     x = args[0]
-    if operator.endswith("_backward") and max(args[2].shape[2:]) <= 3:
-        return "slower for filters of up to 3×3, whose gradients torch computes natively"
     if x.shape[1] < 4 and x.stride(1) == 1:
         return "slower on a channels-last map of fewer than 4 channels, which leaves most of a vector idle"
     if x.shape[2] * x.shape[3] <= 4 and x.shape[0] > 1:
@@ -61,9 +62,12 @@ def channel_mixer(*args) -> Tensor:
     return _ops.channel_mixer.default(*args)
 
 
-depthwise_conv2d_backward, ffnified_attention_backward, channel_mixer_backward = gradients.backward_passes(
-    sys.modules[__name__]
-)
+def depthwise_conv2d_backward(*call) -> list[Tensor]:
+    return _ops.depthwise_conv2d_backward.default(*call)
+
+
+def ffnified_attention_backward(*call) -> list[Tensor]:
+    return _ops.ffnified_attention_backward.default(*call)
 
 
 def convolve(x, weight, bias, stride, padding) -> Tensor:
@@ -71,19 +75,10 @@ def convolve(x, weight, bias, stride, padding) -> Tensor:
 
 
 def convolve_backward(grad, x, weight, stride, padding, mask) -> list:
-    """Gradients of x, weight and bias, None where the mask says that one is not wanted: natively for stride 1 and one
-    output per channel."""
-    kh, kw = weight.shape[2], weight.shape[3]
-    top, bottom, left, right = padding
-    mirrored = (kh - 1 - top, kh - 1 - bottom, kw - 1 - left, kw - 1 - right)
-    if tuple(stride) != (1, 1) or weight.shape[0] != x.shape[1] or min(mirrored) < 0:
-        return reference.convolve_backward(grad, x, weight, stride, padding, mask)
-    if x.stride(1) == 1 and grad.stride(1) != 1:  # such as the expanded gradient of a sum
-        grad = grad.contiguous(memory_format=torch.channels_last)
-    grads: list[Tensor | None] = [None, None, None]
-    if mask[0]:
-        grads[0] = convolve(grad, weight.flip(2, 3), None, (1, 1), mirrored)
-    if mask[1] or mask[2]:
-        wanted = _ops.depthwise_conv2d_wgrad.default(grad, x, (kh, kw), padding)
-        grads[1:] = [g if m else None for g, m in zip(wanted, mask[1:], strict=True)]
-    return grads
+    """Gradients of x, weight and bias, None where the mask says that one is not wanted."""
+    bias = weight[:, 0, 0, 0] if mask[2] else None  # any of that shape: the gradient does not depend on it
+    grads = iter(_ops.depthwise_conv2d_backward.default(grad, x, weight, bias, stride, padding, "none", mask))
+    return [next(grads) if wanted else None for wanted in mask]
+
+
+channel_mixer_backward = functools.partial(gradients.channel_mixer_backward, sys.modules[__name__])

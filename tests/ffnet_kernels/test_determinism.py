@@ -43,6 +43,24 @@ def test_same_bits_on_any_number_of_threads(operator, isa, layout, shape, thread
 
 
 @parity.every_isa
+@pytest.mark.parametrize("operator", ["depthwise_conv2d", "ffnified_attention"])  # the others' products are torch's
+@every_layout
+@pytest.mark.parametrize("shape", [(2, 19, 9, 11), (1, 5, 70, 13), (5, 40, 14, 14)])
+def test_same_bits_of_gradients_on_any_number_of_threads(operator, isa, layout, shape, threads):
+    args = example(operator, shape=shape, layout=layout).checked()
+    backward = getattr(fk.dispatch.BACKENDS["cpu"], f"{operator}_backward")
+    grad = torch.randn(args[0].shape, generator=torch.Generator().manual_seed(1))
+    mask = [True] * len(parity.OPERATORS_BY_NAME[operator].tensors)
+    threads(1)
+    with parity.selected_isa(isa):
+        first = backward(grad, *args, mask)
+        for count in (1, 2, 3, 4):
+            threads(count)
+            for got, expected in zip(backward(grad, *args, mask), first, strict=True):
+                assert torch.equal(got, expected), f"{count} threads"
+
+
+@parity.every_isa
 @every_operator
 def test_several_python_threads_at_once(operator, isa):
     """Threads share no scratch: calls of different sizes at the same time give what they give alone."""

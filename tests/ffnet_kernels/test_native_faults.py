@@ -18,6 +18,15 @@ FAULTS = {
     "a column of the filter is lost": f"op.filter.kw -= op.filter.kw > 4; {LAUNCH}",
     "the map is one pixel off": f"op.pad_left += 1; {LAUNCH}",
 }
+BACKWARD_BINDING = "bindings/torch_cpu_backward.cpp"
+CONVOLUTION_BACKWARD = "ffnet::active_kernels().depthwise_conv2d_backward(op, executor());"
+ATTENTION_BACKWARD = "ffnet::active_kernels().ffnified_attention_backward(op, executor());"
+BACKWARD_FAULTS = {
+    "the gradient is one row off": (CONVOLUTION_BACKWARD, "op.pad_top += 1;"),
+    "the activation's derivative is lost": (CONVOLUTION_BACKWARD, "op.activation = ffnet::Activation::none;"),
+    "the layer scale is lost": (ATTENTION_BACKWARD, "op.scale = nullptr;"),
+    "a column is lost": (ATTENTION_BACKWARD, "op.key_pad_left += 1;"),
+}
 
 
 @pytest.mark.sanitize
@@ -58,3 +67,12 @@ def test_parity_sees_a_fault(tmp_path, fault):
     result = run_tests(library, PARITY, QUICK, "-k", "depthwise")
     assert result.returncode == 1, (result.stdout + result.stderr)[-3000:]
     assert "over the limit" in result.stdout
+
+
+@pytest.mark.parametrize("fault", BACKWARD_FAULTS)
+def test_parity_sees_a_fault_in_a_gradient(tmp_path, fault):
+    line, faulty = BACKWARD_FAULTS[fault]
+    library = build_with_fault(tmp_path, BACKWARD_BINDING, line, f"{faulty} {line}")
+    result = run_tests(library, "tests/ffnet_kernels/test_autograd.py", "-k", "test_gradients_against_float64")
+    assert result.returncode == 1, (result.stdout + result.stderr)[-3000:]
+    assert "AssertionError: argument" in result.stdout

@@ -1,0 +1,38 @@
+// Filters and their gradients as backward passes take them: mirrored, or a part of their taps; packed and unpacked.
+#pragma once
+
+#include "pack.h"
+
+namespace ffnet::FFNET_ISA {
+
+// A convolution's input gradient is a convolution of the output's gradient. Along one axis of stride S, pixels p, p +
+// S,
+// ... of the input meet every S-th tap only; taken backwards, those make a filter of their own at stride 1.
+struct MirroredTaps {
+  int64_t first, count;  // taps first, first + S, ...
+  int64_t offset;        // input pixel p + S * u meets output pixels from u + offset on
+  MirroredTaps(int64_t p, int64_t stride, int64_t taps, int64_t pad)
+      : first((p + pad) % stride),
+        count(first < taps ? ceil_div(taps - first, stride) : 0),
+        offset((p + pad - first) / stride - (count - 1)) {}
+};
+
+// Packs the filter of the given taps, without bias, for a vector of channels.
+inline PackedFilter pack_mirrored(const Filter& f, const MirroredTaps& rows, const MirroredTaps& columns,
+                                  int64_t stride_h, int64_t stride_w, const Lanes& lanes, float* out) {
+  Filter part = f;
+  part.bias = nullptr, part.kh = rows.count, part.kw = columns.count;
+  part.weight += (rows.first + stride_h * (rows.count - 1)) * f.stride_h +
+                 (columns.first + stride_w * (columns.count - 1)) * f.stride_w;
+  part.stride_h = -stride_h * f.stride_h, part.stride_w = -stride_w * f.stride_w;
+  return pack_filter(part, lanes.first, lanes.count, 1, -columns.offset, out);
+}
+
+// Writes the gradients [kh][kw][lanes] and [lanes] of a vector of channels' filters where they are wanted.
+inline void store_filter_grad(const float* sums, const float* bias_sum, int64_t kh, int64_t kw, const Lanes& lanes,
+                              const FilterGrad& to) {
+  if (to.weight) scatter_rows(sums, kh, kw, lanes, to.weight, {0, to.stride_o, to.stride_h, to.stride_w});
+  if (to.bias) Vec::load(bias_sum).store_first(to.bias + lanes.first, lanes.count);
+}
+
+}  // namespace ffnet::FFNET_ISA

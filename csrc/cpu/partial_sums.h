@@ -1,0 +1,78 @@
+// How a backward pass is cut into tasks, and the sums over pixels that each task leaves.
+//
+// A task is a vector of channels and a chunk of the images' strips. Chunks follow from the shape alone and their sums
+// are added in order: the result does not depend on the number of threads.
+#pragma once
+
+#include <cstdlib>
+#include <new>
+
+#include "pack.h"
+
+namespace ffnet::FFNET_ISA {
+
+class GradientTiling {
+ public:
+  GradientTiling(int64_t vectors, int64_t images, int64_t height)
+      : images_(images), height_(height), vectors_(vectors) {
+    constexpr int64_t kLeastTasks = 32, kStripTasks = 16;  // strips cost the rows around them: fewer will do
+    constexpr int64_t kLeastRows = 32;
+    const int64_t whole = max_of(1, vectors * images);
+    strips_ = max_of(1, min_of(ceil_div(kStripTasks, whole), height / kLeastRows));
+    chunks_ = max_of(1, min_of(images * strips_, ceil_div(kLeastTasks, vectors)));
+  }
+  int64_t vectors() const { return vectors_; }
+  int64_t chunks() const { return chunks_; }
+  int64_t tasks() const { return vectors_ * chunks_; }
+  // Neighbouring vectors of a chunk follow each other: they share the pages and lines of channels-last maps.
+  int64_t vector(int64_t task) const { return task % vectors_; }
+  // f(image, first row, last row, whether the task goes on with the next image) for the strips of a task.
+  template <class F>
+  void for_each_strip(int64_t task, const F& f) const {
+    const int64_t chunk = task / vectors_, all = images_ * strips_;
+    const int64_t last = (chunk + 1) * all / chunks_;
+    for (int64_t i = chunk * all / chunks_; i < last; ++i) {
+      const int64_t strip = i % strips_;
+      f(i / strips_, strip * height_ / strips_, (strip + 1) * height_ / strips_, strips_ == 1 && i + 1 < last);
+    }
+  }
+
+ private:
+  int64_t images_, height_, vectors_, strips_, chunks_;
+};
+
+// `floats` sums of each task. No standard container: its functions, compiled for this instruction set, could be linked
+// into the baseline.
+class PartialSums {
+ public:
+  PartialSums(const GradientTiling& tiling, int64_t floats)
+      : vectors_(tiling.vectors()), chunks_(tiling.chunks()), floats_(floats) {
+    const size_t bytes = static_cast<size_t>(tiling.tasks() * floats) * sizeof(float);
+    if (bytes && !(data_ = static_cast<float*>(std::malloc(bytes)))) throw std::bad_alloc();
+  }
+  PartialSums(const PartialSums&) = delete;
+  ~PartialSums() { std::free(data_); }
+  // The sums of a task, zeroed.
+  float* start(int64_t task) const {
+    float* sums = data_ + task * floats_;
+    for (int64_t i = 0; i < floats_; ++i) sums[i] = 0;
+    return sums;
+  }
+  // Those of all chunks of a vector of channels, added.
+  float* total(int64_t vector) const {
+    float* sums = data_ + vector * floats_;
+    for (int64_t i = 0; i < floats_; i += kLanes) {
+      Vec total = Vec::load(sums + i);
+      for (int64_t chunk = 1; chunk < chunks_; ++chunk)
+        total = total + Vec::load(sums + chunk * vectors_ * floats_ + i);
+      total.store(sums + i);
+    }
+    return sums;
+  }
+
+ private:
+  float* data_ = nullptr;
+  int64_t vectors_, chunks_, floats_;
+};
+
+}  // namespace ffnet::FFNET_ISA
