@@ -8,13 +8,14 @@ from pathlib import Path
 
 import torch
 
+from . import goals
 from .chart import ChartError, ratio_chart
 from .machine import machine_line
 from .peers import CONTENDERS, DEFAULT_CONTENDERS, OURS
 from .report import report
 from .results import Result, write_json
-from .runner import DEFAULT_SAMPLES, Runner, run_cases
-from .specs import SUITES, suite
+from .runner import DEFAULT_SAMPLES, DEFAULT_SECONDS, LEAST_SAMPLES, Runner, run_cases
+from .specs import SUITES, Case, suite
 
 INTERRUPTED = 130  # as shells report a process that Ctrl-C ended
 
@@ -35,9 +36,18 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if options.threads:
         torch.set_num_threads(options.threads)
-    contenders = [CONTENDERS[name] for name in dict.fromkeys((OURS, *options.peers))]
-    result = run_cases(cases, Runner(contenders, options.samples))
+
+    samples = options.samples or (goals.SAMPLES if options.suite == "record" else DEFAULT_SAMPLES)
+
+    def runner(case: Case) -> Runner:
+        names = options.peers or (goals.peers(case) if options.suite == "record" else DEFAULT_CONTENDERS)
+        contenders = [CONTENDERS[name] for name in dict.fromkeys((OURS, *names))]
+        return Runner(contenders, samples, options.seconds)
+
+    result = run_cases(cases, runner)
     print(report(result))
+    if options.suite == "record":
+        print(f"\n{goals.report(result)}")
     _save(result, options.json, options.chart, options.suite)
     if result.interrupted:
         return INTERRUPTED
@@ -61,7 +71,7 @@ def _save(result: Result, json_path: Path | None, chart_path: Path | None, suite
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Measures the operators and models of ffnet_kernels beside plain PyTorch and torch.compile.",
+        description="Measures the operators and models of ffnet_kernels beside plain PyTorch and other runtimes.",
         epilog=f"Peers: {', '.join(name for name in CONTENDERS if name != OURS)}.",
     )
     parser.add_argument("--suite", choices=SUITES, default="quick", help="what to measure (default: %(default)s)")
@@ -70,13 +80,22 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--peers",
         type=_peers,
-        default=DEFAULT_CONTENDERS,
         metavar="NAME,NAME",
-        help=f"contenders beside ours, or 'all' (default: {','.join(DEFAULT_CONTENDERS[1:])})",
+        help=f"contenders beside ours, or 'all' (default: {','.join(DEFAULT_CONTENDERS[1:])}; suite 'record': by case)",
     )
     parser.add_argument("--threads", type=_positive, metavar="N", help="threads (default: torch's)")
     parser.add_argument(
-        "--samples", type=_positive, default=DEFAULT_SAMPLES, metavar="N", help="per contender (default: %(default)s)"
+        "--samples",
+        type=_positive,
+        metavar="N",
+        help=f"per contender (default: {DEFAULT_SAMPLES}; suite 'record': {goals.SAMPLES})",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=_positive,
+        default=DEFAULT_SECONDS,
+        metavar="N",
+        help=f"a case ends after them if it has {LEAST_SAMPLES} samples (default: %(default)s)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     parser.add_argument("--chart", type=Path, metavar="FILE", help="draw the ratios into that PNG")

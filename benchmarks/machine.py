@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.metadata
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import ffnet_kernels
+
+RUNTIMES = ("onnx", "onnxruntime", "openvino")
 
 
 def machine() -> dict[str, Any]:
@@ -18,6 +21,7 @@ def machine() -> dict[str, Any]:
     return {
         **{name: info[name] for name in kept},
         "ffnet_kernels": ffnet_kernels.__version__,
+        "runtimes": {name: version for name in RUNTIMES if (version := _version(name))},
         "commit": _commit() or info["build"].get("commit") or "unknown",
     }
 
@@ -44,6 +48,13 @@ def machine_line(machine: dict[str, Any]) -> str:
         f"torch {machine['torch']}, Python {machine['python']}, ffnet-kernels {machine['ffnet_kernels']}, "
         f"commit {machine['commit']}"
     )
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _commit() -> str | None:

@@ -8,7 +8,8 @@ from typing import Any, Protocol
 
 import torch
 
-from .work import Program, Work
+from .programs import CpuWork, Program, Unsupported, Work
+from .runtimes import OnnxRuntime, OpenVino
 
 OURS = "ours"
 
@@ -23,7 +24,7 @@ class Contender(Protocol):
     def unavailable(self) -> str | None:
         """Why it cannot run on this machine, or None."""
 
-    def prepare(self, work: Work) -> Program:
+    def prepare(self, work: Any) -> Program:
         """Everything that is not timed: layout, weights, compilation."""
 
 
@@ -78,7 +79,9 @@ class TorchCompile:
     def unavailable(self) -> str | None:
         return _why_compile_fails()
 
-    def prepare(self, work: Work) -> Program:
+    def prepare(self, work: CpuWork) -> Program:
+        if not work.inference:
+            raise Unsupported("only forward passes are compiled here")
         # One function meets many shapes in a run: without a fresh start the compiler would generalise over them, and
         # give up on it after a few.
         torch._dynamo.reset()
@@ -115,6 +118,8 @@ CONTENDERS: dict[str, Contender] = {
         Eager("eager channels-last", "channels_last"),
         TorchCompile(),
         TorchCompile("torch.compile frozen", {"freezing": True}),
+        OnnxRuntime(),
+        OpenVino(),
     )
 }
 DEFAULT_CONTENDERS = (OURS, "eager nchw", "eager channels-last", "torch.compile")

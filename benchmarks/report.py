@@ -9,11 +9,13 @@ from .machine import machine_line
 from .peers import OURS
 from .results import Measurement, Result, Row, peers_of
 
-HEADERS = ("contender", "median ms", "quartiles", "busy", "GFLOP/s", "GB/s", "error", "", "time / ours", "")
+HEADERS = ("contender", "median ms", "quartiles", "busy", "faults", "GFLOP/s", "GB/s", "error", "", "time / ours", "")
 NOTES = (
-    "Time is the median of samples taken in turn, in one process; all contenders have the same dtype and threads. "
-    "Each reads maps in the layout its name says, ours and torch.compile in that of the case; converting layouts, "
-    "laying out weights and compiling are not counted. busy: samples, of all, in which another process took a core.",
+    "Time is the median of samples taken in turn, in one process; all contenders have the same dtype and threads, "
+    "and a sample begins with untimed calls, once no other thread of the process runs. Each reads maps in the layout "
+    "its name says, ours and torch.compile in that of the case, ONNX Runtime and OpenVINO in NCHW; converting layouts, "
+    "laying out weights and compiling are not counted. busy: samples, of all, in which another process took a core; "
+    "faults: pages that the kernel had to supply in a call (median).",
     "GFLOP/s counts taps on padding; GB/s counts each input, weight and output once. error is the largest one against "
     "float64 over the largest output; it is ok up to twice that of plain PyTorch (models: four times) and four "
     "roundings.",
@@ -35,7 +37,7 @@ def report(result: Result) -> str:
 
 def table(row: Row) -> str:
     """One line a contender."""
-    return markdown(HEADERS, [_line(row, m) for m in row.measurements], left=(0, 7, 9))
+    return markdown(HEADERS, [_line(row, m) for m in row.measurements], left=(0, 8, 10))
 
 
 def summary(rows: Sequence[Row]) -> str:
@@ -83,7 +85,7 @@ def busy_text(measurement: Measurement) -> str:
 def _line(row: Row, m: Measurement) -> tuple[str, ...]:
     name = f"{m.contender} ({m.detail})" if m.detail else m.contender
     if not m.samples_ms:
-        return (name, *["-"] * 8, "did not run: see below")
+        return (name, *["-"] * 9, "did not run: see below")
     first, third = m.quartiles_ms
     ratio = row.ratio(m.contender, OURS)
     return (
@@ -91,6 +93,7 @@ def _line(row: Row, m: Measurement) -> tuple[str, ...]:
         f"{m.median_ms:.3f}",
         f"{first:.3f}..{third:.3f}",
         busy_text(m),
+        f"{m.faults_per_call:.0f}",
         f"{row.gflops(m):.1f}",
         f"{row.gbytes(m):.1f}",
         error_text(m),

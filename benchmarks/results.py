@@ -15,6 +15,14 @@ from typing import Any
 FORMAT_VERSION = 1
 
 
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    """First and third."""
+    if len(values) < 2:
+        return values[0], values[0]
+    first, _, third = statistics.quantiles(values, method="inclusive")
+    return first, third
+
+
 @dataclass(frozen=True)
 class Measurement:
     """One contender in one case; without ``samples_ms`` it did not run, and ``reason`` says why.
@@ -29,6 +37,7 @@ class Measurement:
         error: largest error against float64, relative to the largest element; None where the output is not finite.
         passed: whether the error is within the limit.
         reason: why it did not run.
+        page_faults: of each sample, pages that the kernel had to supply.
     """
 
     contender: str
@@ -40,18 +49,21 @@ class Measurement:
     error: float | None = None
     passed: bool = False
     reason: str | None = None
+    page_faults: tuple[int, ...] = ()
 
     @property
     def median_ms(self) -> float:
         return statistics.median(self.samples_ms)
 
     @property
+    def faults_per_call(self) -> float:
+        """Median over the samples."""
+        return statistics.median(self.page_faults) / self.repeats if self.page_faults else 0.0
+
+    @property
     def quartiles_ms(self) -> tuple[float, float]:
         """First and third quartile."""
-        if len(self.samples_ms) < 2:
-            return self.median_ms, self.median_ms
-        first, _, third = statistics.quantiles(self.samples_ms, method="inclusive")
-        return first, third
+        return quartiles(self.samples_ms)
 
 
 @dataclass(frozen=True)
@@ -71,6 +83,13 @@ class Row:
         """Median time of a contender over that of another, or None where one of them did not run."""
         one, other = self.measurement(contender), self.measurement(to)
         return one.median_ms / other.median_ms if one and other else None
+
+    def ratio_quartiles(self, contender: str, to: str) -> tuple[float, float] | None:
+        """First and third quartile of that ratio, round by round: the machine's drift is in both times of a round."""
+        one, other = self.measurement(contender), self.measurement(to)
+        if one is None or other is None:
+            return None
+        return quartiles([a / b for a, b in zip(one.samples_ms, other.samples_ms, strict=False)])
 
     def gflops(self, measurement: Measurement) -> float:
         return self.flops / measurement.median_ms / 1e6
@@ -115,7 +134,8 @@ class Result:
 def _measurement(plain: dict[str, Any]) -> Measurement:
     names = {f.name for f in dataclasses.fields(Measurement)}
     known = {name: value for name, value in plain.items() if name in names}
-    return Measurement(**{**known, "samples_ms": tuple(plain["samples_ms"])})
+    lists = {"samples_ms": tuple(plain["samples_ms"]), "page_faults": tuple(plain.get("page_faults", ()))}
+    return Measurement(**{**known, **lists})
 
 
 @contextlib.contextmanager
@@ -129,6 +149,21 @@ def replacing(path: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def merge(parts: Sequence[Result]) -> Result:
+    """One result of several runs; a case that is in more than one is taken from the last.
+
+    Raises:
+        ValueError: for runs on different machines, versions or numbers of threads.
+    """
+    first = parts[0]
+    for name in ("processor", "threads", "isa", "torch", "commit", "runtimes"):
+        found = list(dict.fromkeys(part.machine.get(name) for part in parts))
+        if len(found) > 1:
+            raise ValueError(f"parts of different runs: {name} is {' and '.join(map(repr, found))}")
+    rows = {row.case: row for part in parts for row in part.rows}
+    return Result(first.machine, list(rows.values()), any(part.interrupted for part in parts), first.extra)
 
 
 def write_json(result: Result, path: Path) -> None:

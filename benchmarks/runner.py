@@ -1,15 +1,16 @@
-"""Measures contenders side by side: one process, alternating, every output checked against float64 in the same run."""
+"""Measures contenders side by side: one process, alternating, every output checked against float64 in the same run.
+
+Ahead of each sample the runner waits until the process is quiet (`sampling`), then makes untimed calls: thread pools
+and caches are those of the contender that is measured, whoever ran before.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import math
-import resource
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,14 +18,22 @@ from torch import Tensor
 from . import progress
 from .machine import keep_freed_memory, machine
 from .peers import Contender, first_line
+from .programs import CpuWork, Program, Unsupported
 from .results import Measurement, Result, Row
-from .work import Program, Work, build
+from .sampling import Disturbances, no_garbage_collection, wait_until_quiet
+from .work import build
 
 #: Samples shorter than this would measure the clock and the call more than the work.
 MIN_SAMPLE_SECONDS = 5e-3
 #: Untimed running before the first sample: caches, thread pools and clocks settle.
 WARM_UP_SECONDS = 5e-2
+#: Untimed running ahead of a sample, at least a call; none where a call is so long that it does not matter. After 10 ms
+#: everybody was as fast beside the others as alone; after 2 ms ONNX Runtime and OpenVINO were not yet.
+UNTIMED_SECONDS, LONG_SECONDS = 1e-2, 5e-2
 DEFAULT_SAMPLES = 15
+#: Rounds that are measured even where a case takes longer than it may.
+LEAST_SAMPLES = 5
+DEFAULT_SECONDS = 20
 
 
 class Counted(Protocol):
@@ -51,8 +60,10 @@ class _Entry:
     contender: str
     program: Program
     repeats: int = 1
+    untimed: int = 0
     samples: list[float] = field(default_factory=list)
     disturbed: int = 0
+    page_faults: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -62,21 +73,28 @@ class Runner:
     Attributes:
         contenders: in the order of the tables; the first takes the place of ours.
         samples: per contender and case.
+        seconds: after which a case ends with `LEAST_SAMPLES`, or as many as there are by then.
         timer: seconds; another one is for tests.
     """
 
     contenders: Sequence[Contender]
     samples: int = DEFAULT_SAMPLES
+    seconds: float = math.inf
     timer: Callable[[], float] = time.perf_counter
 
-    @torch.inference_mode()
-    def run(self, case: Counted, work: Work) -> Outcome:
+    def run(self, case: Counted, work: CpuWork) -> Outcome:
         """One case. A contender that fails is kept, with the reason."""
         keep_freed_memory()
-        expected = work.expected()
-        limit = work.error_limit(expected, work.plain("nchw").outputs())
+        with torch.inference_mode(work.inference):
+            return self._run(case, work)
+
+    def _run(self, case: Counted, work: CpuWork) -> Outcome:
+        expected = as_list(work.expected())
+        eager = work.plain("nchw").results()
+        limits = [work.error_limit(*pair) for pair in zip(expected, eager, strict=True)]
+        del eager
         entries: list[_Entry] = []
-        outputs: dict[str, Tensor] = {}
+        outputs: dict[str, list[Tensor]] = {}
         measurements: dict[str, Measurement] = {}
         with progress.bar(len(self.contenders) + self.samples, case.name) as bar:
             for contender in self.contenders:
@@ -85,25 +103,18 @@ class Runner:
                     reason = contender.unavailable()
                     if reason is None:
                         program = contender.prepare(work)
-                        outputs[contender.name] = program.outputs()
+                        outputs[contender.name] = program.results()
                         entries.append(_Entry(contender.name, program))
+                except Unsupported as refusal:
+                    reason = str(refusal)
                 except Exception as failure:  # a peer may fail in any way; the others still count
                     reason = f"failed: {first_line(failure)}"
                 measurements[contender.name] = Measurement(contender.name, reason=reason)
                 bar.update()
             bar.set_description_str(f"{case.name}: measuring")
-            for entry in entries:
-                entry.repeats = self._calibrate(entry.program)
-            with _no_garbage_collection():
-                for sample in range(self.samples):
-                    # Rotated, so that nobody always runs in the caches the same neighbour left.
-                    for entry in _rotated(entries, sample):
-                        switches = _preemptions()
-                        entry.samples.append(self._time(entry.program, entry.repeats))
-                        entry.disturbed += _preemptions() > switches
-                    bar.update()
+            self._measure(entries, bar)
         for entry in entries:
-            error = _largest_error(outputs[entry.contender], expected)
+            error, passed = _judge(outputs[entry.contender], expected, limits)
             measurements[entry.contender] = Measurement(
                 entry.contender,
                 entry.program.layout,
@@ -111,18 +122,42 @@ class Runner:
                 tuple(1e3 * seconds for seconds in entry.samples),
                 entry.repeats,
                 entry.disturbed,
-                _relative(error, expected),
-                error <= limit,  # NaN compares false
+                error,
+                passed,
+                page_faults=tuple(entry.page_faults),
             )
-        return Outcome(Row(case.name, case.flops, case.bytes, tuple(measurements.values())), expected, outputs)
+        row = Row(case.name, case.flops, case.bytes, tuple(measurements.values()))
+        return Outcome(row, expected[0], {name: results[0] for name, results in outputs.items()})
 
-    def _calibrate(self, program: Program) -> int:
-        """Warms up, and returns the calls a sample needs."""
+    def _measure(self, entries: list[_Entry], bar: progress.Bar) -> None:
+        for entry in entries:
+            self._calibrate(entry)
+        begun = self.timer()
+        with no_garbage_collection():
+            for sample in range(self.samples):
+                if sample >= LEAST_SAMPLES and self.timer() - begun > self.seconds:
+                    break
+                # Rotated, so that nobody always runs in the caches the same neighbour left.
+                for entry in _rotated(entries, sample):
+                    wait_until_quiet()
+                    for _ in range(entry.untimed):
+                        entry.program()
+                    before = Disturbances.now()
+                    entry.samples.append(self._time(entry.program, entry.repeats))
+                    met = Disturbances.now().since(before)
+                    entry.disturbed += met.preemptions > 0
+                    entry.page_faults.append(met.page_faults)
+                bar.update()
+
+    def _calibrate(self, entry: _Entry) -> None:
+        """Warms up, and finds the calls that a sample needs."""
+        wait_until_quiet()
         fastest, total = math.inf, 0.0
         while total < WARM_UP_SECONDS:
-            seconds = max(self._time(program, 1), 1e-9)
+            seconds = max(self._time(entry.program, 1), 1e-9)
             fastest, total = min(fastest, seconds), total + seconds
-        return max(1, math.ceil(MIN_SAMPLE_SECONDS / fastest))
+        entry.repeats = max(1, math.ceil(MIN_SAMPLE_SECONDS / fastest))
+        entry.untimed = 0 if fastest > LONG_SECONDS else math.ceil(UNTIMED_SECONDS / fastest)
 
     def _time(self, program: Program, repeats: int) -> float:
         start = self.timer()
@@ -131,14 +166,14 @@ class Runner:
         return (self.timer() - start) / repeats
 
 
-def run_cases(cases: Iterable, runner: Runner) -> Result:
-    """All cases, or, after Ctrl-C, those that were finished."""
+def run_cases(cases: Iterable, runner_of: Callable[[Any], Runner]) -> Result:
+    """All cases, each by the runner that is given for it; or, after Ctrl-C, those that were finished."""
     cases = list(cases)
     result = Result(machine())
     try:
         with progress.bar(len(cases), "cases", leave=True) as bar:
             for case in cases:
-                result.rows.append(runner.run(case, build(case)).row)
+                result.rows.append(runner_of(case).run(case, build(case)).row)
                 bar.update()
     except KeyboardInterrupt:
         result.interrupted = True
@@ -150,9 +185,20 @@ def _rotated(entries: list[_Entry], by: int) -> list[_Entry]:
     return entries[by:] + entries[:by]
 
 
-def _preemptions() -> int:
-    """How often another process took a core from one of our threads."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+def as_list(results: Tensor | list[Tensor]) -> list[Tensor]:
+    return [results] if isinstance(results, Tensor) else results
+
+
+def _judge(results: Sequence[Tensor], expected: Sequence[Tensor], limits: Sequence[float]) -> tuple[float | None, bool]:
+    """The largest error relative to the largest element, the worst of all results (None where one is not finite), and
+    whether each is within its limit."""
+    if len(results) != len(expected):
+        return None, False
+    errors = [_largest_error(*pair) for pair in zip(results, expected, strict=True)]
+    relative = [_relative(*pair) for pair in zip(errors, expected, strict=True)]
+    finite = [r for r in relative if r is not None]
+    passed = all(error <= limit for error, limit in zip(errors, limits, strict=True))  # NaN compares false
+    return max(finite) if len(finite) == len(relative) else None, passed
 
 
 def _largest_error(output: Tensor, expected: Tensor) -> float:
@@ -164,15 +210,3 @@ def _largest_error(output: Tensor, expected: Tensor) -> float:
 def _relative(error: float, expected: Tensor) -> float | None:
     relative = error / max(expected.abs().max().item(), torch.finfo(torch.float64).tiny)
     return relative if math.isfinite(relative) else None
-
-
-@contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    enabled = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -21,10 +21,14 @@ STAGE_DIMS = {
 STAGE_SIZES = (64, 32, 16, 8)
 TOKEN_KERNELS = (3, 3, 7, 7)
 CHANNEL_KERNELS = {"ffnet_1": 3, "ffnet_2": 7, "ffnet_3": 7, "ffnet_4": 7}
+#: Depthwise filters as of RepLKNet, on maps of FFNet-1's stages: (channels, size, kernel).
+LARGE_FILTERS = ((80, 64, 31), (160, 32, 31), (320, 16, 31))
 #: Stage 2 of FFNet-3 at 384²: a map that is no power of two.
 LARGE_MAP = (384, 24, 7)
 LAYOUTS = ("channels_last", "nchw")
 BATCHES = (1, 8)
+DTYPES = ("float32", "bfloat16")
+DIRECTIONS = ("forward", "backward")
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ OPERATORS = {
 
 @dataclass(frozen=True)
 class OperatorCase:
-    """One call of an operator on a map [batch, channels, size, size]."""
+    """One call of an operator on a map [batch, channels, size, size]; "backward": the gradients of all its tensors."""
 
     operator: str
     batch: int
@@ -61,29 +65,38 @@ class OperatorCase:
     kernel: int
     layout: str = "channels_last"
     dtype: str = "float32"
+    direction: str = "forward"
+    activation: str = "gelu"
 
     @property
     def name(self) -> str:
-        return (
+        text = (
             f"{self.operator} {self.channels}x{self.size}x{self.size} k{self.kernel} b{self.batch} "
             f"{self.dtype} {self.layout}"
         )
+        return text if self.direction == "forward" else f"{text} {self.direction}"
 
     @property
     def flops(self) -> int:
-        """Two per multiply–add, taps on padding counted, activations not."""
+        """Two per multiply–add, taps on padding counted, activations and what a backward pass computes anew not."""
         spec = OPERATORS[self.operator]
         per_output = spec.filters * self.kernel**2 + 2 * spec.expansion * self.channels
-        return 2 * self._elements * per_output
+        return 2 * self._elements * per_output * (2 if self.direction == "backward" else 1)
 
     @property
     def bytes(self) -> int:
-        """Each input map, weight and output moved once."""
+        """Each input map, weight and output moved once.
+
+        Backward: the input and the incoming gradient read, the gradient of the input written, each weight read and its
+        gradient written. A residual costs nothing: its gradient is the incoming one.
+        """
         spec = OPERATORS[self.operator]
         hidden = spec.expansion * self.channels
         weights = spec.filters * self.channels * (self.kernel**2 + 1)
         if hidden:
             weights += 2 * hidden * self.channels + hidden + self.channels
+        if self.direction == "backward":
+            return (3 * self._elements + 2 * weights) * itemsize(self.dtype)
         return ((2 + spec.residual) * self._elements + weights) * itemsize(self.dtype)
 
     @property
@@ -116,7 +129,32 @@ class ModelCase:
         return (parameters + self.batch * (3 * self.size**2 + 1000)) * itemsize(self.dtype)
 
 
-Case = OperatorCase | ModelCase
+@dataclass(frozen=True)
+class TrainingCase:
+    """Forward pass, loss and all gradients of a model in train mode."""
+
+    model: str
+    batch: int
+    size: int = 256
+    dtype: str = "float32"
+
+    @property
+    def name(self) -> str:
+        return f"{self.model} {self.size}x{self.size} b{self.batch} {self.dtype} training step"
+
+    @property
+    def flops(self) -> int:
+        """Three forward passes of the reparameterised model."""
+        return 3 * ModelCase(self.model, self.batch, self.size, self.dtype).flops
+
+    @property
+    def bytes(self) -> int:
+        """Each parameter read and its gradient written, the input read."""
+        parameters = ffnet.count_parameters(ffnet.create_model(self.model, device="meta"))
+        return (2 * parameters + self.batch * 3 * self.size**2) * itemsize(self.dtype)
+
+
+Case = OperatorCase | ModelCase | TrainingCase
 
 
 def itemsize(dtype: str) -> int:
@@ -158,7 +196,45 @@ def _models() -> list[Case]:
     return [ModelCase(model, batch) for model, batch in itertools.product(STAGE_DIMS, BATCHES)]
 
 
-SUITES = {"quick": _quick, "ops": _operators, "models": _models}
+def _record() -> Iterator[Case]:
+    """What the goals of `benchmarks.goals` are about, in both dtypes."""
+    for dtype in DTYPES:
+        shapes = [shape for shape in _shapes(tuple(STAGE_DIMS)) if shape[0] != "depthwise_conv2d" or shape[3] == 7]
+        for batch, (operator, channels, size, kernel) in itertools.product(BATCHES, shapes):
+            forward = OperatorCase(operator, batch, channels, size, kernel, dtype=dtype)
+            yield forward
+            if operator != "channel_mixer":
+                yield replace(forward, direction="backward")
+        for (channels, size, kernel), direction in itertools.product(LARGE_FILTERS, DIRECTIONS):
+            yield OperatorCase(
+                "depthwise_conv2d", 1, channels, size, kernel, dtype=dtype, direction=direction, activation="none"
+            )
+        for model, batch in itertools.product(STAGE_DIMS, BATCHES):
+            yield ModelCase(model, batch, dtype=dtype)
+        yield ModelCase("ffnet_4", 1, 384, dtype)
+    yield TrainingCase("ffnet_1", 4)
+
+
+def _backward() -> list[Case]:
+    shapes = [*_shapes(("ffnet_1",)), *((operator, *LARGE_MAP) for operator in OPERATORS)]
+    return [
+        OperatorCase(shape[0], batch, *shape[1:], dtype=dtype, direction="backward")
+        for dtype, shape, batch in itertools.product(DTYPES, shapes, BATCHES)
+    ]
+
+
+def _in_both_dtypes(cases: Iterable[Case]) -> list[Case]:
+    return [replace(case, dtype=dtype) for dtype, case in itertools.product(DTYPES, cases)]
+
+
+SUITES: dict[str, Callable[[], Iterable[Case]]] = {
+    "quick": _quick,
+    "ops": lambda: _in_both_dtypes(_operators()),
+    "backward": _backward,
+    "models": lambda: _in_both_dtypes(_models()),
+    "training": lambda: [TrainingCase("ffnet_1", 4)],
+    "record": _record,
+}
 
 
 def suite(name: str, text: str = "") -> list[Case]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,57 +17,25 @@ from ffnet_kernels import checks
 from ffnet_kernels.backends import reference
 from ffnet_kernels.selftest import error_limit
 
-from .specs import OPERATORS, Case, ModelCase, OperatorCase
+from .programs import (
+    MEMORY_FORMATS,
+    CpuWork,
+    Program,
+    Unsupported,
+    _is_filter,
+    laid_out,
+    too_large_for_onednn,
+    without_onednn,
+)
+from .programs import (
+    Work as Work,
+)
+from .specs import OPERATORS, Case, ModelCase, OperatorCase, TrainingCase
+from .training import BackwardWork, TrainingWork
 
 SEED = 0
-MEMORY_FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
-
-
-@dataclass(frozen=True)
-class Program:
-    """A function and its inputs: calling it runs the first input, which is the one that is timed.
-
-    Attributes:
-        function: what runs.
-        inputs: one tuple of arguments a call.
-        layout: of the maps it reads.
-        detail: what is worth knowing of how it runs, e.g. the backend.
-    """
-
-    function: Callable[..., Tensor]
-    inputs: Sequence[tuple]
-    layout: str
-    detail: str = ""
-
-    def __call__(self) -> Tensor:
-        return self.function(*self.inputs[0])
-
-    def outputs(self) -> Tensor:
-        """The results of all inputs, along the batch."""
-        return torch.cat([self.function(*arguments) for arguments in self.inputs])
-
-
-class Work(Protocol):
-    """What all contenders of a case compute."""
-
-    @property
-    def layout(self) -> str:
-        """The layout in which contenders that are free to choose get their maps."""
-
-    def plain(self, layout: str) -> Program:
-        """Plain PyTorch operators, the maps in that layout."""
-
-    def fused(self) -> Program:
-        """On ffnet_kernels, backend chosen by itself."""
-
-    def as_trained(self, layout: str) -> Program:
-        """As `plain`, before anything was folded."""
-
-    def expected(self) -> Tensor:
-        """The outputs in float64."""
-
-    def error_limit(self, expected: Tensor, eager: Tensor) -> float:
-        """The largest absolute error that counts as right."""
+#: Arguments of operators that are maps; the others are weights.
+MAPS = ("x", "query", "residual")
 
 
 @dataclass(frozen=True)
@@ -77,22 +45,37 @@ class OperatorWork:
     operator: str
     arguments: dict[str, Any]
     layout: str = "channels_last"
+    inference = True
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(v.dtype for v in self.arguments.values() if isinstance(v, Tensor))
 
     def plain(self, layout: str) -> Program:
-        return Program(getattr(reference, self.operator), [self._checked(_laid_out(self.arguments, layout))], layout)
+        function, arguments = getattr(reference, self.operator), self._checked(laid_out(self.arguments, layout))
+        if too_large_for_onednn(self.arguments):
+            return Program(without_onednn(function), [arguments], layout, "without oneDNN")
+        return Program(function, [arguments], layout)
 
     def fused(self) -> Program:
         # Filters with their channels next to each other, as ffnet_kernels.optimize stores them.
         arguments = {
             name: _channels_innermost(value) if _is_filter(value) else value
-            for name, value in _laid_out(self.arguments, self.layout).items()
+            for name, value in laid_out(self.arguments, self.layout).items()
         }
         decision = ffnet_kernels.explain(self.operator, **arguments)
         function = functools.partial(getattr(ffnet_kernels, self.operator), **arguments)
+        if decision.backend == "reference" and too_large_for_onednn(self.arguments):
+            return Program(without_onednn(function), [()], self.layout, "reference without oneDNN")
         return Program(function, [()], self.layout, decision.backend)
 
     def as_trained(self, layout: str) -> Program:
-        raise NotImplementedError("an operator has no training-time form")
+        raise Unsupported("an operator has no training-time form")
+
+    def exportable(self) -> tuple[nn.Module, list[tuple[Tensor, ...]]]:
+        single = {name: v.float() if isinstance(v, Tensor) else v for name, v in self.arguments.items()}
+        maps = {name: single[name] for name in MAPS if isinstance(single.get(name), Tensor)}
+        return _Call(self.operator, self._checked(single), list(maps.values())), [tuple(maps.values())]
 
     def expected(self) -> Tensor:
         double = {name: v.double() if isinstance(v, Tensor) else v for name, v in self.arguments.items()}
@@ -105,6 +88,22 @@ class OperatorWork:
         return getattr(checks, self.operator)(**arguments)
 
 
+class _Call(nn.Module):
+    """A call of an operator in plain PyTorch; all arguments but the maps are constants."""
+
+    def __init__(self, operator: str, arguments: tuple, maps: list[Tensor]):
+        super().__init__()
+        self.function = getattr(reference, operator)
+        self.arguments = arguments
+        self.places = [next(i for i, a in enumerate(arguments) if a is one) for one in maps]
+
+    def forward(self, *maps: Tensor) -> Tensor:
+        arguments = list(self.arguments)
+        for place, one in zip(self.places, maps, strict=True):
+            arguments[place] = one
+        return self.function(*arguments)
+
+
 @dataclass(frozen=True)
 class ModelWork:
     """A model in eval mode as trained, and its input batches of one size, contiguous."""
@@ -112,6 +111,11 @@ class ModelWork:
     model: nn.Module
     batches: Sequence[Tensor]
     layout: str = "channels_last"
+    inference = True
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.batches[0].dtype
 
     def plain(self, layout: str) -> Program:
         return self._program(ffnet.reparameterize(self.model), layout)
@@ -122,6 +126,10 @@ class ModelWork:
 
     def as_trained(self, layout: str) -> Program:
         return self._program(copy.deepcopy(self.model), layout)
+
+    def exportable(self) -> tuple[nn.Module, list[tuple[Tensor, ...]]]:
+        model = ffnet.reparameterize(copy.deepcopy(self.model).float())
+        return model, [(batch.float().contiguous(),) for batch in self.batches]
 
     def expected(self) -> Tensor:
         model = copy.deepcopy(self.model).double()
@@ -140,12 +148,17 @@ class ModelWork:
         return [(batch.contiguous(memory_format=MEMORY_FORMATS[layout]),) for batch in self.batches]
 
 
-def build(case: Case) -> Work:
+def build(case: Case) -> CpuWork:
     """The work of a case, the same in every run."""
-    return _operator_work(case) if isinstance(case, OperatorCase) else _model_work(case)
+    if isinstance(case, ModelCase):
+        return _model_work(case)
+    if isinstance(case, TrainingCase):
+        model = _model_work(ModelCase(case.model, case.batch, case.size, case.dtype))
+        return TrainingWork(model.model.train(), model.batches[0])
+    return _operator_work(case)
 
 
-def _operator_work(case: OperatorCase) -> OperatorWork:
+def _operator_work(case: OperatorCase) -> OperatorWork | BackwardWork:
     generator = torch.Generator().manual_seed(SEED)
     dtype = getattr(torch, case.dtype)
 
@@ -184,7 +197,10 @@ def _operator_work(case: OperatorCase) -> OperatorWork:
             "scale": None,
             "residual": random(*shape),
         }
-    return OperatorWork(case.operator, {**arguments, "activation": "gelu"}, case.layout)
+    arguments["activation"] = case.activation
+    if case.direction == "backward":
+        return BackwardWork(case.operator, arguments, random(*shape), case.layout)
+    return OperatorWork(case.operator, arguments, case.layout)
 
 
 def _model_work(case: ModelCase) -> ModelWork:
@@ -194,18 +210,6 @@ def _model_work(case: ModelCase) -> ModelWork:
         model = ffnet.create_model(case.model).eval().to(dtype)
         batch = torch.randn(case.batch, 3, case.size, case.size).to(dtype)
     return ModelWork(model, [batch])
-
-
-def _laid_out(arguments: dict[str, Any], layout: str) -> dict[str, Any]:
-    memory_format = MEMORY_FORMATS[layout]
-    return {
-        name: value.contiguous(memory_format=memory_format) if isinstance(value, Tensor) and value.dim() == 4 else value
-        for name, value in arguments.items()
-    }
-
-
-def _is_filter(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dim() == 4 and value.shape[1] == 1
 
 
 def _channels_innermost(weight: Tensor) -> Tensor:

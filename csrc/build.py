@@ -44,16 +44,18 @@ CPU_LIBRARY, CUDA_LIBRARY = "libffnet_kernels_cpu.so", "libffnet_kernels_cuda.so
 HOST_CUDA_LIBRARY = "libffnet_kernels_cuda_host.so"
 TORCH_TARGET_VERSION = (2, 11)
 
+AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"]
 # Per instruction set: nothing for the baseline, so that it runs on any processor of the architecture.
 ISA_FLAGS = {
     "baseline": [],
-    "avx2": ["-mavx2", "-mfma"],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma"],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": AVX512_FLAGS,
+    "avx512bf16": [*AVX512_FLAGS, "-mavx512bf16"],
 }
 KERNEL_SOURCES = [
     "kernels.cpp", "depthwise_conv2d.cpp", "depthwise_conv2d_backward.cpp", "ffnified_attention.cpp",
-    "ffnified_attention_backward.cpp", "channel_mixer.cpp", "training.cpp", "branched_depthwise.cpp",
-    "branched_depthwise_backward.cpp", "pointwise_conv2d.cpp", "feed_forward.cpp",
+    "ffnified_attention_backward.cpp", "channel_mixer.cpp", "conv2d.cpp", "training.cpp",
+    "branched_depthwise.cpp", "branched_depthwise_backward.cpp", "pointwise_conv2d.cpp", "feed_forward.cpp",
 ]  # fmt: skip
 COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra"]
 CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]

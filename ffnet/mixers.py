@@ -282,8 +282,9 @@ class TokenMixer(ResidualMixer):
     def fused_forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
         main: Any = self.main
         key, value = main.part("interaction"), main.part("aggregation")
+        query = main.part("query")
         return ffnet_kernels.ffnified_attention(
-            main.part("query")(x),
+            ffnet_kernels.conv2d(x, query.weight, query.bias) if _is_plain_1x1(query) else query(x),
             key.weight,
             key.bias,
             value.weight,

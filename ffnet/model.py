@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as run_checkpointed
 
+import ffnet_kernels
+
 from .checkpoint import load_checkpoint
 from .folding import reparameterize
 from .layers import BranchedDepthwise, ConvBN, LayerNorm2d, SkipConv, norm_as_affine, widen
@@ -40,6 +42,22 @@ class Stem(nn.Sequential):
         super().__init__(
             ConvBN(in_chans, width, 3, stride=2, **factory), nn.GELU(), ConvBN(width, dim, 3, stride=2, **factory)
         )
+        self.kernels_enabled = False
+
+    def enable_kernels(self) -> str | None:
+        """As `ResidualMixer.enable_kernels`: convolutions with their activation by ``ffnet_kernels.conv2d``."""
+        if not all(type(self[i]) is nn.Conv2d and self[i].bias is not None for i in (0, 2)):
+            return None
+        self.kernels_enabled = True
+        return "conv2d"
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.kernels_enabled:
+            return super().forward(x)
+        first: Any = self[0]
+        second: Any = self[2]
+        x = ffnet_kernels.conv2d(x, first.weight, first.bias, stride=2, padding=1, activation="gelu")
+        return ffnet_kernels.conv2d(x, second.weight, second.bias, stride=2, padding=1)
 
 
 class Downsample(nn.Module):

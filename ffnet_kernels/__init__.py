@@ -3,7 +3,7 @@
 from . import operators as operators  # registers torch.ops.ffnet_kernels
 from . import training as training  # ... and torch.ops.ffnet_kernels_training
 from .dispatch import BackendError, available_backends, use_backend
-from .functional import channel_mixer, depthwise_conv2d, explain, ffnified_attention
+from .functional import channel_mixer, conv2d, depthwise_conv2d, explain, ffnified_attention
 from .info import info
 from .modules import ChannelMixer, DepthwiseConv2d, FFNifiedAttention
 from .optimize import optimize
@@ -19,6 +19,7 @@ __all__ = [
     "FFNifiedAttention",
     "available_backends",
     "channel_mixer",
+    "conv2d",
     "depthwise_conv2d",
     "explain",
     "ffnified_attention",

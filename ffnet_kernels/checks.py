@@ -24,17 +24,18 @@ def depthwise_conv2d(x, weight, bias, stride, padding, activation) -> tuple:
             f"got {outputs} (shape {list(weight.shape)})"
         )
     bias = _channel_vector("bias", bias, outputs, x)
-    strides = _pair("stride", stride)
-    if strides[0] not in (1, 2) or strides[1] not in (1, 2):
-        raise ValueError(f"stride: expected 1 or 2, got {stride!r}")
-    pads = _padding(padding, kernel)
-    height, width = x.shape[2] + pads[0] + pads[1], x.shape[3] + pads[2] + pads[3]
-    if height < kernel[0] or width < kernel[1]:
-        raise ValueError(
-            f"weight: the {kernel[0]}×{kernel[1]} kernel is larger than the padded map {height}×{width} "
-            f"(x has the shape {list(x.shape)}, padding={padding!r})"
-        )
-    return x, weight, bias, strides, pads, _activation(activation)
+    return x, weight, bias, *_geometry(x, kernel, stride, padding), _activation(activation)
+
+
+def conv2d(x, weight, bias, stride, padding, activation) -> tuple:
+    _check_map("x", x)
+    _check_extent("x", x)
+    _check_like("weight", weight, x)
+    shape = weight.shape
+    if len(shape) != 4 or shape[1] != x.shape[1] or 0 in shape:
+        raise ValueError(f"weight: expected the shape [out, {x.shape[1]}, kh, kw], got {list(shape)}")
+    bias = _channel_vector("bias", bias, shape[0], x)
+    return x, weight, bias, *_geometry(x, (shape[2], shape[3]), stride, padding), _activation(activation)
 
 
 def ffnified_attention(query, key, key_bias, value, value_bias, activation, scale, residual) -> tuple:
@@ -159,6 +160,21 @@ def _matrix(name: str, weight, inputs: int, like: Tensor) -> Tensor:
     if shape[0] == 0:
         raise ValueError(f"{name}: expected at least one output channel, got the shape {list(shape)}")
     return weight
+
+
+def _geometry(x: Tensor, kernel: tuple[int, int], stride, padding) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
+    """Strides and the padding of each side."""
+    strides = _pair("stride", stride)
+    if strides[0] not in (1, 2) or strides[1] not in (1, 2):
+        raise ValueError(f"stride: expected 1 or 2, got {stride!r}")
+    pads = _padding(padding, kernel)
+    height, width = x.shape[2] + pads[0] + pads[1], x.shape[3] + pads[2] + pads[3]
+    if height < kernel[0] or width < kernel[1]:
+        raise ValueError(
+            f"weight: the {kernel[0]}×{kernel[1]} kernel is larger than the padded map {height}×{width} "
+            f"(x has the shape {list(x.shape)}, padding={padding!r})"
+        )
+    return strides, pads
 
 
 def _check_residual(residual, x: Tensor, channels: int) -> None:

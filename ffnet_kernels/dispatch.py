@@ -91,18 +91,27 @@ def select(operator: str, args: tuple) -> ModuleType:
         if torch.compiler.is_exporting():
             return reference  # an exported program holds plain aten operators and runs anywhere
         for backend in _AVAILABLE:
-            if backend.refusal(operator, args) is None and backend.slower(operator, args) is None:
+            if _refusal(backend, operator, args) is None and backend.slower(operator, args) is None:
                 return backend
+        return reference
     if forced not in BACKENDS or BACKENDS[forced] not in _AVAILABLE:  # only the environment forces unchecked
         _check_name(forced, "FFNET_KERNELS_BACKEND")
         _require(forced)
     backend = BACKENDS[forced]
-    reason = backend.refusal(operator, args)
+    reason = _refusal(backend, operator, args)
     if reason is None:
         return backend
-    if operator.endswith("_backward"):
-        return reference  # a backend may hold the forward kernel only
+    if operator.endswith("_backward") or not _holds(backend, operator):
+        return reference  # a backend may hold some kernels only
     raise BackendError(f"{operator}: backend '{forced}' does not take this call: {reason}")
+
+
+def _refusal(backend: ModuleType, operator: str, args: tuple) -> str | None:
+    return backend.refusal(operator, args) if _holds(backend, operator) else "has no kernel for it"
+
+
+def _holds(backend: ModuleType, operator: str) -> bool:
+    return hasattr(backend, operator) or operator in getattr(backend, "TRAINING_OPERATORS", ())
 
 
 def _transformed() -> bool:
@@ -138,7 +147,7 @@ def decide(operator: str, args: tuple) -> Decision:
             backend = BACKENDS[other]
             reason = why_unavailable(other)
             if reason is None:
-                reason = backend.refusal(operator, args) or backend.slower(operator, args)
+                reason = _refusal(backend, operator, args) or backend.slower(operator, args)
             refused[other] = reason or "not chosen"
     return Decision(operator, name, chosen.describe(operator, args), refused)
 

@@ -54,6 +54,34 @@ def depthwise_conv2d(
     return dispatch.select("depthwise_conv2d", args).depthwise_conv2d(*args)
 
 
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: str | int | tuple[int, int] = "same",
+    activation: str = "none",
+) -> Tensor:
+    """Convolution of one group with its activation: ``act(conv(x; weight) + bias)``, for what stands around depthwise
+    layers: 1×1 projections and strided stems.
+
+    It has a kernel on the CPU, without gradient; elsewhere, and in backward passes, plain PyTorch runs.
+
+    Args:
+        x: ``[N, C, H, W]``.
+        weight: ``[O, C, kh, kw]``.
+        bias: ``[O]`` or None.
+        stride, padding, activation: as in :func:`depthwise_conv2d`.
+
+    Returns:
+        ``[N, O, H', W']``.
+    """
+    x, weight, bias = _autocast(x, weight, bias)
+    args = checks.conv2d(x, weight, bias, stride, padding, activation)
+    return dispatch.select("conv2d", args).conv2d(*args)
+
+
 def ffnified_attention(
     query: Tensor,
     key: Tensor,
@@ -128,7 +156,7 @@ def channel_mixer(
 
 
 _PUBLIC: dict[str, Callable[..., Tensor]] = {
-    function.__name__: function for function in (depthwise_conv2d, ffnified_attention, channel_mixer)
+    function.__name__: function for function in (depthwise_conv2d, conv2d, ffnified_attention, channel_mixer)
 }
 
 

@@ -2,14 +2,52 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
 from .checks import ACTIVATIONS
-from .functional import channel_mixer, depthwise_conv2d, ffnified_attention
+from .functional import channel_mixer, conv2d, depthwise_conv2d, ffnified_attention
 
 
-class DepthwiseConv2d(nn.Conv2d):
+class _Operated(nn.Conv2d):
+    """An ``nn.Conv2d`` that runs on an operator of the same arguments, with the activation that follows."""
+
+    activation: str = "none"
+    operator: str
+    kind: str
+
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d, activation: str = "none") -> Self:
+        """A module that shares the parameters, buffers and hooks of ``conv``, which must satisfy :meth:`takes`."""
+        if not cls.takes(conv):
+            raise ValueError(f"from_conv: expected a {cls.kind} that the operator takes, got {conv}")
+        module = cls.__new__(cls)
+        module.__dict__ = dict(conv.__dict__)
+        module.activation = activation
+        return module
+
+    @staticmethod
+    def takes(conv: nn.Module) -> bool:
+        raise NotImplementedError
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() == 3:
+            return self.forward(input[None])[0]
+        return _OPERATORS[self.operator](
+            input, self.weight, self.bias,
+            stride=self.stride, padding=self.padding, activation=self.activation,  # type: ignore[arg-type]
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.activation == "none" else f", activation={self.activation}")
+
+
+_OPERATORS = {"depthwise_conv2d": depthwise_conv2d, "conv2d": conv2d}
+
+
+class DepthwiseConv2d(_Operated):
     """An ``nn.Conv2d`` with ``groups == in_channels`` that runs on :func:`ffnet_kernels.depthwise_conv2d`.
 
     Parameters, state dict and results are those of the ``nn.Conv2d``, which :meth:`from_conv` takes over as it is; a
@@ -28,7 +66,7 @@ class DepthwiseConv2d(nn.Conv2d):
     Shape: ``[N, C, H, W]`` to ``[N, C·multiplier, H', W']``.
     """
 
-    activation: str = "none"
+    operator, kind = "depthwise_conv2d", "depthwise convolution"
 
     def __init__(
         self,
@@ -57,31 +95,26 @@ class DepthwiseConv2d(nn.Conv2d):
         if not _computable(self):
             raise ValueError(f"expected multiplier and stride 1 or 2, got multiplier={multiplier}, stride={stride}")
 
-    @classmethod
-    def from_conv(cls, conv: nn.Conv2d, activation: str = "none") -> DepthwiseConv2d:
-        """A module that shares the parameters, buffers and hooks of ``conv``, which must satisfy :meth:`takes`."""
-        if not cls.takes(conv):
-            raise ValueError(f"from_conv: expected a depthwise convolution this operator takes, got {conv}")
-        module = cls.__new__(cls)
-        module.__dict__ = dict(conv.__dict__)
-        module.activation = activation
-        return module
-
     @staticmethod
     def takes(conv: nn.Module) -> bool:
         """Whether ``conv`` is a depthwise convolution that the operator computes."""
         return type(conv) is nn.Conv2d and _computable(conv)
 
-    def forward(self, input: Tensor) -> Tensor:
-        if input.dim() == 3:
-            return self.forward(input[None])[0]
-        return depthwise_conv2d(
-            input, self.weight, self.bias,
-            stride=self.stride, padding=self.padding, activation=self.activation,  # type: ignore[arg-type]
-        )  # fmt: skip
 
-    def extra_repr(self) -> str:
-        return super().extra_repr() + ("" if self.activation == "none" else f", activation={self.activation}")
+class Conv2d(_Operated):
+    """A dense ``nn.Conv2d`` that runs on :func:`ffnet_kernels.conv2d`, made by :meth:`from_conv`."""
+
+    operator, kind = "conv2d", "dense convolution"
+
+    @staticmethod
+    def takes(conv: nn.Module) -> bool:
+        """Whether ``conv`` is one of those for which the operator pays: 1×1, or of few channels, such as images."""
+        return (
+            type(conv) is nn.Conv2d
+            and conv.groups == 1
+            and (conv.kernel_size == (1, 1) or conv.in_channels <= 4)
+            and _plain(conv)
+        )
 
 
 def _check_activation(activation: str) -> None:
@@ -93,7 +126,13 @@ def _computable(conv: nn.Conv2d) -> bool:
     return (
         conv.groups == conv.in_channels
         and conv.out_channels in (conv.in_channels, 2 * conv.in_channels)
-        and conv.dilation == (1, 1)
+        and _plain(conv)
+    )
+
+
+def _plain(conv: nn.Conv2d) -> bool:
+    return (
+        conv.dilation == (1, 1)
         and set(conv.stride) <= {1, 2}
         and conv.padding_mode == "zeros"
         and (not isinstance(conv.padding, str) or conv.padding == "valid" or conv.stride == (1, 1))

@@ -82,6 +82,14 @@ OPERATORS = (
     ),
 )
 
+#: Runs on the CPU's kernels or on the reference; its gradients are torch's.
+CONV2D = Operator(
+    "conv2d",
+    "Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[4] padding, str activation",
+    (0, 1, 2),
+    _infer_depthwise_conv2d,
+)
+
 
 def _reference_forward(operator: str, out: Tensor, args: tuple) -> Tensor:
     return out.copy_(getattr(reference, operator)(*args))
@@ -189,3 +197,4 @@ for _operator in OPERATORS:
     _define(LIBRARY, _operator)
     _define(TRITON_LIBRARY, _operator, triton.run_forward, triton.run_backward)
     _define(CUDA_LIBRARY, _operator, cuda.run_forward, cuda.run_backward)
+_define(LIBRARY, CONV2D)

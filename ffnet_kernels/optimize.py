@@ -6,13 +6,13 @@ import copy
 import inspect
 import logging
 from collections import Counter
-from typing import NamedTuple, TypeGuard
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
 from .dispatch import available_backends
-from .modules import ChannelMixer, DepthwiseConv2d, FFNifiedAttention
+from .modules import ChannelMixer, Conv2d, DepthwiseConv2d, FFNifiedAttention
 
 logger = logging.getLogger("ffnet_kernels")
 
@@ -31,7 +31,8 @@ def optimize(model: nn.Module) -> nn.Module:
 
     - Depthwise ``nn.Conv2d`` layers become :class:`DepthwiseConv2d`; where an activation module provably follows (the
       modules around it can be traced, in both modes, and nothing in the model reads the convolution by itself), it is
-      fused: a hook that is put on the convolution later sees the activated map.
+      fused: a hook that is put on the convolution later sees the activated map. In eval mode the same holds for 1×1
+      convolutions and those of images, which become :class:`Conv2d`.
     - A module that defines ``kernel_ready()`` supplies its copy itself (an FFNet in eval mode: reparameterised), and
       one that defines ``enable_kernels()`` puts itself on an operator and answers its name, or None. Of a model in
       training mode, one that defines ``enable_training_kernels()`` does the same for its training steps.
@@ -47,9 +48,10 @@ def optimize(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"optimize: expected an nn.Module, got {type(model).__name__}")
     model = _ready(copy.deepcopy(model))
-    if DepthwiseConv2d.takes(model):
-        model = DepthwiseConv2d.from_conv(model)  # type: ignore[arg-type]
-        replacements = [Replacement("", "depthwise_conv2d")]
+    alone = _class_for(model, model.training)
+    if alone is not None:
+        model = alone.from_conv(model)  # type: ignore[arg-type]
+        replacements = [Replacement("", alone.operator)]
     else:
         replacements = _replace(model)
     if not model.training:
@@ -88,29 +90,39 @@ def _replace(model: nn.Module) -> list[Replacement]:
         if operator is not None:
             replacements.append(Replacement(path, operator))
     homes = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
-    replaced: dict[nn.Module, DepthwiseConv2d] = {}  # a layer with several homes stays one layer
+    replaced: dict[nn.Module, nn.Conv2d] = {}  # a layer with several homes stays one layer
     for path, module in list(model.named_modules()):
         if module in on_operators:
             continue
-        convolutions = {name: child for name, child in module._modules.items() if _takes(child)}
+        classes = {name: _class_for(child, model.training) for name, child in module._modules.items()}
+        convolutions: dict[str, nn.Conv2d] = {
+            name: child for name, child in module._modules.items() if child is not None and classes[name] is not None
+        }
         alone = {name: conv for name, conv in convolutions.items() if homes[id(conv)] == 1}
         fused = _following_activations(model, path, alone) if alone else {}
         for name, conv in convolutions.items():
             activation, follower = fused.get(name, ("none", None))
             if follower is not None and homes[id(module._modules[follower])] > 1:
                 activation, follower = "none", None
+            operated = classes[name]
+            assert operated is not None
             if conv not in replaced:
-                replaced[conv] = DepthwiseConv2d.from_conv(conv, activation)
+                replaced[conv] = operated.from_conv(conv, activation)
             module.register_module(name, replaced[conv])
             if follower is not None:
                 module.register_module(follower, nn.Identity())
             suffix = "" if follower is None else f" + {activation}"
-            replacements.append(Replacement(f"{path}.{name}".lstrip("."), f"depthwise_conv2d{suffix}"))
+            replacements.append(Replacement(f"{path}.{name}".lstrip("."), f"{operated.operator}{suffix}"))
     return replacements
 
 
-def _takes(module: nn.Module | None) -> TypeGuard[nn.Conv2d]:
-    return module is not None and DepthwiseConv2d.takes(module)
+def _class_for(module: nn.Module | None, training: bool) -> type[DepthwiseConv2d] | type[Conv2d] | None:
+    """The class on an operator that takes the place of a layer, if there is one."""
+    if module is None:
+        return None
+    if DepthwiseConv2d.takes(module):
+        return DepthwiseConv2d
+    return Conv2d if not training and Conv2d.takes(module) else None
 
 
 def _activation_name(module: nn.Module | None) -> str | None:

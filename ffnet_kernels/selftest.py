@@ -208,7 +208,9 @@ def _place(backend: str) -> _Place:
     if backend == "cpu":
         isas = helper.usable_isas() if helper else []
         selecting: list[_Variant] = [(isa, functools.partial(_selected_isa, helper, isa)) for isa in isas]
-        return _Place(cpu, (torch.float32,), selecting or [("default", contextlib.nullcontext)])
+        return _Place(
+            cpu, (torch.float32, torch.bfloat16, torch.float16), selecting or [("default", contextlib.nullcontext)]
+        )
     gpu = torch.device("cuda" if torch.cuda.device_count() > 0 else "xpu")
     device = cpu if _is_for_tests(backend) else gpu
     return _Place(device, (torch.bfloat16, torch.float16, torch.float32), [(device.type, contextlib.nullcontext)])

@@ -17,23 +17,24 @@ using ffnet::suggests_channels_last;
 using ffnet::Tensor;
 
 template <class Op>
-void set_residual(Op& op, const std::optional<Tensor>& residual, const std::array<int64_t, 4>& shape) {
+void set_residual(Op& op, const std::optional<Tensor>& residual, const std::array<int64_t, 4>& shape, const Tensor& x) {
   if (!residual) return;
-  check_float_cpu(*residual, "residual", 4);
+  check_cpu(*residual, "residual", 4, x);
   for (int d = 0; d < 4; ++d)
     STD_TORCH_CHECK(residual->size(d) == shape[d], "ffnet_kernels (cpu): residual must have the result's shape");
-  op.residual = residual->const_data_ptr<float>(), op.residual_stride = strides(*residual);
+  op.residual = residual->const_data_ptr(), op.residual_stride = strides(*residual);
 }
 
 Tensor depthwise_conv2d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                         const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                         const std::string& activation) {
-  const ChannelVector bias_vector(bias, "bias", weight.dim() ? weight.size(0) : 0);
+  check_map(x, "x");
+  const ChannelVector bias_vector(bias, "bias", weight.dim() ? weight.size(0) : 0, x);
   auto op = depthwise_arguments<ffnet::DepthwiseConv2d>(x, weight, bias_vector, stride, padding, activation);
   const int64_t n = op.n, outputs = op.channels * op.multiplier;
   Tensor out =
       empty_map(x, {n, outputs, op.out_h, op.out_w}, suggests_channels_last(x) || suggests_channels_last(weight));
-  op.out = out.mutable_data_ptr<float>(), op.out_stride = strides(out);
+  op.out = out.mutable_data_ptr(), op.out_stride = strides(out);
   if (n > 0) ffnet::active_kernels().depthwise_conv2d(op, executor());
   return out;
 }
@@ -44,10 +45,10 @@ Tensor ffnified_attention(const Tensor& query, const Tensor& key, const std::opt
   const AttentionVectors vectors(query, key_bias, value_bias, scale);
   auto op = attention_arguments<ffnet::FfnifiedAttention>(query, key, value, vectors, activation);
   const int64_t n = op.n, c = op.channels, h = op.h, w = op.w;
-  set_residual(op, residual, {n, c, h, w});
+  set_residual(op, residual, {n, c, h, w}, query);
   Tensor out = empty_map(query, {n, c, h, w},
                          suggests_channels_last(query) || suggests_channels_last(key) || suggests_channels_last(value));
-  op.out = out.mutable_data_ptr<float>(), op.out_stride = strides(out);
+  op.out = out.mutable_data_ptr(), op.out_stride = strides(out);
   if (n > 0) ffnet::active_kernels().ffnified_attention(op, executor());
   return out;
 }
@@ -55,12 +56,12 @@ Tensor ffnified_attention(const Tensor& query, const Tensor& key, const std::opt
 // A 1x1 weight [rows, columns] with adjacent columns; keeps the copy alive where one was needed.
 class PointwiseWeight {
  public:
-  PointwiseWeight(const Tensor& weight, const char* name, int64_t columns) : tensor_(weight) {
-    check_float_cpu(weight, name, 2);
+  PointwiseWeight(const Tensor& weight, const char* name, int64_t columns, const Tensor& x) : tensor_(weight) {
+    check_cpu(weight, name, 2, x);
     STD_TORCH_CHECK(weight.size(1) == columns, "ffnet_kernels (cpu): ", name, " must have ", columns, " columns");
     if (weight.stride(1) != 1) tensor_ = torch::stable::contiguous(weight);
   }
-  const float* data() const { return tensor_.const_data_ptr<float>(); }
+  const void* data() const { return tensor_.const_data_ptr(); }
   int64_t rows() const { return tensor_.size(0); }
   int64_t stride() const { return tensor_.stride(0); }
 
@@ -73,35 +74,70 @@ Tensor channel_mixer(const Tensor& x, const Tensor& weight, const std::optional<
                      const Tensor& project_weight, const std::optional<Tensor>& project_bias,
                      const std::string& activation, const std::optional<Tensor>& scale,
                      const std::optional<Tensor>& residual) {
-  check_float_cpu(x, "x", 4);
-  check_float_cpu(weight, "weight", 4);
+  check_map(x, "x");
+  check_cpu(weight, "weight", 4, x);
   const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
   STD_TORCH_CHECK(c > 0 && h > 0 && w > 0 && weight.size(0) == c, "ffnet_kernels (cpu): weight must have x's channels");
-  const PointwiseWeight expand(expand_weight, "expand_weight", c),
-      project(project_weight, "project_weight", expand.rows());
-  const ChannelVector bias_vector(bias, "bias", c), expand_vector(expand_bias, "expand_bias", expand.rows()),
-      project_vector(project_bias, "project_bias", project.rows()), scale_vector(scale, "scale", project.rows());
+  const PointwiseWeight expand(expand_weight, "expand_weight", c, x),
+      project(project_weight, "project_weight", expand.rows(), x);
+  const ChannelVector bias_vector(bias, "bias", c, x), expand_vector(expand_bias, "expand_bias", expand.rows(), x),
+      project_vector(project_bias, "project_bias", project.rows(), x), scale_vector(scale, "scale", project.rows(), x);
 
   ffnet::ChannelMixer op{};
-  op.filter = filter(weight, "weight", bias_vector);
-  op.n = n, op.channels = c, op.h = h, op.w = w;
+  op.storage = storage(x);
+  op.filter = filter(weight, "weight", bias_vector, x);
+  op.n = n, op.channels = c, op.h = op.out_h = h, op.w = op.out_w = w;
   op.hidden = expand.rows(), op.outputs = project.rows();
   op.pad_top = (op.filter.kh - 1) / 2, op.pad_left = (op.filter.kw - 1) / 2;
   op.expand = expand.data(), op.expand_stride = expand.stride(), op.expand_bias = expand_vector.data();
   op.project = project.data(), op.project_stride = project.stride(), op.project_bias = project_vector.data();
   op.activation = parse_activation(activation);
   op.scale = scale_vector.data();
-  set_residual(op, residual, {n, op.outputs, h, w});
+  set_residual(op, residual, {n, op.outputs, h, w}, x);
   Tensor out = empty_map(x, {n, op.outputs, h, w}, suggests_channels_last(x) || suggests_channels_last(weight));
-  op.x = x.const_data_ptr<float>(), op.x_stride = strides(x);
-  op.out = out.mutable_data_ptr<float>(), op.out_stride = strides(out);
+  op.x = x.const_data_ptr(), op.x_stride = strides(x);
+  op.out = out.mutable_data_ptr(), op.out_stride = strides(out);
   if (n > 0) ffnet::active_kernels().channel_mixer(op, executor());
+  return out;
+}
+
+Tensor conv2d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+              const std::vector<int64_t>& stride, const std::vector<int64_t>& padding, const std::string& activation) {
+  check_map(x, "x");
+  check_cpu(weight, "weight", 4, x);
+  const int64_t n = x.size(0), c = x.size(1), outputs = weight.size(0);
+  STD_TORCH_CHECK(c > 0 && outputs > 0 && weight.size(1) == c && weight.size(2) > 0 && weight.size(3) > 0,
+                  "ffnet_kernels (cpu): weight must have the shape [O, ", c, ", kh, kw]");
+  const ChannelVector bias_vector(bias, "bias", outputs, x);
+  ffnet::Conv2d op{};
+  op.storage = storage(x);
+  op.n = n, op.channels = c, op.outputs = outputs, op.h = x.size(2), op.w = x.size(3);
+  op.kh = weight.size(2), op.kw = weight.size(3);
+  set_geometry(op, op.kh, op.kw, stride, padding);
+  // A row is read in the order in which it is stored; anything else is copied.
+  const int64_t taps = op.kh * op.kw;
+  const auto row_is = [&](int64_t c_step, int64_t y_step, int64_t x_step) {
+    return (c == 1 || weight.stride(1) == c_step) && (op.kh == 1 || weight.stride(2) == y_step) &&
+           (op.kw == 1 || weight.stride(3) == x_step);
+  };
+  op.channels_inside = row_is(1, op.kw * c, c);
+  const bool plain = op.channels_inside || row_is(taps, op.kw, 1);
+  const Tensor rows = plain ? weight : torch::stable::contiguous(weight);
+  op.weight = rows.const_data_ptr(), op.weight_stride = rows.stride(0);
+  op.bias = bias_vector.data();
+  op.activation = parse_activation(activation);
+  Tensor out =
+      empty_map(x, {n, outputs, op.out_h, op.out_w}, suggests_channels_last(x) || suggests_channels_last(weight));
+  op.x = x.const_data_ptr(), op.x_stride = strides(x);
+  op.out = out.mutable_data_ptr(), op.out_stride = strides(out);
+  if (n > 0) ffnet::active_kernels().conv2d(op, executor());
   return out;
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(ffnet_kernels, CPU, m) {
+  m.impl("conv2d", TORCH_BOX(&conv2d));
   m.impl("depthwise_conv2d", TORCH_BOX(&depthwise_conv2d));
   m.impl("ffnified_attention", TORCH_BOX(&ffnified_attention));
   m.impl("channel_mixer", TORCH_BOX(&channel_mixer));

@@ -40,8 +40,8 @@ class Gradients {
   }
   // Of the i-th input; null where it is not wanted.
   Tensor* operator[](size_t i) { return place_[i] < 0 ? nullptr : &grads_[place_[i]]; }
-  float* data(size_t i) { return place_[i] < 0 ? nullptr : grads_[place_[i]].mutable_data_ptr<float>(); }
-  void set_map(size_t i, float*& map, ffnet::Strides& stride) {
+  void* data(size_t i) { return place_[i] < 0 ? nullptr : grads_[place_[i]].mutable_data_ptr(); }
+  void set_map(size_t i, void*& map, ffnet::Strides& stride) {
     if (Tensor* grad = (*this)[i]) map = data(i), stride = strides(*grad);
   }
   ffnet::FilterGrad filter(size_t weight, size_t bias) {
@@ -60,17 +60,17 @@ const Tensor* pointer(const Optional& tensor) { return tensor ? &*tensor : nullp
 
 void check_residual(const Optional& residual, const Tensor& grad) {
   if (!residual) return;
-  check_float_cpu(*residual, "residual", 4);
+  check_cpu(*residual, "residual", 4, grad);
   for (int d = 0; d < 4; ++d)
     STD_TORCH_CHECK(residual->size(d) == grad.size(d), "ffnet_kernels (cpu): residual must have the result's shape");
 }
 
 template <class Op>
-void set_grad(Op& op, const Tensor& grad, const std::array<int64_t, 4>& shape) {
-  check_float_cpu(grad, "grad", 4);
+void set_grad(Op& op, const Tensor& grad, const Tensor& x, const std::array<int64_t, 4>& shape) {
+  check_cpu(grad, "grad", 4, x);
   for (int d = 0; d < 4; ++d)
     STD_TORCH_CHECK(grad.size(d) == shape[d], "ffnet_kernels (cpu): grad must have the result's shape");
-  op.grad = grad.const_data_ptr<float>(), op.grad_stride = strides(grad);
+  op.grad = grad.const_data_ptr(), op.grad_stride = strides(grad);
 }
 
 std::vector<Tensor> depthwise_conv2d_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
@@ -78,12 +78,13 @@ std::vector<Tensor> depthwise_conv2d_backward(const Tensor& grad, const Tensor& 
                                               const std::vector<int64_t>& padding, const std::string& activation,
                                               const std::vector<bool>& mask) {
   const bool many = x.dim() == 4 && weight.dim() == 4 && weight.size(0) > 2 * x.size(1);
-  if (x.scalar_type() != ScalarType::Float || many)
+  if (!has_kernel(x) || many)
     return composed("ffnet_kernels::depthwise_conv2d_backward_composed", mask, grad, x, weight, bias, stride, padding,
                     activation);
-  const ChannelVector bias_vector(bias, "bias", weight.dim() ? weight.size(0) : 0);
+  check_map(x, "x");
+  const ChannelVector bias_vector(bias, "bias", weight.dim() ? weight.size(0) : 0, x);
   auto op = depthwise_arguments<ffnet::DepthwiseConv2dBackward>(x, weight, bias_vector, stride, padding, activation);
-  set_grad(op, grad, {op.n, op.channels * op.multiplier, op.out_h, op.out_w});
+  set_grad(op, grad, x, {op.n, op.channels * op.multiplier, op.out_h, op.out_w});
   Gradients grads({&x, &weight, pointer(bias)}, mask);
   grads.set_map(0, op.x_grad, op.x_grad_stride);
   op.filter_grad = grads.filter(1, 2);
@@ -96,12 +97,12 @@ std::vector<Tensor> ffnified_attention_backward(const Tensor& grad, const Tensor
                                                 const Optional& value_bias, const std::string& activation,
                                                 const Optional& scale, const Optional& residual,
                                                 const std::vector<bool>& mask) {
-  if (query.scalar_type() != ScalarType::Float)
+  if (!has_kernel(query))
     return composed("ffnet_kernels::ffnified_attention_backward_composed", mask, grad, query, key, key_bias, value,
                     value_bias, activation, scale, residual);
   const AttentionVectors vectors(query, key_bias, value_bias, scale);
   auto op = attention_arguments<ffnet::FfnifiedAttentionBackward>(query, key, value, vectors, activation);
-  set_grad(op, grad, {op.n, op.channels, op.h, op.w});
+  set_grad(op, grad, query, {op.n, op.channels, op.h, op.w});
   check_residual(residual, grad);
   Gradients grads({&query, &key, pointer(key_bias), &value, pointer(value_bias), pointer(scale), pointer(residual)},
                   mask);

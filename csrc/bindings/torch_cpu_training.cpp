@@ -11,13 +11,18 @@
 namespace {
 
 using ffnet::empty_map;
+using ffnet::ScalarType;
 using ffnet::Tensor;
-using ffnet::cpu_arguments::check_float_cpu;
 using ffnet::cpu_arguments::executor;
 using ffnet::cpu_arguments::parse_activation;
 using ffnet::cpu_arguments::strides;
 
 const ffnet::TrainingKernels& kernels() { return *ffnet::active_kernels().training(); }
+
+void check_float_cpu(const Tensor& t, const char* name, int64_t dim) {
+  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float && t.dim() == dim, "ffnet_kernels (cpu): ", name,
+                  " must be a ", dim, "-dimensional float32 CPU tensor");
+}
 
 const float* vector_of(const Tensor& t, const char* name, int64_t size) {
   check_float_cpu(t, name, 1);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "row_ring.h"
+#include "rows.h"
 #include "training.h"
 
 namespace ffnet::FFNET_ISA {
@@ -47,17 +48,19 @@ class BranchRows {
   }
   int64_t scratch_floats() const {
     int64_t floats = x_.scratch_floats();
-    for (int b = 0; b < op_.branches; ++b) floats += packed_floats(op_.branch[b].filter) + op_.out_w * kLanes;
+    for (int b = 0; b < op_.branches; ++b)
+      floats += packed_floats<FloatTaps>(op_.branch[b].filter) + op_.out_w * kLanes;
     return floats;
   }
   void place(Arena& arena, const Lanes& lanes) {
     x_.place(arena);
     for (int b = 0; b < op_.branches; ++b) {
       const Branch& branch = op_.branch[b];
-      float* packed = arena.floats(packed_floats(branch.filter));
-      filter_[b] = pack_filter(branch.filter, lanes.first, lanes.count, op_.stride_w, pad_left(branch), packed);
+      float* packed = arena.floats(packed_floats<FloatTaps>(branch.filter));
+      filter_[b] = pack_filter<float, FloatTaps>(branch.filter, lanes.first, lanes.count, op_.stride_w,
+                                                 pad_left(branch), packed);
       bias_[b] = packed + branch.filter.kh * branch.filter.kw * kLanes;
-      conv_row_[b] = select_conv_row(branch.filter, op_.stride_w);
+      conv_row_[b] = select_conv_row<FloatTaps>(branch.filter, op_.stride_w);
       line_[b] = arena.floats(op_.out_w * kLanes);
     }
   }

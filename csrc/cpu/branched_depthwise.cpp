@@ -135,9 +135,9 @@ void merge_branches(void* context, int64_t vector) {
 
     const Vec scale = norm_scale(branch, lanes).scale;
     bias = bias + (lanes_of(branch.beta, lanes) - scale * Vec::load(mean));
-    Arena arena(packed_floats(branch.filter));
+    Arena arena(packed_floats<FloatTaps>(branch.filter));
     const int64_t kh = branch.filter.kh, kw = branch.filter.kw;
-    const PackedFilter filter = pack_filter(branch.filter, lanes.first, lanes.count, 1, 0, arena.at);
+    const PackedFilter filter = pack_filter<float, FloatTaps>(branch.filter, lanes.first, lanes.count, 1, 0, arena.at);
     for (int64_t ky = 0; ky < kh; ++ky)
       for (int64_t kx = 0; kx < kw; ++kx) {
         float* to = work.tap(ky + (work.kh - kh) / 2, kx + (work.kw - kw) / 2, vector);
@@ -158,7 +158,8 @@ void branched_depthwise(const BranchedDepthwise& op, const Executor& executor) {
   Work work{op, vectors, kh, kw, moments.data, merged.data};
   executor.run(vectors * op.n, measure_image, &work);
   executor.run(vectors, merge_branches, &work);
-  depthwise_conv2d({op.n,
+  depthwise_conv2d({Storage::float32,
+                    op.n,
                     op.channels,
                     op.multiplier,
                     op.h,

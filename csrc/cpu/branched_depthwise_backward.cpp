@@ -50,7 +50,7 @@ class Gradients {
   void start_image(int64_t n) {
     const BranchedDepthwise& f = op_.forward;
     grad_ = op_.grad + n * op_.grad_stride.n;
-    branches_.x().gather({f.x, f.x_stride, lanes_, f.h, f.w}, n, 0, f.h);
+    branches_.x().gather(MapView<const float>{f.x, f.x_stride, lanes_, f.h, f.w}, n, 0, f.h);
   }
   const RowRing& x() { return branches_.x(); }
   // Makes row r: y - mean of each branch into y, g as the result.
@@ -59,7 +59,7 @@ class Gradients {
     const float* row = grad_ + r * op_.grad_stride.h;
     if (r + 1 < f.h && op_.grad_stride.c == 1)
       prefetch_row(row + op_.grad_stride.h + lanes_.first, op_.grad_stride.w, 0, f.w);
-    gather_row(row, op_.grad_stride.c, op_.grad_stride.w, f.w, lanes_, line_);
+    gather_row(Elements<float>{row}, op_.grad_stride.c, op_.grad_stride.w, f.w, lanes_, line_);
     for (int b = 0; b < f.branches; ++b) y[b] = branches_.make(b, r);
     if (f.activation != Activation::none) {
       for (int64_t i = 0; i < f.w * kLanes; i += kLanes) {
@@ -152,7 +152,8 @@ Coefficients coefficients(const Work& work, int64_t task, int b, const Lanes& la
 
 // The filter turned by half a turn: what the gradient of x is convolved with.
 PackedFilter turned_filter(const Branch& branch, const Lanes& lanes, float* out) {
-  const PackedFilter filter = pack_filter(branch.filter, lanes.first, lanes.count, 1, pad_left(branch), out);
+  const PackedFilter filter =
+      pack_filter<float, FloatTaps>(branch.filter, lanes.first, lanes.count, 1, pad_left(branch), out);
   const int64_t taps = branch.filter.kh * branch.filter.kw;
   for (int64_t i = 0, j = taps - 1; i < j; ++i, --j) {
     const Vec a = Vec::load(out + i * kLanes), b = Vec::load(out + j * kLanes);
@@ -168,7 +169,7 @@ void run_task(void* context, int64_t task) {
   const BranchedDepthwise& f = op.forward;
   const Lanes lanes = lanes_of_task(work, task);
   const int64_t line = f.w * kLanes, strip = max_of(1, kStripFloats / line);
-  const bool direct = in_place(lanes, op.x_grad_stride.c);
+  const bool direct = in_place<float>(lanes, op.x_grad_stride.c);
 
   Gradients gradients(work, lanes);
   RowRing y_grad[kMaxBranches];
@@ -176,7 +177,7 @@ void run_task(void* context, int64_t task) {
   for (int b = 0; b < f.branches; ++b) {
     const int64_t pad = pad_top(f.branch[b]);
     y_grad[b] = RowRing(f.h, f.w, f.h, pad, pad);
-    floats += y_grad[b].scratch_floats() + packed_floats(f.branch[b].filter);
+    floats += y_grad[b].scratch_floats() + packed_floats<FloatTaps>(f.branch[b].filter);
   }
   Arena arena(floats);
   gradients.place(arena);
@@ -184,7 +185,7 @@ void run_task(void* context, int64_t task) {
   Coefficients at[kMaxBranches];
   for (int b = 0; b < f.branches; ++b) {
     y_grad[b].place(arena);
-    turned[b] = turned_filter(f.branch[b], lanes, arena.floats(packed_floats(f.branch[b].filter)));
+    turned[b] = turned_filter(f.branch[b], lanes, arena.floats(packed_floats<FloatTaps>(f.branch[b].filter)));
     at[b] = coefficients(work, task, b, lanes);
   }
   float *out_line = arena.floats(line), *other_line = arena.floats(line);
@@ -217,7 +218,7 @@ void run_task(void* context, int64_t task) {
           direct ? RowOutput{row + lanes.first, op.x_grad_stride.w, 0, f.w} : RowOutput{out_line, kLanes, 0, f.w};
       for (int b = 0; b < f.branches; ++b) {
         const RowInput in{y_grad[b].window(r - pad_top(f.branch[b])), kLanes, f.w};
-        const ConvRow conv_row = select_conv_row(f.branch[b].filter, 1);
+        const ConvRow conv_row = select_conv_row<FloatTaps>(f.branch[b].filter, 1);
         if (b == 0) {
           conv_row(in, turned[b], out);
           continue;

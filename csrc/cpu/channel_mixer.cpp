@@ -1,119 +1,148 @@
-// channel_mixer forward: residual + scale * (project * act(expand * DW(x) + b1) + b2), float32.
+// channel_mixer forward: residual + scale * (project * act(expand * DW(x) + b1) + b2).
 //
 // A task takes a strip of rows of one image through the whole chain: depthwise convolution, transposed into panels of
 // pixels; product with the expanding weight and activation; product with the projecting weight; scale and residual on
 // the way out. The hidden map, several times as wide as x, exists for one strip at a time and stays in L2.
-#include "activation.h"
-#include "gemm.h"
-#include "pack.h"
+#include "panel_output.h"
+#include "retry.h"
 
 namespace ffnet::FFNET_ISA {
 namespace {
 
-constexpr int64_t kHiddenFloats = 160 * 1024;  // of one strip: 640 KiB, most of an L2
+// What a task keeps in L2: the mixed map, the result and, a chunk at a time, the hidden map of its pixels.
+constexpr int64_t kStripFloats = 224 * 1024;
+constexpr int64_t kChunk = 512;  // hidden channels
 
-struct Work {
-  const ChannelMixer& op;
-  Tiling tiling;
-  ConvRow conv_row;
+struct Run {
+  template <class T, class Taps>
+  static bool task(const ChannelMixer& op, const Tiling& tiling, int64_t task);
 };
 
-// Depthwise convolution of rows [first, last), channel vector by channel vector, into panels [channel][kPanel].
-void mix_pixels(const Work& work, const float* image, int64_t first, int64_t last, float* panels, int64_t panel_floats,
-                Arena arena) {
-  const ChannelMixer& op = work.op;
-  const int64_t kh = op.filter.kh, pixels = (last - first) * op.w;
-  const int64_t in_first = max_of(0, first - op.pad_top), in_last = min_of(op.h, last - op.pad_top + kh - 1);
-  const int64_t padded = ceil_div(pixels, kPanel) * kPanel;
-  float* packed = arena.floats(packed_floats(op.filter));
+// [16 pixels][lanes] -> channels (or pairs of them) of a panel.
+template <class Taps>
+void store_mixed(const float* pixels, float* panel) {
+  const auto read = [&](int64_t i) __attribute__((always_inline)) { return Vec::load(pixels + i * kLanes); };
+  Vec even = Vec::fill(0);
+  const auto write = [&](int64_t c, Vec x) __attribute__((always_inline)) {
+    if constexpr (Taps::rows == 1) {
+      x.store(panel + c * kPanel);
+    } else {
+#if defined(__AVX512BF16__)
+      if (c % 2 == 0)
+        even = x;
+      else
+        interleave(even, x).store(panel + c / 2 * kPanel);
+#endif
+    }
+  };
+  transpose_block(read, kLanes, write, kLanes);
+  (void)even;
+}
+
+// A strip: rows [first, last) of the batch, all images' rows counted through.
+struct Strip {
+  int64_t first, last;
+  int64_t pixels(const ChannelMixer& op) const { return (last - first) * op.w; }
+};
+
+// Depthwise convolution of a strip, channel vector by channel vector, into panels.
+template <class T, class Taps>
+void mix_pixels(const ChannelMixer& op, const Strip& strip, float* panels, int64_t panel_floats, Arena arena) {
+  const int64_t kh = op.filter.kh, pixels = strip.pixels(op), padded = ceil_div(pixels, kPanel) * kPanel;
+  const ConvRow conv_row = select_conv_row<Taps>(op.filter, 1);
+  float* packed = arena.floats(packed_floats<Taps>(op.filter));
   float* lines = arena.floats(padded * kLanes);
-  float* gathered = arena.floats((in_last - in_first) * op.w * kLanes);
-  const float** rows = arena.pointers(kh);
+  const float** rows = arena.pointers(row_groups<Taps>(kh));
+  float* gathered = arena.floats(0);
   for (int64_t i = pixels * kLanes; i < padded * kLanes; ++i) lines[i] = 0;
   for (int64_t c = 0; c < op.channels; c += kLanes) {
     const Lanes lanes{c, min_of(kLanes, op.channels - c), 1};
-    const PackedFilter filter = pack_filter(op.filter, c, lanes.count, 1, op.pad_left, packed);
-    const Rows input(image, op.x_stride, op.w, lanes, in_first, in_last, gathered);
-    for (int64_t r = first; r < last; ++r) {
-      for (int64_t ky = 0; ky < kh; ++ky) rows[ky] = input[r - op.pad_top + ky];
-      prefetch_row(input[r + 1 - op.pad_top + kh - 1], input.pixel(), 0, op.w);
-      work.conv_row({rows, input.pixel(), op.w}, filter, {lines + (r - first) * op.w * kLanes, kLanes, 0, op.w});
+    const PackedFilter filter = pack_filter<T, Taps>(op.filter, c, lanes.count, 1, op.pad_left, packed);
+    const bool used_in_place = in_place<T>(lanes, op.x_stride.c);
+    float* line = lines;
+    for (int64_t row = strip.first; row < strip.last;) {
+      const int64_t n = row / op.h, first = row % op.h, last = min_of(op.h, first + strip.last - row);
+      const int64_t in_first = max_of(0, first - op.pad_top), in_last = min_of(op.h, last - op.pad_top + kh - 1);
+      const T* image = static_cast<const T*>(op.x) + n * op.x_stride.n;
+      const Rows<T, Taps> input(image, op.x_stride, op.h, op.w, lanes, in_first, in_last, gathered);
+      for (int64_t r = first; r < last; ++r, line += op.w * kLanes) {
+        const PackedFilter placed = input.window(r - op.pad_top, filter, rows);
+        if (used_in_place) prefetch_row(input[r + 1 - op.pad_top + kh - 1], input.pixel(), 0, op.w);
+        conv_row({rows, input.pixel(), op.w}, placed, {line, kLanes, 0, op.w});
+      }
+      row += last - first;
     }
     for (int64_t p = 0; p < padded; p += kLanes)
-      transpose_block(lines + p * kLanes, kLanes, panels + p / kPanel * panel_floats + c * kPanel + p % kPanel, kPanel);
+      store_mixed<Taps>(lines + p * kLanes, panels + p / kPanel * panel_floats + c / Taps::rows * kPanel + p % kPanel);
   }
 }
 
-// Where pixel p of a strip lies in a map.
-struct Pixels {
-  Strides stride;
-  int64_t width, first_row;
-  int64_t operator()(int64_t p) const { return (first_row + p / width) * stride.h + p % width * stride.w; }
-};
-
-// One panel, plus scale and residual, into the map; `first` is its first pixel in the strip, of which `count` exist.
-void write_panel(const ChannelMixer& op, int64_t n, const float* panel, int64_t first, int64_t count,
-                 const Pixels& out_at, const Pixels& residual_at) {
-  float* out = op.out + n * op.out_stride.n;
-  const float* residual = op.residual ? op.residual + n * op.residual_stride.n : nullptr;
-  const bool vectors = op.out_stride.c == 1 && (!residual || op.residual_stride.c == 1);
-  for (int64_t c = 0; vectors && c < op.outputs; c += kLanes) {
-    const int64_t channels = min_of(kLanes, op.outputs - c);
-    const Vec scale = op.scale ? Vec::load_first(op.scale + c, channels) : Vec::fill(1);
-    for (int64_t p = 0; p < count; p += kLanes) {
-      float block[kLanes * kLanes];
-      transpose_block(panel + c * kPanel + p, kPanel, block, kLanes);
-      for (int64_t i = 0; i < kLanes && p + i < count; ++i) {
-        Vec base = Vec::fill(0);
-        if (residual) base = Vec::load_first(residual + residual_at(first + p + i) + c, channels);
-        fma(Vec::load(block + i * kLanes), scale, base).store_first(out + out_at(first + p + i) + c, channels);
-      }
-    }
-  }
-  for (int64_t c = 0; !vectors && c < op.outputs; ++c) {
-    const float scale = op.scale ? op.scale[c] : 1;
-    for (int64_t p = 0; p < count; ++p) {
-      const float base = residual ? residual[residual_at(first + p) + c * op.residual_stride.c] : 0;
-      out[out_at(first + p) + c * op.out_stride.c] = base + scale * panel[c * kPanel + p];
-    }
-  }
+int64_t hidden_chunk(const ChannelMixer& op) {
+  return ceil_div(ceil_div(op.hidden, ceil_div(op.hidden, kChunk)), 2) * 2;
 }
 
-void run_task(void* context, int64_t task) {
-  const Work& work = *static_cast<const Work*>(context);
-  const ChannelMixer& op = work.op;
-  const int64_t n = work.tiling.image(task), first = work.tiling.first_row(task), last = work.tiling.last_row(task);
-  const int64_t pixels = (last - first) * op.w, panels = ceil_div(pixels, kPanel), kh = op.filter.kh;
-  // One buffer holds the mixed map, then, when that has been used, the result.
-  const int64_t map_panel = ceil_div(max_of(op.channels, op.outputs), kLanes) * kLanes * kPanel;
-  const int64_t hidden_panel = op.hidden * kPanel;
-  const int64_t depthwise = packed_floats(op.filter) + panels * kPanel * kLanes + (last - first + kh) * op.w * kLanes +
-                            kh * Arena::kPointer;
-  Arena arena(panels * (map_panel + hidden_panel) + depthwise);
-  float* map = arena.floats(panels * map_panel);
+template <class T, class Taps>
+bool Run::task(const ChannelMixer& op, const Tiling& tiling, int64_t task) {
+  const Strip strip{tiling.first_row(task), tiling.last_row(task)};
+  const int64_t pixels = strip.pixels(op), panels = ceil_div(pixels, kPanel), kh = op.filter.kh;
+  const int64_t mixed_panel = whole_vectors(op.channels) / Taps::rows * kPanel, out_panel = op.outputs * kPanel;
+  const int64_t chunk = hidden_chunk(op), hidden_panel = chunk / Taps::rows * kPanel;
+  const int64_t mixing = packed_floats<Taps>(op.filter) + panels * kPanel * kLanes +
+                         (min_of(op.h, strip.last - strip.first + kh) + 1) * op.w * kLanes +
+                         row_groups<Taps>(kh) * Arena::kPointer;
+  const int64_t multiplying = Left<T, Taps>::scratch_floats(max_of(op.channels, chunk));
+  Arena arena(panels * (mixed_panel + hidden_panel + out_panel) + max_of(mixing, multiplying));
+  float* mixed = arena.floats(panels * mixed_panel);
   float* hidden = arena.floats(panels * hidden_panel);
+  float* out = arena.floats(panels * out_panel);
+  float* scratch = arena.at;
 
-  mix_pixels(work, op.x + n * op.x_stride.n, first, last, map, map_panel, arena);
-  gemm({op.expand, op.expand_stride}, op.hidden, op.channels, op.expand_bias, map, map_panel, hidden, hidden_panel,
-       panels, op.activation);
-  gemm({op.project, op.project_stride}, op.outputs, op.hidden, op.project_bias, hidden, hidden_panel, map, map_panel,
-       panels, Activation::none);
-  const Pixels out_at{op.out_stride, op.w, first}, residual_at{op.residual_stride, op.w, first};
+  mix_pixels<T, Taps>(op, strip, mixed, mixed_panel, arena);
+  for (int64_t h = 0; h < op.hidden; h += chunk) {
+    const int64_t count = min_of(chunk, op.hidden - h);
+    const Matrix expand{static_cast<const T*>(op.expand) + h * op.expand_stride, count, op.channels, op.expand_stride};
+    const Matrix project{static_cast<const T*>(op.project) + h, op.outputs, count, op.project_stride};
+    gemm(
+        expand, Left<T, Taps>(expand, scratch), mixed, mixed_panel, panels,
+        [&](int64_t, int64_t row, int64_t rows, float* block) {
+          start_with_bias(op.expand_bias ? op.expand_bias + h + row : nullptr, rows, block);
+        },
+        [&](int64_t p, int64_t row, int64_t rows, float* block) {
+          activate_row(block, Vec::lanes, 2 * rows, op.activation);
+          store_panel<Taps>(block, row, rows, hidden + p * hidden_panel);
+        });
+    gemm(
+        project, Left<T, Taps>(project, scratch), hidden, hidden_panel, panels,
+        [&](int64_t p, int64_t row, int64_t rows, float* block) {
+          if (h == 0)
+            start_with_bias(op.project_bias ? op.project_bias + row : nullptr, rows, block);
+          else
+            copy_block(out + p * out_panel + row * kPanel, rows, block);
+        },
+        [&](int64_t p, int64_t row, int64_t rows, const float* block) {
+          copy_block(block, rows, out + p * out_panel + row * kPanel);
+        });
+  }
+  NanSensor sensor;
+  const PanelOutput<T> to(op, strip.first);
   for (int64_t p = 0; p < panels; ++p)
-    write_panel(op, n, map + p * map_panel, p * kPanel, min_of(kPanel, pixels - p * kPanel), out_at, residual_at);
+    to.write(out + p * out_panel, p * kPanel, min_of(kPanel, pixels - p * kPanel), sensor);
+  return Taps::rows > 1 && sensor.alarmed();
 }
 
-// Rows per strip: whole panels, a hidden map that fits L2, threads that end together. A strip streams all weights
-// through L1, which costs about as much as `weights` more pixels.
+// Rows per strip: whole panels, maps that fit L2, threads that end together. A strip streams all weights through L1,
+// which costs about as much as `weights` more pixels. The batch is one plane: an alarm repeats all of it.
 Tiling tile_rows(const ChannelMixer& op, int threads) {
   constexpr int64_t weights = 16;
+  const int64_t taps = op.storage == Storage::bfloat16 && kPairs ? 2 : 1, height = op.n * op.h;
+  const int64_t pixel = whole_vectors(op.channels) / taps + hidden_chunk(op) / taps + whole_vectors(op.outputs);
   Tiling best{};
   int64_t best_cost = INT64_MAX;
-  for (int64_t rows = 1; rows <= op.h; ++rows) {
-    const int64_t pixels = ceil_div(rows * op.w, kPanel) * kPanel, strips = ceil_div(op.h, rows);
-    if (rows > 1 && pixels * op.hidden > kHiddenFloats) break;
-    const int64_t cost = ceil_div(op.n * strips, threads) * (pixels + weights);
-    if (cost < best_cost) best_cost = cost, best = {1, 1, op.n, strips, rows, op.h};
+  for (int64_t rows = 1; rows <= height; ++rows) {
+    const int64_t pixels = ceil_div(rows * op.w, kPanel) * kPanel, strips = ceil_div(height, rows);
+    if (rows > 1 && pixels * pixel > kStripFloats) break;
+    const int64_t cost = ceil_div(strips, threads) * (pixels + weights);
+    if (cost < best_cost) best_cost = cost, best = {1, 1, 1, strips, rows, height};
   }
   return best;
 }
@@ -121,8 +150,7 @@ Tiling tile_rows(const ChannelMixer& op, int threads) {
 }  // namespace
 
 void channel_mixer(const ChannelMixer& op, const Executor& executor) {
-  Work work{op, tile_rows(op, executor.threads), select_conv_row(op.filter, 1)};
-  executor.run(work.tiling.tasks(), run_task, &work);
+  run_storage<Run>(op, tile_rows(op, executor.threads), executor);
 }
 
 }  // namespace ffnet::FFNET_ISA

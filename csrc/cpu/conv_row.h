@@ -8,9 +8,24 @@
 #include <utility>
 
 #include "kernels.h"
-#include "simd.h"
+#include "storage.h"
 
 namespace ffnet::FFNET_ISA {
+
+// One multiply-add of a tap: what a lane of a map row and of a filter holds (rows.h tells which).
+struct FloatTaps {
+  static constexpr int rows = 1;
+  static FFNET_INLINE Vec add(Vec x, Vec w, Vec sum) { return fma(x, w, sum); }
+};
+#if defined(__AVX512BF16__)
+constexpr bool kPairs = true;  // whether maps of bfloat16 are taken in pairs
+struct PairTaps {
+  static constexpr int rows = 2;
+  static FFNET_INLINE Vec add(Vec x, Vec w, Vec sum) { return dot(x, w, sum); }
+};
+#else
+constexpr bool kPairs = false;
+#endif
 
 // Input of an output row: kh row pointers (null where the row is padding) of `width` vectors, `pixel` floats apart.
 struct RowInput {
@@ -18,11 +33,17 @@ struct RowInput {
   int64_t pixel, width;
 };
 
-// Weights packed [kh][kw][lanes], bias [lanes].
+// Weights packed [kh][kw][lanes], for each row of a group that a window may start at; bias [lanes].
 struct PackedFilter {
   const float* weights;
   const float* bias;
+  int64_t parity_floats;
   int kh, kw, stride, pad_left;
+  PackedFilter starting_at(int64_t row) const {
+    PackedFilter shifted = *this;
+    shifted.weights += row * parity_floats;
+    return shifted;
+  }
 };
 
 // Outputs [first, last) of a row; `data` is output 0.
@@ -37,7 +58,7 @@ using ConvRow = void (*)(const RowInput&, const PackedFilter&, const RowOutput&)
 constexpr int kMaxBlock = Vec::registers == 32 ? 16 : 8;
 
 // Adds taps [0, T) of one filter row, T <= 7, to a block whose first input pixel under these taps is `begin`.
-template <int T, int S, int B, bool kInside = false>
+template <class Taps, int T, int S, int B, bool kInside = false>
 FFNET_INLINE void add_taps(Vec (&sum)[B], const float* row, int64_t begin, int64_t pixel, int64_t width,
                            const float* weights) {
   Vec w[T];
@@ -50,12 +71,12 @@ FFNET_INLINE void add_taps(Vec (&sum)[B], const float* row, int64_t begin, int64
     const Vec x = Vec::load(row + offset);
 #pragma GCC unroll 16
     for (int kx = 0; kx < T; ++kx)
-      if (j >= kx && (j - kx) % S == 0 && (j - kx) / S < B) sum[(j - kx) / S] = fma(x, w[kx], sum[(j - kx) / S]);
+      if (j >= kx && (j - kx) % S == 0 && (j - kx) / S < B) sum[(j - kx) / S] = Taps::add(x, w[kx], sum[(j - kx) / S]);
   }
 }
 
 // Outputs [first, first + B) of a row, for a filter K wide.
-template <int K, int S, int B>
+template <class Taps, int K, int S, int B>
 void conv_block(const RowInput& in, const PackedFilter& filter, int64_t first, float* out, int64_t out_pixel) {
   Vec sum[B];
 #pragma GCC unroll 16
@@ -66,9 +87,9 @@ void conv_block(const RowInput& in, const PackedFilter& filter, int64_t first, f
     if (!in.rows[ky]) continue;
     const float* weights = filter.weights + ky * K * Vec::lanes;
     if (inside) {
-      add_taps<K, S, B, true>(sum, in.rows[ky], begin, in.pixel, in.width, weights);
+      add_taps<Taps, K, S, B, true>(sum, in.rows[ky], begin, in.pixel, in.width, weights);
     } else {
-      add_taps<K, S, B>(sum, in.rows[ky], begin, in.pixel, in.width, weights);
+      add_taps<Taps, K, S, B>(sum, in.rows[ky], begin, in.pixel, in.width, weights);
     }
   }
 #pragma GCC unroll 16
@@ -77,7 +98,7 @@ void conv_block(const RowInput& in, const PackedFilter& filter, int64_t first, f
 
 // Any filter size: rows of it are taken seven taps at a time, as conv_block takes seven. One running sum over a large
 // filter would round badly, so after every kRunningTaps or more it is added to a total and starts anew.
-template <int S, int B>
+template <class Taps, int S, int B>
 void conv_block_any(const RowInput& in, const PackedFilter& filter, int64_t first, int count, float* out,
                     int64_t out_pixel) {
   constexpr int kRunningTaps = 49;
@@ -88,20 +109,20 @@ void conv_block_any(const RowInput& in, const PackedFilter& filter, int64_t firs
   int taps = 0;
   for (int ky = 0; ky < filter.kh; ++ky) {
     const float* row = in.rows[ky];
-    taps += filter.kw;
+    taps += Taps::rows * filter.kw;
     if (row) {
       const float* w = filter.weights + ky * filter.kw * Vec::lanes;
       int kx = 0;
       for (; kx + 7 <= filter.kw; kx += 7)
-        add_taps<7, S, B>(sum, row, begin + kx, in.pixel, in.width, w + kx * Vec::lanes);
+        add_taps<Taps, 7, S, B>(sum, row, begin + kx, in.pixel, in.width, w + kx * Vec::lanes);
       const float* rest = w + kx * Vec::lanes;
       switch (filter.kw - kx) {
-        case 1: add_taps<1, S, B>(sum, row, begin + kx, in.pixel, in.width, rest); break;
-        case 2: add_taps<2, S, B>(sum, row, begin + kx, in.pixel, in.width, rest); break;
-        case 3: add_taps<3, S, B>(sum, row, begin + kx, in.pixel, in.width, rest); break;
-        case 4: add_taps<4, S, B>(sum, row, begin + kx, in.pixel, in.width, rest); break;
-        case 5: add_taps<5, S, B>(sum, row, begin + kx, in.pixel, in.width, rest); break;
-        case 6: add_taps<6, S, B>(sum, row, begin + kx, in.pixel, in.width, rest); break;
+        case 1: add_taps<Taps, 1, S, B>(sum, row, begin + kx, in.pixel, in.width, rest); break;
+        case 2: add_taps<Taps, 2, S, B>(sum, row, begin + kx, in.pixel, in.width, rest); break;
+        case 3: add_taps<Taps, 3, S, B>(sum, row, begin + kx, in.pixel, in.width, rest); break;
+        case 4: add_taps<Taps, 4, S, B>(sum, row, begin + kx, in.pixel, in.width, rest); break;
+        case 5: add_taps<Taps, 5, S, B>(sum, row, begin + kx, in.pixel, in.width, rest); break;
+        case 6: add_taps<Taps, 6, S, B>(sum, row, begin + kx, in.pixel, in.width, rest); break;
       }
     }
     if (taps >= kRunningTaps || ky + 1 == filter.kh) {
@@ -115,11 +136,11 @@ void conv_block_any(const RowInput& in, const PackedFilter& filter, int64_t firs
     if (b < count) total[b].store(out + b * out_pixel);
 }
 
-template <int K, int S, size_t... I>
+template <class Taps, int K, int S, size_t... I>
 FFNET_INLINE void conv_row_blocks(const RowInput& in, const PackedFilter& filter, const RowOutput& out,
                                   std::index_sequence<I...>) {
   using Block = void (*)(const RowInput&, const PackedFilter&, int64_t, float*, int64_t);
-  static constexpr Block make[] = {conv_block<K, S, I + 1>...};
+  static constexpr Block make[] = {conv_block<Taps, K, S, I + 1>...};
   const int64_t width = out.last - out.first, blocks = (width + kMaxBlock - 1) / kMaxBlock;  // of nearly equal size
   for (int64_t i = 0; i < blocks; ++i) {
     const int64_t first = out.first + i * width / blocks, last = out.first + (i + 1) * width / blocks;
@@ -127,33 +148,34 @@ FFNET_INLINE void conv_row_blocks(const RowInput& in, const PackedFilter& filter
   }
 }
 
-template <int K, int S>
+template <class Taps, int K, int S>
 void conv_row(const RowInput& in, const PackedFilter& filter, const RowOutput& out) {
-  conv_row_blocks<K, S>(in, filter, out, std::make_index_sequence<kMaxBlock>());
+  conv_row_blocks<Taps, K, S>(in, filter, out, std::make_index_sequence<kMaxBlock>());
 }
 
 // Blocks are whole or half: of a half-filled one the outputs past the end are computed and dropped.
-template <int S>
+template <class Taps, int S>
 void conv_row_any(const RowInput& in, const PackedFilter& filter, const RowOutput& out) {
   constexpr int kHalf = kMaxBlock / 2;
   int64_t first = out.first;
   for (; out.last - first > kHalf; first += kMaxBlock) {
     const int64_t left = out.last - first;
-    conv_block_any<S, kMaxBlock>(in, filter, first, left < kMaxBlock ? static_cast<int>(left) : kMaxBlock,
-                                 out.data + first * out.pixel, out.pixel);
+    conv_block_any<Taps, S, kMaxBlock>(in, filter, first, left < kMaxBlock ? static_cast<int>(left) : kMaxBlock,
+                                       out.data + first * out.pixel, out.pixel);
   }
   if (first < out.last)
-    conv_block_any<S, kHalf>(in, filter, first, static_cast<int>(out.last - first), out.data + first * out.pixel,
-                             out.pixel);
+    conv_block_any<Taps, S, kHalf>(in, filter, first, static_cast<int>(out.last - first), out.data + first * out.pixel,
+                                   out.pixel);
 }
 
 // Whether a filter has rows of its own, unrolled; beyond nine rows one running sum would round worse than conv_row_any.
 FFNET_INLINE bool is_unrolled(int64_t kh, int64_t kw) { return kh <= 9 && (kw == 3 || kw == 7); }
 
-inline ConvRow select_conv_row(const Filter& filter, int64_t stride) {
-  if (!is_unrolled(filter.kh, filter.kw)) return stride == 1 ? conv_row_any<1> : conv_row_any<2>;
-  if (filter.kw == 7) return stride == 1 ? conv_row<7, 1> : conv_row<7, 2>;
-  return stride == 1 ? conv_row<3, 1> : conv_row<3, 2>;
+template <class Taps>
+ConvRow select_conv_row(const Filter& filter, int64_t stride) {
+  if (!is_unrolled(filter.kh, filter.kw)) return stride == 1 ? conv_row_any<Taps, 1> : conv_row_any<Taps, 2>;
+  if (filter.kw == 7) return stride == 1 ? conv_row<Taps, 7, 1> : conv_row<Taps, 7, 2>;
+  return stride == 1 ? conv_row<Taps, 3, 1> : conv_row<Taps, 3, 2>;
 }
 
 }  // namespace ffnet::FFNET_ISA

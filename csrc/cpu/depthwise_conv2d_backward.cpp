@@ -1,4 +1,4 @@
-// depthwise_conv2d backward, float32: gradients of x, weight and bias in one pass over the maps.
+// depthwise_conv2d backward: gradients of x, weight and bias in one pass over the maps.
 //
 // A band of rows at a time: the convolution is made again for the derivative of the activation, whose product with the
 // incoming gradient stays in a ring of rows; the weight gradient and the input gradient are made from those.
@@ -34,14 +34,14 @@ struct PixelClass {
 ConvRow select_dgrad_row(int64_t kh, int64_t kw) {
   if (kh <= 9) {
     switch (kw) {
-      case 1: return conv_row<1, 1>;
-      case 2: return conv_row<2, 1>;
-      case 3: return conv_row<3, 1>;
-      case 4: return conv_row<4, 1>;
-      case 7: return conv_row<7, 1>;
+      case 1: return conv_row<FloatTaps, 1, 1>;
+      case 2: return conv_row<FloatTaps, 2, 1>;
+      case 3: return conv_row<FloatTaps, 3, 1>;
+      case 4: return conv_row<FloatTaps, 4, 1>;
+      case 7: return conv_row<FloatTaps, 7, 1>;
     }
   }
-  return conv_row_any<1>;
+  return conv_row_any<FloatTaps, 1>;
 }
 
 // Adds the two halves of what two outputs per channel give: lanes 0 1 2 3 ... -> 0 + 1, 2 + 3, ...
@@ -53,15 +53,17 @@ FFNET_INLINE Vec add_pairs(Vec x, std::index_sequence<L...>) {
 }
 
 // One task's vector of output channels.
+template <class T>
 class Task {
  public:
   Task(const Work& work, const Lanes& lanes, float* sums)
       : work_(work),
         op_(work.op),
         sums_(sums),
-        x_map_{op_.x, op_.x_stride, lanes, op_.h, op_.w},
-        grad_map_{op_.grad, op_.grad_stride, {lanes.first, lanes.count, 1}, op_.out_h, op_.out_w},
-        x_grad_map_{op_.x_grad,
+        x_map_{static_cast<const T*>(op_.x), op_.x_stride, lanes, op_.h, op_.w},
+        grad_map_{
+            static_cast<const T*>(op_.grad), op_.grad_stride, {lanes.first, lanes.count, 1}, op_.out_h, op_.out_w},
+        x_grad_map_{static_cast<T*>(op_.x_grad),
                     op_.x_grad_stride,
                     {lanes.first / lanes.multiplier, ceil_div(lanes.count, lanes.multiplier), 1},
                     op_.h,
@@ -71,22 +73,22 @@ class Task {
     x_ = RowRing(op_.h, op_.w, (rows - 1) * op_.stride_h + kh, op_.pad_top,
                  (op_.out_h - 1) * op_.stride_h - op_.pad_top + kh - op_.h);
     grad_ = RowRing(op_.out_h, op_.out_w, rows, kh - 1, (op_.h - 1 + op_.pad_top) / op_.stride_h + 1 - op_.out_h);
-    const int64_t parts = op_.stride_h * op_.stride_w, filter_floats = packed_floats(op_.filter);
+    const int64_t parts = op_.stride_h * op_.stride_w, filter_floats = packed_floats<FloatTaps>(op_.filter);
     const int64_t line = op_.out_w * kLanes;
     Arena arena(x_.scratch_floats() + grad_.scratch_floats() + filter_floats * (1 + parts) + line +
                 (op_.x_grad ? out_rows * op_.w * kLanes : 0));
     x_.place(arena), grad_.place(arena);
     if (op_.activation != Activation::none)
-      forward_ =
-          pack_filter(op_.filter, lanes.first, lanes.count, op_.stride_w, op_.pad_left, arena.floats(filter_floats));
+      forward_ = pack_filter<T, FloatTaps>(op_.filter, lanes.first, lanes.count, op_.stride_w, op_.pad_left,
+                                           arena.floats(filter_floats));
     slope_ = arena.floats(line);
     if (!op_.x_grad) return;
     for (int64_t p = 0; p < op_.stride_h; ++p) {
       const MirroredTaps taps = row_taps(p);
       for (int64_t q = 0; q < op_.stride_w; ++q) {
         const MirroredTaps columns(q, op_.stride_w, op_.filter.kw, op_.pad_left);
-        const PackedFilter filter = pack_mirrored(op_.filter, taps, columns, op_.stride_h, op_.stride_w,
-                                                  grad_map_.lanes, arena.floats(filter_floats));
+        const PackedFilter filter = pack_mirrored<T>(op_.filter, taps, columns, op_.stride_h, op_.stride_w,
+                                                     grad_map_.lanes, arena.floats(filter_floats));
         classes_[p][q] = {columns, filter, select_dgrad_row(taps.count, columns.count), q,
                           ceil_div(max_of(0, op_.w - q), op_.stride_w)};
       }
@@ -160,7 +162,7 @@ class Task {
 
   void make_x_grad(int64_t n, int64_t first, int64_t last) {
     const int64_t line = op_.w * kLanes;
-    const bool direct = op_.multiplier == 1 && in_place(x_grad_map_.lanes, op_.x_grad_stride.c);
+    const bool direct = op_.multiplier == 1 && in_place<T>(x_grad_map_.lanes, op_.x_grad_stride.c);
     const int64_t pixel = direct ? op_.x_grad_stride.w : kLanes;
     for (int64_t r = first; r < last; ++r) {
       x_grad_map_.prefetch(n, r + 1, false);
@@ -168,7 +170,8 @@ class Task {
       if (op_.activation == Activation::none) prefetch_x(n, r + work_.band * op_.stride_h);
       const int64_t p = r % op_.stride_h;
       const float* const* rows = grad_.window(r / op_.stride_h + row_taps(p).offset);
-      float* out = direct ? x_grad_map_.row(n, r) + x_grad_map_.lanes.first : out_ + (r - first) * line;
+      float* out = direct ? reinterpret_cast<float*>(x_grad_map_.row(n, r) + x_grad_map_.lanes.first)
+                          : out_ + (r - first) * line;
       for (int64_t q = 0; q < op_.stride_w; ++q) {
         const PixelClass& c = classes_[p][q];
         c.conv_row({rows, kLanes, op_.out_w}, c.filter, {out + c.first * pixel, op_.stride_w * pixel, 0, c.count});
@@ -184,8 +187,8 @@ class Task {
   const Work& work_;
   const DepthwiseConv2dBackward& op_;
   float* sums_;
-  MapView<const float> x_map_, grad_map_;
-  MapView<float> x_grad_map_;
+  MapView<const T> x_map_, grad_map_;
+  MapView<T> x_grad_map_;
   bool more_images_ = false;
   RowRing x_, grad_;
   PackedFilter forward_{};
@@ -201,21 +204,23 @@ Lanes lanes_of(const DepthwiseConv2dBackward& op, int64_t vector) {
   return {first, min_of(kLanes, op.channels * op.multiplier - first), op.multiplier};
 }
 
+template <class T>
 void run_task(void* context, int64_t index) {
   const Work& work = *static_cast<const Work*>(context);
-  Task task(work, lanes_of(work.op, work.tiling.vector(index)), work.sums.start(index));
+  Task<T> task(work, lanes_of(work.op, work.tiling.vector(index)), work.sums.start(index));
   work.tiling.for_each_strip(
       index, [&](int64_t n, int64_t first, int64_t last, bool more) { task.run(n, first, last, more); });
 }
 
+template <class T>
 void finish_task(void* context, int64_t vector) {
   const Work& work = *static_cast<const Work*>(context);
   const DepthwiseConv2dBackward& op = work.op;
   const float* sums = work.sums.total(vector);
   Lanes lanes = lanes_of(op, vector);
   lanes.multiplier = 1;
-  store_filter_grad(sums, sums + op.filter.kh * op.filter.kw * kLanes, op.filter.kh, op.filter.kw, lanes,
-                    op.filter_grad);
+  store_filter_grad<T>(sums, sums + op.filter.kh * op.filter.kw * kLanes, op.filter.kh, op.filter.kw, lanes,
+                       op.filter_grad);
 }
 
 }  // namespace
@@ -227,11 +232,14 @@ void depthwise_conv2d_backward(const DepthwiseConv2dBackward& op, const Executor
   Work work{op,
             tiling,
             sums,
-            select_conv_row(op.filter, op.stride_w),
+            select_conv_row<FloatTaps>(op.filter, op.stride_w),
             max_of(1, kBandPixels / op.out_w),
             op.x_grad ? ceil_div(op.filter.kh - 1, op.stride_h) : 0};
-  executor.run(tiling.tasks(), run_task, &work);
-  if (wants_filter) executor.run(tiling.vectors(), finish_task, &work);
+  with_storage(op.storage, [&](auto element) {
+    using T = decltype(element);
+    executor.run(tiling.tasks(), run_task<T>, &work);
+    if (wants_filter) executor.run(tiling.vectors(), finish_task<T>, &work);
+  });
 }
 
 }  // namespace ffnet::FFNET_ISA

@@ -10,7 +10,7 @@
 namespace ffnet::FFNET_ISA {
 namespace {
 
-FFNET_INLINE int64_t padded(int64_t columns) { return ceil_div(columns, kPanel) * kPanel; }
+FFNET_INLINE int64_t padded(int64_t columns) { return ceil_div(columns, kPointwisePanel) * kPointwisePanel; }
 
 // `bias` times `scale` in a whole number of panels; either may be missing.
 void pack_bias(const float* bias, const float* scale, int64_t columns, float* out) {

@@ -1,9 +1,9 @@
-// ffnified_attention backward, float32: all gradients in one pass over query and the incoming gradient g.
+// ffnified_attention backward: all gradients in one pass over query and the incoming gradient g.
 //
 // With z = DW(query; key), h = act(z):
 //   dh = DW'(scale * g; value), dz = dh * act'(z), dquery = DW'(dz; key)       (DW' is a convolution's input gradient)
 //   dkey = wgrad(dz, query), dvalue = scale * v, v = wgrad(g, h)               (biases: sums of dz and scale * g)
-//   dscale = sum of g * (DW(h; value) + value_bias) = <value, v> + value_bias * sum of g
+//   dscale = sum of g * (DW(h; value) + value_bias)
 // A band of rows at a time: z, h and dz exist in rings of rows only.
 #include "activation_slope.h"
 #include "filter_grad.h"
@@ -32,14 +32,13 @@ struct Work {
 
   bool wants_key() const { return op.key_grad.weight || op.key_grad.bias; }
   bool wants_middle() const { return op.query_grad || wants_key(); }          // dz
-  bool wants_value() const { return op.value_grad.weight || op.scale_grad; }  // v
-  bool wants_grad_sum() const { return op.value_grad.bias || op.scale_grad; }
+  bool wants_value() const { return op.value_grad.weight || op.scale_grad; }  // h
   bool has_slope() const { return op.activation != Activation::none; }
   int64_t key_floats() const { return op.key.kh * op.key.kw * kLanes; }
   int64_t value_floats() const { return op.value.kh * op.value.kw * kLanes; }
-  // In a task's sums: dkey, its bias, v, sum of g.
+  // In a task's sums: dkey, its bias, v, sum of g, dscale.
   int64_t value_at() const { return key_floats() + kLanes; }
-  int64_t sum_floats() const { return value_at() + value_floats() + kLanes; }
+  int64_t scale_at() const { return value_at() + value_floats() + kLanes; }
 };
 
 Lanes lanes_of(const FfnifiedAttentionBackward& op, int64_t vector) {
@@ -48,6 +47,7 @@ Lanes lanes_of(const FfnifiedAttentionBackward& op, int64_t vector) {
 }
 
 // One task's vector of channels.
+template <class T>
 class Task {
  public:
   Task(const Work& work, const Lanes& lanes, float* sums)
@@ -55,9 +55,9 @@ class Task {
         op_(work.op),
         lanes_(lanes),
         sums_(sums),
-        query_map_{op_.query, op_.query_stride, lanes, op_.h, op_.w},
-        grad_map_{op_.grad, op_.grad_stride, lanes, op_.h, op_.w},
-        query_grad_map_{op_.query_grad, op_.query_grad_stride, lanes, op_.h, op_.w} {
+        query_map_{static_cast<const T*>(op_.query), op_.query_stride, lanes, op_.h, op_.w},
+        grad_map_{static_cast<const T*>(op_.grad), op_.grad_stride, lanes, op_.h, op_.w},
+        query_grad_map_{static_cast<T*>(op_.query_grad), op_.query_grad_stride, lanes, op_.h, op_.w} {
     const Reach &k = work.key, &v = work.value;
     // Rows around a band: middle rows that its gradients need, then what those need.
     const int64_t middle = work.band + max_of(k.after, v.before) + max_of(k.before, v.after);
@@ -66,13 +66,17 @@ class Task {
     hidden_ = RowRing(op_.h, op_.w, work.wants_value() ? middle : 1, v.before, v.after);
     slope_ = RowRing(op_.h, op_.w, work.wants_middle() ? middle : 1, k.after, k.before);
     grad_ = RowRing(op_.h, op_.w, grads, v.after, v.before);
-    const int64_t line = op_.w * kLanes, key_floats = packed_floats(op_.key), value_floats = packed_floats(op_.value);
+    const int64_t line = op_.w * kLanes, key_floats = packed_floats<FloatTaps>(op_.key),
+                  value_floats = packed_floats<FloatTaps>(op_.value);
     const int64_t out_floats = op_.query_grad ? min_of(work.band, op_.h) * line : 0;
     Arena arena(query_.scratch_floats() + hidden_.scratch_floats() + slope_.scratch_floats() + grad_.scratch_floats() +
-                2 * key_floats + value_floats + line + out_floats);
+                2 * key_floats + 2 * value_floats + line + out_floats);
     query_.place(arena), hidden_.place(arena), slope_.place(arena), grad_.place(arena);
-    conv_key_ = pack_filter(op_.key, lanes.first, lanes.count, 1, op_.key_pad_left, arena.floats(key_floats));
+    conv_key_ =
+        pack_filter<T, FloatTaps>(op_.key, lanes.first, lanes.count, 1, op_.key_pad_left, arena.floats(key_floats));
     mirrored_key_ = pack_same_mirrored(op_.key, op_.key_pad_top, op_.key_pad_left, arena.floats(key_floats));
+    conv_value_ = pack_filter<T, FloatTaps>(op_.value, lanes.first, lanes.count, 1, op_.value_pad_left,
+                                            arena.floats(value_floats));
     float* value = arena.floats(value_floats);
     mirrored_value_ = pack_same_mirrored(op_.value, op_.value_pad_top, op_.value_pad_left, value);
     if (op_.scale) {
@@ -97,11 +101,12 @@ class Task {
       const int64_t hidden = work_.wants_value() ? min_of(op_.h, end + v.after) : 0;
       make_z(n, max_of(middle, hidden));
       gather_grad(n, max_of(end, middle ? min_of(op_.h, middle + v.before) : 0));
-      if (work_.wants_value())
+      if (op_.value_grad.weight)
         add_filter_sums<1>(
             {grad_.window(u), hidden_.window(u - v.before), end - u, 1, 0, op_.w, -op_.value_pad_left, op_.w},
             op_.value.kh, op_.value.kw, sums_ + work_.value_at());
-      if (work_.wants_grad_sum()) add_bias_sum(grad_, u, end, op_.w, sums_ + work_.value_at() + work_.value_floats());
+      if (op_.value_grad.bias) add_bias_sum(grad_, u, end, op_.w, sums_ + work_.value_at() + work_.value_floats());
+      if (op_.scale_grad) add_scale_sum(u, end);
       if (!work_.wants_middle()) continue;
       make_middle(n, middle);
       if (op_.key_grad.weight)
@@ -115,7 +120,7 @@ class Task {
 
  private:
   PackedFilter pack_same_mirrored(const Filter& f, int64_t pad_top, int64_t pad_left, float* out) const {
-    return pack_mirrored(f, {0, 1, f.kh, pad_top}, {0, 1, f.kw, pad_left}, 1, 1, lanes_, out);
+    return pack_mirrored<T>(f, {0, 1, f.kh, pad_top}, {0, 1, f.kw, pad_left}, 1, 1, lanes_, out);
   }
 
   // Rows of z up to `last`, as h and act'(z).
@@ -136,6 +141,19 @@ class Task {
       }
     }
     z_made_ = last;
+  }
+
+  // The result is made again: <value, v> + value_bias * (sum of g), the same number, cancels where biases are large.
+  void add_scale_sum(int64_t first, int64_t last) {
+    float* sum = sums_ + work_.scale_at();
+    for (int64_t r = first; r < last; ++r) {
+      work_.conv_value({hidden_.window(r - work_.value.before), kLanes, op_.w}, conv_value_, {line_, kLanes, 0, op_.w});
+      const float* grad = grad_.line(r);
+      Vec row[2] = {Vec::fill(0), Vec::fill(0)};
+      for (int64_t i = 0; i < op_.w; ++i)
+        row[i % 2] = fma(Vec::load(line_ + i * kLanes), Vec::load(grad + i * kLanes), row[i % 2]);
+      (Vec::load(sum) + (row[0] + row[1])).store(sum);
+    }
   }
 
   void gather_grad(int64_t n, int64_t last) {
@@ -169,50 +187,37 @@ class Task {
   const FfnifiedAttentionBackward& op_;
   Lanes lanes_;
   float* sums_;
-  MapView<const float> query_map_, grad_map_;
-  MapView<float> query_grad_map_;
+  MapView<const T> query_map_, grad_map_;
+  MapView<T> query_grad_map_;
   bool more_images_ = false;
   RowRing query_, hidden_, slope_, grad_;  // slope: act'(z), then dz
-  PackedFilter conv_key_{}, mirrored_key_{}, mirrored_value_{};
+  PackedFilter conv_key_{}, conv_value_{}, mirrored_key_{}, mirrored_value_{};
   float *line_ = nullptr, *out_ = nullptr;
   int64_t query_made_ = 0, z_made_ = 0, grad_made_ = 0, middle_made_ = 0;  // rows that have been made
 };
 
+template <class T>
 void run_task(void* context, int64_t index) {
   const Work& work = *static_cast<const Work*>(context);
-  Task task(work, lanes_of(work.op, work.tiling.vector(index)), work.sums.start(index));
+  Task<T> task(work, lanes_of(work.op, work.tiling.vector(index)), work.sums.start(index));
   work.tiling.for_each_strip(
       index, [&](int64_t n, int64_t first, int64_t last, bool more) { task.run(n, first, last, more); });
 }
 
-// <value, v> + value_bias * sum of g
-Vec scale_grad(const Work& work, const Lanes& lanes, const float* v, Vec grad_sum) {
-  const Filter& f = work.op.value;
-  const Arena arena(packed_floats(f));
-  const PackedFilter value = pack_filter(f, lanes.first, lanes.count, 1, 0, arena.at);
-  Vec total = Vec::load(value.bias) * grad_sum;
-  for (int64_t ky = 0; ky < f.kh; ++ky, v += f.kw * kLanes) {
-    Vec row = Vec::fill(0);
-    for (int64_t kx = 0; kx < f.kw; ++kx)
-      row = fma(Vec::load(value.weights + (ky * f.kw + kx) * kLanes), Vec::load(v + kx * kLanes), row);
-    total = total + row;
-  }
-  return total;
-}
-
+template <class T>
 void finish_task(void* context, int64_t vector) {
   const Work& work = *static_cast<const Work*>(context);
   const FfnifiedAttentionBackward& op = work.op;
   const Lanes lanes = lanes_of(op, vector);
   float *key = work.sums.total(vector), *value = key + work.value_at(), *grad_sum = value + work.value_floats();
-  store_filter_grad(key, key + work.key_floats(), op.key.kh, op.key.kw, lanes, op.key_grad);
+  store_filter_grad<T>(key, key + work.key_floats(), op.key.kh, op.key.kw, lanes, op.key_grad);
   if (op.scale_grad)
-    scale_grad(work, lanes, value, Vec::load(grad_sum)).store_first(op.scale_grad + lanes.first, lanes.count);
+    store_first(Vec::load(key + work.scale_at()), static_cast<T*>(op.scale_grad) + lanes.first, lanes.count);
   if (op.scale) {
     const Vec scale = Vec::load_first(op.scale + lanes.first, lanes.count);
     for (float* p = value; p <= grad_sum; p += kLanes) (Vec::load(p) * scale).store(p);
   }
-  store_filter_grad(value, grad_sum, op.value.kh, op.value.kw, lanes, op.value_grad);
+  store_filter_grad<T>(value, grad_sum, op.value.kh, op.value.kw, lanes, op.value_grad);
 }
 
 }  // namespace
@@ -220,17 +225,20 @@ void finish_task(void* context, int64_t vector) {
 void ffnified_attention_backward(const FfnifiedAttentionBackward& op, const Executor& executor) {
   const GradientTiling tiling(ceil_div(op.channels, kLanes), op.n, op.h);
   const int64_t taps = op.key.kh * op.key.kw + op.value.kh * op.value.kw;
-  const PartialSums sums(tiling, (taps + 2) * kLanes);
+  const PartialSums sums(tiling, (taps + 3) * kLanes);
   Work work{op,
             tiling,
             sums,
-            select_conv_row(op.key, 1),
-            select_conv_row(op.value, 1),
+            select_conv_row<FloatTaps>(op.key, 1),
+            select_conv_row<FloatTaps>(op.value, 1),
             max_of(1, kBandPixels / op.w),
             Reach(op.key, op.key_pad_top),
             Reach(op.value, op.value_pad_top)};
-  executor.run(tiling.tasks(), run_task, &work);
-  executor.run(tiling.vectors(), finish_task, &work);
+  with_storage(op.storage, [&](auto element) {
+    using T = decltype(element);
+    executor.run(tiling.tasks(), run_task<T>, &work);
+    executor.run(tiling.vectors(), finish_task<T>, &work);
+  });
 }
 
 }  // namespace ffnet::FFNET_ISA

@@ -1,7 +1,7 @@
 // Filters and their gradients as backward passes take them: mirrored, or a part of their taps; packed and unpacked.
 #pragma once
 
-#include "pack.h"
+#include "rows.h"
 
 namespace ffnet::FFNET_ISA {
 
@@ -18,21 +18,24 @@ struct MirroredTaps {
 };
 
 // Packs the filter of the given taps, without bias, for a vector of channels.
-inline PackedFilter pack_mirrored(const Filter& f, const MirroredTaps& rows, const MirroredTaps& columns,
-                                  int64_t stride_h, int64_t stride_w, const Lanes& lanes, float* out) {
+template <class T>
+PackedFilter pack_mirrored(const Filter& f, const MirroredTaps& rows, const MirroredTaps& columns, int64_t stride_h,
+                           int64_t stride_w, const Lanes& lanes, float* out) {
   Filter part = f;
   part.bias = nullptr, part.kh = rows.count, part.kw = columns.count;
-  part.weight += (rows.first + stride_h * (rows.count - 1)) * f.stride_h +
-                 (columns.first + stride_w * (columns.count - 1)) * f.stride_w;
+  part.weight = static_cast<const T*>(f.weight) + (rows.first + stride_h * (rows.count - 1)) * f.stride_h +
+                (columns.first + stride_w * (columns.count - 1)) * f.stride_w;
   part.stride_h = -stride_h * f.stride_h, part.stride_w = -stride_w * f.stride_w;
-  return pack_filter(part, lanes.first, lanes.count, 1, -columns.offset, out);
+  return pack_filter<T, FloatTaps>(part, lanes.first, lanes.count, 1, -columns.offset, out);
 }
 
 // Writes the gradients [kh][kw][lanes] and [lanes] of a vector of channels' filters where they are wanted.
-inline void store_filter_grad(const float* sums, const float* bias_sum, int64_t kh, int64_t kw, const Lanes& lanes,
-                              const FilterGrad& to) {
-  if (to.weight) scatter_rows(sums, kh, kw, lanes, to.weight, {0, to.stride_o, to.stride_h, to.stride_w});
-  if (to.bias) Vec::load(bias_sum).store_first(to.bias + lanes.first, lanes.count);
+template <class T>
+void store_filter_grad(const float* sums, const float* bias_sum, int64_t kh, int64_t kw, const Lanes& lanes,
+                       const FilterGrad& to) {
+  if (to.weight)
+    scatter_rows(sums, kh, kw, lanes, static_cast<T*>(to.weight), {0, to.stride_o, to.stride_h, to.stride_w});
+  if (to.bias) store_first(Vec::load(bias_sum), static_cast<T*>(to.bias) + lanes.first, lanes.count);
 }
 
 }  // namespace ffnet::FFNET_ISA

@@ -9,6 +9,15 @@ namespace ffnet {
 
 enum class Activation : int { none, gelu, gelu_tanh, relu, silu };
 
+// What maps and weights consist of; sums are float32. Biases and layer scales are float32 always.
+enum class Storage : int { float32, bfloat16, float16 };
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
 // Strides of a [N, C, H, W] map, in elements.
 struct Strides {
   int64_t n, c, h, w;
@@ -16,7 +25,7 @@ struct Strides {
 
 // A depthwise filter [O, 1, kh, kw] with element strides, and its bias [O] (contiguous, may be null).
 struct Filter {
-  const float* weight;
+  const void* weight;
   const float* bias;
   int64_t kh, kw;
   int64_t stride_o, stride_h, stride_w;
@@ -28,106 +37,133 @@ struct Executor {
   void (*run)(int64_t count, void (*body)(void* context, int64_t index), void* context);
 };
 
-// out[n, o, i, j] = act(bias[o] + sum_{ky, kx} x[n, o / multiplier, i*stride_h - pad_top + ky, ...] * weight[o, ky, kx])
+// out[n, o, i, j] = act(bias[o] + sum_{ky, kx} x[n, o / multiplier, i*stride_h - pad_top + ky, ...] * weight[o, ky,
+// kx])
 struct DepthwiseConv2d {
+  Storage storage;
   int64_t n, channels, multiplier;
   int64_t h, w, out_h, out_w;
   int64_t stride_h, stride_w, pad_top, pad_left;
-  const float* x;
+  const void* x;
   Strides x_stride;
   Filter filter;
   Activation activation;
-  float* out;
+  void* out;
   Strides out_stride;
 };
 
 // out = residual + scale * (DW(act(DW(query; key)); value)), both convolutions stride 1 and "same" padded.
 struct FfnifiedAttention {
+  Storage storage;
   int64_t n, channels, h, w;
-  const float* query;
+  const void* query;
   Strides query_stride;
   Filter key, value;
   int64_t key_pad_top, key_pad_left, value_pad_top, value_pad_left;
   Activation activation;
-  const float* scale;     // [C] contiguous, may be null
-  const float* residual;  // may be null
+  const float* scale;    // [C] contiguous, may be null
+  const void* residual;  // may be null
   Strides residual_stride;
-  float* out;
+  void* out;
   Strides out_stride;
 };
 
 // out = residual + scale * (project * act(expand * (DW(x; filter)) + expand_bias) + project_bias), "same" padded.
 struct ChannelMixer {
-  int64_t n, channels, hidden, outputs, h, w;
-  const float* x;
+  Storage storage;
+  int64_t n, channels, hidden, outputs, h, w, out_h, out_w;  // out_h = h, out_w = w
+  const void* x;
   Strides x_stride;
   Filter filter;
   int64_t pad_top, pad_left;
-  const float* expand;  // [hidden][channels], rows expand_stride apart
+  const void* expand;  // [hidden][channels], rows expand_stride apart
   int64_t expand_stride;
   const float* expand_bias;  // [hidden] contiguous, may be null
-  const float* project;      // [outputs][hidden], rows project_stride apart
+  const void* project;       // [outputs][hidden], rows project_stride apart
   int64_t project_stride;
   const float* project_bias;  // [outputs] contiguous, may be null
   Activation activation;
-  const float* scale;     // [outputs] contiguous, may be null
-  const float* residual;  // may be null
+  const float* scale;    // [outputs] contiguous, may be null
+  const void* residual;  // may be null
   Strides residual_stride;
-  float* out;
+  void* out;
   Strides out_stride;
 };
 
-// Of a filter [O, 1, kh, kw] and its bias [O] (contiguous); either may be null.
+// out = act(conv(x; weight) + bias), one group.
+struct Conv2d {
+  Storage storage;
+  int64_t n, channels, outputs;
+  int64_t h, w, out_h, out_w;
+  int64_t kh, kw, stride_h, stride_w, pad_top, pad_left;
+  const void* x;
+  Strides x_stride;
+  const void* weight;  // [outputs][kh * kw * channels], rows weight_stride apart
+  int64_t weight_stride;
+  bool channels_inside;  // order of a row: [kh][kw][channels], else [channels][kh][kw]
+  const float* bias;     // [outputs] contiguous, may be null
+  Activation activation;
+  const float* scale;  // always null, as is the residual
+  const void* residual;
+  Strides residual_stride;
+  void* out;
+  Strides out_stride;
+};
+
+// Of a filter [O, 1, kh, kw] and its bias [O] (contiguous); either may be null. Elements are those of the maps.
 struct FilterGrad {
-  float* weight;
+  void* weight;
   int64_t stride_o, stride_h, stride_w;
-  float* bias;
+  void* bias;
 };
 
 // Gradients of DepthwiseConv2d, of one or two outputs per channel; those that are null are not wanted.
 struct DepthwiseConv2dBackward {
+  Storage storage;
   int64_t n, channels, multiplier;
   int64_t h, w, out_h, out_w;
   int64_t stride_h, stride_w, pad_top, pad_left;
-  const float* x;
+  const void* x;
   Strides x_stride;
   Filter filter;
   Activation activation;
-  const float* grad;
+  const void* grad;
   Strides grad_stride;
-  float* x_grad;
+  void* x_grad;
   Strides x_grad_stride;
   FilterGrad filter_grad;
 };
 
 // Gradients of FfnifiedAttention; those that are null are not wanted. That of the residual is the incoming one.
 struct FfnifiedAttentionBackward {
+  Storage storage;
   int64_t n, channels, h, w;
-  const float* query;
+  const void* query;
   Strides query_stride;
   Filter key, value;
   int64_t key_pad_top, key_pad_left, value_pad_top, value_pad_left;
   Activation activation;
   const float* scale;  // [C] contiguous, may be null
-  const float* grad;
+  const void* grad;
   Strides grad_stride;
-  float* query_grad;
+  void* query_grad;
   Strides query_grad_stride;
   FilterGrad key_grad, value_grad;
-  float* scale_grad;  // [C] contiguous
+  void* scale_grad;  // [C] contiguous
 };
 
 struct TrainingKernels;
 
 struct Kernels {
   const char* isa;
-  int lanes;  // channels computed together
+  int lanes;                                    // channels computed together
   bool (*is_unrolled)(int64_t kh, int64_t kw);  // whether filters of this size have code of their own
   void (*depthwise_conv2d)(const DepthwiseConv2d&, const Executor&);
   void (*depthwise_conv2d_backward)(const DepthwiseConv2dBackward&, const Executor&);
   void (*ffnified_attention)(const FfnifiedAttention&, const Executor&);
   void (*ffnified_attention_backward)(const FfnifiedAttentionBackward&, const Executor&);
   void (*channel_mixer)(const ChannelMixer&, const Executor&);
+  void (*conv2d)(const Conv2d&, const Executor&);
   const TrainingKernels* (*training)();  // see training.h
 };
 
@@ -135,6 +171,7 @@ struct Kernels {
 const Kernels* baseline_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
+const Kernels* avx512bf16_kernels();
 
 // Scratch of at least `floats` floats, 64-byte aligned, owned by the calling thread and reused between calls.
 // Throws std::bad_alloc.

@@ -7,7 +7,7 @@
 #include <cstdlib>
 #include <new>
 
-#include "pack.h"
+#include "tiling.h"
 
 namespace ffnet::FFNET_ISA {
 

@@ -1,14 +1,15 @@
 // Products for 1x1 convolutions of channels-last maps, whose pixels are the rows of a matrix [pixels][channels].
 //
-// The right operand is packed in panels of kPanel columns; the left one is read one scalar at a time as it lies, by
-// rows for a convolution (C = A B) and by columns for a weight gradient (C = Aᵀ B). Nothing is transposed on the way.
+// The right operand is packed in panels of kPointwisePanel columns; the left one is read one scalar at a time as it
+// lies, by rows for a convolution (C = A B) and by columns for a weight gradient (C = Aᵀ B). Nothing is transposed on
+// the way.
 #pragma once
 
-#include "pack.h"
+#include "tiling.h"
 
 namespace ffnet::FFNET_ISA {
 
-constexpr int kPanel = 2 * Vec::lanes;
+constexpr int kPointwisePanel = 2 * Vec::lanes;
 // Rows per register block: 2 * rows sums, two vectors of B and one broadcast fill the register file.
 constexpr int kProductRows = Vec::registers == 32 ? 14 : 6;
 // One running sum over the whole depth would round badly; after so many products it is added to C and starts anew.
@@ -39,7 +40,7 @@ void product_block(const Left& a, int64_t depth, const float* b, const Target& c
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) row[r] = kByColumns ? a.data + r : a.data + r * a.stride;
   const float* column = a.data;
-  for (int64_t k = 0; k < depth; ++k, b += kPanel, column += a.stride) {
+  for (int64_t k = 0; k < depth; ++k, b += kPointwisePanel, column += a.stride) {
     Vec right[V];
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) right[v] = Vec::load(b + v * kLanes);
@@ -73,7 +74,7 @@ FFNET_INLINE void product_rows(int64_t rows, const Left& a, int64_t depth, const
   make[rows - 1](a, depth, b, c);
 }
 
-// C (at most kPanel columns) = start + A B for one panel of B, `depth` <= kDepth deep.
+// C (at most kPointwisePanel columns) = start + A B for one panel of B, `depth` <= kDepth deep.
 template <bool kByColumns>
 inline void multiply_panel(const Left& a, int64_t rows, int64_t depth, const float* b, const Target& c) {
   const int64_t blocks = ceil_div(rows, kProductRows);  // of nearly equal size
@@ -88,18 +89,18 @@ inline void multiply_panel(const Left& a, int64_t rows, int64_t depth, const flo
   }
 }
 
-// A weight packed as right operand: [blocks of kDepth rows][panels][row][kPanel], missing columns zero.
+// A weight packed as right operand: [blocks of kDepth rows][panels][row][kPointwisePanel], missing columns zero.
 struct PackedMatrix {
   const float* data;
   int64_t depth, columns;
-  int64_t panels() const { return ceil_div(columns, kPanel); }
+  int64_t panels() const { return ceil_div(columns, kPointwisePanel); }
   const float* panel(int64_t k, int64_t j) const {
-    return data + (k * panels() + j * min_of(kDepth, depth - k)) * kPanel;
+    return data + (k * panels() + j * min_of(kDepth, depth - k)) * kPointwisePanel;
   }
 };
 
 FFNET_INLINE int64_t packed_matrix_floats(int64_t depth, int64_t columns) {
-  return depth * ceil_div(columns, kPanel) * kPanel;
+  return depth * ceil_div(columns, kPointwisePanel) * kPointwisePanel;
 }
 
 // C rows = bias + A B. `bias` has a whole number of panels; `c` has B's columns.
@@ -108,9 +109,10 @@ inline void multiply(const float* a, int64_t a_stride, int64_t rows, const Packe
   for (int64_t k = 0; k < b.depth; k += kDepth) {
     const int64_t depth = min_of(kDepth, b.depth - k);
     for (int64_t j = 0; j < b.panels(); ++j) {
-      const int64_t column = j * kPanel;
-      multiply_panel<false>({a + k, a_stride}, rows, depth, b.panel(k, j),
-                            {c + column, c_stride, min_of(kPanel, b.columns - column), k ? nullptr : bias + column});
+      const int64_t column = j * kPointwisePanel;
+      multiply_panel<false>(
+          {a + k, a_stride}, rows, depth, b.panel(k, j),
+          {c + column, c_stride, min_of(kPointwisePanel, b.columns - column), k ? nullptr : bias + column});
     }
   }
 }
@@ -130,23 +132,28 @@ struct WeightPacking {
 
   void run(int64_t task) const {
     const PackedMatrix m = matrix();
-    const int64_t k = task / m.panels() * kDepth, j = task % m.panels(), column = j * kPanel;
-    const int64_t depth = min_of(kDepth, m.depth - k), columns = min_of(kPanel, m.columns - column);
+    const int64_t k = task / m.panels() * kDepth, j = task % m.panels(), column = j * kPointwisePanel;
+    const int64_t depth = min_of(kDepth, m.depth - k), columns = min_of(kPointwisePanel, m.columns - column);
     float* out = to + (m.panel(k, j) - m.data);
-    for (int64_t v = 0; v < kPanel; v += kLanes, out += kLanes) {
+    for (int64_t v = 0; v < kPointwisePanel; v += kLanes, out += kLanes) {
       const int64_t count = max_of(0, min_of(kLanes, columns - v));
       if (transposed) {
         const float* from = weight + (column + v) * inputs + k;
-        for (int64_t r = 0; r < depth; r += kLanes)
-          transpose_part(from + r, inputs, count, min_of(kLanes, depth - r), out + r * kPanel, kPanel,
-                         min_of(kLanes, depth - r), kLanes);
+        for (int64_t r = 0; r < depth; r += kLanes) {
+          const int64_t rows = min_of(kLanes, depth - r);
+          transpose_block(
+              [&](int64_t i) __attribute__((always_inline)) { return Vec::load_first(from + i * inputs + r, rows); },
+              count, [&](int64_t i, Vec x) __attribute__((always_inline)) { x.store(out + (r + i) * kPointwisePanel); },
+              rows);
+        }
         if (!scale) continue;
         const Vec factor = Vec::load_first(scale + column + v, count);
-        for (int64_t r = 0; r < depth; ++r) (Vec::load(out + r * kPanel) * factor).store(out + r * kPanel);
+        for (int64_t r = 0; r < depth; ++r)
+          (Vec::load(out + r * kPointwisePanel) * factor).store(out + r * kPointwisePanel);
       } else {
         for (int64_t r = 0; r < depth; ++r) {
           const Vec row = Vec::load_first(weight + (k + r) * inputs + column + v, count);
-          (scale ? row * Vec::fill(scale[k + r]) : row).store(out + r * kPanel);
+          (scale ? row * Vec::fill(scale[k + r]) : row).store(out + r * kPointwisePanel);
         }
       }
     }

@@ -26,7 +26,7 @@ void run_strip(void* context, int64_t strip) {
 
 void pointwise_conv2d(const PointwiseConv2d& op, const Executor& executor) {
   const int64_t depth = op.transposed ? op.outputs : op.inputs, columns = op.transposed ? op.inputs : op.outputs;
-  const int64_t padded = ceil_div(columns, kPanel) * kPanel;
+  const int64_t padded = ceil_div(columns, kPointwisePanel) * kPointwisePanel;
   const Buffer packed(packed_matrix_floats(depth, columns)), bias(padded);
   for (int64_t i = 0; i < padded; ++i) bias.data[i] = op.bias && i < columns ? op.bias[i] : 0;
   Work work{op,

@@ -41,7 +41,7 @@ class PointwiseWgradSum {
  private:
   using Self = PointwiseWgradSum;
   // The sums of a tile stay in L2 while its pixels pass.
-  static constexpr int64_t kTileOutputs = 8 * kProductRows, kTileInputs = 10 * kPanel;
+  static constexpr int64_t kTileOutputs = 8 * kProductRows, kTileInputs = 10 * kPointwisePanel;
   static constexpr int64_t kTasks = 16, kPartPixels = 2 * kDepth;
 
   int64_t part_floats() const { return outputs_ * (inputs_ + 1); }
@@ -55,20 +55,20 @@ class PointwiseWgradSum {
     const int64_t begin = part * pixels_ / parts_, end = (part + 1) * pixels_ / parts_;
     float* weights = parts_ > 1 ? partial_.data + part * part_floats() : weight_grad_;
     float* biases = parts_ > 1 ? weights + outputs_ * inputs_ : bias_grad_;
-    Arena arena(kDepth * kPanel + kPanel);
-    float* panel = arena.floats(kDepth * kPanel);
-    float* zeros = arena.floats(kPanel);
-    for (int64_t v = 0; v < kPanel; v += kLanes) Vec::fill(0).store(zeros + v);
+    Arena arena(kDepth * kPointwisePanel + kPointwisePanel);
+    float* panel = arena.floats(kDepth * kPointwisePanel);
+    float* zeros = arena.floats(kPointwisePanel);
+    for (int64_t v = 0; v < kPointwisePanel; v += kLanes) Vec::fill(0).store(zeros + v);
     for (int64_t p = begin; p < end; p += kDepth) {
       const int64_t depth = min_of(kDepth, end - p);
       const bool start = !started_ && p == begin;
       const float* grad = grad_ + p * outputs_ + first;
-      for (int64_t i = input_tile * kTileInputs; i < input_end; i += kPanel) {
-        const int64_t columns = min_of(kPanel, input_end - i);
+      for (int64_t i = input_tile * kTileInputs; i < input_end; i += kPointwisePanel) {
+        const int64_t columns = min_of(kPointwisePanel, input_end - i);
         const float* from = x_ + p * inputs_ + i;
         for (int64_t v = 0; v < columns; v += kLanes)
           for (int64_t r = 0; r < depth; ++r)
-            load_columns(from + r * inputs_ + v, columns - v).store(panel + r * kPanel + v);
+            load_columns(from + r * inputs_ + v, columns - v).store(panel + r * kPointwisePanel + v);
         multiply_panel<true>({grad, outputs_}, count, depth, panel,
                              {weights + first * inputs_ + i, inputs_, columns, start ? zeros : nullptr});
       }

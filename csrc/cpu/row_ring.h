@@ -5,7 +5,7 @@
 
 #include <type_traits>
 
-#include "pack.h"
+#include "tiling.h"
 
 namespace ffnet::FFNET_ISA {
 
@@ -54,7 +54,8 @@ class RowRing {
   // Pointers to rows from `first` on, null outside the map.
   const float* const* window(int64_t first) const { return table_ + before_ + first; }
   // Fills rows [first, last) from an image of a map.
-  void gather(const MapView<const float>& map, int64_t n, int64_t first, int64_t last) {
+  template <class T>
+  void gather(const MapView<const T>& map, int64_t n, int64_t first, int64_t last) {
     while (first < last) {
       const int64_t count = min_of(last - first, capacity_ - first % capacity_);
       gather_rows(map.row(n, first), map.stride, count, width_, map.lanes, line(first));

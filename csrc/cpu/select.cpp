@@ -13,10 +13,13 @@ std::vector<const Kernels*> detect() {
   std::vector<const Kernels*> usable{baseline_kernels()};
 #if defined(FFNET_HAVE_X86_KERNELS)
   __builtin_cpu_init();  // asks XGETBV too: registers the operating system does not save do not count
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) usable.push_back(avx2_kernels());
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+    usable.push_back(avx2_kernels());
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq"))
+      __builtin_cpu_supports("avx512dq")) {
     usable.push_back(avx512_kernels());
+    if (__builtin_cpu_supports("avx512bf16")) usable.push_back(avx512bf16_kernels());
+  }
 #endif
   return usable;
 }

@@ -4,7 +4,10 @@
 
 #include <cstdint>
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && defined(__AVX512BF16__)
+#include <immintrin.h>
+#define FFNET_ISA avx512bf16
+#elif defined(__AVX512F__)
 #include <immintrin.h>
 #define FFNET_ISA avx512
 #elif defined(__AVX2__) && defined(__FMA__)

@@ -35,28 +35,17 @@ FFNET_INLINE Vec duplicate_lanes(Vec x, std::index_sequence<L...>) {
   return {__builtin_shufflevector(x.v, x.v, L / 2 ...)};
 }
 
-// Copies the lanes x lanes block at `from` (rows `from_stride` floats apart) transposed to `to`.
-FFNET_INLINE void transpose_block(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+// Transposes `in_rows` vectors, which read(i) gives (the rest counts as zero), and hands the first `out_rows` of the
+// result to write(i, vector).
+template <class Read, class Write>
+FFNET_INLINE void transpose_block(Read read, int64_t in_rows, Write write, int64_t out_rows) {
   Vec rows[Vec::lanes];
 #pragma GCC unroll 16
-  for (int i = 0; i < Vec::lanes; ++i) rows[i] = Vec::load(from + i * from_stride);
-  transpose(rows);
-#pragma GCC unroll 16
-  for (int i = 0; i < Vec::lanes; ++i) rows[i].store(to + i * to_stride);
-}
-
-// The same where only part of the block is there: reads `in_rows` rows of `in_lanes` (the rest counts as zero), writes
-// `out_rows` rows of `out_lanes`.
-FFNET_INLINE void transpose_part(const float* from, int64_t from_stride, int64_t in_rows, int64_t in_lanes, float* to,
-                                 int64_t to_stride, int64_t out_rows, int64_t out_lanes) {
-  Vec rows[Vec::lanes];
-#pragma GCC unroll 16
-  for (int i = 0; i < Vec::lanes; ++i)
-    rows[i] = i < in_rows ? Vec::load_first(from + i * from_stride, in_lanes) : Vec::fill(0);
+  for (int i = 0; i < Vec::lanes; ++i) rows[i] = i < in_rows ? read(i) : Vec::fill(0);
   transpose(rows);
 #pragma GCC unroll 16
   for (int i = 0; i < Vec::lanes; ++i)
-    if (i < out_rows) rows[i].store_first(to + i * to_stride, out_lanes);
+    if (i < out_rows) write(i, rows[i]);
 }
 
 }  // namespace ffnet::FFNET_ISA

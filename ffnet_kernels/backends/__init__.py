@@ -1,6 +1,7 @@
 """How operators run, one module a backend.
 
-A backend is a module with, besides a function for each operator it knows (same arguments as the schema):
+A backend is a module with, besides a function for each operator it knows (same arguments as the schema; the reference
+runs the others):
 
 ``unavailable() -> str | None``
     why it cannot run at all on this machine, or None;

@@ -13,6 +13,9 @@ from . import gradients
 
 _ops = torch.ops.ffnet_kernels
 
+#: Float32 only; ``training.py`` calls them by itself.
+TRAINING_OPERATORS = ("branched_depthwise", "pointwise_conv2d", "feed_forward")
+
 
 def unavailable() -> str | None:
     return native.cpu_library_error()
@@ -22,8 +25,10 @@ def refusal(operator: str, args: tuple) -> str | None:
     x = args[0]
     if x.device.type != "cpu":
         return f"takes CPU tensors, got {x.device}"
-    if x.dtype != torch.float32:
+    if operator in TRAINING_OPERATORS and x.dtype != torch.float32:
         return f"takes float32, got {x.dtype}"
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"takes float32, bfloat16 and float16, got {x.dtype}"
     if operator == "depthwise_conv2d_backward" and args[2].shape[0] > 2 * args[1].shape[1]:
         return f"takes one or two outputs per channel, got {args[2].shape[0]} for {args[1].shape[1]} channels"
     return None
@@ -31,6 +36,8 @@ def refusal(operator: str, args: tuple) -> str | None:
 
 def slower(operator: str, args: tuple) -> str | None:
     x = args[0]
+    if operator == "conv2d":
+        return _slower_conv2d(x, args[1])
     if x.shape[1] < 4 and x.stride(1) == 1:
         return "slower on a channels-last map of fewer than 4 channels, which leaves most of a vector idle"
     if x.shape[2] * x.shape[3] <= 4 and x.shape[0] > 1:
@@ -38,10 +45,21 @@ def slower(operator: str, args: tuple) -> str | None:
     return None
 
 
+def _slower_conv2d(x: Tensor, weight: Tensor) -> str | None:
+    _, channels, kh, kw = weight.shape
+    if kh * kw > 1 and (channels > 4 or x.dtype == torch.float32):
+        return "slower than torch's own convolution for filters larger than 1×1"
+    if kh * kw == 1 and x.dtype != torch.float32 and channels < 160:
+        return "slower than torch's own 16-bit 1×1 convolution of fewer than 160 channels"
+    return None
+
+
 def describe(operator: str, args: tuple) -> str:
     helper = native.helper()
     if helper is None:
         return "instruction set chosen at run time"
+    if operator == "conv2d":
+        return f"{helper.isa()}, panels of pixels"
     x, weights = args[0], [args[1], args[3]] if operator == "ffnified_attention" else [args[1]]
     unrolled = all(helper.is_unrolled(weight.shape[2], weight.shape[3]) for weight in weights)
     in_place = x.stride(1) == 1 and x.shape[1] >= helper.lanes() and weights[0].shape[0] == x.shape[1]
@@ -52,6 +70,10 @@ def describe(operator: str, args: tuple) -> str:
 
 def depthwise_conv2d(*args) -> Tensor:
     return _ops.depthwise_conv2d.default(*args)
+
+
+def conv2d(*args) -> Tensor:
+    return _ops.conv2d.default(*args)
 
 
 def ffnified_attention(*args) -> Tensor:

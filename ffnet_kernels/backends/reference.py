@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import gradients
-from .activations import ACTIVATE
+from .activations import ACTIVATE, ACTIVATE_BACKWARD
 from .gradients import same_padding
 
 
@@ -50,27 +50,51 @@ def channel_mixer(
     return _finish(F.conv2d(hidden, project_weight[:, :, None, None], project_bias), scale, residual)
 
 
+def conv2d(x, weight, bias, stride, padding, activation) -> Tensor:
+    return ACTIVATE[activation](convolve(x, weight, bias, stride, padding, groups=1))
+
+
+def conv2d_backward(grad, x, weight, bias, stride, padding, activation, mask) -> list[Tensor]:
+    if activation != "none":
+        grad = ACTIVATE_BACKWARD[activation](grad, convolve(x, weight, bias, stride, padding, groups=1))
+    grads = convolve_backward(grad, x, weight, stride, padding, mask, groups=1)
+    return [g for g, wanted in zip(grads, mask, strict=True) if wanted]
+
+
 depthwise_conv2d_backward, ffnified_attention_backward, channel_mixer_backward = gradients.backward_passes(
     sys.modules[__name__]
 )
 
 
-def convolve(x, weight, bias, stride, padding) -> Tensor:
-    """Uneven padding (an even kernel) is explicit: there an infinite weight meets zeros, where kernels skip padding."""
+def convolve(x, weight, bias, stride, padding, groups=None) -> Tensor:
+    """Depthwise unless told otherwise.
+
+    Uneven padding (an even kernel) is explicit: there an infinite weight meets zeros, where kernels skip padding.
+    """
     top, bottom, left, right = padding
     if top != bottom or left != right:
         x, top, left = F.pad(x, (left, right, top, bottom)), 0, 0
-    return F.conv2d(x, weight, bias, tuple(stride), (top, left), groups=x.shape[1])
+    return F.conv2d(x, weight, bias, tuple(stride), (top, left), groups=x.shape[1] if groups is None else groups)
 
 
-def convolve_backward(grad, x, weight, stride, padding, mask) -> list:
+def convolve_backward(grad, x, weight, stride, padding, mask, groups=None) -> list:
     """Gradients of x, weight and bias; None where the mask says that one is not wanted."""
     top, bottom, left, right = padding
     uneven = top != bottom or left != right
     padded, sides = (F.pad(x, (left, right, top, bottom)), [0, 0]) if uneven else (x, [top, left])
     grads = list(
         torch.ops.aten.convolution_backward(
-            grad, padded, weight, [weight.shape[0]], list(stride), sides, [1, 1], False, [0, 0], x.shape[1], list(mask)
+            grad,
+            padded,
+            weight,
+            [weight.shape[0]],
+            list(stride),
+            sides,
+            [1, 1],
+            False,
+            [0, 0],
+            x.shape[1] if groups is None else groups,
+            list(mask),
         )
     )
     if uneven and mask[0]:

@@ -2,18 +2,21 @@
 
 import json
 import math
+import threading
+import time
 from dataclasses import dataclass, field
 
 import pytest
 import torch
 
-from benchmarks import peers, runner
+from benchmarks import peers, runner, sampling
 from benchmarks.peers import OURS, AsTrained, Eager, TorchCompile
+from benchmarks.programs import Program
 from benchmarks.report import FASTER_PEER, report, table
-from benchmarks.results import Measurement, Result, Row, replacing, write_json
+from benchmarks.results import Measurement, Result, Row, merge, replacing, write_json
 from benchmarks.runner import Runner, run_cases
 from benchmarks.specs import OperatorCase
-from benchmarks.work import Program, build
+from benchmarks.work import build
 
 CASE = OperatorCase("depthwise_conv2d", 1, 8, 6, 3)
 
@@ -54,7 +57,7 @@ class Toy:
 
 
 def run(clock, *toys, samples=5):
-    return Runner(toys, samples, clock).run(CASE, build(CASE)).row
+    return Runner(toys, samples, timer=clock).run(CASE, build(CASE)).row
 
 
 @pytest.fixture
@@ -74,9 +77,53 @@ def test_ratio_samples_and_repeats(clock):
 
 
 def test_contenders_alternate_and_take_turns_in_going_first(clock):
-    seconds = 2 * runner.MIN_SAMPLE_SECONDS  # so that a sample is one call
+    seconds = 4 * runner.MIN_SAMPLE_SECONDS  # so that a sample is one call
     run(clock, Toy("a", clock, seconds), Toy("b", clock, seconds), samples=4)
-    assert clock.running[-8:] == ["a", "b", "b", "a", "a", "b", "b", "a"]
+    # Each sample is an untimed call and a timed one.
+    assert clock.running[-16:] == [name for turn in ("ab", "ba", "ab", "ba") for name in turn for _ in range(2)]
+
+
+def test_a_sample_begins_quiet_and_warm(clock, monkeypatch):
+    monkeypatch.setattr(runner, "wait_until_quiet", lambda: clock.running.append("quiet"))
+    row = run(clock, Toy("long", clock, 2 * runner.LONG_SECONDS), Toy("short", clock, 3e-4), samples=1)
+    short = row.measurement("short")
+    untimed = math.ceil(runner.UNTIMED_SECONDS / 3e-4)
+    assert clock.running[-3 - untimed - short.repeats :] == [
+        "quiet", "long", "quiet", *["short"] * (untimed + short.repeats)
+    ]  # fmt: skip
+    assert short.median_ms == pytest.approx(0.3)
+
+
+def test_a_long_case_ends_early_but_not_at_once(clock):
+    toy = Toy(OURS, clock, 1.0)
+    row = Runner([toy], 50, 1.5, clock).run(CASE, build(CASE)).row
+    assert len(row.measurements[0].samples_ms) == runner.LEAST_SAMPLES
+
+
+def test_threads_that_still_spin_are_waited_for():
+    end = time.perf_counter() + 0.05
+    spinning = threading.Thread(target=lambda: [None for _ in iter(lambda: time.perf_counter() < end, False)])
+    spinning.start()
+    waited = sampling.wait_until_quiet()
+    assert waited is False or time.perf_counter() >= end  # another process may keep the thread from its core
+    spinning.join()
+
+
+def test_page_faults_are_counted():
+    before = sampling.Disturbances.now()
+    torch.empty(2**24).fill_(1.0)  # 64 MiB, more than the C library keeps
+    assert sampling.Disturbances.now().since(before).page_faults > 0
+    measurement = Measurement("x", samples_ms=(1.0, 1.0, 1.0), repeats=2, page_faults=(4, 8, 600))
+    assert measurement.faults_per_call == 4
+
+
+def test_all_results_are_judged():
+    expected = [torch.ones(3).double(), 100 * torch.ones(2).double()]
+    near, far = [torch.ones(3), 100 * torch.ones(2) + 1e-3], [1.01 * torch.ones(3), 100 * torch.ones(2)]
+    assert runner._judge(near, expected, [1e-6, 1e-2]) == (pytest.approx(1e-5, rel=0.1), True)
+    assert runner._judge(far, expected, [1e-6, 1e-2]) == (pytest.approx(1e-2, rel=0.1), False)
+    assert runner._judge([near[0], torch.tensor([math.nan, 0.0])], expected, [1e-6, 1e-2]) == (None, False)
+    assert runner._judge(near[:1], expected, [1e-6, 1e-2]) == (None, False)
 
 
 def test_a_wrong_contender_is_found(clock):
@@ -110,7 +157,7 @@ def test_an_absent_contender_keeps_its_reason(clock):
     assert row.ratio("absent", OURS) is None
     text = report(Result(runner.machine(), [row]))
     assert "absent: no compiler" in text
-    assert "as trained: failed: an operator has no training-time form" in text
+    assert "as trained: an operator has no training-time form" in text
 
 
 def test_torch_compile_says_why_it_is_absent(monkeypatch):
@@ -145,7 +192,7 @@ def test_ctrl_c_keeps_finished_rows(clock, monkeypatch):
         return runner.Outcome(row, torch.empty(0), {})
 
     monkeypatch.setattr(Runner, "run", run_one)
-    result = run_cases([CASE] * 3, Runner([], 1))
+    result = run_cases([CASE] * 3, lambda case: Runner([], 1))
     assert result.rows == [finished]
     assert result.interrupted
     assert "interrupted" in report(result)
@@ -161,6 +208,23 @@ def test_json_round_trip(clock, tmp_path):
     assert Result.from_json(path.read_text()) == result
     with pytest.raises(ValueError, match="format"):
         Result.from_json('{"format": 0}')
+
+
+def test_merge(clock):
+    rows = [Row(case, 1, 1, (Measurement(OURS, samples_ms=(float(ms),)),)) for ms, case in enumerate("aba", 1)]
+    machine = {"processor": "p", "threads": 2, "isa": "avx512", "torch": "2", "commit": "c"}
+    merged = merge([Result(machine, rows[:2]), Result(machine, rows[2:], interrupted=True)])
+    assert [(row.case, row.measurements[0].median_ms) for row in merged.rows] == [("a", 3.0), ("b", 2.0)]
+    assert merged.interrupted
+    with pytest.raises(ValueError, match="threads is 2 and 1"):
+        merge([Result(machine), Result({**machine, "threads": 1})])
+
+
+def test_quartiles_of_a_ratio_are_of_rounds():
+    drifting = (1.0, 2.0, 4.0, 8.0)
+    row = Row("case", 1, 1, (Measurement("a", samples_ms=drifting), Measurement("b", samples_ms=drifting)))
+    assert row.ratio_quartiles("a", "b") == (1.0, 1.0)
+    assert row.ratio_quartiles("a", "absent") is None
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

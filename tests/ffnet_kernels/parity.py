@@ -59,7 +59,7 @@ class Case(NamedTuple):
 
     def checked(self) -> tuple:
         """The arguments as the operators' schemas have them."""
-        names = ("stride", "padding", "activation") if self.operator == "depthwise_conv2d" else ()
+        names = ("stride", "padding", "activation") if "conv2d" in self.operator else ()
         defaults = {"stride": 1, "padding": "same", "activation": "none"} if names else {}
         if not names:
             defaults = {"activation": "gelu", "scale": None, "residual": None}
@@ -133,7 +133,7 @@ def laid_out(
 
 
 def expected_formats(operator: str, args: tuple, like: Tensor) -> list[tuple[bool, bool]]:
-    """:func:`formats` of a tensor of ``like``'s shape in the format that the depthwise convolutions of ``args`` give.
+    """:func:`formats` of a tensor of ``like``'s shape in the format that the convolutions of ``args`` give.
 
     Both formats where their result has but one channel and so does not tell.
     """
@@ -144,7 +144,7 @@ def expected_formats(operator: str, args: tuple, like: Tensor) -> list[tuple[boo
     )
     for weight in weights:
         # Wide padding: a map of one pixel would not tell its format.
-        out = F.conv2d(out, weight, None, 1, (weight.shape[2], weight.shape[3]), groups=args[0].shape[1])
+        out = F.conv2d(out, weight, None, 1, (weight.shape[2], weight.shape[3]), groups=out.shape[1] // weight.shape[1])
     candidates = (torch.contiguous_format, torch.channels_last)
     return [
         formats(torch.empty(like.shape, device="meta", memory_format=candidate))
@@ -158,12 +158,11 @@ def formats(x: Tensor) -> tuple[bool, bool]:
 
 
 @contextlib.contextmanager
-def convolutions_in_time(args: tuple) -> Iterator[None]:
-    """Keeps plain PyTorch from oneDNN for large 16-bit filters: it would compile code for minutes."""
-    large = any(
-        isinstance(a, Tensor) and a.dim() == 4 and a.element_size() == 2 and a.shape[1] == 1 and a[:1].numel() > 100
-        for a in args
-    )
+def convolutions_in_time(args: tuple, backward: bool = False) -> Iterator[None]:
+    """Keeps plain PyTorch from oneDNN where that would compile code for minutes, for large 16-bit filters, and where it
+    leaves some of a result unwritten, for 16-bit gradients."""
+    filters = [a for a in args if isinstance(a, Tensor) and a.dim() == 4 and a.element_size() == 2]
+    large = any(backward or (a.shape[1] == 1 and a[:1].numel() > 100) for a in filters)
     enabled = torch.backends.mkldnn.enabled
     try:
         if large:
@@ -177,7 +176,7 @@ def convolutions_in_time(args: tuple) -> Iterator[None]:
 def reference_of(operator: str, args: tuple) -> tuple:
     """The reference in float64, and in the dtype of the arguments."""
     run = getattr(reference, operator)
-    with convolutions_in_time(args):
+    with convolutions_in_time(args, operator.endswith("_backward")):
         return run(*(a.double() if isinstance(a, Tensor) else a for a in args)), run(*args)
 
 
@@ -187,7 +186,7 @@ def limit_of(operator: str, args: tuple, expected: Tensor, eager: Tensor) -> flo
         generator = torch.Generator().manual_seed(0)
         more = list(args)
         for i, values in enumerate(args):
-            if values is args[0] or (operator != "depthwise_conv2d" and i == len(args) - 1 and values is not None):
+            if values is args[0] or ("conv2d" not in operator and i == len(args) - 1 and values is not None):
                 images = -(-_SAMPLE * values.shape[0] // expected.numel())
                 extra = torch.randn(images, *values.shape[1:], generator=generator)
                 more[i] = torch.cat([values, extra.to(values.dtype)])
@@ -317,7 +316,8 @@ class Sizes(NamedTuple):
         return n, c, h, w
 
 
-NATIVE = Sizes(st.integers(0, 3), _channels, _extents, _kernels, st.just(torch.float32), 1_500_000)
+_dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+NATIVE = Sizes(st.integers(0, 3), _channels, _extents, _kernels, _dtypes, 1_500_000)
 _generators = st.integers(0, 2**31).map(lambda seed: torch.Generator().manual_seed(seed))
 
 

@@ -95,8 +95,8 @@ def test_relu_stops_infinite_gradients(isa):
 
 
 @pytest.mark.parametrize("operator", BACKWARD)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_other_dtypes_go_to_the_reference(operator, dtype):
+def test_float64_goes_to_the_reference(operator):
+    dtype = torch.float64
     args = example(operator, dtype=dtype).checked()
     mask = [True] * len(parity.OPERATORS_BY_NAME[operator].tensors)
     call = (torch.randn(args[0].shape).to(dtype), *args, mask)

@@ -94,11 +94,15 @@ def test_arguments_stay_as_they_are(operator, isa, layout):
 
 
 @every_operator
-def test_the_processors_instruction_sets_differ_in_rounding_only(operator):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_processors_instruction_sets_differ_in_rounding_only(operator, dtype):
     """A check of the tests: `select_isa` does change the code that runs."""
-    case = example(operator, shape=(2, 64, 20, 20))
+    case = example(operator, shape=(2, 64, 20, 20), dtype=dtype)
     outputs = {isa: on_cpu_backend(case, isa) for isa in parity.ISAS}
     expected, eager = parity.reference_of(operator, case.checked())
     limit = parity.error_limit(expected, eager)
     assert all((out - expected).abs().max() <= limit for out in outputs.values())
-    assert len({out.numpy().tobytes() for out in outputs.values()}) == len(outputs)
+    # The last set multiplies pairs of bfloat16 and is the one before it for float32; rounding hides the order of sums.
+    same = {"avx512", "avx512bf16"} if dtype == torch.float32 else set(outputs) - {"avx512bf16"}
+    different = {out.float().numpy().tobytes() for out in outputs.values()}
+    assert len(different) >= len(outputs) - len(same & set(outputs)) + 1

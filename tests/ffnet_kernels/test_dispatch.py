@@ -113,7 +113,9 @@ def test_a_backend_that_is_not_available(monkeypatch):
 @pytest.mark.parametrize("operator", parity.OPERATORS)
 def test_a_forced_backend_that_does_not_take_the_call(operator):
     case = example(operator, dtype=torch.float64)
-    message = rf"{operator}: backend 'cpu' does not take this call: takes float32, got torch.float64"
+    message = (
+        rf"{operator}: backend 'cpu' does not take this call: takes float32, bfloat16 and float16, got torch.float64"
+    )
     with fk.use_backend("cpu"), pytest.raises(fk.BackendError, match=message):
         case.run()
 

@@ -49,6 +49,20 @@ def test_planted_in_the_map(operator, isa, activation, special, kernel):
 
 
 @parity.every_isa
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("operator", parity.OPERATORS)
+@pytest.mark.parametrize("special", SPECIAL)
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_planted_in_a_16_bit_map(operator, isa, dtype, special, layout):
+    """Only where a filter reaches it, although pairs of rows are multiplied at once."""
+    case = example(operator, kernel=(7, 7), activation="none", shape=(2, 19, 25, 22), dtype=dtype, layout=layout)
+    x = case.args[0]
+    x[0, 7, 11, 12] = x[1, 18, 24, 21] = special
+    expected, _ = parity.reference_of(operator, case.checked())
+    assert_same_kinds(run(case, isa), expected)
+
+
+@parity.every_isa
 @pytest.mark.parametrize("operator", parity.OPERATORS)
 @pytest.mark.parametrize("special", SPECIAL)
 def test_planted_in_any_other_tensor(operator, isa, special):

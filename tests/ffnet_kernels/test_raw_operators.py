@@ -47,7 +47,7 @@ BAD = {
         [
             ("query", torch.ones(3, 8, 8), "query must be"),
             ("query", torch.ones(1, 3, 0, 8), "query must have"),
-            ("query", MAP.half(), "query must be"),
+            ("query", MAP.double(), "query must be"),
             ("key", torch.ones(2, 1, 3, 3), "key and value"),
             ("key", torch.ones(3), "key must be"),
             ("key", torch.ones(3, 1, 3, 0), "key must have"),

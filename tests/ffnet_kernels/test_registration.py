@@ -54,8 +54,8 @@ def test_fake_has_the_shape_and_strides_of_the_result(operator, layout, batch):
 
 
 @every_operator
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_other_dtypes_run_on_the_reference_and_explain_says_why(operator, dtype):
+def test_other_dtypes_run_on_the_reference_and_explain_says_why(operator):
+    dtype = torch.float64
     case = example(operator.name, dtype=dtype)
     decision = fk.explain(operator.name, *case.args, **case.kwargs)
     assert decision.backend == "reference"

@@ -1,0 +1,124 @@
+"""Peak memory of FFNet-1, ours against eager PyTorch: ``python -m benchmarks.memory``.
+
+Each contender runs in a fresh process. There the model and its input are made, freed memory is given back to the
+system (malloc_trim) and the resident high-water mark is set to what is resident (Linux: 5 into /proc/self/clear_refs).
+After some calls the mark, VmHWM, says how much was resident at most; ``calls`` is what that is above the state before
+the first of them: maps, packed weights, gradients, scratch memory, and code that is paged in. Time is not measured, and
+the processes run one by one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .machine import machine, machine_line
+from .peers import CONTENDERS, OURS
+from .report import markdown
+from .specs import Case, ModelCase, TrainingCase
+from .work import build
+
+CASES: tuple[Case, ...] = (
+    ModelCase("ffnet_1", 8),
+    ModelCase("ffnet_1", 8, dtype="bfloat16"),
+    TrainingCase("ffnet_1", 4),
+)
+NAMES = (OURS, "eager nchw", "eager channels-last")
+CALLS = 3
+MIB = 2**20
+
+
+class MemoryUnknown(RuntimeError):
+    """The system does not tell; the text says why."""
+
+
+def measure(case: Case, contender: str) -> dict[str, int]:
+    """Bytes in this very process: resident ahead of the first call, and the most during the calls."""
+    work = build(case)
+    with torch.inference_mode(work.inference):
+        program = CONTENDERS[contender].prepare(work)
+        del work
+        gc.collect()
+        reset_peak()
+        before = resident("VmRSS")
+        for _ in range(CALLS):
+            program()
+        return {"before": before, "peak": resident("VmHWM")}
+
+
+def reset_peak() -> None:
+    """Gives freed memory back, and makes what is resident the high-water mark."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, AttributeError) as error:
+        raise MemoryUnknown(f"the high-water mark cannot be set back here: {error}") from error
+
+
+def resident(field: str) -> int:
+    """A line of /proc/self/status, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return 1024 * int(line.split()[1])
+    raise MemoryUnknown(f"/proc/self/status has no {field}")
+
+
+def in_fresh_process(case: int, contender: str, threads: int) -> dict[str, Any]:
+    """As `measure`, or {"error": why not}."""
+    arguments = ["--one", str(case), contender, "--threads", str(threads)]
+    done = subprocess.run([sys.executable, "-m", "benchmarks.memory", *arguments], capture_output=True, text=True)
+    if done.returncode != 0:
+        return {"error": next(reversed(done.stderr.strip().splitlines()), f"exit code {done.returncode}")}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A line a contender; ratios are to ours in the same case."""
+    ours = {row["case"]: row for row in rows if row["contender"] == OURS and "error" not in row}
+    lines = []
+    for row in rows:
+        name = (row["case"], row["contender"])
+        if "error" in row:
+            lines.append((*name, "-", "-", "-", "-", row["error"]))
+            continue
+        calls, own = row["peak"] - row["before"], ours.get(row["case"])
+        ratio = f"{calls / max(1, own['peak'] - own['before']):.2f}x" if own else "-"
+        lines.append((*name, *(f"{size / MIB:.0f}" for size in (row["before"], row["peak"], calls)), ratio, ""))
+    headers = ("case", "contender", "before MiB", "peak MiB", "calls MiB", "calls / ours", "")
+    return markdown(headers, lines, left=(0, 1, 6))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns 0; 1 where something could not be measured."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, metavar="N", help="threads (default: torch's)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
+    parser.add_argument("--one", nargs=2, metavar=("CASE", "CONTENDER"), help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.one:
+        print(json.dumps(measure(CASES[int(options.one[0])], options.one[1])))
+        return 0
+    rows: list[dict[str, Any]] = [
+        {"case": case.name, "contender": name, **in_fresh_process(number, name, torch.get_num_threads())}
+        for number, case in enumerate(CASES)
+        for name in NAMES
+    ]
+    print(f"machine: {machine_line(machine())}\n\n{table(rows)}")
+    if options.json:
+        options.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+        print(f"\nwrote {options.json}")
+    return 1 if any("error" in row for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

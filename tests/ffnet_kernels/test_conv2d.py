@@ -1,0 +1,137 @@
+"""Dense convolutions with their activation: every instruction set against the float64 reference."""
+
+import parity
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import ffnet_kernels as fk
+from ffnet_kernels import checks
+from ffnet_kernels.backends import reference
+
+_kernels = st.sampled_from([(1, 1), (1, 1), (3, 3), (2, 3), (5, 1), (7, 7)])
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> parity.Case:
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    channels, outputs = draw(st.sampled_from([1, 3, 16, 18, 33, 64])), draw(st.sampled_from([1, 2, 7, 16, 31, 48]))
+    kernel = draw(_kernels)
+    shape = (draw(st.integers(0, 3)), channels, draw(st.integers(1, 20)), draw(st.integers(1, 40)))
+    shape = (*shape[:2], max(shape[2], kernel[0]), max(shape[3], kernel[1]))
+    stride = draw(st.sampled_from([1, 2, (1, 2), (2, 1)]))
+    padding = draw(st.sampled_from(["same", "valid", 1, (2, 1)]))
+    x = parity.laid_out(shape, draw(st.sampled_from(parity.LAYOUTS)), generator, dtype=dtype)
+    gain = (channels * kernel[0] * kernel[1]) ** -0.5
+    layout = draw(st.sampled_from(["nchw", "channels_last", "stepped", "transposed"]))
+    weight = parity.laid_out((outputs, channels, *kernel), layout, generator, gain, dtype)
+    bias = draw(st.sampled_from([None, torch.randn(outputs, generator=generator).to(dtype)]))
+    activation = draw(st.sampled_from(checks.ACTIVATIONS))
+    return parity.Case("conv2d", (x, weight, bias), {"stride": stride, "padding": padding, "activation": activation})
+
+
+@parity.needs_native
+@given(case=cases())
+def test_parity(case):
+    parity.check(case)
+
+
+def example(dtype=torch.float32, requires_grad=False, **options):
+    generator = torch.Generator().manual_seed(0)
+
+    def values(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(requires_grad)
+
+    return (values(2, 5, 7, 6), values(4, 5, 3, 3), values(4)), {
+        "stride": 2,
+        "padding": 1,
+        "activation": "gelu",
+        **options,
+    }
+
+
+def test_gradients():
+    args, options = example(torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *a: fk.conv2d(*a, **options), args)
+    assert torch.autograd.gradgradcheck(lambda *a: fk.conv2d(*a, **options), args)
+
+
+@parity.needs_native
+def test_the_dispatcher_knows_it():
+    args, options = example(requires_grad=True)
+    torch.library.opcheck(torch.ops.ffnet_kernels.conv2d.default, checks.conv2d(*args, **options))
+
+
+@parity.needs_native
+def test_gradients_behind_the_kernel_are_torchs():
+    args, options = example(requires_grad=True)
+    with fk.use_backend("cpu"):
+        fk.conv2d(*args, **options).square().sum().backward()
+    twins = [a.detach().clone().requires_grad_() for a in args]
+    F.gelu(F.conv2d(*twins, stride=2, padding=1)).square().sum().backward()
+    for tensor, twin in zip(args, twins, strict=True):
+        torch.testing.assert_close(tensor.grad, twin.grad, rtol=1e-4, atol=1e-4)
+
+
+@parity.needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_do_not_show(dtype):
+    x = torch.randn(3, 18, 17, 33).to(dtype).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(20, 18, 3, 3).to(dtype)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            with fk.use_backend("cpu"):
+                results.append(fk.conv2d(x, weight, stride=2, padding=1))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weight": torch.ones(4, 3, 3, 3)}, r"weight: expected the shape \[out, 5, kh, kw\], got \[4, 3, 3, 3\]"),
+        ({"weight": torch.ones(4, 5, 9, 9)}, "larger than the padded map"),
+        ({"bias": torch.ones(5)}, "bias: expected 4 elements, got 5"),
+        ({"stride": 3}, "stride: expected 1 or 2, got 3"),
+        ({"activation": "tanh"}, "activation: expected one of"),
+    ],
+)
+def test_bad_arguments(changes, message):
+    (x, weight, bias), options = example()
+    with pytest.raises(ValueError, match=message):
+        fk.conv2d(**{"x": x, "weight": weight, "bias": bias, **options, **changes})
+
+
+@parity.needs_native
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_the_raw_operator_checks_what_it_reads(position):
+    args, options = example()
+    call = list(checks.conv2d(*args, **options))
+    call[position] = call[position].double()
+    with torch.no_grad(), pytest.raises(RuntimeError, match="must be"):
+        torch.ops.ffnet_kernels.conv2d.default(*call)
+
+
+def test_optimized_in_eval_mode_only():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.GELU(), nn.Conv2d(8, 12, 1), nn.Conv2d(12, 4, 3))
+    x = torch.randn(2, 3, 20, 20)
+    optimized = fk.optimize(model.eval())
+    assert [tuple(r) for r in optimized.kernel_replacements] == [("0", "conv2d + gelu"), ("2", "conv2d")]
+    torch.testing.assert_close(optimized(x), model(x), rtol=1e-5, atol=1e-5)
+    assert fk.optimize(model.train()).kernel_replacements == ()
+
+
+def test_a_planted_infinity_stays_where_it_belongs():
+    x = torch.randn(1, 16, 9, 9)
+    x[0, 3, 4, 4] = torch.inf
+    weight = torch.randn(6, 16, 3, 3)
+    for dtype in (torch.float32, torch.bfloat16):
+        expected = reference.convolve(x.to(dtype).double(), weight.to(dtype).double(), None, (1, 1), (1, 1, 1, 1), 1)
+        assert torch.equal(fk.conv2d(x.to(dtype), weight.to(dtype)).isfinite(), expected.isfinite())
