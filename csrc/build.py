@@ -53,7 +53,7 @@ ISA_FLAGS = {
     "avx512bf16": [*AVX512_FLAGS, "-mavx512bf16"],
 }
 KERNEL_SOURCES = [
-    "kernels.cpp", "depthwise_conv2d.cpp", "depthwise_conv2d_backward.cpp", "ffnified_attention.cpp",
+    "kernels.cpp", "conv_row.cpp", "depthwise_conv2d.cpp", "depthwise_conv2d_backward.cpp", "ffnified_attention.cpp",
     "ffnified_attention_backward.cpp", "channel_mixer.cpp", "conv2d.cpp", "training.cpp",
     "branched_depthwise.cpp", "branched_depthwise_backward.cpp", "pointwise_conv2d.cpp", "feed_forward.cpp",
 ]  # fmt: skip

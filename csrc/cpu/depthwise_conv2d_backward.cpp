@@ -31,19 +31,6 @@ struct PixelClass {
   int64_t first, count;  // columns first, first + stride_w, ...
 };
 
-ConvRow select_dgrad_row(int64_t kh, int64_t kw) {
-  if (kh <= 9) {
-    switch (kw) {
-      case 1: return conv_row<FloatTaps, 1, 1>;
-      case 2: return conv_row<FloatTaps, 2, 1>;
-      case 3: return conv_row<FloatTaps, 3, 1>;
-      case 4: return conv_row<FloatTaps, 4, 1>;
-      case 7: return conv_row<FloatTaps, 7, 1>;
-    }
-  }
-  return conv_row_any<FloatTaps, 1>;
-}
-
 // Adds the two halves of what two outputs per channel give: lanes 0 1 2 3 ... -> 0 + 1, 2 + 3, ...
 template <size_t... L>
 FFNET_INLINE Vec add_pairs(Vec x, std::index_sequence<L...>) {
@@ -89,7 +76,7 @@ class Task {
         const MirroredTaps columns(q, op_.stride_w, op_.filter.kw, op_.pad_left);
         const PackedFilter filter = pack_mirrored<T>(op_.filter, taps, columns, op_.stride_h, op_.stride_w,
                                                      grad_map_.lanes, arena.floats(filter_floats));
-        classes_[p][q] = {columns, filter, select_dgrad_row(taps.count, columns.count), q,
+        classes_[p][q] = {columns, filter, select_part_row(taps.count, columns.count), q,
                           ceil_div(max_of(0, op_.w - q), op_.stride_w)};
       }
     }

@@ -70,25 +70,21 @@ void run_tasks(const Tasks<Op>& tasks, const Executor& executor) {
 
 #if defined(__AVX512BF16__)
 template <class Run, class Op>
-void run_bfloat16(const Op& op, const Tiling& tiling, const Executor& executor) {
+void run_in_pairs(const Op& op, const Tiling& tiling, const Executor& executor) {
   Flags alarms(tiling.planes());
   run_tasks<Run, BFloat16, PairTaps, Op>({op, tiling, &alarms, nullptr}, executor);
   if (alarms.any()) run_tasks<Run, BFloat16, FloatTaps, Op>({op, tiling, nullptr, &alarms}, executor);
-}
-#else
-template <class Run, class Op>
-void run_bfloat16(const Op& op, const Tiling& tiling, const Executor& executor) {
-  run_tasks<Run, BFloat16, FloatTaps, Op>({op, tiling, nullptr, nullptr}, executor);
 }
 #endif
 
 template <class Run, class Op>
 void run_storage(const Op& op, const Tiling& tiling, const Executor& executor) {
-  switch (op.storage) {
-    case Storage::float32: return run_tasks<Run, float, FloatTaps, Op>({op, tiling, nullptr, nullptr}, executor);
-    case Storage::float16: return run_tasks<Run, Float16, FloatTaps, Op>({op, tiling, nullptr, nullptr}, executor);
-    case Storage::bfloat16: return run_bfloat16<Run>(op, tiling, executor);
-  }
+#if defined(__AVX512BF16__)
+  if (op.storage == Storage::bfloat16) return run_in_pairs<Run>(op, tiling, executor);
+#endif
+  with_storage(op.storage, [&](auto element) {
+    run_tasks<Run, decltype(element), FloatTaps, Op>({op, tiling, nullptr, nullptr}, executor);
+  });
 }
 
 }  // namespace ffnet::FFNET_ISA

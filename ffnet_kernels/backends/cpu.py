@@ -1,4 +1,4 @@
-"""The native CPU kernels: float32, AVX-512, AVX2 or portable code, chosen by the processor at run time."""
+"""The native CPU kernels: AVX-512 with or without bfloat16 instructions, AVX2 or portable code, chosen at run time."""
 
 from __future__ import annotations
 

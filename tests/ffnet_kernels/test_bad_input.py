@@ -104,8 +104,8 @@ def test_a_kernel_larger_than_the_padded_map():
 
 
 def test_explain_of_something_else():
-    with pytest.raises(ValueError, match=r"expected one of depthwise_conv2d, .*got 'conv2d'"):
-        fk.explain("conv2d", MAP)
+    with pytest.raises(ValueError, match=r"expected one of depthwise_conv2d, .*got 'conv3d'"):
+        fk.explain("conv3d", MAP)
 
 
 def test_optimize_of_something_else():
