@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import ffnet_kernels
 from ffnet_kernels import training
 from ffnet_kernels.backends.activations import ACTIVATE
 
@@ -46,7 +47,7 @@ def pointwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """A plain 1×1 convolution through its operator, unless a hook waits for the layer to be called."""
     if not is_pointwise(conv) or training.is_hooked(conv):
         return conv(x)
-    return training.pointwise_conv2d(x, conv.weight, conv.bias)
+    return ffnet_kernels.conv2d(x, conv.weight, conv.bias)
 
 
 class FoldableConv(nn.Module, ABC):
@@ -120,7 +121,7 @@ class ConvBN(FoldableConv):
         if not is_pointwise(self.c) and self.c.groups != self.c.in_channels:
             return None
         self.training_kernels = True
-        return "pointwise_conv2d" if self.c.groups == 1 else "branched_depthwise"
+        return "conv2d" if self.c.groups == 1 else "branched_depthwise"
 
     def template(self) -> nn.Conv2d:
         return self.c
@@ -150,7 +151,7 @@ class BNConv(FoldableConv):
 
     def enable_training_kernels(self) -> str | None:
         self.training_kernels = True
-        return "pointwise_conv2d"
+        return "conv2d"
 
     def template(self) -> nn.Conv2d:
         return self.c

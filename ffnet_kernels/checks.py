@@ -77,12 +77,6 @@ def channel_mixer(
     return x, weight, bias, expand_weight, expand_bias, project_weight, project_bias, activation, scale, residual
 
 
-def pointwise_conv2d(x, weight, bias) -> tuple:
-    _check_map("x", x)
-    weight = _matrix("weight", weight, x.shape[1], x)
-    return x, weight, _channel_vector("bias", bias, weight.shape[0], x)
-
-
 def feed_forward(x, expand_weight, expand_bias, project_weight, project_bias, activation, scale, residual) -> tuple:
     _check_map("x", x)
     expand_weight = _matrix("expand_weight", expand_weight, x.shape[1], x)

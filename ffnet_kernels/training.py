@@ -59,16 +59,6 @@ def branched_depthwise(x: Tensor, branches: Sequence[Branch], activation: str = 
     return out
 
 
-def pointwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """1×1 convolution: x ``[N, C, H, W]``, weight ``[O, C]`` or ``[O, C, 1, 1]``, bias ``[O]`` or None →
-    ``[N, O, H, W]``."""
-    args = checks.pointwise_conv2d(x, weight, bias)
-    if not _runs_natively("pointwise_conv2d", *args):
-        return plain.pointwise_conv2d(*args)
-    x, weight, bias = args
-    return _ops.pointwise_conv2d.default(_channels_last(x), weight.contiguous(), _contiguous(bias))
-
-
 def feed_forward(
     x: Tensor,
     expand_weight: Tensor,

@@ -83,27 +83,6 @@ def _differentiate_branched(ctx, grad, *_of_statistics):
     return x_grad, branches[::3], branches[1::3], branches[2::3], None, None, None
 
 
-def _fake_pointwise_backward(grad, x, weight, wants_x, wants_bias):
-    grads = [_map(x, x.shape[1])] if wants_x else []
-    grads.append(x.new_empty(weight.shape))
-    return [*grads, x.new_empty((weight.shape[0],))] if wants_bias else grads
-
-
-def _save_pointwise(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def _differentiate_pointwise(ctx, grad):
-    x, weight, bias = ctx.saved_tensors
-    if torch.is_grad_enabled():
-        found = plain.differentiably(plain.pointwise_conv2d, grad, (x, weight, bias))
-        return found[0], found[1], found[2] if bias is not None else None
-    wants_x = ctx.needs_input_grad[0]
-    grads = _ops.pointwise_conv2d_backward.default(_channels_last(grad), x, weight, wants_x, bias is not None)
-    x_grad, (weight_grad, *bias_grad) = (grads[0], grads[1:]) if wants_x else (None, grads)
-    return x_grad, weight_grad, *(bias_grad or [None])
-
-
 def _fake_feed_forward(x, expand_weight, expand_bias, project_weight, *_):
     return _map(x, project_weight.shape[0]), _map(x, expand_weight.shape[0])
 
@@ -160,16 +139,6 @@ _define(
     "branched_depthwise_backward(Tensor grad, Tensor x, Tensor[] weights, Tensor[] gammas, Tensor[] betas, "
     "Tensor mean, Tensor variance, float[] eps, str activation, bool wants_x) -> Tensor[]",
     _fake_branched_backward,
-)
-_define(
-    "pointwise_conv2d(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-    lambda x, weight, bias: _map(x, weight.shape[0]),
-    _differentiate_pointwise,
-    _save_pointwise,
-)
-_define(
-    "pointwise_conv2d_backward(Tensor grad, Tensor x, Tensor weight, bool wants_x, bool wants_bias) -> Tensor[]",
-    _fake_pointwise_backward,
 )
 _define(
     f"feed_forward(Tensor x, {_FEED_FORWARD}, Tensor? residual) -> (Tensor, Tensor)",

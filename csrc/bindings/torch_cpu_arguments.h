@@ -53,6 +53,15 @@ inline void check_cpu(const Tensor& t, const char* name, int64_t dim, const Tens
 
 inline Strides strides(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
 
+// Whether a map has that size and is dense and channels-last: a matrix [pixels][channels].
+inline bool is_pixels(const Tensor& map, int64_t n, int64_t channels, int64_t h, int64_t w) {
+  if (map.dim() != 4) return false;
+  const int64_t size[] = {n, channels, h, w}, stride[] = {h * w * channels, 1, w * channels, channels};
+  for (int d = 0; d < 4; ++d)
+    if (map.size(d) != size[d] || (size[d] != 1 && map.stride(d) != stride[d])) return false;
+  return true;
+}
+
 // A per-channel vector as contiguous float32; keeps the copy alive where one was needed.
 class ChannelVector {
  public:

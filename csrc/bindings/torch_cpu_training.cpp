@@ -14,6 +14,7 @@ using ffnet::empty_map;
 using ffnet::ScalarType;
 using ffnet::Tensor;
 using ffnet::cpu_arguments::executor;
+using ffnet::cpu_arguments::is_pixels;
 using ffnet::cpu_arguments::parse_activation;
 using ffnet::cpu_arguments::strides;
 
@@ -138,11 +139,8 @@ std::vector<Tensor> branched_depthwise_backward(const Tensor& grad, const Tensor
 // The data of a dense channels-last map, which is a matrix [pixels][channels].
 const float* pixels_of(const Tensor& map, const char* name, int64_t n, int64_t channels, int64_t h, int64_t w) {
   check_float_cpu(map, name, 4);
-  const int64_t size[] = {n, channels, h, w}, stride[] = {h * w * channels, 1, w * channels, channels};
-  for (int d = 0; d < 4; ++d)
-    STD_TORCH_CHECK(map.size(d) == size[d] && (size[d] == 1 || map.stride(d) == stride[d]),
-                    "ffnet_kernels (cpu): ", name, " must be a dense channels-last map of [", n, ", ", channels, ", ",
-                    h, ", ", w, "]");
+  STD_TORCH_CHECK(is_pixels(map, n, channels, h, w), "ffnet_kernels (cpu): ", name,
+                  " must be a dense channels-last map of [", n, ", ", channels, ", ", h, ", ", w, "]");
   return map.const_data_ptr<float>();
 }
 
@@ -162,40 +160,6 @@ const float* optional_vector(const std::optional<Tensor>& t, const char* name, i
 }
 
 int64_t pixels(const Tensor& map) { return map.size(0) * map.size(2) * map.size(3); }
-
-Tensor pointwise_conv2d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  check_float_cpu(x, "x", 4);
-  const int64_t inputs = x.size(1), outputs = weight.size(0);
-  Tensor out = empty_channels_last(x, outputs, x.size(2), x.size(3));
-  kernels().pointwise_conv2d(
-      {pixels(x), inputs, outputs, false, matrix_of(weight, "weight", inputs), optional_vector(bias, "bias", outputs),
-       pixels_of(x, "x", x, inputs), out.mutable_data_ptr<float>()},
-      executor());
-  return out;
-}
-
-// The gradient of x, if wanted, of the weight, and of the bias, if wanted.
-std::vector<Tensor> pointwise_conv2d_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, bool wants_x,
-                                              bool wants_bias) {
-  check_float_cpu(x, "x", 4);
-  const int64_t inputs = x.size(1), outputs = weight.size(0);
-  const float *from = pixels_of(grad, "grad", x, outputs), *matrix = matrix_of(weight, "weight", inputs);
-  std::vector<Tensor> gradients;
-  if (wants_x) {
-    gradients.push_back(empty_channels_last(x, inputs, x.size(2), x.size(3)));
-    kernels().pointwise_conv2d(
-        {pixels(x), inputs, outputs, true, matrix, nullptr, from, gradients.back().mutable_data_ptr<float>()},
-        executor());
-  }
-  Tensor weight_grad = empty(x, {outputs, inputs});
-  gradients.push_back(weight_grad);
-  if (wants_bias) gradients.push_back(empty(x, {outputs}));
-  kernels().pointwise_conv2d_wgrad(
-      {pixels(x), inputs, outputs, from, pixels_of(x, "x", x, inputs), weight_grad.mutable_data_ptr<float>(),
-       wants_bias ? gradients.back().mutable_data_ptr<float>() : nullptr},
-      executor());
-  return gradients;
-}
 
 ffnet::FeedForward feed_forward_of(const Tensor& x, const Tensor& expand_weight,
                                    const std::optional<Tensor>& expand_bias, const Tensor& project_weight,
@@ -260,8 +224,6 @@ std::vector<Tensor> feed_forward_backward(const Tensor& grad, const Tensor& x, c
 STABLE_TORCH_LIBRARY_IMPL(ffnet_kernels_training, CPU, m) {
   m.impl("branched_depthwise", TORCH_BOX(&branched_depthwise));
   m.impl("branched_depthwise_backward", TORCH_BOX(&branched_depthwise_backward));
-  m.impl("pointwise_conv2d", TORCH_BOX(&pointwise_conv2d));
-  m.impl("pointwise_conv2d_backward", TORCH_BOX(&pointwise_conv2d_backward));
   m.impl("feed_forward", TORCH_BOX(&feed_forward));
   m.impl("feed_forward_backward", TORCH_BOX(&feed_forward_backward));
 }

@@ -10,7 +10,7 @@
 namespace ffnet::FFNET_ISA {
 namespace {
 
-FFNET_INLINE int64_t padded(int64_t columns) { return ceil_div(columns, kPointwisePanel) * kPointwisePanel; }
+FFNET_INLINE int64_t padded(int64_t columns) { return ceil_div(columns, kPanel) * kPanel; }
 
 // `bias` times `scale` in a whole number of panels; either may be missing.
 void pack_bias(const float* bias, const float* scale, int64_t columns, float* out) {
@@ -33,95 +33,51 @@ void pack(void* context, int64_t task) {
   task < tasks ? work.first.run(task) : work.second.run(task - tasks);
 }
 
-struct WholeVector {
-  FFNET_INLINE Vec load(const float* p) const { return Vec::load(p); }
-  FFNET_INLINE void store(float* p, Vec x) const { x.store(p); }
-};
-struct PartOfVector {
-  int64_t lanes;
-  FFNET_INLINE Vec load(const float* p) const { return Vec::load_first(p, lanes); }
-  FFNET_INLINE void store(float* p, Vec x) const { x.store_first(p, lanes); }
-};
-
-// f(offset, how to load and store) for every vector of `floats` adjacent floats.
-template <class F>
-FFNET_INLINE void each_vector(int64_t floats, F f) {
-  int64_t i = 0;
-  for (; i + kLanes <= floats; i += kLanes) f(i, WholeVector());
-  if (i < floats) f(i, PartOfVector{floats - i});
-}
-
-template <Vec (*function)(Vec)>
-void activate_with(const float* z, float* hidden, int64_t floats) {
-  each_vector(floats, [&](int64_t i, auto lanes) { lanes.store(hidden + i, function(lanes.load(z + i))); });
-}
-
-FFNET_INLINE Vec identity(Vec x) { return x; }
-
-// hidden = act(z)
-void activate(const float* z, float* hidden, int64_t floats, Activation activation) {
-  switch (activation) {
-    case Activation::none: return activate_with<identity>(z, hidden, floats);
-    case Activation::relu: return activate_with<relu>(z, hidden, floats);
-    case Activation::gelu: return activate_with<gelu>(z, hidden, floats);
-    case Activation::gelu_tanh: return activate_with<gelu_tanh>(z, hidden, floats);
-    case Activation::silu: return activate_with<silu>(z, hidden, floats);
-  }
-}
-
-template <Activated (*function)(Vec)>
-void differentiate_with(const float* z, float* hidden, float* grad, int64_t floats) {
-  each_vector(floats, [&](int64_t i, auto lanes) {
-    const Activated at = function(lanes.load(z + i));
-    lanes.store(hidden + i, at.value);
-    lanes.store(grad + i, lanes.load(grad + i) * at.slope);
-  });
-}
-
-// hidden = act(z), grad *= act'(z)
-void differentiate(const float* z, float* hidden, float* grad, int64_t floats, Activation activation) {
-  switch (activation) {
-    case Activation::none: return activate_with<identity>(z, hidden, floats);
-    case Activation::relu:  // stops any gradient, an infinite one too
-      return each_vector(floats, [&](int64_t i, auto lanes) {
-        const Vec at = lanes.load(z + i);
-        lanes.store(hidden + i, relu(at));
-        lanes.store(grad + i, where_positive(at, lanes.load(grad + i)));
-      });
-    case Activation::gelu: return differentiate_with<gelu_with_slope>(z, hidden, grad, floats);
-    case Activation::gelu_tanh: return differentiate_with<gelu_tanh_with_slope>(z, hidden, grad, floats);
-    case Activation::silu: return differentiate_with<silu_with_slope>(z, hidden, grad, floats);
-  }
-}
-
 void forward_strip(void* context, int64_t strip) {
   const Work& work = *static_cast<const Work*>(context);
   const FeedForward& op = work.op;
   const int64_t first = work.from(strip), rows = work.from(strip + 1) - first, floats = rows * op.hidden;
   float *z = op.z + first * op.hidden, *out = op.out + first * op.outputs;
+  const float* residual = op.residual ? op.residual + first * op.outputs : nullptr;
   float* hidden = Arena(floats).floats(floats);
-  multiply(op.x + first * op.channels, op.channels, rows, work.first.matrix(), work.first_bias, z, op.hidden);
-  activate(z, hidden, floats, op.activation);
-  multiply(hidden, op.hidden, rows, work.second.matrix(), work.second_bias, out, op.outputs);
-  if (!op.residual) return;
-  const float* residual = op.residual + first * op.outputs;
-  each_vector(rows * op.outputs,
-              [&](int64_t i, auto lanes) { lanes.store(out + i, lanes.load(out + i) + lanes.load(residual + i)); });
+  multiply(op.x + first * op.channels, op.channels, rows, work.first.packed(), work.first_bias,
+           [&](const Block& at, float* block) {
+             store_block(at, op.hidden, block, z);
+             activate_row(block, kLanes, 2 * at.rows, op.activation);
+             store_block(at, op.hidden, block, hidden);
+           });
+  multiply(hidden, op.hidden, rows, work.second.packed(), work.second_bias, [&](const Block& at, float* block) {
+    each_vector(at, op.outputs, block, [&](int64_t i, Vec x, int64_t lanes) {
+      store_lanes(residual ? load_lanes(residual + i, lanes) + x : x, out + i, lanes);
+    });
+  });
 }
 
 void backward_strip(void* context, int64_t strip) {
   const Work& work = *static_cast<const Work*>(context);
   const FeedForward& op = work.op;
-  const int64_t first = work.from(strip), rows = work.from(strip + 1) - first, floats = rows * op.hidden;
+  const int64_t first = work.from(strip), rows = work.from(strip + 1) - first;
   const float* z = op.z + first * op.hidden;
-  const int64_t at = (first - work.begin) * op.hidden;
-  float *hidden = work.hidden + at, *grad = work.hidden_grad + at;
-  multiply(work.backward->grad + first * op.outputs, op.outputs, rows, work.first.matrix(), work.first_bias, grad,
-           op.hidden);
-  differentiate(z, hidden, grad, floats, op.activation);
-  if (work.backward->x_grad)
-    multiply(grad, op.hidden, rows, work.second.matrix(), work.second_bias, work.backward->x_grad + first * op.channels,
-             op.channels);
+  const int64_t at_hidden = (first - work.begin) * op.hidden;
+  float *hidden = work.hidden + at_hidden, *grad = work.hidden_grad + at_hidden;
+  multiply(work.backward->grad + first * op.outputs, op.outputs, rows, work.first.packed(), work.first_bias,
+           [&](const Block& at, float* block) {
+             float slope[kProductRows * kPanel] = {}, value[kProductRows * kPanel];
+             for (int64_t r = 0; r < at.rows; ++r)
+               for (int64_t v = 0; v < at.columns; v += kLanes)
+                 load_lanes(z + (at.first_row + r) * op.hidden + at.first_column + v, min_of(kLanes, at.columns - v))
+                     .store(slope + r * kPanel + v);
+             if (op.activation != Activation::none) {
+               slope_row(slope, value, 2 * at.rows, op.activation);
+               apply_slope_row(block, slope, block, 2 * at.rows, op.activation);
+             }
+             store_block(at, op.hidden, op.activation == Activation::none ? slope : value, hidden);
+             store_block(at, op.hidden, block, grad);
+           });
+  if (!work.backward->x_grad) return;
+  float* x_grad = work.backward->x_grad + first * op.channels;
+  multiply(grad, op.hidden, rows, work.second.packed(), work.second_bias,
+           [&](const Block& at, float* block) { store_block(at, op.channels, block, x_grad); });
 }
 
 // From the gradients of the unscaled projection: that of the scale, and the scaled ones.
@@ -132,14 +88,15 @@ void finish_scale(const FeedForwardBackward& op) {
     const float* weight = f.project + o * f.hidden;
     const Vec scale = Vec::fill(f.scale[o]);
     Vec sum = Vec::fill(0);
-    each_vector(f.hidden, [&](int64_t i, auto lanes) {
-      const Vec grad = lanes.load(row + i);
-      sum = fma(grad, lanes.load(weight + i), sum);
-      lanes.store(row + i, grad * scale);
-    });
-    float lanes[kLanes], total = f.project_bias ? op.project_bias_grad[o] * f.project_bias[o] : 0;
-    sum.store(lanes);
-    for (const float lane : lanes) total += lane;
+    for (int64_t i = 0; i < f.hidden; i += kLanes) {
+      const int64_t lanes = min_of(kLanes, f.hidden - i);
+      const Vec grad = load_lanes(row + i, lanes);
+      sum = fma(grad, load_lanes(weight + i, lanes), sum);
+      store_lanes(grad * scale, row + i, lanes);
+    }
+    float parts[kLanes], total = f.project_bias ? op.project_bias_grad[o] * f.project_bias[o] : 0;
+    sum.store(parts);
+    for (const float part : parts) total += part;
     op.scale_grad[o] = total;
     op.project_bias_grad[o] *= f.scale[o];
   }
@@ -148,15 +105,15 @@ void finish_scale(const FeedForwardBackward& op) {
 }  // namespace
 
 void feed_forward(const FeedForward& op, const Executor& executor) {
-  const Buffer expand(packed_matrix_floats(op.channels, op.hidden)),
-      project(packed_matrix_floats(op.hidden, op.outputs)), biases(padded(op.hidden) + padded(op.outputs));
+  const Buffer expand(PackedWeight{nullptr, op.channels, op.hidden}.floats()),
+      project(PackedWeight{nullptr, op.hidden, op.outputs}.floats()), biases(padded(op.hidden) + padded(op.outputs));
   float* project_bias = biases.data + padded(op.hidden);
   pack_bias(op.expand_bias, nullptr, op.hidden, biases.data);
   pack_bias(op.project_bias, op.scale, op.outputs, project_bias);
   Work work{op,
             nullptr,
-            {op.expand, op.hidden, op.channels, nullptr, true, expand.data},
-            {op.project, op.outputs, op.hidden, op.scale, true, project.data},
+            {op.expand, op.hidden, op.channels, nullptr, false, expand.data},
+            {op.project, op.outputs, op.hidden, op.scale, false, project.data},
             0,
             op.pixels,
             pixel_strips(op.pixels, 2 * op.hidden, executor.threads),
@@ -175,12 +132,12 @@ void feed_forward_backward(const FeedForwardBackward& op, const Executor& execut
   const int64_t blocks = ceil_div(f.pixels, max_of(1024, kBlockFloats / f.hidden)), most = ceil_div(f.pixels, blocks);
   const int64_t zero_floats = max_of(padded(f.hidden), padded(f.channels));
   const Buffer hidden(most * f.hidden), hidden_grad(most * f.hidden), zeros(zero_floats),
-      expand(packed_matrix_floats(f.hidden, f.channels)), project(packed_matrix_floats(f.outputs, f.hidden));
+      expand(PackedWeight{nullptr, f.hidden, f.channels}.floats()), project(PackedWeight{nullptr, f.outputs, f.hidden}.floats());
   for (int64_t i = 0; i < zero_floats; ++i) zeros.data[i] = 0;
   Work work{f,
             &op,
-            {f.project, f.outputs, f.hidden, f.scale, false, project.data},
-            {f.expand, f.hidden, f.channels, nullptr, false, expand.data},
+            {f.project, f.outputs, f.hidden, f.scale, true, project.data},
+            {f.expand, f.hidden, f.channels, nullptr, true, expand.data},
             0,
             0,
             0,

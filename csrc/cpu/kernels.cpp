@@ -11,6 +11,7 @@ void ffnified_attention(const FfnifiedAttention&, const Executor&);
 void ffnified_attention_backward(const FfnifiedAttentionBackward&, const Executor&);
 void channel_mixer(const ChannelMixer&, const Executor&);
 void conv2d(const Conv2d&, const Executor&);
+void pointwise_conv2d_backward(const PointwiseConv2dBackward&, const Executor&);
 const TrainingKernels* training_kernels();
 }  // namespace FFNET_ISA
 
@@ -30,6 +31,7 @@ const Kernels* FFNET_TABLE_NAME(FFNET_ISA)() {
       FFNET_ISA::ffnified_attention_backward,
       FFNET_ISA::channel_mixer,
       FFNET_ISA::conv2d,
+      FFNET_ISA::pointwise_conv2d_backward,
       FFNET_ISA::training_kernels,
   };
   return &table;

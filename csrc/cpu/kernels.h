@@ -152,6 +152,13 @@ struct FfnifiedAttentionBackward {
   void* scale_grad;  // [C] contiguous
 };
 
+// Gradients of a 1x1 convolution; maps are dense and channels-last, [pixels][channels], all float32 and contiguous.
+struct PointwiseConv2dBackward {
+  int64_t pixels, inputs, outputs;
+  const float *grad, *x, *weight;
+  float *x_grad, *weight_grad, *bias_grad;  // may be null; the bias' needs the weight's
+};
+
 struct TrainingKernels;
 
 struct Kernels {
@@ -164,6 +171,7 @@ struct Kernels {
   void (*ffnified_attention_backward)(const FfnifiedAttentionBackward&, const Executor&);
   void (*channel_mixer)(const ChannelMixer&, const Executor&);
   void (*conv2d)(const Conv2d&, const Executor&);
+  void (*pointwise_conv2d_backward)(const PointwiseConv2dBackward&, const Executor&);
   const TrainingKernels* (*training)();  // see training.h
 };
 

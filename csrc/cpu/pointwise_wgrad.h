@@ -41,7 +41,8 @@ class PointwiseWgradSum {
  private:
   using Self = PointwiseWgradSum;
   // The sums of a tile stay in L2 while its pixels pass.
-  static constexpr int64_t kTileOutputs = 8 * kProductRows, kTileInputs = 10 * kPointwisePanel;
+  static constexpr int64_t kTileOutputs = 8 * kProductRows, kTileInputs = 10 * kPanel;
+  static constexpr int64_t kDepth = 128;  // of the pixels at hand: a panel of them is a third of an L1
   static constexpr int64_t kTasks = 16, kPartPixels = 2 * kDepth;
 
   int64_t part_floats() const { return outputs_ * (inputs_ + 1); }
@@ -55,34 +56,35 @@ class PointwiseWgradSum {
     const int64_t begin = part * pixels_ / parts_, end = (part + 1) * pixels_ / parts_;
     float* weights = parts_ > 1 ? partial_.data + part * part_floats() : weight_grad_;
     float* biases = parts_ > 1 ? weights + outputs_ * inputs_ : bias_grad_;
-    Arena arena(kDepth * kPointwisePanel + kPointwisePanel);
-    float* panel = arena.floats(kDepth * kPointwisePanel);
-    float* zeros = arena.floats(kPointwisePanel);
-    for (int64_t v = 0; v < kPointwisePanel; v += kLanes) Vec::fill(0).store(zeros + v);
+    float* panel = Arena(kDepth * kPanel).at;
     for (int64_t p = begin; p < end; p += kDepth) {
       const int64_t depth = min_of(kDepth, end - p);
       const bool start = !started_ && p == begin;
       const float* grad = grad_ + p * outputs_ + first;
-      for (int64_t i = input_tile * kTileInputs; i < input_end; i += kPointwisePanel) {
-        const int64_t columns = min_of(kPointwisePanel, input_end - i);
+      for (int64_t i = input_tile * kTileInputs; i < input_end; i += kPanel) {
+        const int64_t columns = min_of(kPanel, input_end - i);
         const float* from = x_ + p * inputs_ + i;
         for (int64_t v = 0; v < columns; v += kLanes)
           for (int64_t r = 0; r < depth; ++r)
-            load_columns(from + r * inputs_ + v, columns - v).store(panel + r * kPointwisePanel + v);
-        multiply_panel<true>({grad, outputs_}, count, depth, panel,
-                             {weights + first * inputs_ + i, inputs_, columns, start ? zeros : nullptr});
+            load_lanes(from + r * inputs_ + v, min_of(kLanes, columns - v)).store(panel + r * kPanel + v);
+        each_block(count, [&](int64_t o, int64_t rows) {
+          alignas(64) float block[kProductRows * kPanel];
+          float* to = weights + (first + o) * inputs_ + i;
+          start_with_row(nullptr, rows, block);
+          add_product<FloatTaps, Order::by_columns>(rows, columns, grad + o, outputs_, depth, panel, block);
+          each_vector(Block{0, rows, 0, columns}, inputs_, block, [&](int64_t at, Vec x, int64_t lanes) {
+            store_lanes(start ? x : load_lanes(to + at, lanes) + x, to + at, lanes);
+          });
+        });
       }
       for (int64_t o = 0; bias_grad_ && input_tile == 0 && o < count; o += kLanes) {
+        const int64_t lanes = min_of(kLanes, count - o);
         Vec sum = Vec::fill(0);
-        for (int64_t r = 0; r < depth; ++r) sum = sum + load_columns(grad + r * outputs_ + o, count - o);
+        for (int64_t r = 0; r < depth; ++r) sum = sum + load_lanes(grad + r * outputs_ + o, lanes);
         float* to = biases + first + o;
-        (start ? sum : sum + load_columns(to, count - o)).store_first(to, min_of(kLanes, count - o));
+        store_lanes(start ? sum : sum + load_lanes(to, lanes), to, lanes);
       }
     }
-  }
-
-  static FFNET_INLINE Vec load_columns(const float* from, int64_t left) {
-    return left >= kLanes ? Vec::load(from) : Vec::load_first(from, left);
   }
 
   // Adds the parts of one output.

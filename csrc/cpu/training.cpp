@@ -8,14 +8,11 @@ namespace ffnet::FFNET_ISA {
 void branched_depthwise(const BranchedDepthwise&, const Executor&);
 void branched_depthwise_backward(const BranchedDepthwiseBackward&, const Executor&);
 
-void pointwise_conv2d(const PointwiseConv2d&, const Executor&);
-void pointwise_conv2d_wgrad(const PointwiseWgrad&, const Executor&);
 void feed_forward(const FeedForward&, const Executor&);
 void feed_forward_backward(const FeedForwardBackward&, const Executor&);
 
 const TrainingKernels* training_kernels() {
   static constexpr TrainingKernels table = {branched_depthwise, branched_depthwise_backward,
-                                            pointwise_conv2d,   pointwise_conv2d_wgrad,
                                             feed_forward,       feed_forward_backward};
   return &table;
 }

@@ -45,21 +45,6 @@ struct BranchedDepthwiseBackward {
 
 // Maps from here on are dense and channels-last, [pixels][channels]; weights are [outputs][inputs]; all contiguous.
 
-// out = weight * x + bias, or, transposed, the gradient of x from that of the result: out = weightᵀ * x.
-struct PointwiseConv2d {
-  int64_t pixels, inputs, outputs;
-  bool transposed;
-  const float *weight, *bias;  // the latter may be null
-  const float* x;
-  float* out;
-};
-
-struct PointwiseWgrad {
-  int64_t pixels, inputs, outputs;
-  const float *grad, *x;
-  float *weight_grad, *bias_grad;  // the latter may be null
-};
-
 // out = residual + scale * (project * act(z) + project_bias), z = expand * x + expand_bias
 struct FeedForward {
   int64_t pixels, channels, hidden, outputs;
@@ -82,8 +67,6 @@ struct FeedForwardBackward {
 struct TrainingKernels {
   void (*branched_depthwise)(const BranchedDepthwise&, const Executor&);
   void (*branched_depthwise_backward)(const BranchedDepthwiseBackward&, const Executor&);
-  void (*pointwise_conv2d)(const PointwiseConv2d&, const Executor&);
-  void (*pointwise_conv2d_wgrad)(const PointwiseWgrad&, const Executor&);
   void (*feed_forward)(const FeedForward&, const Executor&);
   void (*feed_forward_backward)(const FeedForwardBackward&, const Executor&);
 };

@@ -14,7 +14,7 @@ from . import gradients
 _ops = torch.ops.ffnet_kernels
 
 #: Float32 only; ``training.py`` calls them by itself.
-TRAINING_OPERATORS = ("branched_depthwise", "pointwise_conv2d", "feed_forward")
+TRAINING_OPERATORS = ("branched_depthwise", "feed_forward")
 
 
 def unavailable() -> str | None:

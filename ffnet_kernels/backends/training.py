@@ -20,15 +20,11 @@ def branched_depthwise(x, weights, gammas, betas, eps, stride, activation) -> Te
     return ACTIVATE[activation](sum(outputs[1:], outputs[0]))
 
 
-def pointwise_conv2d(x, weight, bias) -> Tensor:
-    return F.conv2d(x, weight[:, :, None, None], bias)
-
-
 def feed_forward(
     x, expand_weight, expand_bias, project_weight, project_bias, activation, scale=None, residual=None
 ) -> Tensor:
-    hidden = ACTIVATE[activation](pointwise_conv2d(x, expand_weight, expand_bias))
-    out = pointwise_conv2d(hidden, project_weight, project_bias)
+    hidden = ACTIVATE[activation](F.conv2d(x, expand_weight[:, :, None, None], expand_bias))
+    out = F.conv2d(hidden, project_weight[:, :, None, None], project_bias)
     if scale is not None:
         out = out * scale[:, None, None]
     return out if residual is None else residual + out

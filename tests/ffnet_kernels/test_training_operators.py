@@ -218,22 +218,6 @@ def test_feed_forward_with_every_activation(activation):
 
 @parity.needs_native
 @parity.every_isa
-@pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize(("shape", "outputs"), [((2, 32, 16, 16), 64), ((3, 21, 5, 3), 9), ((1, 200, 40, 41), 33)])
-def test_pointwise_conv2d(shape, outputs, biased, isa):
-    tensors = [random(*shape), random(outputs, shape[1], 1, 1, seed=1), *([random(outputs, seed=2)] if biased else [])]
-
-    def run(function, dtype):
-        own = [t.detach().to(dtype) for t in tensors]
-        return results(lambda: function(*own), own)
-
-    expected, eager = (run(torch.nn.functional.conv2d, dtype) for dtype in (torch.float64, torch.float32))
-    with parity.selected_isa(isa), parity.poisoned_outputs(), fk.use_backend("cpu"):
-        assert_close(run(training.pointwise_conv2d, torch.float32), expected, eager)
-
-
-@parity.needs_native
-@parity.every_isa
 def test_the_same_bits_on_any_number_of_threads(isa):
     x, arguments = random(5, 40, 33, 20), feed_forward_arguments((5, 40, 33, 20), 100, 40, True)
     layers = branches(40, (7, 3))
@@ -290,8 +274,6 @@ def test_registration():
         ops.branched_depthwise_backward.default, (x, x, *branch[:3], mean, variance, branch[3], "gelu", True), **test
     )
     weight = random(8, 8)
-    torch.library.opcheck(ops.pointwise_conv2d.default, (x, weight, vector), **test)
-    torch.library.opcheck(ops.pointwise_conv2d_backward.default, (x, x, weight, True, True), **test)
     torch.library.opcheck(ops.feed_forward.default, (x, weight, vector, weight, vector, "gelu", vector, x), **test)
     torch.library.opcheck(
         ops.feed_forward_backward.default, (x, x, x, weight, vector, weight, vector, "gelu", vector, False), **test
@@ -308,15 +290,15 @@ def test_raw_operators_refuse_what_they_cannot_read():
         ops.branched_depthwise(x, [weight], [random(7)], [vector], [0.1], [1, 1], "none")
     with pytest.raises(RuntimeError, match="branches"):
         ops.branched_depthwise(x, [weight] * 3, [vector] * 3, [vector] * 3, [0.1] * 3, [1, 1], "none")
+    matrix = random(8, 8)
     with pytest.raises(RuntimeError, match="channels-last"):
-        ops.pointwise_conv2d(x, random(3, 8), None)
+        ops.feed_forward(x, matrix, vector, matrix, vector, "gelu", vector, None)
     with pytest.raises(RuntimeError, match="8 columns"):
-        ops.pointwise_conv2d(x.contiguous(memory_format=torch.channels_last), random(3, 7), None)
+        channels_last = x.contiguous(memory_format=torch.channels_last)
+        ops.feed_forward(channels_last, random(8, 7), vector, matrix, vector, "gelu", vector, None)
 
 
 def test_wrong_arguments_are_named():
     x = random(2, 8, 5, 5)
     with pytest.raises(ValueError, match="project_weight"):
         training.feed_forward(x, random(6, 8), None, random(8, 7), None)
-    with pytest.raises(ValueError, match="bias"):
-        training.pointwise_conv2d(x, random(6, 8), random(5))
