@@ -159,9 +159,9 @@ def merge(parts: Sequence[Result]) -> Result:
     """
     first = parts[0]
     for name in ("processor", "threads", "isa", "torch", "commit", "runtimes"):
-        found = list(dict.fromkeys(part.machine.get(name) for part in parts))
-        if len(found) > 1:
-            raise ValueError(f"parts of different runs: {name} is {' and '.join(map(repr, found))}")
+        found = [part.machine.get(name) for part in parts]
+        if other := [value for value in found if value != found[0]]:
+            raise ValueError(f"parts of different runs: {name} is {found[0]!r} and {other[0]!r}")
     rows = {row.case: row for part in parts for row in part.rows}
     return Result(first.machine, list(rows.values()), any(part.interrupted for part in parts), first.extra)
 

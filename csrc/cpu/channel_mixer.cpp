@@ -90,7 +90,7 @@ bool Run::task(const ChannelMixer& op, const Tiling& tiling, int64_t task) {
   const int64_t mixing = packed_floats<Taps>(op.filter) + panels * kPanel * kLanes +
                          (min_of(op.h, strip.last - strip.first + kh) + 1) * op.w * kLanes +
                          row_groups<Taps>(kh) * Arena::kPointer;
-  const int64_t multiplying = Left<T, Taps>::scratch_floats(max_of(op.channels, chunk));
+  const int64_t multiplying = WeightRows<T, Taps>::scratch_floats({nullptr, 0, max_of(op.channels, chunk), 1, true, 0});
   Arena arena(panels * (mixed_panel + hidden_panel + out_panel) + max_of(mixing, multiplying));
   float* mixed = arena.floats(panels * mixed_panel);
   float* hidden = arena.floats(panels * hidden_panel);
@@ -100,22 +100,23 @@ bool Run::task(const ChannelMixer& op, const Tiling& tiling, int64_t task) {
   mix_pixels<T, Taps>(op, strip, mixed, mixed_panel, arena);
   for (int64_t h = 0; h < op.hidden; h += chunk) {
     const int64_t count = min_of(chunk, op.hidden - h);
-    const Matrix expand{static_cast<const T*>(op.expand) + h * op.expand_stride, count, op.channels, op.expand_stride};
-    const Matrix project{static_cast<const T*>(op.project) + h, op.outputs, count, op.project_stride};
+    const Weight expand{
+        static_cast<const T*>(op.expand) + h * op.expand_stride, count, op.channels, 1, true, op.expand_stride};
+    const Weight project{static_cast<const T*>(op.project) + h, op.outputs, count, 1, true, op.project_stride};
     gemm(
-        expand, Left<T, Taps>(expand, scratch), mixed, mixed_panel, panels,
+        expand, WeightRows<T, Taps>(expand, scratch), mixed, mixed_panel, panels,
         [&](int64_t, int64_t row, int64_t rows, float* block) {
-          start_with_bias(op.expand_bias ? op.expand_bias + h + row : nullptr, rows, block);
+          start_with_column(op.expand_bias ? op.expand_bias + h + row : nullptr, rows, block);
         },
         [&](int64_t p, int64_t row, int64_t rows, float* block) {
           activate_row(block, Vec::lanes, 2 * rows, op.activation);
           store_panel<Taps>(block, row, rows, hidden + p * hidden_panel);
         });
     gemm(
-        project, Left<T, Taps>(project, scratch), hidden, hidden_panel, panels,
+        project, WeightRows<T, Taps>(project, scratch), hidden, hidden_panel, panels,
         [&](int64_t p, int64_t row, int64_t rows, float* block) {
           if (h == 0)
-            start_with_bias(op.project_bias ? op.project_bias + row : nullptr, rows, block);
+            start_with_column(op.project_bias ? op.project_bias + row : nullptr, rows, block);
           else
             copy_block(out + p * out_panel + row * kPanel, rows, block);
         },

@@ -1,275 +1,208 @@
 // conv2d forward, one group: act(conv(x; weight) + bias). What a depthwise model has around its mixers: 1x1 projections
 // and the strided convolutions of its stem.
 //
-// A task makes a strip of output rows. The input rows it needs become planes of float32 with the padding around them,
-// off which the panels of the product are read: one row of kPanel output pixels for each tap and channel.
+// Here the pixels are on the left of the product and the weight, packed once a call, on the right. In a channels-last
+// row a window is kw * channels adjacent taps, and windows are stride_w pixels apart: the product reads them where they
+// are. Only rows that need padding, another order or another type are copied first.
+#include "conv2d.h"
+
+#include "buffer.h"
 #include "panel_output.h"
 
 namespace ffnet::FFNET_ISA {
 namespace {
 
-constexpr int64_t kStripFloats = 192 * 1024;  // what a task keeps in L2
-
-struct Run {
-  template <class T, class Taps>
-  static bool task(const Conv2d& op, const Tiling& tiling, int64_t task);
+// A rectangle of output pixels of one image: what a task makes.
+struct Part {
+  int64_t image, first_row, last_row, first_column, last_column;
+  int64_t columns() const { return last_column - first_column; }
 };
 
-// Input rows as [slot][channel][plane]: rows that neighbouring output rows share are there once.
-struct PlaneShape {
-  int64_t plane, slot_floats;
-  int64_t margin;  // floats before a row, whole vectors: rows are stored aligned
-  explicit PlaneShape(const Conv2d& op) {
-    margin = whole_vectors(op.pad_left);
-    // Output pixels are read kLanes at a time, whether they exist or not.
-    const int64_t reach = margin - op.pad_left + (op.out_w + kLanes) * op.stride_w + op.kw;
-    plane = whole_vectors(max_of(margin + op.w, reach));
-    if (is_panel(op)) plane = kPanel;
-    slot_floats = op.channels * plane;
-  }
-  // Whether a row of the map is a panel of the product as it is.
-  static bool is_panel(const Conv2d& op) {
-    return op.kh * op.kw == 1 && op.stride_h == 1 && op.stride_w == 1 && op.out_w == kPanel && op.w == kPanel &&
-           op.out_h == op.h;
-  }
-  // Slot of the first input row of output row `row`, rows of all images counted through from `first`.
-  static int64_t slot(const Conv2d& op, int64_t first, int64_t row) {
-    const int64_t images = row / op.out_h - first / op.out_h;
-    return (row - first) * op.stride_h + images * max_of(0, op.kh - op.stride_h);
-  }
-  int64_t floats(const Conv2d& op, int64_t first, int64_t last) const {
-    return (slot(op, first, last - 1) + op.kh) * slot_floats;
-  }
-};
-
-template <class T>
-void fill_slot(const Conv2d& op, const PlaneShape& shape, const T* from, float* out) {
-  for (int64_t c = 0; c < op.channels; ++c) {
-    float* plane = out + c * shape.plane;
-    for (int64_t i = from ? shape.margin - op.pad_left : 0; i < (from ? shape.margin : shape.plane); ++i) plane[i] = 0;
-    for (int64_t i = shape.margin + op.w; from && i < shape.plane; ++i) plane[i] = 0;
-  }
-  if (!from) return;
-  out += shape.margin;
-  if (op.x_stride.c == 1) {
-    for (int64_t i = 0; i < op.w; i += kLanes) {
-      const int64_t pixels = min_of(kLanes, op.w - i);
-      for (int64_t c = 0; c < op.channels; c += kLanes) {
-        const int64_t channels = min_of(kLanes, op.channels - c);
-        const T* pixel = from + i * op.x_stride.w + c;
-        float* plane = out + c * shape.plane + i;
-        if (channels == kLanes && pixels == kLanes) {
-          transpose_block(
-              [&](int64_t p) __attribute__((always_inline)) { return load(pixel + p * op.x_stride.w); }, kLanes,
-              [&](int64_t l, Vec x) __attribute__((always_inline)) { x.store(plane + l * shape.plane); }, kLanes);
-        } else {
-          transpose_block(
-              [&](int64_t p) __attribute__((always_inline)) { return load_first(pixel + p * op.x_stride.w, channels); },
-              pixels,
-              [&](int64_t l, Vec x) __attribute__((always_inline)) { x.store_first(plane + l * shape.plane, pixels); },
-              channels);
-        }
-      }
-    }
-    return;
-  }
-  for (int64_t c = 0; c < op.channels; ++c, out += shape.plane, from += op.x_stride.c) {
-    int64_t i = 0;
-    for (; op.x_stride.w == 1 && i + kLanes <= op.w; i += kLanes) load(from + i).store(out + i);
-    for (; i < op.w; ++i) out[i] = to_float(from[i * op.x_stride.w]);
-  }
-}
-
-template <class T>
-void fill_planes(const Conv2d& op, const PlaneShape& shape, int64_t first, int64_t last, float* planes) {
-  int64_t filled = 0;
-  for (int64_t row = first; row < last; ++row) {
-    const int64_t slot = PlaneShape::slot(op, first, row), top = row % op.out_h * op.stride_h - op.pad_top;
-    const T* image = static_cast<const T*>(op.x) + row / op.out_h * op.x_stride.n;
-    for (filled = max_of(filled, slot); filled < slot + op.kh; ++filled) {
-      const int64_t y = top + filled - slot;
-      fill_slot(op, shape, y >= 0 && y < op.h ? image + y * op.x_stride.h : nullptr,
-                planes + filled * shape.slot_floats);
-    }
-  }
-}
-
-// A channels-last map of bfloat16 is one of half as many channels, two adjacent ones in each float, where nothing is
-// odd. Its channels are then the taps of the product, if the weight's neighbours are neighbours in the map.
-bool has_paired_channels(const Conv2d& op) {
-  const Strides& s = op.x_stride;
-  return s.c == 1 && op.channels % 2 == 0 && s.n % 2 == 0 && s.h % 2 == 0 && s.w % 2 == 0 &&
-         reinterpret_cast<uintptr_t>(op.x) % sizeof(float) == 0 && (op.channels_inside || op.kh * op.kw == 1);
-}
-bool has_paired_outputs(const Conv2d& op) {
-  return op.out_stride.c == 1 && op.outputs % 2 == 0;  // the result is ours: nothing else is odd
-}
-Strides halved(const Strides& s) { return {s.n / 2, 1, s.h / 2, s.w / 2}; }
-
-// Lanes 0 2 4 ... of two vectors that follow each other.
-template <size_t... L>
-FFNET_INLINE Vec even_lanes(Vec a, Vec b, std::index_sequence<L...>) {
-  return {__builtin_shufflevector(a.v, b.v, (2 * L)...)};
-}
-
-// kLanes output pixels: where their windows begin among the planes.
-class Windows {
+template <class T, class Taps>
+class Convolution {
  public:
-  Windows(const Conv2d& op, const PlaneShape& shape, const float* planes, int64_t first_row, int64_t last_row)
-      : op_(op), shape_(shape), planes_(planes), first_row_(first_row), pixels_((last_row - first_row) * op.out_w) {}
-
-  // Those past the last pixel repeat it.
-  void place(int64_t first) {
-    for (int64_t l = 0; l < kLanes; ++l) {
-      const int64_t pixel = min_of(first + l, pixels_ - 1), row = first_row_ + pixel / op_.out_w;
-      at_[l] = planes_ + PlaneShape::slot(op_, first_row_, row) * shape_.slot_floats + shape_.margin - op_.pad_left +
-               pixel % op_.out_w * op_.stride_w;
-    }
-    adjacent_ = at_[kLanes - 1] - at_[0] == (kLanes - 1) * op_.stride_w;
+  Convolution(const Conv2d& op, int threads)
+      : op_(op),
+        weight_{op.weight, op.outputs, op.channels, op.kh * op.kw, op.channels_inside, op.weight_stride},
+        pixel_(ceil_div(op.channels, Taps::rows)),
+        in_place_(op.kh * op.kw == 1 && op.pad_top == 0 && op.pad_left == 0 && reads_in_place(op)),
+        packed_{nullptr, op.kh * op.kw * pixel_, op.outputs},
+        floats_(packed_.floats() + packed_.panels() * kPanel) {
+    packed_.data = floats_.data;
+    cut(threads);
   }
-  // The input that each window has at an offset.
-  FFNET_INLINE Vec read(int64_t offset) const {
-    if (adjacent_ && op_.stride_w == 1) return Vec::load(at_[0] + offset);
-    if (adjacent_)
-      return even_lanes(Vec::load(at_[0] + offset), Vec::load(at_[0] + offset + kLanes),
-                        std::make_index_sequence<Vec::lanes>());
-    float values[kLanes];
-    for (int64_t l = 0; l < kLanes; ++l) values[l] = at_[l][offset];
-    return Vec::load(values);
+
+  void run(const Executor& executor) {
+    float* bias = floats_.data + packed_.floats();
+    for (int64_t o = 0; o < packed_.panels() * kPanel; ++o) bias[o] = op_.bias && o < op_.outputs ? op_.bias[o] : 0;
+    const auto pack = [](void* self, int64_t j) {
+      const auto& c = *static_cast<const Convolution*>(self);
+      pack_panel<T, Taps>(c.weight_, j, c.floats_.data + j * c.packed_.depth * kPanel);
+    };
+    executor.run(packed_.panels(), pack, this);
+    const auto make = [](void* self, int64_t task) { static_cast<const Convolution*>(self)->make(task); };
+    executor.run(op_.n * strips_, make, this);
   }
 
  private:
+  using Element = std::conditional_t<Taps::rows == 1, float, T>;  // what a tap consists of
+
+  static bool reads_in_place(const Conv2d& op) {
+    const Strides& s = op.x_stride;
+    return sizeof(T) == sizeof(Element) && s.c == 1 && op.channels % Taps::rows == 0 && s.n % Taps::rows == 0 &&
+           s.h % Taps::rows == 0 && s.w % Taps::rows == 0 && reinterpret_cast<uintptr_t>(op.x) % sizeof(float) == 0;
+  }
+
+  // Images are cut by rows, or by columns where there is one row: the input a part reads again and again stays in L2,
+  // the threads end together, and no part is much smaller than what the weight costs to stream.
+  void cut(int threads) {
+    constexpr int64_t kPartFloats = 128 * 1024;
+    by_columns_ = op_.out_h == 1;
+    const int64_t length = by_columns_ ? op_.out_w : op_.out_h, across = by_columns_ ? 1 : op_.out_w;
+    const int64_t least = ceil_div(4 * kProductRows, across);
+    const int64_t unit = (by_columns_ ? op_.stride_w : op_.stride_h * op_.w) * pixel_;
+    const int64_t fewest = ceil_div(length, max_of(least, kPartFloats / unit));
+    int64_t best_cost = INT64_MAX;
+    for (int64_t strips = fewest; strips <= max_of(fewest, ceil_div(length, least)); ++strips) {
+      const int64_t cost = ceil_div(op_.n * strips, threads) * (ceil_div(length, strips) * across + kProductRows);
+      if (cost < best_cost) best_cost = cost, strips_ = strips;
+    }
+  }
+  Part part(int64_t task) const {
+    const int64_t image = task / strips_, strip = task % strips_, length = by_columns_ ? op_.out_w : op_.out_h;
+    const int64_t first = strip * length / strips_, last = (strip + 1) * length / strips_;
+    return by_columns_ ? Part{image, 0, 1, first, last} : Part{image, first, last, 0, op_.out_w};
+  }
+
+  void make(int64_t task) const {
+    const Part part = this->part(task);
+    const int64_t width = (part.columns() - 1) * op_.stride_w + op_.kw,
+                  top = part.first_row * op_.stride_h - op_.pad_top,
+                  left = part.first_column * op_.stride_w - op_.pad_left,
+                  height = in_place_ ? 0 : (part.last_row - 1 - part.first_row) * op_.stride_h + op_.kh;
+    const int64_t gathering = in_place_ ? 0 : width * kLanes;
+    Arena arena(height * width * pixel_ + gathering + kProductRows * kPanel + kProductRows * kLanes);
+    float *rows = arena.floats(height * width * pixel_), *gathered = arena.floats(gathering);
+    float *block = arena.floats(kProductRows * kPanel), *line = arena.floats(kProductRows * kLanes);
+    for (int64_t y = 0; y < height; ++y)
+      copy_row(part.image, top + y, left, width, reinterpret_cast<Element*>(rows + y * width * pixel_), gathered);
+
+    const int64_t pixel = in_place_ ? op_.x_stride.w / Taps::rows : pixel_, run = op_.kw * pixel_;
+    const float* bias = packed_.panel(packed_.panels());
+    for (int64_t j = 0; j < packed_.panels(); ++j) {
+      const int64_t columns = packed_.columns(j);
+      for (int64_t r = part.first_row; r < part.last_row; ++r) {
+        each_block(part.columns(), [&](int64_t first, int64_t count) {
+          start_with_row(bias + j * kPanel, count, block);
+          for (int64_t ky = 0; ky < op_.kh; ++ky) {
+            const int64_t y = (r - part.first_row) * op_.stride_h + ky;
+            const float* from = in_place_ ? map_row(part.image, top + y) + left * pixel : rows + y * width * pixel_;
+            add_product<Taps>(count, columns, from + first * op_.stride_w * pixel, op_.stride_w * pixel, run,
+                              packed_.panel(j) + ky * run * kPanel, block);
+          }
+          activate_row(block, Vec::lanes, 2 * count, op_.activation);
+          write(block, part.image, r, part.first_column + first, count, j, line);
+        });
+      }
+    }
+  }
+
+  const float* map_row(int64_t image, int64_t y) const {
+    const T* row = static_cast<const T*>(op_.x) + image * op_.x_stride.n + y * op_.x_stride.h;
+    return reinterpret_cast<const float*>(row);
+  }
+
+  // Pixels [left, left + width) of a row, zeros where the map has none; `gathered` is scratch.
+  void copy_row(int64_t image, int64_t y, int64_t left, int64_t width, Element* out, float* gathered) const {
+    const int64_t channels = pixel_ * Taps::rows, stride_c = op_.x_stride.c, stride_w = op_.x_stride.w;
+    const int64_t begin = y < 0 || y >= op_.h ? width : max_of(0, -left),
+                  end = max_of(begin, min_of(width, op_.w - left));
+    const auto clear = [&](int64_t from, int64_t to) {
+      __builtin_memset(out + from * channels, 0, static_cast<size_t>((to - from) * channels) * sizeof(Element));
+    };
+    if (begin == width) return clear(0, width);
+    clear(0, begin), clear(end, width);
+    const T* from =
+        static_cast<const T*>(op_.x) + image * op_.x_stride.n + y * op_.x_stride.h + (left + begin) * stride_w;
+    const int64_t pixels = end - begin;
+    out += begin * channels;
+    if (stride_c == 1 && sizeof(T) == sizeof(Element) && channels == op_.channels && stride_w == channels) {
+      __builtin_memcpy(out, from, static_cast<size_t>(pixels * channels) * sizeof(T));
+      return;
+    }
+    if (channels <= 4) {  // images
+      for (int64_t c = 0; c < channels; ++c)
+        for (int64_t i = 0; i < pixels; ++i)
+          from_float(c < op_.channels ? to_float(from[c * stride_c + i * stride_w]) : 0, out[i * channels + c]);
+      return;
+    }
+    for (int64_t c = 0; c < channels; c += kLanes) {
+      const int64_t count = min_of(kLanes, channels - c);
+      gather_row(Elements<T>{from}, stride_c, stride_w, pixels, {c, min_of(kLanes, op_.channels - c), 1}, gathered);
+      for (int64_t i = 0; i < pixels; ++i) store_first(Vec::load(gathered + i * kLanes), out + i * channels + c, count);
+    }
+  }
+
+  // A block's pixels: [count][kPanel] from column `first` of output row r on; `line` is scratch.
+  void write(const float* block, int64_t image, int64_t r, int64_t first, int64_t count, int64_t panel,
+             float* line) const {
+    const Strides& s = op_.out_stride;
+    T* out = static_cast<T*>(op_.out) + image * s.n + r * s.h + first * s.w;
+    for (int64_t v = 0; v < packed_.columns(panel); v += kLanes) {
+      const int64_t o = panel * kPanel + v;
+      const Lanes lanes{o, min_of(kLanes, op_.outputs - o), 1};
+      if (s.c == 1 && lanes.count == kLanes) {
+        for (int64_t i = 0; i < count; ++i) store(Vec::load(block + i * kPanel + v), out + i * s.w + o);
+        continue;
+      }
+      for (int64_t i = 0; i < count; ++i) Vec::load(block + i * kPanel + v).store(line + i * kLanes);
+      scatter_row(line, count, lanes, out, s.c, s.w);
+    }
+  }
+
   const Conv2d& op_;
-  const PlaneShape& shape_;
-  const float* planes_;
-  int64_t first_row_, pixels_;
-  const float* at_[kLanes];
-  bool adjacent_ = false;
+  Weight weight_;
+  int64_t pixel_;  // taps
+  bool in_place_;
+  PackedWeight packed_;
+  Buffer floats_;  // the packed weight, then the bias in whole panels
+  int64_t strips_ = 1;
+  bool by_columns_ = false;
 };
 
-// From the start of a window to each of its inputs, in the order of the weight.
-void window_offsets(const Conv2d& op, const PlaneShape& shape, int64_t* offsets) {
-  const int64_t step_c = op.channels_inside ? 1 : op.kh * op.kw, step_tap = op.channels_inside ? op.channels : 1;
-  for (int64_t ky = 0; ky < op.kh; ++ky)
-    for (int64_t kx = 0; kx < op.kw; ++kx)
-      for (int64_t c = 0; c < op.channels; ++c)
-        offsets[c * step_c + (ky * op.kw + kx) * step_tap] = ky * shape.slot_floats + c * shape.plane + kx;
+bool is_pointwise(const Conv2d& op) {
+  return op.kh * op.kw == 1 && op.stride_h == 1 && op.stride_w == 1 && op.out_h == op.h && op.out_w == op.w;
 }
 
-template <class Taps>
-void fill_panel(const Windows& windows, const int64_t* offsets, int64_t depth, float* panel) {
-  for (int64_t d = 0; d < depth; d += Taps::rows, panel += kPanel) {
-    if constexpr (Taps::rows == 1) {
-      windows.read(offsets[d]).store(panel);
-    } else {
-#if defined(__AVX512BF16__)
-      interleave(windows.read(offsets[d]), d + 1 < depth ? windows.read(offsets[d + 1]) : Vec::fill(0)).store(panel);
-#endif
-    }
-  }
+// Pixels on the left cost packing the weight, pixels on the right two transpositions where they are channels-last.
+bool weight_goes_left(const Conv2d& op) {
+  if (!is_pointwise(op)) return false;
+  if (op.x_stride.c != 1 || op.out_stride.c != 1) return true;
+  return op.n * op.h * op.w * (op.channels + op.outputs) < op.channels * op.outputs;
 }
 
-template <class T, class Taps>
-bool Run::task(const Conv2d& op, const Tiling& tiling, int64_t task) {
-  const int64_t first = tiling.first_row(task), last = tiling.last_row(task), depth = op.kh * op.kw * op.channels;
-  const int64_t pixels = (last - first) * op.out_w, panels = ceil_div(pixels, kPanel);
-  const bool pairs_in = Taps::rows == 2 && has_paired_channels(op),
-             pairs_out = Taps::rows == 2 && has_paired_outputs(op);
-  Conv2d map = op, result = op;
-  if (pairs_in) map.channels /= 2, map.x_stride = halved(op.x_stride);
-  if (pairs_out) result.outputs /= 2, result.out_stride = halved(op.out_stride);
-  const PlaneShape shape(map);
-  const bool ready = PlaneShape::is_panel(op) && (Taps::rows == 1 || pairs_in);
-  const int64_t in_panel = ceil_div(depth, Taps::rows) * kPanel, out_panel = op.outputs * kPanel;
-  const int64_t in_floats = ready ? 0 : panels * in_panel,
-                offset_floats = map.channels * op.kh * op.kw * Arena::kPointer;
-  const int64_t left_floats = Left<T, Taps>::scratch_floats(depth);
-  Arena arena(in_floats + panels * out_panel + left_floats + offset_floats + shape.floats(map, first, last));
-  float* in = arena.floats(in_floats);
-  float* out = arena.floats(panels * out_panel);
-  float* planes = arena.floats(shape.floats(map, first, last));
-  auto* offsets = reinterpret_cast<int64_t*>(arena.floats(offset_floats));
-  float* left = arena.floats(left_floats);
-
-  if (pairs_in)
-    fill_planes<float>(map, shape, first, last, planes);
-  else
-    fill_planes<T>(map, shape, first, last, planes);
-  if (!ready) {
-    window_offsets(map, shape, offsets);
-    Windows windows(map, shape, planes, first, last);
-    for (int64_t p = 0; p < panels * kPanel; p += kLanes) {
-      float* panel = in + p / kPanel * in_panel + p % kPanel;
-      windows.place(p);
-      if (pairs_in)
-        fill_panel<FloatTaps>(windows, offsets, depth / 2, panel);
-      else
-        fill_panel<Taps>(windows, offsets, depth, panel);
-    }
-  }
-  const Matrix weight{op.weight, op.outputs, depth, op.weight_stride};
-  gemm(
-      weight, Left<T, Taps>(weight, left), ready ? planes : in, in_panel, panels,
-      [&](int64_t, int64_t row, int64_t rows, float* block) {
-        start_with_bias(op.bias ? op.bias + row : nullptr, rows, block);
-      },
-      [&](int64_t p, int64_t row, int64_t rows, float* block) {
-        activate_row(block, Vec::lanes, 2 * rows, op.activation);
-        if (pairs_out)
-          store_panel<Taps>(block, row, rows, out + p * out_panel);
-        else
-          store_panel<FloatTaps>(block, row, rows, out + p * out_panel);
-      });
-  for (int64_t p = 0; p < panels; ++p) {
-    const int64_t count = min_of(kPanel, pixels - p * kPanel);
-    NanSensor unused;  // no tap is read that is not there
-    if (pairs_out)
-      PanelOutput<float>(result, first).write(out + p * out_panel, p * kPanel, count, unused);
-    else
-      PanelOutput<T>(result, first).write(out + p * out_panel, p * kPanel, count, unused);
-  }
-  return false;
-}
-
-// A 1x1 convolution sees pixels only: where rows follow each other in memory they are cut anew, into whole panels.
+// One row of all pixels, or one for each image, where rows of a 1x1 convolution follow each other in memory.
 Conv2d flattened(const Conv2d& op) {
   const auto follow = [](const Strides& s, int64_t h, int64_t w) { return s.h == w * s.w || h == 1; };
-  if (op.kh * op.kw != 1 || op.stride_h != 1 || op.stride_w != 1 || op.out_h != op.h || op.out_w != op.w ||
-      !follow(op.x_stride, op.h, op.w) || !follow(op.out_stride, op.h, op.w))
-    return op;
+  if (!is_pointwise(op) || !follow(op.x_stride, op.h, op.w) || !follow(op.out_stride, op.h, op.w)) return op;
   Conv2d flat = op;
-  int64_t pixels = op.h * op.w;
-  if (op.x_stride.n == pixels * op.x_stride.w && op.out_stride.n == pixels * op.out_stride.w)
-    pixels *= op.n, flat.n = 1;
-  flat.w = pixels % kPanel == 0 ? kPanel : pixels % kLanes == 0 ? kLanes : pixels;
-  flat.h = pixels / flat.w;
+  flat.w = op.h * op.w, flat.h = 1;
+  if (op.x_stride.n == flat.w * op.x_stride.w && op.out_stride.n == flat.w * op.out_stride.w)
+    flat.w *= op.n, flat.n = 1;
   flat.out_h = flat.h, flat.out_w = flat.w;
-  flat.x_stride.h = flat.w * op.x_stride.w, flat.out_stride.h = flat.w * op.out_stride.w;
   return flat;
-}
-
-// Rows per strip: what fits L2, whole panels, threads that end together; a strip streams all weights through L1.
-Tiling tile_rows(const Conv2d& op, int threads) {
-  constexpr int64_t weights = 16;
-  const int64_t taps = op.storage == Storage::bfloat16 && kPairs ? 2 : 1, height = op.n * op.out_h;
-  const int64_t pixel_floats = op.kh * op.kw * op.channels / taps + op.outputs;
-  const PlaneShape shape(op);
-  Tiling best{};
-  int64_t best_cost = INT64_MAX;
-  for (int64_t rows = 1; rows <= height; ++rows) {
-    const int64_t pixels = ceil_div(rows * op.out_w, kPanel) * kPanel, strips = ceil_div(height, rows);
-    if (rows > 1 && pixels * pixel_floats + shape.floats(op, 0, rows) > kStripFloats) break;
-    const int64_t cost = ceil_div(strips, threads) * (pixels + weights);
-    if (cost < best_cost) best_cost = cost, best = {1, 1, 1, strips, rows, height};
-  }
-  return best;
 }
 
 }  // namespace
 
 void conv2d(const Conv2d& given, const Executor& executor) {
+  if (weight_goes_left(given)) return pointwise_conv2d(given, executor);
   const Conv2d op = flattened(given);
-  run_storage<Run>(op, tile_rows(op, executor.threads), executor);
+#if defined(__AVX512BF16__)
+  if (op.storage == Storage::bfloat16) return Convolution<BFloat16, PairTaps>(op, executor.threads).run(executor);
+#endif
+  with_storage(op.storage,
+               [&](auto element) { Convolution<decltype(element), FloatTaps>(op, executor.threads).run(executor); });
 }
 
 }  // namespace ffnet::FFNET_ISA
