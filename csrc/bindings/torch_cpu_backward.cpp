@@ -133,6 +133,7 @@ std::vector<Tensor> conv2d_backward(const Tensor& grad, const Tensor& x, const T
   if (!native)
     return composed("ffnet_kernels::conv2d_backward_composed", mask, grad, x, weight, bias, stride, padding,
                     activation);
+  const ChannelVector checked(bias, "bias", weight.size(0), x);
   Gradients grads({&x, &weight, pointer(bias)}, mask);
   const auto data = [&](size_t i) { return static_cast<float*>(grads.data(i)); };
   ffnet::active_kernels().pointwise_conv2d_backward(
