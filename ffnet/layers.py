@@ -214,8 +214,8 @@ class BranchedDepthwise(FoldableConv):
 
     def forward(self, x: Tensor, activation: str = "none") -> Tensor:
         """The layer and an activation, by the names of ``ffnet_kernels``, which the operator computes with it."""
-        branches = [(branch.c, branch.bn) for branch in (self.conv, self.conv1)]
         if self.training_kernels and self.training and not training.is_hooked(self.conv, self.conv1):
+            branches = [(branch.c, branch.bn) for branch in (self.conv, self.conv1)]
             return training.branched_depthwise(x, branches, activation)
         return ACTIVATE[activation](self.conv(x) + self.conv1(x))
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import ffnet_kernels
 from ffnet_kernels import training
 
-from .layers import BranchedDepthwise, ConvBN, DropPath, is_pointwise, widen
+from .layers import BranchedDepthwise, ConvBN, DropPath, is_pointwise, pointwise, widen
 
 __all__ = [
     "AttentionScores",
@@ -282,9 +282,8 @@ class TokenMixer(ResidualMixer):
     def fused_forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
         main: Any = self.main
         key, value = main.part("interaction"), main.part("aggregation")
-        query = main.part("query")
         return ffnet_kernels.ffnified_attention(
-            ffnet_kernels.conv2d(x, query.weight, query.bias) if _is_plain_1x1(query) else query(x),
+            pointwise(main.part("query"), x),
             key.weight,
             key.bias,
             value.weight,
@@ -316,7 +315,7 @@ class ChannelMixer(ResidualMixer):
         if not isinstance(self.main, MetaMixer) or not _is_gelu(self.main.part("activation")):
             return False
         expand, project = self.main.part("interaction"), self.main.part("aggregation")
-        return _is_plain_depthwise(self.main.part("query")) and _is_plain_1x1(expand) and _is_plain_1x1(project)
+        return _is_plain_depthwise(self.main.part("query")) and is_pointwise(expand) and is_pointwise(project)
 
     def fused_forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
         main: Any = self.main
@@ -359,21 +358,14 @@ def _is_gelu(module: nn.Module) -> bool:
     return type(module) is nn.GELU and module.approximate == "none"
 
 
-def _is_plain(conv: Any) -> bool:
-    """Biased, zero-padded convolution with stride 1 and an output of the input's size."""
+def _is_plain_depthwise(conv: Any) -> bool:
+    """Biased, zero-padded depthwise convolution with stride 1 and an output of the input's size."""
     return (
         type(conv) is nn.Conv2d
+        and conv.groups == conv.in_channels == conv.out_channels
         and conv.bias is not None
         and conv.stride == conv.dilation == (1, 1)
         and conv.padding_mode == "zeros"
         and all(k % 2 for k in conv.kernel_size)
         and (conv.padding == "same" or conv.padding == tuple(k // 2 for k in conv.kernel_size))
     )
-
-
-def _is_plain_depthwise(conv: Any) -> bool:
-    return _is_plain(conv) and conv.groups == conv.in_channels == conv.out_channels
-
-
-def _is_plain_1x1(conv: Any) -> bool:
-    return _is_plain(conv) and conv.kernel_size == (1, 1) and conv.groups == 1

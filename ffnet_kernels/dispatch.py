@@ -93,7 +93,6 @@ def select(operator: str, args: tuple) -> ModuleType:
         for backend in _AVAILABLE:
             if _refusal(backend, operator, args) is None and backend.slower(operator, args) is None:
                 return backend
-        return reference
     if forced not in BACKENDS or BACKENDS[forced] not in _AVAILABLE:  # only the environment forces unchecked
         _check_name(forced, "FFNET_KERNELS_BACKEND")
         _require(forced)
@@ -101,17 +100,13 @@ def select(operator: str, args: tuple) -> ModuleType:
     reason = _refusal(backend, operator, args)
     if reason is None:
         return backend
-    if operator.endswith("_backward") or not _holds(backend, operator):
+    if operator.endswith("_backward") or not hasattr(backend, operator):
         return reference  # a backend may hold some kernels only
     raise BackendError(f"{operator}: backend '{forced}' does not take this call: {reason}")
 
 
 def _refusal(backend: ModuleType, operator: str, args: tuple) -> str | None:
-    return backend.refusal(operator, args) if _holds(backend, operator) else "has no kernel for it"
-
-
-def _holds(backend: ModuleType, operator: str) -> bool:
-    return hasattr(backend, operator) or operator in getattr(backend, "TRAINING_OPERATORS", ())
+    return backend.refusal(operator, args) if hasattr(backend, operator) else "has no kernel for it"
 
 
 def _transformed() -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from . import checks, dispatch, training_operators
+from . import checks, dispatch, functional, training_operators
 from .backends import cpu
 from .backends import training as plain
 from .backends.activations import ACTIVATE
@@ -37,7 +37,7 @@ def branched_depthwise(x: Tensor, branches: Sequence[Branch], activation: str = 
     Returns:
         ``[N, O, H', W']``.
     """
-    if not _runs_natively("branched_depthwise", x) or not _branches_apply(x, branches):
+    if not _runs_natively(x) or not _branches_apply(x, branches):
         outputs = [norm(conv(x)) for conv, norm in branches]
         return ACTIVATE[activation](sum(outputs[1:], outputs[0]))
     convs: list = [conv for conv, _ in branches]
@@ -85,8 +85,11 @@ def feed_forward(
     Returns:
         ``[N, O, H, W]``.
     """
+    x, expand_weight, expand_bias, project_weight, project_bias, scale, residual = functional._autocast(
+        x, expand_weight, expand_bias, project_weight, project_bias, scale, residual
+    )
     args = checks.feed_forward(x, expand_weight, expand_bias, project_weight, project_bias, activation, scale, residual)
-    if not _runs_natively("feed_forward", *args):
+    if not _runs_natively(x):
         return plain.feed_forward(*args)
     x, expand_weight, expand_bias, project_weight, project_bias, activation, scale, residual = args
     return _ops.feed_forward.default(
@@ -106,10 +109,13 @@ def is_hooked(*modules: nn.Module) -> bool:
     return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules)
 
 
-def _runs_natively(operator: str, x: Tensor, *others: object) -> bool:
-    if not isinstance(x, Tensor) or x.dim() != 4 or x.numel() == 0 or torch.is_autocast_enabled(x.device.type):
+def _runs_natively(x: Tensor) -> bool:
+    """Whether the native kernels are chosen for a map: where those of ``conv2d`` are, whatever its other arguments."""
+    if not isinstance(x, Tensor) or x.dim() != 4 or x.numel() == 0 or x.device.type != "cpu":
         return False
-    return dispatch.select(operator, (x, *others)) is cpu
+    if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return False
+    return dispatch.select("conv2d", (x,)) is cpu
 
 
 def _branches_apply(x: Tensor, branches: Sequence[Branch]) -> bool:

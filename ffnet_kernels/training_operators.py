@@ -28,10 +28,6 @@ def _map(like: Tensor, channels: int, height: int | None = None, width: int | No
     return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
-def _channels_last(grad: Tensor) -> Tensor:
-    return grad.contiguous(memory_format=torch.channels_last)
-
-
 def _define(schema: str, fake, differentiate=None, setup_context=None) -> None:
     name = f"{LIBRARY.ns}::{schema.partition('(')[0]}"
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -77,8 +73,7 @@ def _differentiate_branched(ctx, grad, *_of_statistics):
     if tuple(ctx.stride) == (1, 1) and weights[0].shape[0] == x.shape[1]:
         grads = _ops.branched_depthwise_backward.default(grad, x, *args, ctx.activation, wants_x)
     else:
-        primitives = (cpu.convolve, cpu.convolve_backward)
-        grads = plain.branched_depthwise_backward(*primitives, grad, x, *args, ctx.stride, ctx.activation, wants_x)
+        grads = plain.branched_depthwise_backward(cpu, grad, x, *args, ctx.stride, ctx.activation, wants_x)
     x_grad, branches = (grads[0], grads[1:]) if wants_x else (None, grads)
     return x_grad, branches[::3], branches[1::3], branches[2::3], None, None, None
 
@@ -113,8 +108,8 @@ def _differentiate_feed_forward(ctx, grad, _of_z):
         of = [None if t is None else next(found) for t in (*tensors, scale)]
         return *of[:5], None, of[5], residual_grad
     wants_x = ctx.needs_input_grad[0]
-    static = (ctx.activation, scale, wants_x)
-    grads = _ops.feed_forward_backward.default(_channels_last(grad), x, z, *tensors[1:], *static)
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    grads = _ops.feed_forward_backward.default(grad, x, z, *tensors[1:], ctx.activation, scale, wants_x)
     x_grad, grads = (grads[0], grads[1:]) if wants_x else (None, grads)
     return (
         x_grad,

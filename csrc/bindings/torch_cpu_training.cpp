@@ -14,11 +14,11 @@ using ffnet::empty_map;
 using ffnet::ScalarType;
 using ffnet::Tensor;
 using ffnet::cpu_arguments::executor;
-using ffnet::cpu_arguments::is_pixels;
+using ffnet::cpu_arguments::has_size;
+using ffnet::cpu_arguments::is_pixel_matrix;
 using ffnet::cpu_arguments::parse_activation;
+using ffnet::cpu_arguments::pixels;
 using ffnet::cpu_arguments::strides;
-
-const ffnet::TrainingKernels& kernels() { return *ffnet::active_kernels().training(); }
 
 void check_float_cpu(const Tensor& t, const char* name, int64_t dim) {
   STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float && t.dim() == dim, "ffnet_kernels (cpu): ", name,
@@ -93,7 +93,7 @@ std::tuple<Tensor, Tensor, Tensor> branched_depthwise(const Tensor& x, const std
                                          variance.mutable_data_ptr<float>(), stride, activation);
   Tensor out = empty_channels_last(x, weights[0].size(0), op.out_h, op.out_w);
   op.out = out.mutable_data_ptr<float>(), op.out_stride = strides(out);
-  kernels().branched_depthwise(op, executor());
+  ffnet::active_kernels().branched_depthwise(op, executor());
   return {out, mean, variance};
 }
 
@@ -132,20 +132,17 @@ std::vector<Tensor> branched_depthwise_backward(const Tensor& grad, const Tensor
                        beta.mutable_data_ptr<float>()};
     for (const Tensor& gradient : {weight, gamma, beta}) gradients.push_back(gradient);
   }
-  kernels().branched_depthwise_backward(op, executor());
+  ffnet::active_kernels().branched_depthwise_backward(op, executor());
   return gradients;
 }
 
-// The data of a dense channels-last map, which is a matrix [pixels][channels].
-const float* pixels_of(const Tensor& map, const char* name, int64_t n, int64_t channels, int64_t h, int64_t w) {
+// The data of a matrix [pixels][channels] with the pixels of `like`.
+const float* pixels_of(const Tensor& map, const char* name, const Tensor& like, int64_t channels) {
   check_float_cpu(map, name, 4);
-  STD_TORCH_CHECK(is_pixels(map, n, channels, h, w), "ffnet_kernels (cpu): ", name,
+  const int64_t n = like.size(0), h = like.size(2), w = like.size(3);
+  STD_TORCH_CHECK(is_pixel_matrix(map) && has_size(map, {n, channels, h, w}), "ffnet_kernels (cpu): ", name,
                   " must be a dense channels-last map of [", n, ", ", channels, ", ", h, ", ", w, "]");
   return map.const_data_ptr<float>();
-}
-
-const float* pixels_of(const Tensor& map, const char* name, const Tensor& like, int64_t channels) {
-  return pixels_of(map, name, like.size(0), channels, like.size(2), like.size(3));
 }
 
 const float* matrix_of(const Tensor& weight, const char* name, int64_t columns) {
@@ -159,13 +156,12 @@ const float* optional_vector(const std::optional<Tensor>& t, const char* name, i
   return t ? vector_of(*t, name, size) : nullptr;
 }
 
-int64_t pixels(const Tensor& map) { return map.size(0) * map.size(2) * map.size(3); }
-
 ffnet::FeedForward feed_forward_of(const Tensor& x, const Tensor& expand_weight,
                                    const std::optional<Tensor>& expand_bias, const Tensor& project_weight,
                                    const std::optional<Tensor>& project_bias, const std::string& activation,
                                    const std::optional<Tensor>& scale) {
   check_float_cpu(x, "x", 4);
+  STD_TORCH_CHECK(x.numel() > 0, "ffnet_kernels (cpu): x must not be empty");
   const int64_t channels = x.size(1), hidden = expand_weight.size(0), outputs = project_weight.size(0);
   ffnet::FeedForward op{};
   op.pixels = pixels(x), op.channels = channels, op.hidden = hidden, op.outputs = outputs;
@@ -190,7 +186,7 @@ std::tuple<Tensor, Tensor> feed_forward(const Tensor& x, const Tensor& expand_we
   Tensor z = empty_channels_last(x, op.hidden, x.size(2), x.size(3)),
          out = empty_channels_last(x, op.outputs, x.size(2), x.size(3));
   op.z = z.mutable_data_ptr<float>(), op.out = out.mutable_data_ptr<float>();
-  kernels().feed_forward(op, executor());
+  ffnet::active_kernels().feed_forward(op, executor());
   return {out, z};
 }
 
@@ -215,7 +211,7 @@ std::vector<Tensor> feed_forward_backward(const Tensor& grad, const Tensor& x, c
   op.expand_grad = add(empty(x, {f.hidden, f.channels})), op.expand_bias_grad = add(empty(x, {f.hidden}));
   op.project_grad = add(empty(x, {f.outputs, f.hidden})), op.project_bias_grad = add(empty(x, {f.outputs}));
   if (scale) op.scale_grad = add(empty(x, {f.outputs}));
-  kernels().feed_forward_backward(op, executor());
+  ffnet::active_kernels().feed_forward_backward(op, executor());
   return gradients;
 }
 

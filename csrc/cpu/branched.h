@@ -7,13 +7,7 @@
 
 namespace ffnet::FFNET_ISA {
 
-// Images are cut into chunks by the shape alone: results do not depend on the number of threads.
-constexpr int64_t kLeastTasks = 32;
-inline int64_t image_chunks(int64_t images, int64_t vectors) {
-  return max_of(1, min_of(images, ceil_div(kLeastTasks, vectors)));
-}
-
-// Lane l of an array of `count` more elements; 0 where there is none.
+// A vector of channels of an array with an element for each channel; lanes without a channel are 0.
 FFNET_INLINE Vec lanes_of(const float* array, const Lanes& lanes) {
   return Vec::load_first(array + lanes.first, lanes.count);
 }
@@ -30,7 +24,6 @@ inline NormScale norm_scale(const Branch& branch, const Lanes& lanes) {
   return {lanes_of(branch.gamma, lanes) * deviation, deviation};
 }
 
-// Padding of a branch.
 FFNET_INLINE int64_t pad_top(const Branch& branch) { return branch.filter.kh / 2; }
 FFNET_INLINE int64_t pad_left(const Branch& branch) { return branch.filter.kw / 2; }
 

@@ -8,7 +8,7 @@
 // times the activation's derivative at the branches' sum, which both passes make from the rows of y.
 #include "activation_slope.h"
 #include "branched.h"
-#include "buffer.h"
+#include "partial_sums.h"
 #include "wgrad_row.h"
 
 namespace ffnet::FFNET_ISA {
@@ -18,12 +18,12 @@ constexpr int64_t kStripFloats = 4 * 1024;  // of each map: both stay in L1
 
 struct Work {
   const BranchedDepthwiseBackward& op;
-  int64_t chunks, weight_floats;
-  float* sums;     // [vectors][chunks][1 + branches][lanes]: sum of g, of g * (y - mean)
-  float* weights;  // [vectors][chunks][weight_floats]
-  int64_t images_from(int64_t task) const { return task % chunks * op.forward.n / chunks; }
-  int64_t images_to(int64_t task) const { return (task % chunks + 1) * op.forward.n / chunks; }
-  int64_t sum_floats() const { return (1 + op.forward.branches) * kLanes; }
+  GradientTiling tiling;
+  const PartialSums &sums, &weights;  // [1 + branches][lanes]: of g, of g * (y - mean); the branches' filters
+  Lanes lanes(int64_t vector) const {
+    const int64_t c = vector * kLanes;
+    return {c, min_of(kLanes, op.forward.channels - c), 1};
+  }
 };
 
 // Rows of g and of y - mean.
@@ -82,20 +82,15 @@ class Gradients {
   float *line_, *slope_;
 };
 
-Lanes lanes_of_task(const Work& work, int64_t task) {
-  const int64_t c = task / work.chunks * kLanes;
-  return {c, min_of(kLanes, work.op.forward.channels - c), 1};
-}
-
 void sum_gradients(void* context, int64_t task) {
   const Work& work = *static_cast<const Work*>(context);
   const BranchedDepthwise& f = work.op.forward;
-  Gradients gradients(work, lanes_of_task(work, task));
+  Gradients gradients(work, work.lanes(work.tiling.vector(task)));
   Arena arena(gradients.scratch_floats());
   gradients.place(arena);
   Vec sum[1 + kMaxBranches];
   for (Vec& s : sum) s = Vec::fill(0);
-  for (int64_t n = work.images_from(task); n < work.images_to(task); ++n) {
+  work.tiling.for_each_strip(task, [&](int64_t n, int64_t, int64_t, bool) {
     gradients.start_image(n);
     for (int64_t r = 0; r < f.h; ++r) {
       const float* y[kMaxBranches];
@@ -109,25 +104,16 @@ void sum_gradients(void* context, int64_t task) {
       }
       for (int s = 0; s <= f.branches; ++s) sum[s] = sum[s] + row[s];
     }
-  }
-  for (int s = 0; s <= f.branches; ++s) sum[s].store(work.sums + task * work.sum_floats() + s * kLanes);
-}
-
-// Adds the chunks' parts of one vector of channels, in order, into the first.
-void add_chunks(float* parts, int64_t chunks, int64_t floats) {
-  for (int64_t i = 0; i < floats; i += kLanes) {
-    Vec total = Vec::load(parts + i);
-    for (int64_t chunk = 1; chunk < chunks; ++chunk) total = total + Vec::load(parts + chunk * floats + i);
-    total.store(parts + i);
-  }
+  });
+  float* sums = work.sums.start(task);
+  for (int s = 0; s <= f.branches; ++s) sum[s].store(sums + s * kLanes);
 }
 
 void finish_sums(void* context, int64_t vector) {
   const Work& work = *static_cast<const Work*>(context);
   const BranchedDepthwise& f = work.op.forward;
-  const Lanes lanes = lanes_of_task(work, vector * work.chunks);
-  float* sums = work.sums + vector * work.chunks * work.sum_floats();
-  add_chunks(sums, work.chunks, work.sum_floats());
+  const Lanes lanes = work.lanes(vector);
+  const float* sums = work.sums.total(vector);
   for (int b = 0; b < f.branches; ++b) {
     const BranchGradients& to = work.op.gradients[b];
     Vec::load(sums).store_first(to.beta + lanes.first, lanes.count);
@@ -141,13 +127,12 @@ struct Coefficients {
   Vec scale, slope, shift;
 };
 
-Coefficients coefficients(const Work& work, int64_t task, int b, const Lanes& lanes) {
-  const BranchedDepthwise& f = work.op.forward;
-  const float* sums = work.sums + task / work.chunks * work.chunks * work.sum_floats();
+Coefficients coefficients(const BranchedDepthwiseBackward& op, int b, const Lanes& lanes) {
+  const BranchedDepthwise& f = op.forward;
   const NormScale norm = norm_scale(f.branch[b], lanes);
   const Vec share = Vec::fill(-1.f / (static_cast<float>(f.n) * static_cast<float>(f.h * f.w))) * norm.scale;
-  const Vec gamma_grad = Vec::load(sums + (1 + b) * kLanes) * norm.inverse_deviation;
-  return {norm.scale, share * norm.inverse_deviation * gamma_grad, share * Vec::load(sums)};
+  return {norm.scale, share * norm.inverse_deviation * lanes_of(op.gradients[b].gamma, lanes),
+          share * lanes_of(op.gradients[b].beta, lanes)};
 }
 
 // The filter turned by half a turn: what the gradient of x is convolved with.
@@ -167,7 +152,7 @@ void run_task(void* context, int64_t task) {
   const Work& work = *static_cast<const Work*>(context);
   const BranchedDepthwiseBackward& op = work.op;
   const BranchedDepthwise& f = op.forward;
-  const Lanes lanes = lanes_of_task(work, task);
+  const Lanes lanes = work.lanes(work.tiling.vector(task));
   const int64_t line = f.w * kLanes, strip = max_of(1, kStripFloats / line);
   const bool direct = in_place<float>(lanes, op.x_grad_stride.c);
 
@@ -186,13 +171,12 @@ void run_task(void* context, int64_t task) {
   for (int b = 0; b < f.branches; ++b) {
     y_grad[b].place(arena);
     turned[b] = turned_filter(f.branch[b], lanes, arena.floats(packed_floats<FloatTaps>(f.branch[b].filter)));
-    at[b] = coefficients(work, task, b, lanes);
+    at[b] = coefficients(op, b, lanes);
   }
   float *out_line = arena.floats(line), *other_line = arena.floats(line);
-  float* weights = work.weights + task * work.weight_floats;
-  for (int64_t i = 0; i < work.weight_floats; ++i) weights[i] = 0;
+  float* weights = work.weights.start(task);
 
-  for (int64_t n = work.images_from(task); n < work.images_to(task); ++n) {
+  work.tiling.for_each_strip(task, [&](int64_t n, int64_t, int64_t, bool) {
     gradients.start_image(n);
     for (int64_t r = 0; r < f.h; ++r) {
       const float* y[kMaxBranches];
@@ -231,14 +215,13 @@ void run_task(void* context, int64_t task) {
       }
       if (!direct) scatter_row(out_line, f.w, lanes, row, op.x_grad_stride.c, op.x_grad_stride.w);
     }
-  }
+  });
 }
 
 void finish_weights(void* context, int64_t vector) {
   const Work& work = *static_cast<const Work*>(context);
-  const Lanes lanes = lanes_of_task(work, vector * work.chunks);
-  float* weights = work.weights + vector * work.chunks * work.weight_floats;
-  add_chunks(weights, work.chunks, work.weight_floats);
+  const Lanes lanes = work.lanes(vector);
+  const float* weights = work.weights.total(vector);
   for (int b = 0; b < work.op.forward.branches; ++b) {
     const int64_t taps = work.op.forward.branch[b].filter.kh * work.op.forward.branch[b].filter.kw;
     scatter_row(weights, taps, lanes, work.op.gradients[b].weight, taps, 1);
@@ -250,15 +233,16 @@ void finish_weights(void* context, int64_t vector) {
 
 void branched_depthwise_backward(const BranchedDepthwiseBackward& op, const Executor& executor) {
   const BranchedDepthwise& f = op.forward;
-  const int64_t vectors = ceil_div(f.channels, kLanes), chunks = image_chunks(f.n, vectors);
+  constexpr int64_t height = 1;  // images are not cut
+  const GradientTiling tiling(ceil_div(f.channels, kLanes), f.n, height);
   int64_t weight_floats = 0;
   for (int b = 0; b < f.branches; ++b) weight_floats += f.branch[b].filter.kh * f.branch[b].filter.kw * kLanes;
-  const Buffer sums(vectors * chunks * (1 + f.branches) * kLanes), weights(vectors * chunks * weight_floats);
-  Work work{op, chunks, weight_floats, sums.data, weights.data};
-  executor.run(vectors * chunks, sum_gradients, &work);
-  executor.run(vectors, finish_sums, &work);
-  executor.run(vectors * chunks, run_task, &work);
-  executor.run(vectors, finish_weights, &work);
+  const PartialSums sums(tiling, (1 + f.branches) * kLanes), weights(tiling, weight_floats);
+  Work work{op, tiling, sums, weights};
+  executor.run(tiling.tasks(), sum_gradients, &work);
+  executor.run(tiling.vectors(), finish_sums, &work);
+  executor.run(tiling.tasks(), run_task, &work);
+  executor.run(tiling.vectors(), finish_weights, &work);
 }
 
 }  // namespace ffnet::FFNET_ISA

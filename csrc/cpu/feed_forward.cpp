@@ -19,11 +19,13 @@ void pack_bias(const float* bias, const float* scale, int64_t columns, float* ou
 
 struct Work {
   const FeedForward& op;
-  const FeedForwardBackward* backward;
-  WeightPacking first, second;    // in the order in which a strip meets them
-  int64_t begin, pixels, strips;  // the pixels at hand: all, or, backward, a block of them
-  const float *first_bias, *second_bias;
-  float *hidden, *hidden_grad;  // backward, of the block: act(z), gradient of z
+  WeightPacking first, second;                // in the order in which a strip meets them
+  int64_t begin = 0, pixels = 0, strips = 0;  // the pixels at hand: all, or, backward, a block of them
+  // Forward.
+  const float *expand_bias = nullptr, *project_bias = nullptr;
+  // Backward; of the block: act(z), gradient of z.
+  const FeedForwardBackward* backward = nullptr;
+  float *hidden = nullptr, *hidden_grad = nullptr;
   int64_t from(int64_t strip) const { return begin + strip * pixels / strips; }
 };
 
@@ -40,14 +42,15 @@ void forward_strip(void* context, int64_t strip) {
   float *z = op.z + first * op.hidden, *out = op.out + first * op.outputs;
   const float* residual = op.residual ? op.residual + first * op.outputs : nullptr;
   float* hidden = Arena(floats).floats(floats);
-  multiply(op.x + first * op.channels, op.channels, rows, work.first.packed(), work.first_bias,
+  multiply(op.x + first * op.channels, op.channels, rows, work.first.packed(), work.expand_bias,
            [&](const Block& at, float* block) {
              store_block(at, op.hidden, block, z);
              activate_row(block, kLanes, 2 * at.rows, op.activation);
              store_block(at, op.hidden, block, hidden);
            });
-  multiply(hidden, op.hidden, rows, work.second.packed(), work.second_bias, [&](const Block& at, float* block) {
-    each_vector(at, op.outputs, block, [&](int64_t i, Vec x, int64_t lanes) {
+  multiply(hidden, op.hidden, rows, work.second.packed(), work.project_bias, [&](const Block& at, float* block) {
+    each_vector(at, op.outputs, block, [&](int64_t i, const float* sum, int64_t lanes) {
+      const Vec x = Vec::load(sum);
       store_lanes(residual ? load_lanes(residual + i, lanes) + x : x, out + i, lanes);
     });
   });
@@ -60,13 +63,10 @@ void backward_strip(void* context, int64_t strip) {
   const float* z = op.z + first * op.hidden;
   const int64_t at_hidden = (first - work.begin) * op.hidden;
   float *hidden = work.hidden + at_hidden, *grad = work.hidden_grad + at_hidden;
-  multiply(work.backward->grad + first * op.outputs, op.outputs, rows, work.first.packed(), work.first_bias,
+  multiply(work.backward->grad + first * op.outputs, op.outputs, rows, work.first.packed(), nullptr,
            [&](const Block& at, float* block) {
              float slope[kProductRows * kPanel] = {}, value[kProductRows * kPanel];
-             for (int64_t r = 0; r < at.rows; ++r)
-               for (int64_t v = 0; v < at.columns; v += kLanes)
-                 load_lanes(z + (at.first_row + r) * op.hidden + at.first_column + v, min_of(kLanes, at.columns - v))
-                     .store(slope + r * kPanel + v);
+             load_block(at, op.hidden, z, slope);
              if (op.activation != Activation::none) {
                slope_row(slope, value, 2 * at.rows, op.activation);
                apply_slope_row(block, slope, block, 2 * at.rows, op.activation);
@@ -76,7 +76,7 @@ void backward_strip(void* context, int64_t strip) {
            });
   if (!work.backward->x_grad) return;
   float* x_grad = work.backward->x_grad + first * op.channels;
-  multiply(grad, op.hidden, rows, work.second.packed(), work.second_bias,
+  multiply(grad, op.hidden, rows, work.second.packed(), nullptr,
            [&](const Block& at, float* block) { store_block(at, op.channels, block, x_grad); });
 }
 
@@ -111,16 +111,10 @@ void feed_forward(const FeedForward& op, const Executor& executor) {
   pack_bias(op.expand_bias, nullptr, op.hidden, biases.data);
   pack_bias(op.project_bias, op.scale, op.outputs, project_bias);
   Work work{op,
-            nullptr,
             {op.expand, op.hidden, op.channels, nullptr, false, expand.data},
-            {op.project, op.outputs, op.hidden, op.scale, false, project.data},
-            0,
-            op.pixels,
-            pixel_strips(op.pixels, 2 * op.hidden, executor.threads),
-            biases.data,
-            project_bias,
-            nullptr,
-            nullptr};
+            {op.project, op.outputs, op.hidden, op.scale, false, project.data}};
+  work.pixels = op.pixels, work.strips = pixel_strips(op.pixels, 2 * op.hidden, executor.threads);
+  work.expand_bias = biases.data, work.project_bias = project_bias;
   executor.run(work.first.tasks() + work.second.tasks(), pack, &work);
   executor.run(work.strips, forward_strip, &work);
 }
@@ -130,21 +124,13 @@ void feed_forward_backward(const FeedForwardBackward& op, const Executor& execut
   constexpr int64_t kBlockFloats = 384 * 1024;
   const FeedForward& f = op.forward;
   const int64_t blocks = ceil_div(f.pixels, max_of(1024, kBlockFloats / f.hidden)), most = ceil_div(f.pixels, blocks);
-  const int64_t zero_floats = max_of(padded(f.hidden), padded(f.channels));
-  const Buffer hidden(most * f.hidden), hidden_grad(most * f.hidden), zeros(zero_floats),
-      expand(PackedWeight{nullptr, f.hidden, f.channels}.floats()), project(PackedWeight{nullptr, f.outputs, f.hidden}.floats());
-  for (int64_t i = 0; i < zero_floats; ++i) zeros.data[i] = 0;
+  const Buffer hidden(most * f.hidden), hidden_grad(most * f.hidden),
+      expand(PackedWeight{nullptr, f.hidden, f.channels}.floats()),
+      project(PackedWeight{nullptr, f.outputs, f.hidden}.floats());
   Work work{f,
-            &op,
             {f.project, f.outputs, f.hidden, f.scale, true, project.data},
-            {f.expand, f.hidden, f.channels, nullptr, true, expand.data},
-            0,
-            0,
-            0,
-            zeros.data,
-            zeros.data,
-            hidden.data,
-            hidden_grad.data};
+            {f.expand, f.hidden, f.channels, nullptr, true, expand.data}};
+  work.backward = &op, work.hidden = hidden.data, work.hidden_grad = hidden_grad.data;
   executor.run(work.first.tasks() + work.second.tasks(), pack, &work);
   PointwiseWgradSum project_sum(most, f.hidden, f.outputs, op.project_grad, op.project_bias_grad),
       expand_sum(most, f.channels, f.hidden, op.expand_grad, op.expand_bias_grad);

@@ -159,7 +159,11 @@ struct PointwiseConv2dBackward {
   float *x_grad, *weight_grad, *bias_grad;  // may be null; the bias' needs the weight's
 };
 
-struct TrainingKernels;
+// training.h
+struct BranchedDepthwise;
+struct BranchedDepthwiseBackward;
+struct FeedForward;
+struct FeedForwardBackward;
 
 struct Kernels {
   const char* isa;
@@ -172,7 +176,10 @@ struct Kernels {
   void (*channel_mixer)(const ChannelMixer&, const Executor&);
   void (*conv2d)(const Conv2d&, const Executor&);
   void (*pointwise_conv2d_backward)(const PointwiseConv2dBackward&, const Executor&);
-  const TrainingKernels* (*training)();  // see training.h
+  void (*branched_depthwise)(const BranchedDepthwise&, const Executor&);
+  void (*branched_depthwise_backward)(const BranchedDepthwiseBackward&, const Executor&);
+  void (*feed_forward)(const FeedForward&, const Executor&);
+  void (*feed_forward_backward)(const FeedForwardBackward&, const Executor&);
 };
 
 // Instruction sets, slowest first; null where this build holds none for them.

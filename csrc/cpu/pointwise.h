@@ -12,27 +12,27 @@ struct Block {
 };
 
 // C = bias + A * B, handed block by block to finish(Block, floats). A's rows are `stride` floats apart; `bias` has a
-// whole number of panels.
+// whole number of panels, or is null.
 template <class Finish>
 FFNET_INLINE void multiply(const float* a, int64_t stride, int64_t rows, const PackedWeight& b, const float* bias,
                            const Finish& finish) {
   for (int64_t j = 0; j < b.panels(); ++j) {
     each_block(rows, [&](int64_t first, int64_t count) {
       alignas(64) float block[kProductRows * kPanel];
-      start_with_row(bias + j * kPanel, count, block);
+      start_with_row(bias ? bias + j * kPanel : nullptr, count, block);
       add_product<FloatTaps>(count, b.columns(j), a + first * stride, stride, b.depth, b.panel(j), block);
       finish(Block{first, count, j * kPanel, b.columns(j)}, block);
     });
   }
 }
 
-// The part of a block that exists, vector by vector: f(offset in C, vector, lanes).
-template <class F>
-FFNET_INLINE void each_vector(const Block& at, int64_t c_stride, const float* block, const F& f) {
+// The part of a block that exists, vector by vector: f(offset in C, place in the block, lanes). C's rows are `stride`
+// floats apart.
+template <class Float, class F>
+FFNET_INLINE void each_vector(const Block& at, int64_t stride, Float* block, const F& f) {
   for (int64_t r = 0; r < at.rows; ++r)
     for (int64_t v = 0; v < at.columns; v += kLanes)
-      f((at.first_row + r) * c_stride + at.first_column + v, Vec::load(block + r * kPanel + v),
-        min_of(kLanes, at.columns - v));
+      f((at.first_row + r) * stride + at.first_column + v, block + r * kPanel + v, min_of(kLanes, at.columns - v));
 }
 
 // Loads and stores of the first n lanes, which are mostly all.
@@ -42,7 +42,11 @@ FFNET_INLINE Vec load_lanes(const float* from, int64_t n) {
 FFNET_INLINE void store_lanes(Vec x, float* to, int64_t n) { n == kLanes ? x.store(to) : x.store_first(to, n); }
 
 FFNET_INLINE void store_block(const Block& at, int64_t stride, const float* block, float* c) {
-  each_vector(at, stride, block, [&](int64_t i, Vec x, int64_t lanes) { store_lanes(x, c + i, lanes); });
+  each_vector(at, stride, block,
+              [&](int64_t i, const float* from, int64_t lanes) { store_lanes(Vec::load(from), c + i, lanes); });
+}
+FFNET_INLINE void load_block(const Block& at, int64_t stride, const float* c, float* block) {
+  each_vector(at, stride, block, [&](int64_t i, float* to, int64_t lanes) { load_lanes(c + i, lanes).store(to); });
 }
 
 // The weight [outputs][inputs] of a 1x1 convolution as right operand: of the convolution, or, where `backward`, of its
@@ -59,17 +63,22 @@ struct WeightPacking {
   int64_t tasks() const { return packed().panels(); }
 
   void run(int64_t j) const {
-    const PackedWeight b = packed();
-    float* panel = to + j * b.depth * kPanel;
-    const int64_t column = j * kPanel;
-    if (!backward) pack_panel<float, FloatTaps>({weight, outputs, inputs, 1, true, inputs}, j, panel);
-    for (int64_t v = 0; v < kPanel; v += kLanes) {
-      const int64_t count = max_of(0, min_of(kLanes, b.columns(j) - v));
-      const Vec factor = scale && !backward ? Vec::load_first(scale + column + v, count) : Vec::fill(1);
-      for (int64_t k = 0; k < b.depth && (scale || backward); ++k) {
-        float* at = panel + k * kPanel + v;
-        const Vec row = backward ? Vec::load_first(weight + k * inputs + column + v, count) : Vec::load(at);
-        (row * (scale && backward ? Vec::fill(scale[k]) : factor)).store(at);
+    backward ? run_backward(j, to + j * outputs * kPanel) : run_forward(j, to + j * inputs * kPanel);
+  }
+
+  void run_forward(int64_t j, float* panel) const {
+    pack_panel<float, FloatTaps>({weight, outputs, inputs, 1, true, inputs}, j, panel);
+    for (int64_t v = 0; scale && v < packed().columns(j); v += kLanes) {
+      const Vec factor = Vec::load_first(scale + j * kPanel + v, min_of(kLanes, packed().columns(j) - v));
+      for (float* at = panel + v; at < panel + inputs * kPanel; at += kPanel) (Vec::load(at) * factor).store(at);
+    }
+  }
+  void run_backward(int64_t j, float* panel) const {
+    for (int64_t o = 0; o < outputs; ++o, panel += kPanel) {
+      const Vec factor = Vec::fill(scale ? scale[o] : 1);
+      for (int64_t v = 0; v < kPanel; v += kLanes) {
+        const int64_t lanes = max_of(0, min_of(kLanes, packed().columns(j) - v));
+        (Vec::load_first(weight + o * inputs + j * kPanel + v, lanes) * factor).store(panel + v);
       }
     }
   }

@@ -9,7 +9,6 @@ namespace {
 struct Work {
   const PointwiseConv2dBackward& op;
   WeightPacking weight;
-  const float* zeros;  // in place of a bias
   int64_t strips;
 };
 
@@ -20,7 +19,7 @@ void run_strip(void* context, int64_t strip) {
   const PointwiseConv2dBackward& op = work.op;
   const int64_t first = strip * op.pixels / work.strips, last = (strip + 1) * op.pixels / work.strips;
   float* x_grad = op.x_grad + first * op.inputs;
-  multiply(op.grad + first * op.outputs, op.outputs, last - first, work.weight.packed(), work.zeros,
+  multiply(op.grad + first * op.outputs, op.outputs, last - first, work.weight.packed(), nullptr,
            [&](const Block& at, float* block) { store_block(at, op.inputs, block, x_grad); });
 }
 
@@ -28,12 +27,9 @@ void run_strip(void* context, int64_t strip) {
 
 void pointwise_conv2d_backward(const PointwiseConv2dBackward& op, const Executor& executor) {
   if (op.x_grad) {
-    const PackedWeight shape{nullptr, op.outputs, op.inputs};
-    const Buffer packed(shape.floats()), zeros(shape.panels() * kPanel);
-    for (int64_t i = 0; i < shape.panels() * kPanel; ++i) zeros.data[i] = 0;
+    const Buffer packed(PackedWeight{nullptr, op.outputs, op.inputs}.floats());
     Work work{op,
               {op.weight, op.outputs, op.inputs, nullptr, true, packed.data},
-              zeros.data,
               pixel_strips(op.pixels, op.inputs + op.outputs, executor.threads)};
     executor.run(work.weight.tasks(), pack, &work);
     executor.run(work.strips, run_strip, &work);

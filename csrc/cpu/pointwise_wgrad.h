@@ -72,7 +72,8 @@ class PointwiseWgradSum {
           float* to = weights + (first + o) * inputs_ + i;
           start_with_row(nullptr, rows, block);
           add_product<FloatTaps, Order::by_columns>(rows, columns, grad + o, outputs_, depth, panel, block);
-          each_vector(Block{0, rows, 0, columns}, inputs_, block, [&](int64_t at, Vec x, int64_t lanes) {
+          each_vector(Block{0, rows, 0, columns}, inputs_, block, [&](int64_t at, const float* sum, int64_t lanes) {
+            const Vec x = Vec::load(sum);
             store_lanes(start ? x : load_lanes(to + at, lanes) + x, to + at, lanes);
           });
         });

@@ -1,4 +1,4 @@
-// What the kernels of training steps take, and their table. Batch normalisation here uses the statistics of the batch.
+// What the kernels of training steps take. Batch normalisation here uses the statistics of the batch.
 #pragma once
 
 #include "kernels.h"
@@ -62,13 +62,6 @@ struct FeedForwardBackward {
   float* x_grad;  // may be null
   float *expand_grad, *expand_bias_grad, *project_grad, *project_bias_grad;
   float* scale_grad;  // null where there is no scale
-};
-
-struct TrainingKernels {
-  void (*branched_depthwise)(const BranchedDepthwise&, const Executor&);
-  void (*branched_depthwise_backward)(const BranchedDepthwiseBackward&, const Executor&);
-  void (*feed_forward)(const FeedForward&, const Executor&);
-  void (*feed_forward_backward)(const FeedForwardBackward&, const Executor&);
 };
 
 }  // namespace ffnet

@@ -13,9 +13,6 @@ from . import gradients
 
 _ops = torch.ops.ffnet_kernels
 
-#: Float32 only; ``training.py`` calls them by itself.
-TRAINING_OPERATORS = ("branched_depthwise", "feed_forward")
-
 
 def unavailable() -> str | None:
     return native.cpu_library_error()
@@ -25,8 +22,6 @@ def refusal(operator: str, args: tuple) -> str | None:
     x = args[0]
     if x.device.type != "cpu":
         return f"takes CPU tensors, got {x.device}"
-    if operator in TRAINING_OPERATORS and x.dtype != torch.float32:
-        return f"takes float32, got {x.dtype}"
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"takes float32, bfloat16 and float16, got {x.dtype}"
     if operator == "depthwise_conv2d_backward" and args[2].shape[0] > 2 * args[1].shape[1]:

@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference
 from .activations import ACTIVATE, ACTIVATE_BACKWARD
+from .gradients import Primitives, same_padding
 
 
 def branched_depthwise(x, weights, gammas, betas, eps, stride, activation) -> Tensor:
     outputs = []
     for weight, gamma, beta, epsilon in zip(weights, gammas, betas, eps, strict=True):
-        y = F.conv2d(x, weight, None, tuple(stride), _padding(weight)[::2], groups=x.shape[1])
+        y = F.conv2d(x, weight, None, tuple(stride), same_padding(weight)[::2], groups=x.shape[1])
         outputs.append(F.batch_norm(y, None, None, gamma, beta, True, 0.0, epsilon))
     return ACTIVATE[activation](sum(outputs[1:], outputs[0]))
 
@@ -31,16 +31,15 @@ def feed_forward(
 
 
 def branched_depthwise_backward(
-    convolve, convolve_backward, grad, x, weights, gammas, betas, mean, variance, eps, stride, activation, wants_x
+    p: Primitives, grad, x, weights, gammas, betas, mean, variance, eps, stride, activation, wants_x
 ) -> list[Tensor]:
-    """Gradients of x, where wanted, then of weight, gamma and beta of each branch, from a backend's convolutions.
+    """Gradients of x, where wanted, then of weight, gamma and beta of each branch, on the primitives of a backend.
 
     As ``csrc/cpu/branched_depthwise_backward.cpp``, whose comment has the formulas, for every stride.
     """
     deviations = [(v + e).sqrt() for v, e in zip(variance, eps, strict=True)]
-    centred = [
-        convolve(x, w, -m, stride, _padding(w)) for w, m in zip(weights, mean, strict=True)
-    ]  # the convolutions minus their means
+    # The convolutions minus their means.
+    centred = [p.convolve(x, w, -m, stride, same_padding(w)) for w, m in zip(weights, mean, strict=True)]
     if activation != "none":
         parts = [
             torch.addcmul(beta[:, None, None], y, (gamma / deviation)[:, None, None])
@@ -58,7 +57,7 @@ def branched_depthwise_backward(
         shift, slope = -scale * beta_grad / count, -scale * gamma_grad / (deviation * count)
         y_grad = torch.addcmul(shift[:, None, None], grad, scale[:, None, None]).addcmul_(y, slope[:, None, None])
         mask = (wants_x, True, False)
-        x_part, weight_grad, _ = convolve_backward(y_grad, x, weight, stride, _padding(weight), mask)
+        x_part, weight_grad, _ = p.convolve_backward(y_grad, x, weight, stride, same_padding(weight), mask)
         x_grad = x_part if x_grad is None else x_grad + x_part
         grads += [weight_grad, gamma_grad, beta_grad.clone()]
     return grads if x_grad is None else [x_grad, *grads]
@@ -80,7 +79,3 @@ def differentiably(function, grad: Tensor, args: Sequence) -> list[Tensor | None
         wanted = [t for t in flat if t.requires_grad]
         found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True, allow_unused=True))
     return [next(found) if t.requires_grad else None for t in flat]
-
-
-def _padding(weight: Tensor) -> tuple[int, int, int, int]:
-    return reference.same_padding(weight)

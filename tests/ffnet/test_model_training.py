@@ -148,6 +148,21 @@ def test_drop_path_and_checkpointing():
         torch.testing.assert_close(again.grad, grad, rtol=1e-3, atol=1e-3 * grad.abs().max().item() + 1e-9)
 
 
+def test_autocast_runs_the_layers(native_calls):
+    model = small_ffnet(channel_kernel=3)
+    fast, double = ffnet_kernels.optimize(model), copy.deepcopy(model).double()
+    expected = step(double)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, eager = step(fast), step(model)
+    assert out.dtype == eager.dtype == torch.bfloat16
+    assert not native_calls
+    assert (out.double() - expected).abs().max() <= error_limit(expected, eager)
+    for own, other, exact in zip(fast.parameters(), model.parameters(), gradients(double), strict=True):
+        assert own.grad.dtype == other.grad.dtype == torch.float32
+        error, plain = ((p.grad.double() - exact).norm() for p in (own, other))
+        assert error <= 2 * plain + 1e-3 * max(g.norm() for g in gradients(double))
+
+
 def test_other_dtypes_are_the_plain_model():
     model = small_ffnet(channel_kernel=3).double()
     fast = ffnet_kernels.optimize(model)

@@ -294,6 +294,8 @@ def test_raw_operators_refuse_what_they_cannot_read():
     with pytest.raises(RuntimeError, match="channels-last"):
         ops.feed_forward(x, matrix, vector, matrix, vector, "gelu", vector, None)
     channels_last = x.contiguous(memory_format=torch.channels_last)
+    with pytest.raises(RuntimeError, match="empty"):
+        ops.feed_forward(channels_last[:0], matrix, vector, matrix, vector, "gelu", vector, None)
     with pytest.raises(RuntimeError, match="8 columns"):
         ops.feed_forward(channels_last, random(8, 7), vector, matrix, vector, "gelu", vector, None)
 
