@@ -315,7 +315,7 @@ class ChannelMixer(ResidualMixer):
         if not isinstance(self.main, MetaMixer) or not _is_gelu(self.main.part("activation")):
             return False
         expand, project = self.main.part("interaction"), self.main.part("aggregation")
-        return _is_plain_depthwise(self.main.part("query")) and is_pointwise(expand) and is_pointwise(project)
+        return _is_plain_depthwise(self.main.part("query")) and _is_plain_1x1(expand) and _is_plain_1x1(project)
 
     def fused_forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
         main: Any = self.main
@@ -369,3 +369,7 @@ def _is_plain_depthwise(conv: Any) -> bool:
         and all(k % 2 for k in conv.kernel_size)
         and (conv.padding == "same" or conv.padding == tuple(k // 2 for k in conv.kernel_size))
     )
+
+
+def _is_plain_1x1(conv: Any) -> bool:
+    return is_pointwise(conv) and conv.bias is not None
