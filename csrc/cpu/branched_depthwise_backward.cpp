@@ -148,74 +148,106 @@ PackedFilter turned_filter(const Branch& branch, const Lanes& lanes, float* out)
   return filter;
 }
 
-void run_task(void* context, int64_t task) {
-  const Work& work = *static_cast<const Work*>(context);
-  const BranchedDepthwiseBackward& op = work.op;
-  const BranchedDepthwise& f = op.forward;
-  const Lanes lanes = work.lanes(work.tiling.vector(task));
-  const int64_t line = f.w * kLanes, strip = max_of(1, kStripFloats / line);
-  const bool direct = in_place<float>(lanes, op.x_grad_stride.c);
-
-  Gradients gradients(work, lanes);
-  RowRing y_grad[kMaxBranches];
-  int64_t floats = gradients.scratch_floats() + 2 * line;
-  for (int b = 0; b < f.branches; ++b) {
-    const int64_t pad = pad_top(f.branch[b]);
-    y_grad[b] = RowRing(f.h, f.w, f.h, pad, pad);
-    floats += y_grad[b].scratch_floats() + packed_floats<FloatTaps>(f.branch[b].filter);
+// The second pass of one vector of channels.
+class Task {
+ public:
+  Task(const Work& work, const Lanes& lanes, float* weights)
+      : op_(work.op),
+        f_(work.op.forward),
+        lanes_(lanes),
+        line_(f_.w * kLanes),
+        direct_(in_place<float>(lanes, op_.x_grad_stride.c)),
+        weights_(weights),
+        gradients_(work, lanes) {
+    int64_t floats = gradients_.scratch_floats() + 2 * line_;
+    for (int b = 0; b < f_.branches; ++b) {
+      const int64_t pad = pad_top(f_.branch[b]);
+      y_grad_[b] = RowRing(f_.h, f_.w, f_.h, pad, pad);
+      floats += y_grad_[b].scratch_floats() + packed_floats<FloatTaps>(f_.branch[b].filter);
+    }
+    Arena arena(floats);
+    gradients_.place(arena);
+    for (int b = 0; b < f_.branches; ++b) {
+      const Branch& branch = f_.branch[b];
+      y_grad_[b].place(arena);
+      turned_[b] = turned_filter(branch, lanes, arena.floats(packed_floats<FloatTaps>(branch.filter)));
+      at_[b] = coefficients(op_, b, lanes);
+      conv_row_[b] = select_conv_row<FloatTaps>(branch.filter, 1);
+    }
+    out_line_ = arena.floats(line_), other_line_ = arena.floats(line_);
   }
-  Arena arena(floats);
-  gradients.place(arena);
-  PackedFilter turned[kMaxBranches];
-  Coefficients at[kMaxBranches];
-  for (int b = 0; b < f.branches; ++b) {
-    y_grad[b].place(arena);
-    turned[b] = turned_filter(f.branch[b], lanes, arena.floats(packed_floats<FloatTaps>(f.branch[b].filter)));
-    at[b] = coefficients(op, b, lanes);
-  }
-  float *out_line = arena.floats(line), *other_line = arena.floats(line);
-  float* weights = work.weights.start(task);
 
-  work.tiling.for_each_strip(task, [&](int64_t n, int64_t, int64_t, bool) {
-    gradients.start_image(n);
-    for (int64_t r = 0; r < f.h; ++r) {
+  void run(int64_t n) {
+    make_y_grad(n);
+    add_weights();
+    for (int64_t r = 0; op_.x_grad && r < f_.h; ++r) make_x_grad(n, r);
+  }
+
+ private:
+  void make_y_grad(int64_t n) {
+    gradients_.start_image(n);
+    for (int64_t r = 0; r < f_.h; ++r) {
       const float* y[kMaxBranches];
-      const float* g = gradients.make(r, y);
-      for (int b = 0; b < f.branches; ++b) {
-        float* to = y_grad[b].line(r);
-        for (int64_t i = 0; i < line; i += kLanes)
-          fma(Vec::load(g + i), at[b].scale, fma(Vec::load(y[b] + i), at[b].slope, at[b].shift)).store(to + i);
+      const float* g = gradients_.make(r, y);
+      for (int b = 0; b < f_.branches; ++b) {
+        float* to = y_grad_[b].line(r);
+        for (int64_t i = 0; i < line_; i += kLanes)
+          fma(Vec::load(g + i), at_[b].scale, fma(Vec::load(y[b] + i), at_[b].slope, at_[b].shift)).store(to + i);
       }
     }
-    float* sums = weights;
-    for (int b = 0; b < f.branches; ++b) {
-      const Filter& filter = f.branch[b].filter;
-      for (int64_t r = 0; r < f.h; r += strip)
-        add_filter_sums<1>({y_grad[b].window(r), gradients.x().window(r - pad_top(f.branch[b])), min_of(strip, f.h - r),
-                            1, 0, f.w, -pad_left(f.branch[b]), f.w},
-                           filter.kh, filter.kw, sums);
-      sums += filter.kh * filter.kw * kLanes;
+  }
+
+  void add_weights() {
+    const int64_t strip = max_of(1, kStripFloats / line_);
+    float* sums = weights_;
+    for (int b = 0; b < f_.branches; ++b) {
+      const Branch& branch = f_.branch[b];
+      const int64_t kh = branch.filter.kh, kw = branch.filter.kw;
+      for (int64_t r = 0; r < f_.h; r += strip)
+        add_filter_sums<1>({y_grad_[b].window(r), gradients_.x().window(r - pad_top(branch)), min_of(strip, f_.h - r),
+                            1, 0, f_.w, -pad_left(branch), f_.w},
+                           kh, kw, sums);
+      sums += kh * kw * kLanes;
     }
-    for (int64_t r = 0; op.x_grad && r < f.h; ++r) {
-      float* row = op.x_grad + n * op.x_grad_stride.n + r * op.x_grad_stride.h;
-      const RowOutput out =
-          direct ? RowOutput{row + lanes.first, op.x_grad_stride.w, 0, f.w} : RowOutput{out_line, kLanes, 0, f.w};
-      for (int b = 0; b < f.branches; ++b) {
-        const RowInput in{y_grad[b].window(r - pad_top(f.branch[b])), kLanes, f.w};
-        const ConvRow conv_row = select_conv_row<FloatTaps>(f.branch[b].filter, 1);
-        if (b == 0) {
-          conv_row(in, turned[b], out);
-          continue;
-        }
-        conv_row(in, turned[b], {other_line, kLanes, 0, f.w});
-        for (int64_t i = 0; i < f.w; ++i) {
-          float* to = out.data + i * out.pixel;
-          (Vec::load(to) + Vec::load(other_line + i * kLanes)).store(to);
-        }
+  }
+
+  void make_x_grad(int64_t n, int64_t r) {
+    float* row = op_.x_grad + n * op_.x_grad_stride.n + r * op_.x_grad_stride.h;
+    const RowOutput out =
+        direct_ ? RowOutput{row + lanes_.first, op_.x_grad_stride.w, 0, f_.w} : RowOutput{out_line_, kLanes, 0, f_.w};
+    for (int b = 0; b < f_.branches; ++b) {
+      const RowInput in{y_grad_[b].window(r - pad_top(f_.branch[b])), kLanes, f_.w};
+      if (b == 0) {
+        conv_row_[b](in, turned_[b], out);
+        continue;
       }
-      if (!direct) scatter_row(out_line, f.w, lanes, row, op.x_grad_stride.c, op.x_grad_stride.w);
+      conv_row_[b](in, turned_[b], {other_line_, kLanes, 0, f_.w});
+      for (int64_t i = 0; i < f_.w; ++i) {
+        float* to = out.data + i * out.pixel;
+        (Vec::load(to) + Vec::load(other_line_ + i * kLanes)).store(to);
+      }
     }
-  });
+    if (!direct_) scatter_row(out_line_, f_.w, lanes_, row, op_.x_grad_stride.c, op_.x_grad_stride.w);
+  }
+
+  const BranchedDepthwiseBackward& op_;
+  const BranchedDepthwise& f_;
+  Lanes lanes_;
+  int64_t line_;
+  bool direct_;  // rows of the gradient are written where they belong
+  float* weights_;
+  Gradients gradients_;
+  RowRing y_grad_[kMaxBranches];
+  PackedFilter turned_[kMaxBranches];
+  Coefficients at_[kMaxBranches];
+  ConvRow conv_row_[kMaxBranches];
+  float *out_line_, *other_line_;
+};
+
+void run_task(void* context, int64_t index) {
+  const Work& work = *static_cast<const Work*>(context);
+  Task task(work, work.lanes(work.tiling.vector(index)), work.weights.start(index));
+  work.tiling.for_each_strip(index, [&](int64_t n, int64_t, int64_t, bool) { task.run(n); });
 }
 
 void finish_weights(void* context, int64_t vector) {
