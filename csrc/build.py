@@ -55,7 +55,8 @@ ISA_FLAGS = {
 KERNEL_SOURCES = [
     "kernels.cpp", "conv_row.cpp", "product.cpp", "depthwise_conv2d.cpp", "depthwise_conv2d_backward.cpp",
     "ffnified_attention.cpp", "ffnified_attention_backward.cpp", "channel_mixer.cpp", "conv2d.cpp",
-    "pointwise_conv2d.cpp",
+    "pointwise_conv2d.cpp", "pointwise_conv2d_backward.cpp", "branched_depthwise.cpp",
+    "branched_depthwise_backward.cpp", "feed_forward.cpp",
 ]  # fmt: skip
 COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra"]
 CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
@@ -102,7 +103,7 @@ def plan(ninja: Ninja, out: Path, compiler: list[str], sanitize: bool) -> dict[s
             flags = [*KERNEL_FLAGS, *ISA_FLAGS[isa]]
             objects.append(compile_one(CSRC / "cpu" / source, f"{isa}_{Path(source).stem}", flags))
     binding_flags = ["-isystem", str(include), target_version_flag()]
-    for name in ("torch_cpu", "torch_cpu_backward"):
+    for name in ("torch_cpu", "torch_cpu_backward", "torch_cpu_training"):
         objects.append(compile_one(CSRC / "bindings" / f"{name}.cpp", name, binding_flags))
     link = [*compiler, "-shared", *extra]
     cpu_library = ninja.add(

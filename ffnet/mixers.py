@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 import ffnet_kernels
+from ffnet_kernels import training
 
-from .layers import BranchedDepthwise, ConvBN, DropPath, widen
+from .layers import BranchedDepthwise, ConvBN, DropPath, is_pointwise, pointwise, widen
 
 __all__ = [
     "AttentionScores",
@@ -178,6 +179,7 @@ class ResidualMixer(nn.Module):
     """
 
     operator: ClassVar[str]
+    training_operator: ClassVar[str]
 
     def __init__(
         self,
@@ -198,8 +200,11 @@ class ResidualMixer(nn.Module):
             self.layer_scale = nn.Parameter(torch.full((dim, 1, 1), layer_scale_init, device=device, dtype=dtype))
         self.drop_path = DropPath(drop_path)
         self.kernels_enabled = False
+        self.training_kernels = False
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.training_kernels and self.training and not training.is_hooked(*self.main.modules()):
+            return self.training_forward(x)
         if not self.kernels_enabled:
             y = self.main(x)
             return x + self.drop_path(y if self.layer_scale is None else y * self.layer_scale)
@@ -230,6 +235,25 @@ class ResidualMixer(nn.Module):
         self.kernels_enabled = True
         return self.operator
 
+    def training_forward(self, x: Tensor) -> Tensor:
+        """``forward`` in training mode, its layers joined to operators of ``ffnet_kernels.training``."""
+        raise NotImplementedError(f"{type(self).__name__} has no operators for training")
+
+    def training_kernels_apply(self) -> bool:
+        """Whether ``main`` has the parts that `training_forward` takes."""
+        return False
+
+    def enable_training_kernels(self) -> str | None:
+        """Lets `training_forward` run this mixer in training mode from now on, if it can; hooks in it still fire.
+
+        Returns:
+            The operator's name, or None where it does not apply; nothing is changed then.
+        """
+        if self.kernels_enabled or not self.training_kernels_apply():
+            return None
+        self.training_kernels = True
+        return self.training_operator
+
     @torch.no_grad()
     def fold_extras(self) -> None:
         """Folds the layer scale, in place, into the mixer's last convolution; no-op if that is not plain."""
@@ -247,6 +271,7 @@ class TokenMixer(ResidualMixer):
     """Residual wrapper of a block's token mixer; its operator is ``ffnet_kernels.ffnified_attention``."""
 
     operator = "ffnified_attention"
+    training_operator = "branched_depthwise + gelu"
 
     def kernels_apply(self) -> bool:
         if not isinstance(self.main, MetaMixer) or not _is_gelu(self.main.part("activation")):
@@ -257,9 +282,8 @@ class TokenMixer(ResidualMixer):
     def fused_forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
         main: Any = self.main
         key, value = main.part("interaction"), main.part("aggregation")
-        query = main.part("query")
         return ffnet_kernels.ffnified_attention(
-            ffnet_kernels.conv2d(x, query.weight, query.bias) if _is_plain_1x1(query) else query(x),
+            pointwise(main.part("query"), x),
             key.weight,
             key.bias,
             value.weight,
@@ -269,11 +293,23 @@ class TokenMixer(ResidualMixer):
             residual=residual,
         )
 
+    def training_kernels_apply(self) -> bool:
+        if not isinstance(self.main, MetaMixer) or not _is_gelu(self.main.part("activation")):
+            return False
+        return type(self.main.part("interaction")) is BranchedDepthwise
+
+    def training_forward(self, x: Tensor) -> Tensor:
+        main: Any = self.main
+        hidden = main.part("interaction")(main.part("query")(x), activation="gelu")
+        y = main.part("aggregation")(hidden)
+        return x + self.drop_path(y if self.layer_scale is None else y * self.layer_scale)
+
 
 class ChannelMixer(ResidualMixer):
     """Residual wrapper of a block's channel mixer; its operator is ``ffnet_kernels.channel_mixer``."""
 
     operator = "channel_mixer"
+    training_operator = "feed_forward"
 
     def kernels_apply(self) -> bool:
         if not isinstance(self.main, MetaMixer) or not _is_gelu(self.main.part("activation")):
@@ -297,15 +333,36 @@ class ChannelMixer(ResidualMixer):
             residual=residual,
         )
 
+    def training_kernels_apply(self) -> bool:
+        if not isinstance(self.main, MetaMixer) or not _is_gelu(self.main.part("activation")):
+            return False
+        return is_pointwise(self.main.part("interaction")) and is_pointwise(self.main.part("aggregation"))
+
+    def training_forward(self, x: Tensor) -> Tensor:
+        main: Any = self.main
+        expand, project = main.part("interaction"), main.part("aggregation")
+        y = training.feed_forward(
+            main.part("query")(x),
+            expand.weight,
+            expand.bias,
+            project.weight,
+            project.bias,
+            activation="gelu",
+            scale=self.layer_scale,
+            residual=None if self.drop_path.active else x,
+        )
+        return x + self.drop_path(y) if self.drop_path.active else y
+
 
 def _is_gelu(module: nn.Module) -> bool:
     return type(module) is nn.GELU and module.approximate == "none"
 
 
-def _is_plain(conv: Any) -> bool:
-    """Biased, zero-padded convolution with stride 1 and an output of the input's size."""
+def _is_plain_depthwise(conv: Any) -> bool:
+    """Biased, zero-padded depthwise convolution with stride 1 and an output of the input's size."""
     return (
         type(conv) is nn.Conv2d
+        and conv.groups == conv.in_channels == conv.out_channels
         and conv.bias is not None
         and conv.stride == conv.dilation == (1, 1)
         and conv.padding_mode == "zeros"
@@ -314,9 +371,5 @@ def _is_plain(conv: Any) -> bool:
     )
 
 
-def _is_plain_depthwise(conv: Any) -> bool:
-    return _is_plain(conv) and conv.groups == conv.in_channels == conv.out_channels
-
-
 def _is_plain_1x1(conv: Any) -> bool:
-    return _is_plain(conv) and conv.kernel_size == (1, 1) and conv.groups == 1
+    return is_pointwise(conv) and conv.bias is not None

@@ -1,6 +1,7 @@
 """Fused kernels for large depthwise convolution and FFNet's two mixers, with a plain PyTorch fallback for all."""
 
 from . import operators as operators  # registers torch.ops.ffnet_kernels
+from . import training as training  # ... and torch.ops.ffnet_kernels_training
 from .dispatch import BackendError, available_backends, use_backend
 from .functional import channel_mixer, conv2d, depthwise_conv2d, explain, ffnified_attention
 from .info import info
@@ -25,6 +26,7 @@ __all__ = [
     "info",
     "optimize",
     "selftest",
+    "training",
     "use_backend",
     "warmup",
 ]

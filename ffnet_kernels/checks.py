@@ -79,6 +79,19 @@ def channel_mixer(
     return x, weight, bias, expand_weight, expand_bias, project_weight, project_bias, activation, scale, residual
 
 
+def feed_forward(x, expand_weight, expand_bias, project_weight, project_bias, activation, scale, residual) -> tuple:
+    _check_map("x", x)
+    expand_weight = _matrix("expand_weight", expand_weight, x.shape[1], x)
+    hidden = expand_weight.shape[0]
+    project_weight = _matrix("project_weight", project_weight, hidden, x)
+    outputs = project_weight.shape[0]
+    expand_bias = _channel_vector("expand_bias", expand_bias, hidden, x)
+    project_bias = _channel_vector("project_bias", project_bias, outputs, x)
+    scale = _channel_vector("scale", scale, outputs, x)
+    _check_residual(residual, x, outputs)
+    return x, expand_weight, expand_bias, project_weight, project_bias, _activation(activation), scale, residual
+
+
 def _check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")

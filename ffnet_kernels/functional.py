@@ -72,7 +72,8 @@ def conv2d(
     """Convolution of one group with its activation: ``act(conv(x; weight) + bias)``, for what stands around depthwise
     layers: 1×1 projections and strided stems.
 
-    It has a kernel on the CPU, without gradient; elsewhere, and in backward passes, plain PyTorch runs.
+    It has a kernel on the CPU, and one for the gradients of 1×1 convolutions of channels-last float32 maps without
+    activation; elsewhere plain PyTorch runs.
 
     Args:
         x: ``[N, C, H, W]``.

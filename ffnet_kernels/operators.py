@@ -82,7 +82,7 @@ OPERATORS = (
     ),
 )
 
-#: Runs on the CPU's kernels or on the reference; its gradients are torch's.
+#: Runs on the CPU's kernels or on the reference.
 CONV2D = Operator(
     "conv2d",
     "Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[4] padding, str activation",

@@ -34,7 +34,8 @@ def optimize(model: nn.Module) -> nn.Module:
       fused: a hook that is put on the convolution later sees the activated map. In eval mode the same holds for 1×1
       convolutions and those of images, which become :class:`Conv2d`.
     - A module that defines ``kernel_ready()`` supplies its copy itself (an FFNet in eval mode: reparameterised), and
-      one that defines ``enable_kernels()`` puts itself on an operator and answers its name, or None.
+      one that defines ``enable_kernels()`` puts itself on an operator and answers its name, or None. Of a model in
+      training mode, one that defines ``enable_training_kernels()`` does the same for its training steps.
 
     In eval mode the weights of 2-D convolutions become channels-last, and with them the maps; depthwise filters are
     stored channels innermost where kernels read them. Strides change; values, shapes and the state dict do not.
@@ -83,6 +84,11 @@ def _replace(model: nn.Module) -> list[Replacement]:
         if operator is not None:
             replacements.append(Replacement(path, operator))
             on_operators.update(module.modules())
+    for path, module in model.named_modules():
+        enable = getattr(module, "enable_training_kernels", None)
+        operator = enable() if model.training and callable(enable) else None
+        if operator is not None:
+            replacements.append(Replacement(path, operator))
     homes = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     replaced: dict[nn.Module, nn.Conv2d] = {}  # a layer with several homes stays one layer
     for path, module in list(model.named_modules()):

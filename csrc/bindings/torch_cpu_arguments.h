@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <optional>
 #include <string>
@@ -52,6 +53,23 @@ inline void check_cpu(const Tensor& t, const char* name, int64_t dim, const Tens
 }
 
 inline Strides strides(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
+
+// Whether a tensor is a dense channels-last float32 map: a matrix [pixels][channels].
+inline bool is_pixel_matrix(const Tensor& t) {
+  if (!t.is_cpu() || t.scalar_type() != ScalarType::Float || t.dim() != 4) return false;
+  const int64_t c = t.size(1), w = t.size(3), stride[] = {t.size(2) * w * c, 1, w * c, c};
+  for (int d = 0; d < 4; ++d)
+    if (t.size(d) != 1 && t.stride(d) != stride[d]) return false;
+  return true;
+}
+
+inline int64_t pixels(const Tensor& map) { return map.size(0) * map.size(2) * map.size(3); }
+
+inline bool has_size(const Tensor& map, const std::array<int64_t, 4>& size) {
+  for (int d = 0; d < 4; ++d)
+    if (map.size(d) != size[d]) return false;
+  return true;
+}
 
 // A per-channel vector as contiguous float32; keeps the copy alive where one was needed.
 class ChannelVector {

@@ -113,9 +113,40 @@ std::vector<Tensor> ffnified_attention_backward(const Tensor& grad, const Tensor
   return grads.take();
 }
 
+// Whether a 1x1 convolution of pixels is what the call differentiates.
+bool is_pointwise(const Tensor& grad, const Tensor& x, const Tensor& weight, const std::vector<int64_t>& stride,
+                  const std::vector<int64_t>& padding, const std::string& activation) {
+  const auto all = [](const std::vector<int64_t>& values, int64_t value) {
+    return std::all_of(values.begin(), values.end(), [&](int64_t v) { return v == value; });
+  };
+  // A dense weight [outputs, inputs, 1, 1] is such a matrix, too.
+  return is_pixel_matrix(grad) && is_pixel_matrix(x) && is_pixel_matrix(weight) && x.numel() > 0 &&
+         weight.size(0) > 0 && has_size(weight, {weight.size(0), x.size(1), 1, 1}) &&
+         has_size(grad, {x.size(0), weight.size(0), x.size(2), x.size(3)}) && all(stride, 1) && all(padding, 0) &&
+         activation == "none";
+}
+
+std::vector<Tensor> conv2d_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const Optional& bias,
+                                    const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                                    const std::string& activation, const std::vector<bool>& mask) {
+  const bool bias_alone = mask.size() == 3 && mask[2] && !mask[1];
+  if (bias_alone || !is_pointwise(grad, x, weight, stride, padding, activation))
+    return composed("ffnet_kernels::conv2d_backward_composed", mask, grad, x, weight, bias, stride, padding,
+                    activation);
+  const ChannelVector checked(bias, "bias", weight.size(0), x);
+  Gradients grads({&x, &weight, pointer(bias)}, mask);
+  const auto data = [&](size_t i) { return static_cast<float*>(grads.data(i)); };
+  ffnet::active_kernels().pointwise_conv2d_backward(
+      {pixels(x), x.size(1), weight.size(0), grad.const_data_ptr<float>(), x.const_data_ptr<float>(),
+       weight.const_data_ptr<float>(), data(0), data(1), data(2)},
+      executor());
+  return grads.take();
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(ffnet_kernels, CPU, m) {
+  m.impl("conv2d_backward", TORCH_BOX(&conv2d_backward));
   m.impl("depthwise_conv2d_backward", TORCH_BOX(&depthwise_conv2d_backward));
   m.impl("ffnified_attention_backward", TORCH_BOX(&ffnified_attention_backward));
 }

@@ -11,6 +11,11 @@ void ffnified_attention(const FfnifiedAttention&, const Executor&);
 void ffnified_attention_backward(const FfnifiedAttentionBackward&, const Executor&);
 void channel_mixer(const ChannelMixer&, const Executor&);
 void conv2d(const Conv2d&, const Executor&);
+void pointwise_conv2d_backward(const PointwiseConv2dBackward&, const Executor&);
+void branched_depthwise(const BranchedDepthwise&, const Executor&);
+void branched_depthwise_backward(const BranchedDepthwiseBackward&, const Executor&);
+void feed_forward(const FeedForward&, const Executor&);
+void feed_forward_backward(const FeedForwardBackward&, const Executor&);
 }  // namespace FFNET_ISA
 
 #define FFNET_JOIN(a, b) a##b
@@ -29,6 +34,11 @@ const Kernels* FFNET_TABLE_NAME(FFNET_ISA)() {
       FFNET_ISA::ffnified_attention_backward,
       FFNET_ISA::channel_mixer,
       FFNET_ISA::conv2d,
+      FFNET_ISA::pointwise_conv2d_backward,
+      FFNET_ISA::branched_depthwise,
+      FFNET_ISA::branched_depthwise_backward,
+      FFNET_ISA::feed_forward,
+      FFNET_ISA::feed_forward_backward,
   };
   return &table;
 }

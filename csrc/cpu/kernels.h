@@ -152,6 +152,19 @@ struct FfnifiedAttentionBackward {
   void* scale_grad;  // [C] contiguous
 };
 
+// Gradients of a 1x1 convolution; maps are dense and channels-last, [pixels][channels], all float32 and contiguous.
+struct PointwiseConv2dBackward {
+  int64_t pixels, inputs, outputs;
+  const float *grad, *x, *weight;
+  float *x_grad, *weight_grad, *bias_grad;  // may be null; the bias' needs the weight's
+};
+
+// training.h
+struct BranchedDepthwise;
+struct BranchedDepthwiseBackward;
+struct FeedForward;
+struct FeedForwardBackward;
+
 struct Kernels {
   const char* isa;
   int lanes;                                    // channels computed together
@@ -162,6 +175,11 @@ struct Kernels {
   void (*ffnified_attention_backward)(const FfnifiedAttentionBackward&, const Executor&);
   void (*channel_mixer)(const ChannelMixer&, const Executor&);
   void (*conv2d)(const Conv2d&, const Executor&);
+  void (*pointwise_conv2d_backward)(const PointwiseConv2dBackward&, const Executor&);
+  void (*branched_depthwise)(const BranchedDepthwise&, const Executor&);
+  void (*branched_depthwise_backward)(const BranchedDepthwiseBackward&, const Executor&);
+  void (*feed_forward)(const FeedForward&, const Executor&);
+  void (*feed_forward_backward)(const FeedForwardBackward&, const Executor&);
 };
 
 // Instruction sets, slowest first; null where this build holds none for them.

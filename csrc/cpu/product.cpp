@@ -78,6 +78,7 @@ void add_product(int64_t rows, int64_t columns, const float* a, int64_t stride, 
   template void add_product<Taps, Order::order>(int64_t, int64_t, const float*, int64_t, int64_t, const float*, float*);
 FFNET_ADD_PRODUCT(FloatTaps, by_rows)
 FFNET_ADD_PRODUCT(FloatTaps, by_rows_ahead)
+FFNET_ADD_PRODUCT(FloatTaps, by_columns)
 #if defined(__AVX512BF16__)
 FFNET_ADD_PRODUCT(PairTaps, by_rows)
 FFNET_ADD_PRODUCT(PairTaps, by_rows_ahead)

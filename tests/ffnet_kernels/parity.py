@@ -15,6 +15,7 @@ from torch import Tensor
 import ffnet_kernels as fk
 from ffnet_kernels import checks, dispatch, native
 from ffnet_kernels.backends import reference
+from ffnet_kernels.operators import CONV2D
 from ffnet_kernels.operators import OPERATORS as DEFINITIONS
 from ffnet_kernels.selftest import error_limit as error_limit
 
@@ -235,7 +236,7 @@ def check_gradients(
     args = case.checked()
     out = reference_of(case.operator, args)[1]
     grad = laid_out(out.shape, layout, torch.Generator().manual_seed(0), dtype=out.dtype)
-    places = OPERATORS_BY_NAME[case.operator].tensors
+    places = (CONV2D if case.operator == "conv2d" else OPERATORS_BY_NAME[case.operator]).tensors
     mask = [args[i] is not None and (wanted is None or i in wanted) for i in places]
     call = (grad, *args, mask)
     expected, eager = reference_of(f"{case.operator}_backward", call)
@@ -270,6 +271,8 @@ def check_gradients(
 def backward_of(backend: str, operator: str) -> Callable[..., list[Tensor]]:
     """A backend's own gradients of an operator; Triton's are registered in a namespace of their own."""
     name = f"{operator}_backward"
+    if operator == "conv2d":
+        return torch.ops.ffnet_kernels.conv2d_backward.default
     return getattr(torch.ops.ffnet_kernels_triton if backend == "triton" else dispatch.BACKENDS[backend], name)
 
 

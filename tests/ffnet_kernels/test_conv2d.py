@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import ffnet_kernels as fk
-from ffnet_kernels import checks
+from ffnet_kernels import checks, dispatch
 from ffnet_kernels.backends import reference
 
 _kernels = st.sampled_from([(1, 1), (1, 1), (3, 3), (2, 3), (5, 1), (7, 7)])
@@ -66,8 +66,56 @@ def test_the_dispatcher_knows_it():
     torch.library.opcheck(torch.ops.ffnet_kernels.conv2d.default, checks.conv2d(*args, **options))
 
 
+@pytest.fixture
+def composed(monkeypatch):
+    """The backward operators that were composed, for calls that no kernel takes."""
+    names, select = [], dispatch.select
+    monkeypatch.setattr(dispatch, "select", lambda name, args: names.append(name) or select(name, args))
+    return names
+
+
+def pointwise(shape, outputs, bias=True, layout="channels_last", kernel=1, **options):
+    generator = torch.Generator().manual_seed(0)
+    x = parity.laid_out(shape, layout, generator)
+    weight = torch.randn(outputs, shape[1], kernel, kernel, generator=generator) / shape[1] ** 0.5
+    return parity.Case("conv2d", (x, weight, torch.randn(outputs, generator=generator) if bias else None), options)
+
+
 @parity.needs_native
-def test_gradients_behind_the_kernel_are_torchs():
+@pytest.mark.parametrize("wanted", [None, {0}, {1}, {1, 2}], ids=["all", "x", "weight", "weight and bias"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("shape", "outputs"), [((2, 32, 16, 16), 64), ((3, 21, 5, 3), 9), ((1, 200, 40, 41), 33)])
+def test_gradients_of_pointwise_convolutions(shape, outputs, bias, wanted, composed):
+    parity.check_gradients(pointwise(shape, outputs, bias), layout="channels_last", wanted=wanted)
+    assert not composed
+
+
+WITHOUT_KERNEL = {
+    "an NCHW map": {"layout": "nchw"},
+    "a map with gaps": {"layout": "channel_slice"},
+    "a 3x3 filter": {"kernel": 3},
+    "a stride": {"stride": 2},
+    "padding": {"padding": 1},
+    "an activation": {"activation": "relu"},
+}
+
+
+@parity.needs_native
+@pytest.mark.parametrize("options", WITHOUT_KERNEL.values(), ids=WITHOUT_KERNEL)
+def test_gradients_without_a_kernel(options, composed):
+    parity.check_gradients(pointwise((2, 18, 8, 9), 20, **options), layout="channels_last")
+    assert set(composed) == {"conv2d_backward"}
+
+
+@parity.needs_native
+@pytest.mark.parametrize(("layout", "wanted"), [("nchw", None), ("channels_last", {2})])
+def test_incoming_gradients_and_masks_without_a_kernel(layout, wanted, composed):
+    parity.check_gradients(pointwise((2, 18, 8, 9), 20), layout=layout, wanted=wanted)
+    assert set(composed) == {"conv2d_backward"}
+
+
+@parity.needs_native
+def test_gradients_behind_the_composed_path_are_torchs():
     args, options = example(requires_grad=True)
     with fk.use_backend("cpu"):
         fk.conv2d(*args, **options).square().sum().backward()
@@ -91,6 +139,23 @@ def test_threads_do_not_show(dtype):
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@parity.needs_native
+@parity.every_isa
+def test_threads_do_not_show_in_gradients(isa):
+    case, results = pointwise((1, 200, 40, 41), 33), []
+    args = [a.requires_grad_() for a in case.args]
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            with parity.selected_isa(isa), fk.use_backend("cpu"):
+                results.append(torch.autograd.grad(case.run().square().sum(), args))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
 
 
 @pytest.mark.parametrize(
@@ -117,6 +182,15 @@ def test_the_raw_operator_checks_what_it_reads(position):
     call[position] = call[position].double()
     with torch.no_grad(), pytest.raises(RuntimeError, match="must be"):
         torch.ops.ffnet_kernels.conv2d.default(*call)
+
+
+@parity.needs_native
+@pytest.mark.parametrize("bias", [torch.ones(8), torch.ones(9).double(), torch.ones(9, 1)])
+def test_the_raw_gradients_check_what_they_write(bias):
+    x, weight, _ = pointwise((2, 8, 5, 4), 9).args
+    grad = torch.ones(2, 9, 5, 4).contiguous(memory_format=torch.channels_last)
+    with pytest.raises(RuntimeError, match="bias must"):
+        torch.ops.ffnet_kernels.conv2d_backward(grad, x, weight, bias, [1, 1], [0] * 4, "none", [True] * 3)
 
 
 def test_optimized_in_eval_mode_only():

@@ -8,6 +8,7 @@ import pytest
 from native_build import ROOT, build_with_fault, run_tests, sanitizer_environment
 
 PARITY = "tests/ffnet_kernels/test_parity.py"
+OTHERS = ("tests/ffnet_kernels/test_conv2d.py", "tests/ffnet_kernels/test_training_operators.py")
 QUICK = "--hypothesis-profile=quick"
 
 #: Faults are planted where the binding hands a call to the kernels, in what it tells them.
@@ -37,6 +38,8 @@ def test_parity_under_sanitizers(tmp_path):
     result = run_tests(tmp_path, PARITY, QUICK, environment=environment)
     assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
     assert "6 passed" in result.stdout
+    result = run_tests(tmp_path, *OTHERS, QUICK, environment=environment)
+    assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
 
 
 @pytest.mark.sanitize

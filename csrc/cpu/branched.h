@@ -1,0 +1,78 @@
+// What the forward and the backward pass of a branched depthwise layer share.
+#pragma once
+
+#include "row_ring.h"
+#include "rows.h"
+#include "training.h"
+
+namespace ffnet::FFNET_ISA {
+
+// A vector of channels of an array with an element for each channel; lanes without a channel are 0.
+FFNET_INLINE Vec lanes_of(const float* array, const Lanes& lanes) {
+  return Vec::load_first(array + lanes.first, lanes.count);
+}
+
+// gamma / sqrt(variance + eps), and 1 / sqrt(variance + eps).
+struct NormScale {
+  Vec scale, inverse_deviation;
+};
+inline NormScale norm_scale(const Branch& branch, const Lanes& lanes) {
+  float inverse[kLanes];
+  for (int64_t l = 0; l < kLanes; ++l)
+    inverse[l] = l < lanes.count ? 1 / __builtin_sqrtf(branch.variance[lanes.first + l] + branch.eps) : 0;
+  const Vec deviation = Vec::load(inverse);
+  return {lanes_of(branch.gamma, lanes) * deviation, deviation};
+}
+
+FFNET_INLINE int64_t pad_top(const Branch& branch) { return branch.filter.kh / 2; }
+FFNET_INLINE int64_t pad_left(const Branch& branch) { return branch.filter.kw / 2; }
+
+// The branches' filters of a task, the rows of x they read, a line of output for each.
+class BranchRows {
+ public:
+  BranchRows(const BranchedDepthwise& op, int64_t capacity) : op_(op) {
+    int64_t before = 0, after = 0;
+    for (int b = 0; b < op.branches; ++b) {
+      const Branch& branch = op.branch[b];
+      before = max_of(before, pad_top(branch));
+      after = max_of(after, (op.out_h - 1) * op.stride_h - pad_top(branch) + branch.filter.kh - op.h);
+    }
+    x_ = RowRing(op.h, op.w, capacity, before, after);
+  }
+  int64_t scratch_floats() const {
+    int64_t floats = x_.scratch_floats();
+    for (int b = 0; b < op_.branches; ++b)
+      floats += packed_floats<FloatTaps>(op_.branch[b].filter) + op_.out_w * kLanes;
+    return floats;
+  }
+  void place(Arena& arena, const Lanes& lanes) {
+    x_.place(arena);
+    for (int b = 0; b < op_.branches; ++b) {
+      const Branch& branch = op_.branch[b];
+      float* packed = arena.floats(packed_floats<FloatTaps>(branch.filter));
+      filter_[b] = pack_filter<float, FloatTaps>(branch.filter, lanes.first, lanes.count, op_.stride_w,
+                                                 pad_left(branch), packed);
+      bias_[b] = packed + branch.filter.kh * branch.filter.kw * kLanes;
+      conv_row_[b] = select_conv_row<FloatTaps>(branch.filter, op_.stride_w);
+      line_[b] = arena.floats(op_.out_w * kLanes);
+    }
+  }
+  RowRing& x() { return x_; }
+  // From now on `shift` is added to the outputs of a branch.
+  void set_shift(int b, Vec shift) { shift.store(bias_[b]); }
+  // Makes row r of a branch's convolution.
+  const float* make(int b, int64_t r) {
+    const float* const* rows = x_.window(r * op_.stride_h - pad_top(op_.branch[b]));
+    conv_row_[b]({rows, kLanes, op_.w}, filter_[b], {line_[b], kLanes, 0, op_.out_w});
+    return line_[b];
+  }
+
+ private:
+  const BranchedDepthwise& op_;
+  RowRing x_;
+  PackedFilter filter_[kMaxBranches];
+  ConvRow conv_row_[kMaxBranches];
+  float *bias_[kMaxBranches], *line_[kMaxBranches];
+};
+
+}  // namespace ffnet::FFNET_ISA

@@ -1,0 +1,67 @@
+// What the kernels of training steps take. Batch normalisation here uses the statistics of the batch.
+#pragma once
+
+#include "kernels.h"
+
+namespace ffnet {
+
+constexpr int kMaxBranches = 2;
+
+// A depthwise convolution, padded by half its (odd) filter and without bias, and the batch normalisation that follows:
+// (y - mean) * gamma / sqrt(variance + eps) + beta, one element for each output channel.
+struct Branch {
+  Filter filter;
+  const float *gamma, *beta;
+  float eps;
+  float *mean, *variance;  // of the batch (biased): the forward pass writes them, the backward pass reads them
+};
+
+// out = act(sum of the branches)
+struct BranchedDepthwise {
+  int64_t n, channels, multiplier, h, w, out_h, out_w, stride_h, stride_w;
+  const float* x;
+  Strides x_stride;
+  int branches;
+  Branch branch[kMaxBranches];
+  Activation activation;
+  float* out;
+  Strides out_stride;
+};
+
+// Contiguous [C, 1, kh, kw], [C], [C].
+struct BranchGradients {
+  float *weight, *gamma, *beta;
+};
+
+// Takes stride 1 and one output per channel.
+struct BranchedDepthwiseBackward {
+  BranchedDepthwise forward;  // out is not read
+  const float* grad;
+  Strides grad_stride;
+  float* x_grad;  // may be null
+  Strides x_grad_stride;
+  BranchGradients gradients[kMaxBranches];
+};
+
+// Maps from here on are dense and channels-last, [pixels][channels]; weights are [outputs][inputs]; all contiguous.
+
+// out = residual + scale * (project * act(z) + project_bias), z = expand * x + expand_bias
+struct FeedForward {
+  int64_t pixels, channels, hidden, outputs;
+  const float* x;
+  const float *expand, *expand_bias, *project, *project_bias;  // biases may be null
+  Activation activation;
+  const float *scale, *residual;  // may be null
+  float* z;                       // written by the forward pass, read by the backward pass
+  float* out;
+};
+
+struct FeedForwardBackward {
+  FeedForward forward;  // out and residual are not read
+  const float* grad;
+  float* x_grad;  // may be null
+  float *expand_grad, *expand_bias_grad, *project_grad, *project_bias_grad;
+  float* scale_grad;  // null where there is no scale
+};
+
+}  // namespace ffnet

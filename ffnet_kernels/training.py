@@ -1,0 +1,174 @@
+"""Layers of a training step, each as one operator that keeps little for the backward pass.
+
+On the CPU in float32 native kernels run them; elsewhere, under autocast and in transforms, plain PyTorch does. Native
+results are channels-last. All functions are differentiable to any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from . import checks, dispatch, functional, training_operators
+from .backends import cpu
+from .backends import training as plain
+from .backends.activations import ACTIVATE
+from .modules import DepthwiseConv2d
+
+_ops = training_operators._ops
+
+Branch = tuple[nn.Module, nn.Module]
+
+
+def branched_depthwise(x: Tensor, branches: Sequence[Branch], activation: str = "none") -> Tensor:
+    """``act(Σ norm(conv(x)))`` over (conv, norm) pairs, which are called as they are where the kernel does not apply.
+
+    It applies to one or two depthwise convolutions without bias, with odd filters padded by half their size, each
+    followed by an affine ``nn.BatchNorm2d`` in training mode. Nothing but x is kept for the backward pass. Running
+    statistics move as those of ``nn.BatchNorm2d`` do. Layers with hooks are called.
+
+    Args:
+        x: ``[N, C, H, W]``.
+        branches: pairs of modules whose results have one shape.
+        activation: as in :func:`ffnet_kernels.depthwise_conv2d`.
+
+    Returns:
+        ``[N, O, H', W']``.
+    """
+    if not _runs_natively(x) or not _branches_apply(x, branches):
+        outputs = [norm(conv(x)) for conv, norm in branches]
+        return ACTIVATE[activation](sum(outputs[1:], outputs[0]))
+    convs: list = [conv for conv, _ in branches]
+    norms: list = [norm for _, norm in branches]
+    out, mean, variance = _ops.branched_depthwise.default(
+        x,
+        [conv.weight for conv in convs],
+        [norm.weight for norm in norms],
+        [norm.bias for norm in norms],
+        [norm.eps for norm in norms],
+        convs[0].stride,
+        activation,
+    )
+    count = out.numel() // out.shape[1]
+    with torch.no_grad():
+        unbiased = variance.detach() * (count / (count - 1))
+        for norm, batch_mean, batch_variance in zip(norms, mean.detach(), unbiased, strict=True):
+            _track(norm, batch_mean, batch_variance)
+    return out
+
+
+def feed_forward(
+    x: Tensor,
+    expand_weight: Tensor,
+    expand_bias: Tensor | None,
+    project_weight: Tensor,
+    project_bias: Tensor | None,
+    *,
+    activation: str = "gelu",
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``residual + scale · (W₂ · act(W₁ · x + b₁) + b₂)``, a channel mixer behind its depthwise convolution.
+
+    Of the hidden map only the form before the activation is kept for the backward pass.
+
+    Args:
+        x: ``[N, C, H, W]``.
+        expand_weight, expand_bias: ``[D, C]`` (or ``[D, C, 1, 1]``) and ``[D]`` or None.
+        project_weight, project_bias: ``[O, D]`` (or ``[O, D, 1, 1]``) and ``[O]`` or None.
+        activation: as in :func:`ffnet_kernels.depthwise_conv2d`.
+        scale: layer scale ``[O]`` or ``[O, 1, 1]``, or None.
+        residual: ``[N, O, H, W]`` or None.
+
+    Returns:
+        ``[N, O, H, W]``.
+    """
+    x, expand_weight, expand_bias, project_weight, project_bias, scale, residual = functional._autocast(
+        x, expand_weight, expand_bias, project_weight, project_bias, scale, residual
+    )
+    args = checks.feed_forward(x, expand_weight, expand_bias, project_weight, project_bias, activation, scale, residual)
+    if not _runs_natively(x):
+        return plain.feed_forward(*args)
+    x, expand_weight, expand_bias, project_weight, project_bias, activation, scale, residual = args
+    return _ops.feed_forward.default(
+        _channels_last(x),
+        expand_weight.contiguous(),
+        _contiguous(expand_bias),
+        project_weight.contiguous(),
+        _contiguous(project_bias),
+        activation,
+        _contiguous(scale),
+        None if residual is None else _channels_last(residual),
+    )[0]
+
+
+def is_hooked(*modules: nn.Module) -> bool:
+    """Whether a hook on one of the modules would miss its call."""
+    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules)
+
+
+def _runs_natively(x: Tensor) -> bool:
+    """Whether the native kernels are chosen for a map: where those of ``conv2d`` are, whatever its other arguments."""
+    if not isinstance(x, Tensor) or x.dim() != 4 or x.numel() == 0 or x.device.type != "cpu":
+        return False
+    if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return False
+    return dispatch.select("conv2d", (x,)) is cpu
+
+
+def _branches_apply(x: Tensor, branches: Sequence[Branch]) -> bool:
+    if not 1 <= len(branches) <= 2:
+        return False
+    first = branches[0][0]
+    for conv, norm in branches:
+        if type(conv) is DepthwiseConv2d:
+            if conv.activation != "none":
+                return False
+        elif type(conv) is not nn.Conv2d:
+            return False
+        if (
+            type(norm) is not nn.BatchNorm2d
+            or not norm.training
+            or norm.weight is None
+            or norm.bias is None
+            or is_hooked(conv, norm)
+            or conv.bias is not None
+            or conv.groups != conv.in_channels
+            or conv.in_channels != x.shape[1]
+            or conv.out_channels not in (conv.in_channels, 2 * conv.in_channels)
+            or norm.num_features != conv.out_channels
+            or any(k % 2 == 0 for k in conv.kernel_size)
+            or conv.padding != tuple(k // 2 for k in conv.kernel_size)
+            or conv.dilation != (1, 1)
+            or conv.padding_mode != "zeros"
+            or not set(conv.stride) <= {1, 2}
+            or (conv.stride, conv.out_channels) != (first.stride, first.out_channels)
+            or not {conv.weight.dtype, norm.weight.dtype} <= {x.dtype}
+            or conv.weight.device != x.device
+        ):
+            return False
+    stride: tuple = first.stride  # type: ignore[assignment]
+    pixels = x.shape[0] * -(-x.shape[2] // stride[0]) * -(-x.shape[3] // stride[1])
+    return pixels > 1  # of one, nn.BatchNorm2d takes no statistics
+
+
+def _track(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor) -> None:
+    if not norm.track_running_stats or norm.running_mean is None or norm.running_var is None:
+        return
+    factor = norm.momentum
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if factor is None:
+            factor = 1.0 / float(norm.num_batches_tracked)
+    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), factor or 0.0)
+    norm.running_var.lerp_(variance.to(norm.running_var.dtype), factor or 0.0)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _contiguous(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.contiguous()

@@ -1,0 +1,171 @@
+"""Training steps of a model on the operators for training, against the plain model."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ffnet_testing import randomise
+
+import ffnet
+import ffnet_kernels
+from ffnet_kernels import training
+from ffnet_kernels.selftest import error_limit
+
+BUILDS = {
+    "3x3 channel mixers": {"channel_kernel": 3},
+    "7x7 channel mixers, layer scale": {"layer_scale_init": 0.5},
+}
+
+
+def small_ffnet(**options):
+    torch.manual_seed(0)
+    return randomise(ffnet.FFNet((1, 1, 2, 1), (16, 32, 64, 64), num_classes=7, stem_width=20, **options)).train()
+
+
+def batch(seed=1, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(4, 3, 64, 64, generator=generator).to(dtype), torch.arange(4) % 7
+
+
+def step(model, seed=1):
+    """The logits; gradients and running statistics are the model's."""
+    x, labels = batch(seed, next(model.parameters()).dtype)
+    out = model(x)
+    model.zero_grad()
+    F.cross_entropy(out, labels).backward()
+    return out.detach()
+
+
+def gradients(model):
+    return [p.grad for p in model.parameters()]
+
+
+def statistics(model):
+    return [b for b in model.buffers() if b.dim()]
+
+
+@pytest.fixture
+def native_calls(monkeypatch):
+    """Names of the native operators that were called; empty where the library is missing."""
+    names = []
+
+    class Spy:
+        def __getattr__(self, name):
+            names.append(name)
+            return getattr(torch.ops.ffnet_kernels_training, name)
+
+    monkeypatch.setattr(training, "_ops", Spy())
+    return names
+
+
+@pytest.mark.parametrize("options", BUILDS.values(), ids=BUILDS)
+def test_a_step_against_float64(options, native_calls):
+    model = small_ffnet(**options)
+    fast, double = ffnet_kernels.optimize(model), copy.deepcopy(model).double()
+    out, expected, eager = step(fast), step(double), step(model)
+    assert (out.double() - expected).abs().max() <= error_limit(expected, eager)
+    if "cpu" in ffnet_kernels.available_backends():
+        assert set(native_calls) == {"branched_depthwise", "feed_forward"}
+
+    for of in (gradients, statistics):
+        exact = of(double)
+        largest = max(t.abs().max() for t in exact)
+        # A bias before batch normalisation has no gradient but rounding.
+        vanish = [t.abs().max() < 1e-12 * largest for t in exact]
+        for own, zero in zip(of(fast), vanish, strict=True):
+            assert not zero or own.abs().max() < 1e-5 * largest
+        scales = [max(t.abs().max(), 1e-3 * largest) for t in exact]
+
+        def whole(tensors, scales=scales, vanish=vanish):
+            """Relative to each tensor's size: one tensor would judge by plain PyTorch's luck with a few elements."""
+            rows = zip(tensors, scales, vanish, strict=True)
+            return torch.cat([(t.double() / s).flatten() for t, s, zero in rows if not zero])
+
+        found, reference, plain = whole(of(fast)), whole(exact), whole(of(model))
+        assert (found - reference).abs().max() <= error_limit(reference, plain.float())
+
+
+def test_steps_of_gradient_descent_stay_together():
+    model = small_ffnet(channel_kernel=3)
+    fast, double = ffnet_kernels.optimize(model), copy.deepcopy(model).double()
+    outputs = []
+    for m in (fast, model, double):
+        optimizer = torch.optim.SGD(m.parameters(), lr=0.01, momentum=0.9)
+        for seed in range(4):
+            out = step(m, seed)
+            optimizer.step()
+        m.eval()
+        outputs.append((out, m(batch(9, out.dtype)[0]).detach()))
+    for own, eager, expected in zip(*outputs, strict=True):
+        own_error, eager_error = (own.double() - expected).abs().max(), (eager.double() - expected).abs().max()
+        # Errors grow from step to step: a larger multiple of plain PyTorch's than for one operator.
+        assert own_error <= 5 * eager_error + 1e-6 * expected.abs().max()
+
+
+def test_what_it_shares_with_the_model():
+    model = small_ffnet(channel_kernel=3)
+    fast = ffnet_kernels.optimize(model)
+    assert list(fast.state_dict()) == list(model.state_dict())
+    step(fast)
+    model.load_state_dict(fast.state_dict())
+    again = copy.deepcopy(fast)
+    assert torch.equal(step(again), step(fast))
+    x, _ = batch()
+    model.load_state_dict(fast.state_dict())
+    expected = model.eval()(x)
+    torch.testing.assert_close(fast.eval()(x), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(ffnet.reparameterize(fast)(x), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_hooks_see_their_layers():
+    fast = ffnet_kernels.optimize(small_ffnet(channel_kernel=3))
+    seen = []
+    for name, module in fast.named_modules():
+        if name and not isinstance(module, torch.nn.Identity):
+            module.register_forward_hook(lambda *_, name=name: seen.append(name))
+    hooked = {n for n, m in fast.named_modules() if m._forward_hooks}
+    step(fast)
+    unseen = {n for n in hooked - set(seen) if "drop_path" not in n and not n.endswith(("main", "slot", "stages"))}
+    kernels = {r.path for r in fast.kernel_replacements if r.operator == "ffnified_attention"}
+    assert not {n for n in unseen if not any(n.startswith(k) for k in kernels)}
+
+
+def test_drop_path_and_checkpointing():
+    torch.manual_seed(0)
+    model = small_ffnet(channel_kernel=3, drop_path_rate=0.3)
+    fast = ffnet_kernels.optimize(model)
+    outputs = []
+    for m in (model, fast):
+        torch.manual_seed(3)
+        outputs.append(step(m))
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-3, atol=1e-4)
+    plain = [p.grad.clone() for p in fast.parameters()]
+    fast.set_grad_checkpointing()
+    torch.manual_seed(3)
+    step(fast)
+    for again, grad in zip(fast.parameters(), plain, strict=True):
+        torch.testing.assert_close(again.grad, grad, rtol=1e-3, atol=1e-3 * grad.abs().max().item() + 1e-9)
+
+
+def test_autocast_runs_the_layers(native_calls):
+    model = small_ffnet(channel_kernel=3)
+    fast, double = ffnet_kernels.optimize(model), copy.deepcopy(model).double()
+    expected = step(double)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, eager = step(fast), step(model)
+    assert out.dtype == eager.dtype == torch.bfloat16
+    assert not native_calls
+    assert (out.double() - expected).abs().max() <= error_limit(expected, eager)
+    for own, other, exact in zip(fast.parameters(), model.parameters(), gradients(double), strict=True):
+        assert own.grad.dtype == other.grad.dtype == torch.float32
+        error, plain = ((p.grad.double() - exact).norm() for p in (own, other))
+        assert error <= 2 * plain + 1e-3 * max(g.norm() for g in gradients(double))
+
+
+def test_other_dtypes_are_the_plain_model():
+    model = small_ffnet(channel_kernel=3).double()
+    fast = ffnet_kernels.optimize(model)
+    torch.testing.assert_close(step(fast), step(model))
+    for own, other in zip(fast.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(own.grad, other.grad)
