@@ -123,7 +123,7 @@ void feed_forward_backward(const FeedForwardBackward& op, const Executor& execut
   // Pixels go in blocks, so that the hidden maps between the products stay in cache; cut by the shape alone.
   constexpr int64_t kBlockFloats = 384 * 1024;
   const FeedForward& f = op.forward;
-  const int64_t blocks = ceil_div(f.pixels, max_of(1024, kBlockFloats / f.hidden)), most = ceil_div(f.pixels, blocks);
+  const int64_t blocks = ceil_div(f.pixels, max_of(256, kBlockFloats / f.hidden)), most = ceil_div(f.pixels, blocks);
   const Buffer hidden(most * f.hidden), hidden_grad(most * f.hidden),
       expand(PackedWeight{nullptr, f.hidden, f.channels}.floats()),
       project(PackedWeight{nullptr, f.outputs, f.hidden}.floats());
