@@ -35,11 +35,13 @@ class Convolution {
   void run(const Executor& executor) {
     float* bias = floats_.data + packed_.floats();
     for (int64_t o = 0; o < packed_.panels() * kPanel; ++o) bias[o] = op_.bias && o < op_.outputs ? op_.bias[o] : 0;
+    constexpr int64_t kAtOnce = 32 * 1024;  // floats that are packed in less time than it takes to call for threads
     const auto pack = [](void* self, int64_t j) {
       const auto& c = *static_cast<const Convolution*>(self);
       pack_panel<T, Taps>(c.weight_, j, c.floats_.data + j * c.packed_.depth * kPanel);
     };
-    executor.run(packed_.panels(), pack, this);
+    if (packed_.floats() > kAtOnce) executor.run(packed_.panels(), pack, this);
+    for (int64_t j = 0; packed_.floats() <= kAtOnce && j < packed_.panels(); ++j) pack(this, j);
     const auto make = [](void* self, int64_t task) { static_cast<const Convolution*>(self)->make(task); };
     executor.run(op_.n * strips_, make, this);
   }

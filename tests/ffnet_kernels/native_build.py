@@ -41,12 +41,21 @@ def has_compiler() -> bool:
 
 
 def build_with_fault(folder: Path, source: str, line: str, faulty: str, *, sanitize: bool = False) -> Path:
-    """The folder of a library of the portable kernels in which ``line`` of csrc/``source`` reads ``faulty``."""
+    """The folder of a library of the portable kernels in which ``line`` of csrc/``source`` reads ``faulty``.
+
+    Another call for the same folder compiles what differs only.
+    """
     compiler()
-    shutil.copytree(ROOT / "csrc", folder / "csrc")
-    text = (folder / "csrc" / source).read_text()
-    assert text.count(line) == 1, f"csrc/{source} no longer holds the line to alter once: {line}"
-    (folder / "csrc" / source).write_text(text.replace(line, faulty))
+    for path in (ROOT / "csrc").rglob("*"):
+        if path.is_file() and "__pycache__" not in path.parts:
+            text = path.read_text()
+            if path == ROOT / "csrc" / source:
+                assert text.count(line) == 1, f"csrc/{source} no longer holds the line to alter once: {line}"
+                text = text.replace(line, faulty)
+            copy = folder / "csrc" / path.relative_to(ROOT / "csrc")
+            if not copy.exists() or copy.read_text() != text:
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                copy.write_text(text)
     builder = load_builder(folder / "csrc")
     builder.ISA_FLAGS = {"baseline": []}
     assert builder.build(folder / "lib", folder / "work", sanitize=sanitize) is None
