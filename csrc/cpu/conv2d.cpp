@@ -6,6 +6,8 @@
 // are. Only rows that need padding, another order or another type are copied first.
 #include "conv2d.h"
 
+#include <type_traits>
+
 #include "buffer.h"
 #include "panel_output.h"
 
@@ -96,12 +98,11 @@ class Convolution {
       for (int64_t r = part.first_row; r < part.last_row; ++r) {
         each_block(part.columns(), [&](int64_t first, int64_t count) {
           start_with_row(bias + j * kPanel, count, block);
-          for (int64_t ky = 0; ky < op_.kh; ++ky) {
-            const int64_t y = (r - part.first_row) * op_.stride_h + ky;
-            const float* from = in_place_ ? map_row(part.image, top + y) + left * pixel : rows + y * width * pixel_;
-            add_product<Taps>(count, columns, from + first * op_.stride_w * pixel, op_.stride_w * pixel, run,
-                              packed_.panel(j) + ky * run * kPanel, block);
-          }
+          const int64_t y = (r - part.first_row) * op_.stride_h;
+          const float* from = in_place_ ? map_row(part.image, top + y) + left * pixel : rows + y * width * pixel_;
+          const LeftOperand windows{from + first * op_.stride_w * pixel, op_.stride_w * pixel, run, op_.kh,
+                                    width * pixel_};
+          add_product<Taps>(count, columns, windows, packed_.panel(j), block);
           activate_row(block, Vec::lanes, 2 * count, op_.activation);
           write(block, part.image, r, part.first_column + first, count, j, line);
         });
@@ -133,9 +134,16 @@ class Convolution {
       return;
     }
     if (channels <= 4) {  // images
-      for (int64_t c = 0; c < channels; ++c)
-        for (int64_t i = 0; i < pixels; ++i)
-          from_float(c < op_.channels ? to_float(from[c * stride_c + i * stride_w]) : 0, out[i * channels + c]);
+      for (int64_t c = 0; c < channels; ++c) {
+        const T* channel = from + c * stride_c;
+        if (c >= op_.channels) {
+          for (int64_t i = 0; i < pixels; ++i) out[i * channels + c] = Element();
+        } else if constexpr (std::is_same_v<T, Element>) {
+          for (int64_t i = 0; i < pixels; ++i) out[i * channels + c] = channel[i * stride_w];
+        } else {
+          for (int64_t i = 0; i < pixels; ++i) out[i * channels + c] = to_float(channel[i * stride_w]);
+        }
+      }
       return;
     }
     for (int64_t c = 0; c < channels; c += kLanes) {

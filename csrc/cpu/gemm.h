@@ -20,7 +20,8 @@ FFNET_INLINE void gemm(const Weight& weight, const WeightRows<T, Taps>& left, co
     for (int64_t p = 0; p < panels; ++p) {
       alignas(64) float block[kProductRows * kPanel];
       start(p, first, rows, block);
-      add_product<Taps, Order::by_rows_ahead>(rows, kPanel, from, left.stride(), left.depth(), b + p * b_panel, block);
+      add_product<Taps, Order::by_rows_ahead>(rows, kPanel, {from, left.stride(), left.depth()}, b + p * b_panel,
+                                              block);
       finish(p, first, rows, block);  // apart from the sums, or they would spill
     }
   }

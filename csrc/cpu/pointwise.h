@@ -20,7 +20,7 @@ FFNET_INLINE void multiply(const float* a, int64_t stride, int64_t rows, const P
     each_block(rows, [&](int64_t first, int64_t count) {
       alignas(64) float block[kProductRows * kPanel];
       start_with_row(bias ? bias + j * kPanel : nullptr, count, block);
-      add_product<FloatTaps>(count, b.columns(j), a + first * stride, stride, b.depth, b.panel(j), block);
+      add_product<FloatTaps>(count, b.columns(j), {a + first * stride, stride, b.depth}, b.panel(j), block);
       finish(Block{first, count, j * kPanel, b.columns(j)}, block);
     });
   }

@@ -71,7 +71,7 @@ class PointwiseWgradSum {
           alignas(64) float block[kProductRows * kPanel];
           float* to = weights + (first + o) * inputs_ + i;
           start_with_row(nullptr, rows, block);
-          add_product<FloatTaps, Order::by_columns>(rows, columns, grad + o, outputs_, depth, panel, block);
+          add_product<FloatTaps, Order::by_columns>(rows, columns, {grad + o, outputs_, depth}, panel, block);
           each_vector(Block{0, rows, 0, columns}, inputs_, block, [&](int64_t at, const float* sum, int64_t lanes) {
             const Vec x = Vec::load(sum);
             store_lanes(start ? x : load_lanes(to + at, lanes) + x, to + at, lanes);

@@ -13,16 +13,22 @@ constexpr int kPanel = 2 * Vec::lanes;
 // Rows per register block: 2 * rows sums, two vectors of B and one broadcast fill the register file.
 constexpr int kProductRows = Vec::registers == 32 ? 14 : 6;
 
-// Tap k of row r lies at a[r * stride + k], or, where A is read by columns, at a[k * stride + r]. `by_rows_ahead` asks
-// for the rows after these while it multiplies: for a matrix that is not in cache yet, more streams than hardware
-// follows.
+// Tap k of row r lies at data[r * stride + k], or, where the operand is read by columns, at data[k * stride + r].
+// `by_rows_ahead` asks for the rows after these while it multiplies: for a matrix that is not in cache yet, more
+// streams than hardware follows.
 enum class Order { by_rows, by_rows_ahead, by_columns };
 
-// C += A * B for up to kProductRows rows and a panel of which `columns` count: C is [rows][kPanel], depth in taps. What
-// C has in other columns may change. product.cpp holds the code.
+// The left operand: `depth` taps a row, or as many several times, `run_stride` floats apart: the rows of a window.
+struct LeftOperand {
+  const float* data;
+  int64_t stride, depth;
+  int64_t runs = 1, run_stride = 0;
+};
+
+// C += A * B for up to kProductRows rows and a panel of which `columns` count: C is [rows][kPanel]. What C has in other
+// columns may change. product.cpp holds the code.
 template <class Taps, Order order = Order::by_rows>
-void add_product(int64_t rows, int64_t columns, const float* a, int64_t stride, int64_t depth, const float* b,
-                 float* c);
+void add_product(int64_t rows, int64_t columns, const LeftOperand& a, const float* b, float* c);
 
 // What C may start from: each column's element, or each row's; either array may be null.
 FFNET_INLINE void start_with_row(const float* row, int64_t rows, float* block) {
