@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -130,19 +131,23 @@ def _verdict(ratio: float, wanted: float | None) -> tuple[str, str]:
 
 
 def _summary(pairs: Sequence[tuple[Row, Case]]) -> str:
-    counted: dict[str, list[int]] = {}
+    found: dict[str, list[tuple[float, Goal]]] = {}
     for row, case in pairs:
         set_for = goal(case)
         peer = best_peer(row, set_for.against) if set_for else None
         ratio = row.ratio(peer, OURS) if peer else None
         if set_for and ratio:
-            counts = counted.setdefault(_kind(case), [0] * 4)
-            counts[0] += ratio >= set_for.must
-            counts[1] += 1
-            counts[2] += set_for.aim is not None and ratio >= set_for.aim
-            counts[3] += set_for.aim is not None
-    lines = [(kind, f"{m} of {n}", f"{a} of {k}" if k else "-") for kind, (m, n, a, k) in counted.items()]
-    return markdown(("goal", "must holds", "aim holds"), lines)
+            found.setdefault(_kind(case), []).append((ratio, set_for))
+    lines = []
+    for kind, results in found.items():
+        ratios = sorted(ratio for ratio, _ in results)
+        aims = [ratio >= of.aim for ratio, of in results if of.aim is not None]
+        musts = sum(ratio >= of.must for ratio, of in results)
+        lines.append(
+            (kind, f"{musts} of {len(ratios)}", f"{sum(aims)} of {len(aims)}" if aims else "-",
+             f"{ratios[0]:.2f}x", f"{statistics.median(ratios):.2f}x", f"{ratios[-1]:.2f}x")
+        )  # fmt: skip
+    return markdown(("goal", "must holds", "aim holds", "least ratio", "median", "largest"), lines)
 
 
 def _kind(case: Case) -> str:

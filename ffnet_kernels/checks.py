@@ -1,12 +1,11 @@
 """Turns what a user passed to an operator into its normalised arguments, or into one exception that says what is wrong.
 
 Each function returns the argument tuple of the operator's schema (see ``operators.py``): strides and paddings spelled
-out, per-channel vectors one-dimensional, 1×1 weights two-dimensional. Backends take these tuples and check nothing.
+out, per-channel vectors one-dimensional, 1×1 weights two-dimensional. Backends take these tuples; the native CPU
+operators check again what memory safety needs, and are called without these checks in eager inference.
 """
 
 from __future__ import annotations
-
-import functools
 
 import torch
 from torch import Tensor
@@ -158,9 +157,8 @@ def _matrix(name: str, weight, inputs: int, like: Tensor) -> Tensor:
     return weight
 
 
-@functools.lru_cache
-def sides(kernel: tuple[int, int], stride, padding) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
-    """As :func:`_geometry`, for a map of any size."""
+def strides_and_padding(kernel, stride, padding) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
+    """Spelled out: (vertical, horizontal) and (top, bottom, left, right)."""
     strides = _pair("stride", stride)
     if strides[0] not in (1, 2) or strides[1] not in (1, 2):
         raise ValueError(f"stride: expected 1 or 2, got {stride!r}")
@@ -168,8 +166,8 @@ def sides(kernel: tuple[int, int], stride, padding) -> tuple[tuple[int, int], tu
 
 
 def _geometry(x: Tensor, kernel: tuple[int, int], stride, padding) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
-    """Strides and the padding of each side."""
-    strides, pads = sides.__wrapped__(kernel, stride, padding)
+    """As :func:`strides_and_padding`, for a map that the kernel fits into."""
+    strides, pads = strides_and_padding(kernel, stride, padding)
     height, width = x.shape[2] + pads[0] + pads[1], x.shape[3] + pads[2] + pads[3]
     if height < kernel[0] or width < kernel[1]:
         raise ValueError(

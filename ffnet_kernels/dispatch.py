@@ -105,8 +105,15 @@ def select(operator: str, args: tuple) -> ModuleType:
     raise BackendError(f"{operator}: backend '{forced}' does not take this call: {reason}")
 
 
-def is_plain_cpu_call(x: Any) -> bool:
-    """Whether `select` would choose the CPU kernels whatever else is in the call: a short cut for eager inference."""
+def is_plain_cpu_call(operator: str, x: Any, weights: tuple, vectors: tuple) -> bool:
+    """Whether `select` would choose the CPU kernels, if the arguments are right: a short cut for eager inference.
+
+    Args:
+        operator: its name.
+        x: its map.
+        weights: tensors of four dimensions, or of two.
+        vectors: one-dimensional tensors or None.
+    """
     return (
         type(x) is torch.Tensor
         and x.is_cpu
@@ -118,7 +125,9 @@ def is_plain_cpu_call(x: Any) -> bool:
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
         and not _transformed()
-        and cpu.slower_map(x) is None
+        and all(isinstance(w, torch.Tensor) and w.is_cpu and w.dim() in (2, 4) for w in weights)
+        and all(v is None or (isinstance(v, torch.Tensor) and v.is_cpu and v.dim() == 1) for v in vectors)
+        and cpu.slower(operator, (x,)) is None
     )
 
 

@@ -51,10 +51,13 @@ def depthwise_conv2d(
     Returns:
         ``[N, C or 2·C, H', W']``.
     """
-    if dispatch.is_plain_cpu_call(x):
-        out = _convolve_at_once(_ops.depthwise_conv2d, x, weight, bias, stride, padding, activation)
-        if out is not None and out.shape[1] <= 2 * x.shape[1]:
-            return out
+    if dispatch.is_plain_cpu_call("depthwise_conv2d", x, (weight,), (bias,)) and weight.dim() == 4:
+        strides, pads = checks.strides_and_padding(weight.shape[2:], stride, padding)
+        return _at_once(
+            "depthwise_conv2d",
+            (x, weight, bias, strides, pads, activation),
+            (x, weight, bias, stride, padding, activation),
+        )
     x, weight, bias = _autocast(x, weight, bias)
     args = checks.depthwise_conv2d(x, weight, bias, stride, padding, activation)
     return dispatch.select("depthwise_conv2d", args).depthwise_conv2d(*args)
@@ -84,10 +87,11 @@ def conv2d(
     Returns:
         ``[N, O, H', W']``.
     """
-    if dispatch.is_plain_cpu_call(x):
-        out = _convolve_at_once(_ops.conv2d, x, weight, bias, stride, padding, activation)
-        if out is not None:
-            return out
+    if dispatch.is_plain_cpu_call("conv2d", x, (weight,), (bias,)) and weight.dim() == 4:
+        strides, pads = checks.strides_and_padding(weight.shape[2:], stride, padding)
+        return _at_once(
+            "conv2d", (x, weight, bias, strides, pads, activation), (x, weight, bias, stride, padding, activation)
+        )
     x, weight, bias = _autocast(x, weight, bias)
     args = checks.conv2d(x, weight, bias, stride, padding, activation)
     return dispatch.select("conv2d", args).conv2d(*args)
@@ -120,10 +124,10 @@ def ffnified_attention(
     Returns:
         ``[N, C, H, W]``.
     """
-    if dispatch.is_plain_cpu_call(query):
-        out = _at_once(_ops.ffnified_attention, query, key, key_bias, value, value_bias, activation, scale, residual)
-        if out is not None:
-            return out
+    call = (query, key, key_bias, value, value_bias, activation, scale, residual)
+    filters = (key, value) if residual is None else (key, value, residual)
+    if dispatch.is_plain_cpu_call("ffnified_attention", query, filters, (key_bias, value_bias, scale)):
+        return _at_once("ffnified_attention", call, call)
     query, key, key_bias, value, value_bias, scale, residual = _autocast(
         query, key, key_bias, value, value_bias, scale, residual
     )
@@ -161,13 +165,16 @@ def channel_mixer(
     Returns:
         ``[N, O, H, W]``.
     """
-    if dispatch.is_plain_cpu_call(x):
-        out = _at_once(
-            _ops.channel_mixer, x, weight, bias, expand_weight, expand_bias, project_weight, project_bias, activation,
-            scale, residual,
-        )  # fmt: skip
-        if out is not None:
-            return out
+    call = (
+        x, weight, bias, expand_weight, expand_bias, project_weight, project_bias, activation, scale, residual
+    )  # fmt: skip
+    weights = (
+        (weight, expand_weight, project_weight)
+        if residual is None
+        else (weight, expand_weight, project_weight, residual)
+    )
+    if dispatch.is_plain_cpu_call("channel_mixer", x, weights, (bias, expand_bias, project_bias, scale)):
+        return _at_once("channel_mixer", call, call)
     x, weight, bias, expand_weight, expand_bias, project_weight, project_bias, scale, residual = _autocast(
         x, weight, bias, expand_weight, expand_bias, project_weight, project_bias, scale, residual
     )
@@ -177,22 +184,14 @@ def channel_mixer(
     return dispatch.select("channel_mixer", args).channel_mixer(*args)
 
 
-def _at_once(operator, *args) -> Tensor | None:
-    """The result of a native operator, which checks its arguments itself; None for what it does not take as it is.
-
-    That spares small maps the time of the checks in Python, which then spell the arguments out or say what is wrong.
-    """
+def _at_once(operator: str, args: tuple, checked: tuple) -> Tensor:
+    """The native operator's result. It checks its arguments itself, which spares small maps the checks in Python; those
+    say in better words what is wrong."""
     try:
-        return operator.default(*args)
+        return getattr(_ops, operator).default(*args)
     except (RuntimeError, TypeError):
-        return None
-
-
-def _convolve_at_once(operator, x, weight, bias, stride, padding, activation) -> Tensor | None:
-    try:
-        return operator.default(x, weight, bias, *checks.sides(weight.shape[2:], stride, padding), activation)
-    except (RuntimeError, TypeError, ValueError, AttributeError):
-        return None
+        getattr(checks, operator)(*checked)
+        raise
 
 
 _PUBLIC: dict[str, Callable[..., Tensor]] = {

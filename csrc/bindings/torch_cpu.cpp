@@ -1,6 +1,6 @@
 // The CPU kernels as operators of torch's dispatcher, through the LibTorch stable ABI only: this library runs in any
-// torch from TORCH_TARGET_VERSION on. Schemas, fakes and autograd are in ffnet_kernels/operators.py; arguments have
-// been checked by ffnet_kernels/checks.py, and what memory safety needs is checked here again.
+// torch from TORCH_TARGET_VERSION on. Schemas, fakes and autograd are in ffnet_kernels/operators.py. All that memory
+// safety needs is checked here; ffnet_kernels/checks.py says it to users.
 #include <algorithm>
 #include <array>
 #include <optional>
@@ -32,6 +32,7 @@ Tensor depthwise_conv2d(const Tensor& x, const Tensor& weight, const std::option
   const ChannelVector bias_vector(bias, "bias", weight.dim() ? weight.size(0) : 0, x);
   auto op = depthwise_arguments<ffnet::DepthwiseConv2d>(x, weight, bias_vector, stride, padding, activation);
   const int64_t n = op.n, outputs = op.channels * op.multiplier;
+  STD_TORCH_CHECK(op.multiplier <= 2, "ffnet_kernels (cpu): weight must have one or two filters for each channel");
   Tensor out =
       empty_map(x, {n, outputs, op.out_h, op.out_w}, suggests_channels_last(x) || suggests_channels_last(weight));
   op.out = out.mutable_data_ptr(), op.out_stride = strides(out);
@@ -53,13 +54,15 @@ Tensor ffnified_attention(const Tensor& query, const Tensor& key, const std::opt
   return out;
 }
 
-// A 1x1 weight [rows, columns] or [rows, columns, 1, 1] with adjacent columns; keeps the copy alive where one was needed.
+// A 1x1 weight [rows, columns] or [rows, columns, 1, 1] with adjacent columns; keeps the copy alive where one was
+// needed.
 class PointwiseWeight {
  public:
   PointwiseWeight(const Tensor& weight, const char* name, int64_t columns, const Tensor& x) : tensor_(weight) {
     const bool filter = weight.dim() == 4 && weight.size(2) == 1 && weight.size(3) == 1;
     check_cpu(weight, name, filter ? 4 : 2, x);
-    STD_TORCH_CHECK(weight.size(1) == columns, "ffnet_kernels (cpu): ", name, " must have ", columns, " columns");
+    STD_TORCH_CHECK(weight.size(0) > 0 && weight.size(1) == columns, "ffnet_kernels (cpu): ", name,
+                    " must have rows and ", columns, " columns");
     if (weight.stride(1) != 1) tensor_ = torch::stable::contiguous(weight);
   }
   const void* data() const { return tensor_.const_data_ptr(); }

@@ -2,8 +2,9 @@
 // and the strided convolutions of its stem.
 //
 // Here the pixels are on the left of the product and the weight, packed once a call, on the right. In a channels-last
-// row a window is kw * channels adjacent taps, and windows are stride_w pixels apart: the product reads them where they
-// are. Only rows that need padding, another order or another type are copied first.
+// row a window is kw * channels adjacent taps, and windows are stride_w pixels apart: nothing is gathered window by
+// window. 1x1 filters read the map itself; for others, and where a map has another order or type, a task copies its
+// rows, with the padding around them.
 #include "conv2d.h"
 
 #include <type_traits>
@@ -27,7 +28,7 @@ class Convolution {
       : op_(op),
         weight_{op.weight, op.outputs, op.channels, op.kh * op.kw, op.channels_inside, op.weight_stride},
         pixel_(ceil_div(op.channels, Taps::rows)),
-        in_place_(op.kh * op.kw == 1 && op.pad_top == 0 && op.pad_left == 0 && reads_in_place(op)),
+        in_place_(op.kh * op.kw == 1 && stays_inside(op) && reads_in_place(op)),
         packed_{nullptr, op.kh * op.kw * pixel_, op.outputs},
         floats_(packed_.floats() + packed_.panels() * kPanel) {
     packed_.data = floats_.data;
@@ -51,6 +52,10 @@ class Convolution {
  private:
   using Element = std::conditional_t<Taps::rows == 1, float, T>;  // what a tap consists of
 
+  static bool stays_inside(const Conv2d& op) {
+    return op.pad_top == 0 && op.pad_left == 0 && (op.out_h - 1) * op.stride_h < op.h &&
+           (op.out_w - 1) * op.stride_w < op.w;
+  }
   static bool reads_in_place(const Conv2d& op) {
     const Strides& s = op.x_stride;
     return sizeof(T) == sizeof(Element) && s.c == 1 && op.channels % Taps::rows == 0 && s.n % Taps::rows == 0 &&
@@ -64,7 +69,7 @@ class Convolution {
     by_columns_ = op_.out_h == 1;
     const int64_t length = by_columns_ ? op_.out_w : op_.out_h, across = by_columns_ ? 1 : op_.out_w;
     const int64_t least = ceil_div(4 * kProductRows, across);
-    const int64_t unit = (by_columns_ ? op_.stride_w : op_.stride_h * op_.w) * pixel_;
+    const int64_t unit = (by_columns_ ? op_.stride_w * op_.kh : op_.stride_h * op_.w) * pixel_;
     const int64_t fewest = ceil_div(length, max_of(least, kPartFloats / unit));
     int64_t best_cost = INT64_MAX;
     for (int64_t strips = fewest; strips <= max_of(fewest, ceil_div(length, least)); ++strips) {
@@ -103,7 +108,10 @@ class Convolution {
           const LeftOperand windows{from + first * op_.stride_w * pixel, op_.stride_w * pixel, run, op_.kh,
                                     width * pixel_};
           add_product<Taps>(count, columns, windows, packed_.panel(j), block);
-          activate_row(block, Vec::lanes, 2 * count, op_.activation);
+          if (columns > kLanes)
+            activate_row(block, kLanes, 2 * count, op_.activation);
+          else
+            activate_row(block, kPanel, count, op_.activation);
           write(block, part.image, r, part.first_column + first, count, j, line);
         });
       }
@@ -118,7 +126,8 @@ class Convolution {
   // Pixels [left, left + width) of a row, zeros where the map has none; `gathered` is scratch.
   void copy_row(int64_t image, int64_t y, int64_t left, int64_t width, Element* out, float* gathered) const {
     const int64_t channels = pixel_ * Taps::rows, stride_c = op_.x_stride.c, stride_w = op_.x_stride.w;
-    const int64_t begin = y < 0 || y >= op_.h ? width : max_of(0, -left),
+    const bool outside = y < 0 || y >= op_.h;
+    const int64_t begin = outside ? width : min_of(width, max_of(0, -left)),
                   end = max_of(begin, min_of(width, op_.w - left));
     const auto clear = [&](int64_t from, int64_t to) {
       __builtin_memset(out + from * channels, 0, static_cast<size_t>((to - from) * channels) * sizeof(Element));
@@ -193,8 +202,7 @@ bool weight_goes_left(const Conv2d& op) {
 
 // One row of all pixels, or one for each image, where rows of a 1x1 convolution follow each other in memory.
 Conv2d flattened(const Conv2d& op) {
-  const auto follow = [](const Strides& s, int64_t h, int64_t w) { return s.h == w * s.w || h == 1; };
-  if (!is_pointwise(op) || !follow(op.x_stride, op.h, op.w) || !follow(op.out_stride, op.h, op.w)) return op;
+  if (!is_pointwise(op) || !rows_follow(op)) return op;
   Conv2d flat = op;
   flat.w = op.h * op.w, flat.h = 1;
   if (op.x_stride.n == flat.w * op.x_stride.w && op.out_stride.n == flat.w * op.out_stride.w)

@@ -6,6 +6,11 @@
 
 namespace ffnet::FFNET_ISA {
 
+// Whether each row of the map, and of the result, begins where the one before it ends.
+inline bool rows_follow(const Conv2d& op) {
+  return op.h == 1 || (op.x_stride.h == op.w * op.x_stride.w && op.out_stride.h == op.out_w * op.out_stride.w);
+}
+
 // Takes 1x1 filters, stride 1, no padding.
 void pointwise_conv2d(const Conv2d& op, const Executor& executor);
 

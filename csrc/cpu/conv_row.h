@@ -5,7 +5,6 @@
 // on nothing but the filter and the width of the row, so a result does not change with tiling or threads.
 #pragma once
 
-
 #include "kernels.h"
 #include "storage.h"
 

@@ -18,6 +18,14 @@ struct Pixels {
   }
 };
 
+// Whether elements at these offsets lie next to each other: where rows repeat (an expanded map), looking at the ends is
+// not enough.
+FFNET_INLINE bool is_run(const int64_t* at, int64_t count) {
+  for (int64_t i = 1; i < count; ++i)
+    if (at[i] != at[0] + i) return false;
+  return true;
+}
+
 template <class T>
 class PanelOutput {
  public:
@@ -76,9 +84,7 @@ class PanelOutput {
   void write_elements(const float* panel, int64_t pixels, const int64_t* out_at, const int64_t* residual_at,
                       NanSensor& sensor) const {
     // Pixels next to each other move as a vector.
-    const bool row =
-        out_at_.stride.w == 1 && out_at[pixels - 1] - out_at[0] == pixels - 1 &&
-        (!residual_ || (residual_at_.stride.w == 1 && residual_at[pixels - 1] - residual_at[0] == pixels - 1));
+    const bool row = is_run(out_at, pixels) && (!residual_ || is_run(residual_at, pixels));
     for (int64_t c = 0; c < channels_; ++c) {
       const Vec value = Vec::load(panel + c * kPanel) * Vec::fill(scale_ ? scale_[c] : 1);
       T* out = out_ + c * out_at_.stride.c;

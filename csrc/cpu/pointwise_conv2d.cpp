@@ -28,7 +28,7 @@ void read_panel(const Conv2d& op, const Pixels& at, int64_t first, int64_t count
       }
       continue;
     }
-    const bool adjacent = pixels == kLanes && from[kLanes - 1] - from[0] == kLanes - 1 && op.x_stride.w == 1;
+    const bool adjacent = pixels == kLanes && is_run(from, kLanes);
     const auto row_of = [&](int64_t c) __attribute__((always_inline)) {
       if (c >= op.channels) return Vec::fill(0);
       if (adjacent) return load(x + from[0] + c * stride_c);
@@ -111,13 +111,12 @@ bool PointwiseTask<T, Taps>::run(int64_t) {
 
 // Rows that follow each other in memory are cut anew, into whole panels.
 Conv2d flattened(const Conv2d& op) {
-  const auto follow = [](const Strides& s, int64_t h, int64_t w) { return s.h == w * s.w || h == 1; };
-  if (!follow(op.x_stride, op.h, op.w) || !follow(op.out_stride, op.h, op.w)) return op;
+  if (!rows_follow(op) || op.h * op.w % kLanes != 0) return op;
   Conv2d flat = op;
   int64_t pixels = op.h * op.w;
   if (op.x_stride.n == pixels * op.x_stride.w && op.out_stride.n == pixels * op.out_stride.w)
     pixels *= op.n, flat.n = 1;
-  flat.w = flat.out_w = pixels % kPanel == 0 ? kPanel : pixels % kLanes == 0 ? kLanes : pixels;
+  flat.w = flat.out_w = pixels % kPanel == 0 ? kPanel : kLanes;
   flat.h = flat.out_h = pixels / flat.w;
   flat.x_stride.h = flat.w * op.x_stride.w, flat.out_stride.h = flat.w * op.out_stride.w;
   return flat;

@@ -50,7 +50,7 @@ def describe(operator: str, args: tuple) -> str:
     if helper is None:
         return "instruction set chosen at run time"
     if operator == "conv2d":
-        return f"{helper.isa()}, panels of pixels"
+        return f"{helper.isa()}, blocks of a matrix product"
     x, weights = args[0], [args[1], args[3]] if operator == "ffnified_attention" else [args[1]]
     unrolled = all(helper.is_unrolled(weight.shape[2], weight.shape[3]) for weight in weights)
     in_place = x.stride(1) == 1 and x.shape[1] >= helper.lanes() and weights[0].shape[0] == x.shape[1]

@@ -79,8 +79,8 @@ def test_report():
     assert back[3:6] == ["eager channels-last *", "20.000", "20.00x"]
     assert back[8:] == ["6x", "holds", "15x", "holds"]
     assert sums == [
-        ["depthwise_conv2d forward float32", "1 of 1", "0 of 1"],
-        ["depthwise_conv2d backward float32", "1 of 1", "1 of 1"],
+        ["depthwise_conv2d forward float32", "1 of 1", "0 of 1", *["1.50x"] * 3],
+        ["depthwise_conv2d backward float32", "1 of 1", "1 of 1", *["20.00x"] * 3],
     ]
     text = goals.report(result)
     assert f"{backward.name}: ours has an error of nan, over the limit" in text
@@ -90,8 +90,9 @@ def test_report():
 def test_parts_are_merged(tmp_path, capsys):
     parts = [tmp_path / "1.json", tmp_path / "2.json"]
     other = ModelCase("ffnet_1", 1)
+    machine = {**MACHINE, "runtimes": {"openvino": "1"}}
     for path, measured in zip(parts, (row(ours=1.0, eager=2.0), row(other, ours=1.0, openvino=1.1)), strict=True):
-        path.write_text(Result(MACHINE, [measured]).to_json())
+        path.write_text(Result(machine, [measured]).to_json())
     assert goals.main([*map(str, parts), "--json", str(tmp_path / "all.json")]) == 0
     assert "openvino" in capsys.readouterr().out
     assert [r["case"] for r in json.loads((tmp_path / "all.json").read_text())["rows"]] == [CASE.name, other.name]

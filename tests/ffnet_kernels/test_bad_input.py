@@ -89,9 +89,10 @@ def test_the_good_call_runs(function):
 
 
 @pytest.mark.parametrize(("function", "good", "name", "value", "error", "message"), CASES)
-def test_a_bad_argument(function, good, name, value, error, message):
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+def test_a_bad_argument(function, good, name, value, error, message, mode):
     call = {**good, name: value}
-    with pytest.raises(error, match=message) as raised:
+    with mode(), pytest.raises(error, match=message) as raised:
         function(**call)
     assert raised.type is error
     with pytest.raises(error, match=message):

@@ -209,3 +209,41 @@ def test_a_planted_infinity_stays_where_it_belongs():
     for dtype in (torch.float32, torch.bfloat16):
         expected = reference.convolve(x.to(dtype).double(), weight.to(dtype).double(), None, (1, 1), (1, 1, 1, 1), 1)
         assert torch.equal(fk.conv2d(x.to(dtype), weight.to(dtype)).isfinite(), expected.isfinite())
+
+
+@parity.needs_native
+def test_a_row_with_more_padding_than_a_task_is_wide():
+    x, weight = torch.randn(1, 64, 1, 8), torch.randn(24, 64, 1, 3) / 14
+    parity.check(parity.Case("conv2d", (x, weight, None), {"padding": (0, 3000)}))
+
+
+@parity.needs_native
+@pytest.mark.parametrize("shape", [(4, 3, 2, 4), (2, 3, 4, 8), (4, 19, 2, 2)])
+def test_rows_that_repeat(shape):
+    """Ends of a run of pixels may lie as far apart as those of adjacent ones, with other pixels between them."""
+    one_row = torch.randn(shape[0], shape[1], 1, shape[3])
+    x, weight = one_row.expand(shape), torch.randn(5, shape[1], 1, 1)
+    parity.check(parity.Case("conv2d", (x, weight, None), {}))
+    filters = {
+        "expand_weight": torch.randn(7, shape[1]),
+        "expand_bias": None,
+        "project_weight": torch.randn(shape[1], 7),
+    }
+    args = (x.contiguous(), torch.randn(shape[1], 1, 3, 3), None, *filters.values(), None)
+    parity.check(parity.Case("channel_mixer", args, {"residual": x}))
+
+
+@parity.needs_native
+def test_uneven_padding_of_the_raw_operator():
+    """A 1×1 filter that reaches a row below the map; the public function cannot ask for it."""
+    x = torch.randn(1, 16, 4, 4).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(8, 16, 1, 1)
+    out = torch.ops.ffnet_kernels.conv2d(x, weight, None, [1, 1], [0, 1, 0, 2], "none")
+    torch.testing.assert_close(out, F.conv2d(F.pad(x, (0, 2, 0, 1)), weight), rtol=1e-5, atol=1e-5)
+
+
+@parity.needs_native
+@pytest.mark.parametrize("size", [(7, 7), (15, 17), (16, 16), (3, 48)])
+def test_planes_of_any_size(size):
+    x, weight = torch.randn(3, 20, *size), torch.randn(33, 20, 1, 1) / 4
+    parity.check(parity.Case("conv2d", (x, weight, torch.randn(33)), {"activation": "gelu"}))

@@ -11,7 +11,7 @@ import torch
 from examples import example
 
 import ffnet_kernels as fk
-from ffnet_kernels import dispatch
+from ffnet_kernels import checks, dispatch
 
 CALL = example("depthwise_conv2d")
 
@@ -24,6 +24,26 @@ def chosen(case=CALL):
 def test_the_kernels_run_by_default():
     assert fk.available_backends()[-2:] == ("cpu", "reference")
     assert [chosen(example(operator)) for operator in parity.OPERATORS] == ["cpu"] * 3
+
+
+@parity.needs_native
+@pytest.mark.parametrize("operator", [*parity.OPERATORS, "conv2d"])
+def test_inference_spares_the_checks_in_python(operator, monkeypatch):
+    """Native operators check their arguments themselves."""
+    function = getattr(fk, operator)
+    case = example("depthwise_conv2d" if operator == "conv2d" else operator)
+    args, kwargs = (
+        ((case.args[0], torch.randn(5, case.args[0].shape[1], 3, 3)), {}) if operator == "conv2d" else case[1:]
+    )
+    expected = function(*args, **kwargs)
+    monkeypatch.setattr(checks, operator, None)
+    with torch.no_grad():
+        assert torch.equal(function(*args, **kwargs), expected)
+    with pytest.raises(TypeError, match="NoneType"):
+        function(*args, **kwargs)
+    for mode in (torch.autocast("cpu", torch.bfloat16), fk.use_backend("reference")):
+        with torch.no_grad(), mode, pytest.raises(TypeError, match="NoneType"):
+            function(*args, **kwargs)
 
 
 @parity.needs_native
