@@ -61,7 +61,7 @@ void mix_pixels(const ChannelMixer& op, const Strip& strip, float* panels, int64
   for (int64_t c = 0; c < op.channels; c += kLanes) {
     const Lanes lanes{c, min_of(kLanes, op.channels - c), 1};
     const PackedFilter filter = pack_filter<T, Taps>(op.filter, c, lanes.count, 1, op.pad_left, packed);
-    const bool used_in_place = in_place<T>(lanes, op.x_stride.c);
+    const bool used_in_place = stays_in_place<T>(lanes, op.x_stride, op.w);
     float* line = lines;
     for (int64_t row = strip.first; row < strip.last;) {
       const int64_t n = row / op.h, first = row % op.h, last = min_of(op.h, first + strip.last - row);

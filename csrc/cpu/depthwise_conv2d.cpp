@@ -15,7 +15,7 @@ enum class Route {
 // Output channels are one a lane, whatever the input's are.
 template <class T>
 Route route(const Lanes& lanes, const DepthwiseConv2d& op) {
-  if (in_place<T>(lanes, op.out_stride.c)) return Route::in_place;
+  if (stays_in_place<T>(lanes, op.out_stride, op.out_w)) return Route::in_place;
   return op.out_stride.c == 1 ? Route::by_block : Route::by_strip;
 }
 
@@ -105,8 +105,9 @@ class DepthwiseTask {
   void place(Column<T, Taps>& column, int64_t r, T* out_row) const {
     const int64_t top = r * op_.stride_h - op_.pad_top;
     column.placed = column.input.window(top, column.filter, column.in_rows);
-    column.next = in_place<T>(column.input_lanes, op_.x_stride.c) ? column.input[top + op_.stride_h + op_.filter.kh - 1]
-                                                                  : nullptr;
+    column.next = stays_in_place<T>(column.input_lanes, op_.x_stride, op_.w)
+                      ? column.input[top + op_.stride_h + op_.filter.kh - 1]
+                      : nullptr;
     column.out = column.to == Route::in_place   ? reinterpret_cast<float*>(out_row + column.lanes.first)
                  : column.to == Route::by_block ? column.lines
                                                 : column.lines + (r - first_) * line();
@@ -139,7 +140,8 @@ class DepthwiseTask {
 }  // namespace
 
 void depthwise_conv2d(const DepthwiseConv2d& op, const Executor& executor) {
-  const bool gathered = op.x_stride.c != 1 || op.multiplier != 1 || op.storage != Storage::float32;
+  const bool gathered =
+      op.x_stride.c != 1 || op.multiplier != 1 || op.storage != Storage::float32 || !spreads(op.x_stride.w, op.w);
   const bool partial = op.channels * op.multiplier % kLanes != 0;  // the last vector is gathered whatever the layout
   const int64_t strip = ceil_div(longest_strip(gathered || partial, op.w, op.h, op.filter.kh), op.stride_h);
   const int64_t vectors = ceil_div(op.channels * op.multiplier, kLanes);

@@ -83,7 +83,7 @@ class AttentionTask {
         in_last_(
             min_of(op.h, min_of(op.h, last_ - op.value_pad_top + op.value.kh - 1) - op.key_pad_top + op.key.kh - 1)),
         gathered_floats_(Rows<T, Taps>::scratch_floats(op.query_stride, op.w, lanes_, in_first_, in_last_)),
-        to_(in_place<T>(lanes_, op.out_stride.c)             ? Route::in_place
+        to_(stays_in_place<T>(lanes_, op.out_stride, op.w)   ? Route::in_place
             : op.out_stride.c == 1 && lanes_.count == kLanes ? Route::by_row
                                                              : Route::by_strip) {
     const int64_t key_floats = packed_floats<Taps>(op.key), value_floats = packed_floats<Taps>(op.value);
@@ -180,7 +180,8 @@ class AttentionTask {
 void ffnified_attention(const FfnifiedAttention& op, const Executor& executor) {
   const int64_t halo = max_of(1, op.value.kh / 2);  // recomputed rows of the middle map are half the work of a row
   // The last vector is gathered at least.
-  const bool gathered = op.query_stride.c != 1 || op.channels % kLanes != 0 || op.storage != Storage::float32;
+  const bool gathered = op.query_stride.c != 1 || op.channels % kLanes != 0 || op.storage != Storage::float32 ||
+                        !spreads(op.query_stride.w, op.w);
   const int64_t strip = longest_strip(gathered, op.w, op.h, op.key.kh + op.value.kh);
   const Tiling tiling = tile(ceil_div(op.channels, kLanes), 1, op.n, op.h, halo, strip, executor.threads);
   run_storage<AttentionTask>(op, share_filters(tiling, op.w, executor.threads), executor);

@@ -149,6 +149,22 @@ FFNET_INLINE bool in_place(const Lanes& lanes, int64_t channel_stride) {
   return sizeof(T) == sizeof(float) && channel_stride == 1 && lanes.multiplier == 1 && lanes.count == kLanes;
 }
 
+// Whether the rows that a filter reads again and again stay in L1 where they lie. Vectors of pixels whose distance is a
+// large power of two fall on a few of its sets; as dense lines they would not. Copying long rows costs more than that.
+inline bool spreads(int64_t pixel_stride, int64_t width) {
+  constexpr int64_t kSets = 64, kWays = 8, kLineFloats = 16, kRows = 7, kLongRow = 17;
+  if (pixel_stride % kLineFloats != 0 || pixel_stride == 0 || width >= kLongRow) return true;
+  const int64_t lines = pixel_stride / kLineFloats,
+                shared = min_of(lines & -lines, kSets);  // their common power of two
+  return kRows * width <= kSets / shared * kWays;
+}
+
+// The same as in_place, of a row that a filter reads or whose results are read once more.
+template <class T>
+FFNET_INLINE bool stays_in_place(const Lanes& lanes, const Strides& stride, int64_t width) {
+  return in_place<T>(lanes, stride.c) && spreads(stride.w, width);
+}
+
 // Asks for pixels [first, last) of a row that will be needed one row later; a vector of channels of a channels-last map
 // is one cache line of each pixel, a pattern that hardware prefetchers do not follow.
 FFNET_INLINE void prefetch_row(const float* row, int64_t pixel, int64_t first, int64_t last) {

@@ -87,7 +87,7 @@ template <class T, class Taps>
 class Rows {
  public:
   static int64_t scratch_floats(const Strides& stride, int64_t width, const Lanes& lanes, int64_t first, int64_t last) {
-    if (last <= first || usable(lanes, stride.c)) return 0;
+    if (last <= first || usable(lanes, stride, width)) return 0;
     return (ceil_div(last, Taps::rows) - first / Taps::rows) * width * kLanes;
   }
 
@@ -96,7 +96,7 @@ class Rows {
   Rows(const T* image, const Strides& stride, int64_t height, int64_t width, const Lanes& lanes, int64_t first,
        int64_t last, float* scratch)
       : first_(first / Taps::rows), last_(last > first ? ceil_div(last, Taps::rows) : first_) {
-    if (usable(lanes, stride.c)) {
+    if (usable(lanes, stride, width)) {
       base_ = reinterpret_cast<const float*>(image + lanes.first);
       row_ = stride.h, pixel_ = stride.w, base_row_ = 0;
     } else {
@@ -119,8 +119,8 @@ class Rows {
   }
 
  private:
-  static bool usable(const Lanes& lanes, int64_t channel_stride) {
-    return Taps::rows == 1 && in_place<T>(lanes, channel_stride);
+  static bool usable(const Lanes& lanes, const Strides& stride, int64_t width) {
+    return Taps::rows == 1 && stays_in_place<T>(lanes, stride, width);
   }
 
   const float* base_ = nullptr;
