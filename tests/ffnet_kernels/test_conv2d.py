@@ -218,7 +218,7 @@ def test_a_row_with_more_padding_than_a_task_is_wide():
 
 
 @parity.needs_native
-@pytest.mark.parametrize("shape", [(4, 3, 2, 4), (2, 3, 4, 8), (4, 19, 2, 2)])
+@pytest.mark.parametrize("shape", [(4, 3, 2, 4), (4, 3, 2, 2)], ids=["16 lanes", "8 lanes"])
 def test_rows_that_repeat(shape):
     """Ends of a run of pixels may lie as far apart as those of adjacent ones, with other pixels between them."""
     one_row = torch.randn(shape[0], shape[1], 1, shape[3])
