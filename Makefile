@@ -1,7 +1,7 @@
 # make demo          FFNet-1 on photographs: plain PyTorch against the kernels
 # make test          all tests, lint and types among them
 # make lint          lint and types only
-# make bench         the quick benchmark suite
+# make bench         the quick benchmark suite, minutes: tables, report and charts in build/bench
 # make gpu           on a GPU: checks and benchmarks of the CUDA and Triton kernels, Triton's tiles measured
 # make compat        the libraries, as built here, in a venv with another torch, one for CUDA (no GPU needed)
 #
@@ -34,10 +34,10 @@ lint: $(READY)
 	$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m mypy
 
 bench: $(READY)
-	$(RUN) -m benchmarks --suite quick $(ARGS)
+	$(RUN) -m benchmarks run --quick --out build/bench $(ARGS)
 
 gpu: $(READY)
-	$(RUN) -m benchmarks.gpu $(ARGS)
+	$(RUN) -m benchmarks gpu $(ARGS)
 
 compat: $(READY) $(COMPAT_VENV)/.ready
 	PYTHONPATH=. FFNET_KERNELS_LIBRARY_DIR=ffnet_kernels/lib $(COMPAT_VENV)/bin/python csrc/compat.py

@@ -1,7 +1,7 @@
-"""Benchmarks of the operators and models against plain PyTorch, torch.compile, ONNX Runtime and OpenVINO.
+"""The kernel benchmark suite: ``python -m benchmarks`` lists its commands.
 
-``specs`` says what is measured, ``work`` and ``training`` build it as ``programs``, ``peers`` and ``runtimes`` are the
-contenders, ``runner`` measures by way of ``sampling``, and ``results``, ``report``, ``goals`` and ``chart`` are what
-comes of it. ``python -m benchmarks --help`` runs them; ``python -m benchmarks.goals`` puts the parts of the suite
-"record" together, ``python -m benchmarks.memory`` measures peak memory.
+``cases`` and ``suites`` say what is measured; ``work`` and ``training`` build it as ``programs``; ``peers`` and
+``runtimes`` are the contenders; ``runner`` times them under the ``roofs`` that it measures. ``results`` is what comes
+of it, read by ``report``, ``growth``, ``compare``, ``goals`` and the charts. Names that begin with ``gpu`` do the same
+on a GPU.
 """

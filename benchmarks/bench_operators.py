@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from .peers import CONTENDERS, DEFAULT_CONTENDERS
-from .specs import suite
+from .suites import suite
 from .work import build
 
 
 @pytest.mark.parametrize("contender", [CONTENDERS[name] for name in DEFAULT_CONTENDERS], ids=lambda c: c.name)
-@pytest.mark.parametrize("case", suite("quick"), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", suite("ops", quick=True), ids=lambda case: case.name)
 def test_operator(benchmark, case, contender):
     if reason := contender.unavailable():
         pytest.skip(f"{contender.name}: {reason}")

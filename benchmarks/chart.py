@@ -1,4 +1,4 @@
-"""Results as PNG charts, with matplotlib where it is installed."""
+"""Results as PNG charts, with matplotlib where it is installed: bars of time and of speed-up."""
 
 from __future__ import annotations
 
@@ -7,16 +7,29 @@ from pathlib import Path
 from typing import Any
 
 from .peers import OURS
-from .results import Result, Row, peers_of, replacing
+from .results import Row, peers_of, replacing, shared_words
 
 OURS_COLOR, PEER_COLOR = "#1b6ca8", "#b4bcc4"
-PEER_COLORS = ("#b4bcc4", "#7fa8c9", "#e0a458", "#9c6b98", "#6ba368")
+#: By contender, the same in every chart; others take what follows.
+COLORS = {
+    OURS: OURS_COLOR,
+    "eager nchw": "#e0a458",
+    "eager channels-last": "#c8553d",
+    "torch.compile": "#6ba368",
+    "onnxruntime": "#9c6b98",
+    "openvino": "#4f9d9d",
+}
+OTHER_COLORS = ("#8d99ae", "#b08968", "#d4a5a5", "#7a9e9f")
 TEXT_COLOR, SLOWER_COLOR, GRID_COLOR = "#222222", "#b03a2e", "#e3e6e8"
 BAR_INCHES = 0.2
 
 
 class ChartError(RuntimeError):
     """No chart can be drawn; the text says why."""
+
+
+def color(contender: str) -> str:
+    return COLORS.get(contender) or OTHER_COLORS[sum(map(ord, contender)) % len(OTHER_COLORS)]
 
 
 def latency_chart(row: Row, path: Path, title: str) -> None:
@@ -28,7 +41,7 @@ def latency_chart(row: Row, path: Path, title: str) -> None:
     measured = sorted((m for m in row.measurements if m.samples_ms), key=lambda m: m.median_ms, reverse=True)
     if not measured:
         raise ChartError("nothing was measured, so there is no chart")
-    figure, axes = _axes(1.6 * len(measured), title)
+    figure, axes = _bar_axes(1.6 * len(measured), title)
     medians = [m.median_ms for m in measured]
     low, high = zip(*(m.quartiles_ms for m in measured), strict=True)
     axes.barh(
@@ -52,67 +65,80 @@ def latency_chart(row: Row, path: Path, title: str) -> None:
         )
     axes.set_xlim(0, 1.3 * max(high))
     axes.set_xlabel("milliseconds a call, median and quartiles; shorter is faster")
-    _save(figure, path)
+    save(figure, path)
 
 
-def ratio_chart(result: Result, path: Path, title: str) -> None:
-    """All cases: the time of each peer over ours; beyond the line at 1 ours is faster.
+def speedup_chart(rows: Sequence[Row], path: Path, title: str) -> None:
+    """A line a case: the time over ours of every peer as a mark, and a bar up to the fastest of them.
 
     Raises:
         ChartError: where matplotlib is missing or nothing was measured.
     """
-    peers = [p for p in peers_of(result.rows, OURS) if any(row.ratio(p, OURS) for row in result.rows)]
-    if not peers:
+    found = [(row, ratios) for row in rows if (ratios := _ratios(row))]
+    if not found:
         raise ChartError("no peer was measured beside ours, so there is no chart")
-    figure, axes = _axes(len(result.rows) * (len(peers) + 0.6), title)
-    height = 0.8 / len(peers)
-    longest = 1.0
-    for index, peer in enumerate(peers):
-        points = [(i, ratio) for i, row in enumerate(result.rows) if (ratio := row.ratio(peer, OURS)) is not None]
-        positions = [i + (index - (len(peers) - 1) / 2) * height for i, _ in points]
-        ratios = [ratio for _, ratio in points]
-        longest = max(longest, *ratios)
-        axes.barh(positions, ratios, height=0.9 * height, color=PEER_COLORS[index % len(PEER_COLORS)], label=peer)
-        for position, ratio in zip(positions, ratios, strict=True):
-            axes.annotate(
-                f"{ratio:.2f}×",
-                (1 if 0.7 < ratio < 1 else ratio, position),  # clear of the line at 1
-                xytext=(4, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=8,
-                color=SLOWER_COLOR if ratio < 1 else TEXT_COLOR,
-                weight="bold" if ratio < 1 else "normal",
-            )
-    axes.axvline(1, color=TEXT_COLOR, linewidth=1)
-    axes.set_yticks(range(len(result.rows)), _short_names(result.rows))
-    axes.set_ylim(len(result.rows) - 0.4, -0.6)  # first case on top
-    axes.set_xlim(0, 1.12 * longest)
-    axes.set_xlabel("time of the peer / time of ours; beyond 1 ours is faster, red: ours is slower")
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(peers), frameon=False)
-    _save(figure, path)
+    figure, axes = _bar_axes(len(found), title)
+    for position, (_, ratios) in enumerate(found):
+        least = min(ratios.values())
+        axes.barh(position, least - 1, left=1, height=0.6, color=PEER_COLOR if least >= 1 else "#ecc5c0", zorder=1)
+    for peer in peers_of([row for row, _ in found], OURS):
+        points = [(ratios[peer], position) for position, (_, ratios) in enumerate(found) if peer in ratios]
+        if points:
+            axes.scatter(*zip(*points, strict=True), s=22, color=color(peer), label=peer, zorder=3)
+    largest = max(max(ratios.values()) for _, ratios in found)
+    for position, (_, ratios) in enumerate(found):
+        least = min(ratios.values())
+        axes.annotate(
+            f"{least:.2f}×",
+            (1, position),
+            xycoords=("axes fraction", "data"),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            color=SLOWER_COLOR if least < 1 else TEXT_COLOR,
+            weight="bold" if least < 1 else "normal",
+        )
+    axes.axvline(1, color=TEXT_COLOR, linewidth=1.2, zorder=2)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
+    axes.set_xlim(min(0.7, 0.95 * min(min(ratios.values()) for _, ratios in found)), 1.1 * max(2, largest))
+    axes.set_yticks(range(len(found)), _names([row for row, _ in found]), fontsize=8)
+    axes.set_ylim(len(found) - 0.4, -0.6)  # first case on top
+    axes.set_xlabel("time over ours: right of the line ours is faster. Bar and number: the fastest peer (red: faster)")
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=5, frameon=False, fontsize=8, handletextpad=0.1)
+    save(figure, path)
 
 
-def _short_names(rows: Sequence[Row]) -> list[str]:
-    """Without the words that all cases end in."""
-    words = [row.case.split() for row in rows]
-    shared = 0
-    while len(rows) > 1 and all(len(w) > shared + 1 and w[-1 - shared] == words[0][-1 - shared] for w in words):
-        shared += 1
-    return [" ".join(w[: len(w) - shared]) for w in words]
+def _names(rows: Sequence[Row]) -> list[str]:
+    return [row.case.removesuffix(shared_words(rows)) for row in rows]
 
 
-def _axes(bars: float, title: str) -> tuple[Any, Any]:
+def _ratios(row: Row) -> dict[str, float]:
+    return {peer: ratio for peer in peers_of([row], OURS) if (ratio := row.ratio(peer, OURS)) is not None}
+
+
+def blank_figure(width: float, height: float, title: str) -> Any:
+    """A matplotlib figure with a title, drawn without a display.
+
+    Raises:
+        ChartError: where matplotlib is missing.
+    """
     try:
         # The object interface: no global state, and no display is looked for.
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ChartError(f"charts need matplotlib (pip install matplotlib): {error}") from error
-    figure = Figure(figsize=(9, 1.5 + BAR_INCHES * max(bars, 5)), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=9, color=TEXT_COLOR)
+    return figure
+
+
+def _bar_axes(bars: float, title: str) -> tuple[Any, Any]:
+    figure = blank_figure(9, 1.5 + BAR_INCHES * max(bars, 5), title)
     axes = figure.add_subplot()
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=TEXT_COLOR)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", color=GRID_COLOR)
@@ -120,6 +146,6 @@ def _axes(bars: float, title: str) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")

@@ -1,6 +1,6 @@
 """What the CPU kernels are to reach, and whether results of the suite "record" hold it.
 
-``python -m benchmarks.goals PART.json ...`` puts the parts of a run together and prints a line a shape.
+``python -m benchmarks goals PART.json ...`` puts the parts of a run together and prints a line a shape.
 """
 
 from __future__ import annotations
@@ -8,15 +8,15 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .cases import Case, LayerCase, ModelCase, OperatorCase, TrainingCase
 from .machine import machine_line
 from .peers import OURS
-from .report import markdown
-from .results import Result, Row, merge, peers_of, write_json
-from .specs import LARGE_FILTERS, Case, ModelCase, OperatorCase, TrainingCase, suite
+from .results import Result, Row, best_peer, merge, write_json
+from .suites import LARGE_FILTERS, suite
+from .text import markdown
 
 SAMPLES = 9  # of each contender: the suite has hundreds of cases
 NHWC, NCHW = "eager channels-last", "eager nchw"
@@ -49,6 +49,8 @@ def goal(case: Case) -> Goal | None:
     half = case.dtype != "float32"
     if isinstance(case, TrainingCase):
         return None if half else Goal(1.6, 2.2, NHWC)
+    if isinstance(case, LayerCase):
+        return None
     if isinstance(case, ModelCase):
         return Goal(1.2, 1.35) if half else Goal(1.05, 1.12)
     if case.kernel >= min(kernel for *_, kernel in LARGE_FILTERS):
@@ -81,8 +83,7 @@ def peers(case: Case) -> tuple[str, ...]:
 
 def report(result: Result) -> str:
     """Machine, a line a case, and how many of the goals hold."""
-    cases = {case.name: case for case in suite("record")}
-    pairs = [(row, cases[row.case]) for row in result.rows if row.case in cases]
+    pairs = _pairs(result)
     parts = [f"machine: {machine_line(result.machine)}", *NOTES]
     parts.append(markdown(HEADERS, [_line(row, goal(case)) for row, case in pairs], left=(0, 3, 9, 11)))
     wrong = [
@@ -91,21 +92,19 @@ def report(result: Result) -> str:
     ]  # fmt: skip
     absent = {f"{m.contender}: {m.reason}" for row, _ in pairs for m in row.measurements if m.reason}
     parts += ["\n".join(lines) for lines in (wrong, sorted(absent)) if lines]
-    parts.append(_summary(pairs))
-    if missing := len(cases) - len(pairs):
-        parts.append(f"{missing} of {len(cases)} cases of the suite are not in these results")
+    parts.append(summary(result))
+    if missing := len(suite("record")) - len(pairs):
+        parts.append(f"{missing} of {len(suite('record'))} cases of the suite are not in these results")
     return "\n\n".join(parts)
 
 
-def best_peer(row: Row, against: str | None = None) -> str | None:
-    """The peer with the least median, or the one named; None where it did not run."""
-    names = [against] if against else peers_of([row], OURS)
-    measured = [m for name in names if (m := row.measurement(name)) is not None]
-    return min(measured, key=lambda m: m.median_ms).contender if measured else None
+def _pairs(result: Result) -> list[tuple[Row, Case]]:
+    cases = {case.name: case for case in suite("record")}
+    return [(row, cases[row.case]) for row in result.rows if row.case in cases]
 
 
 def _line(row: Row, goal: Goal | None) -> tuple[str, ...]:
-    ours, peer = row.measurement(OURS), best_peer(row, goal.against if goal else None)
+    ours, peer = row.measurement(OURS), best_peer(row, OURS, goal.against if goal else None)
     if ours is None or peer is None:
         return (row.case, f"{ours.median_ms:.3f}" if ours else "-", *["-"] * (len(HEADERS) - 2))
     theirs, ratio, spread = row.measurement(peer), row.ratio(peer, OURS), row.ratio_quartiles(peer, OURS)
@@ -130,11 +129,12 @@ def _verdict(ratio: float, wanted: float | None) -> tuple[str, str]:
     return ("-", "") if wanted is None else (f"{wanted:g}x", "holds" if ratio >= wanted else "no")
 
 
-def _summary(pairs: Sequence[tuple[Row, Case]]) -> str:
+def summary(result: Result) -> str:
+    """How many of the goals hold: a line a kind of case."""
     found: dict[str, list[tuple[float, Goal]]] = {}
-    for row, case in pairs:
+    for row, case in _pairs(result):
         set_for = goal(case)
-        peer = best_peer(row, set_for.against) if set_for else None
+        peer = best_peer(row, OURS, set_for.against) if set_for else None
         ratio = row.ratio(peer, OURS) if peer else None
         if set_for and ratio:
             found.setdefault(_kind(case), []).append((ratio, set_for))
@@ -151,6 +151,8 @@ def _summary(pairs: Sequence[tuple[Row, Case]]) -> str:
 
 
 def _kind(case: Case) -> str:
+    if isinstance(case, LayerCase):
+        return f"layer {case.dtype}"
     if isinstance(case, ModelCase):
         return f"model {case.dtype}"
     if isinstance(case, TrainingCase):
@@ -161,7 +163,7 @@ def _kind(case: Case) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns 0; 2 where parts cannot be read or do not belong together."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.goals", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks goals", description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="+", type=Path, metavar="PART.json", help="a later one replaces equal cases")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all parts into this one")
     options = parser.parse_args(argv)
@@ -175,7 +177,3 @@ def main(argv: list[str] | None = None) -> int:
         write_json(result, options.json)
         print(f"\nwrote {options.json}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

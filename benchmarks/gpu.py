@@ -1,4 +1,4 @@
-"""``python -m benchmarks.gpu`` (``make gpu``): everything there is to do on a GPU, in parts that can be resumed.
+"""``python -m benchmarks gpu`` (``make gpu``): everything there is to do on a GPU, in parts that can be resumed.
 
 The most valuable part comes first. ``build`` compiles the CUDA library, ``selftest-*`` check a backend's kernels on
 small awkward shapes, ``parity-*`` at FFNet's own; ``headline`` times the operators that matter most beside their peers,
@@ -31,14 +31,15 @@ from ffnet_kernels.selftest import cases as selftest_cases
 from ffnet_kernels.selftest import moved
 
 from . import gpu_processes
-from .__main__ import INTERRUPTED
+from .cases import OPERATORS, ModelCase, OperatorCase
 from .gpu_contenders import is_ours
 from .gpu_report import summary, table
 from .gpu_timing import check, model_row, operator_row, operator_work, training_row
 from .machine import machine
 from .report import error_text
 from .results import Result, replacing, write_json
-from .specs import LAYOUTS, OPERATORS, ModelCase, OperatorCase
+from .run import INTERRUPTED
+from .suites import LAYOUTS
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCH_BATCH = 128
@@ -318,7 +319,7 @@ def main(argv: list[str] | None = None) -> int:
     """Returns 0; 1 where something failed, 2 where there is no GPU, 130 after Ctrl-C."""
     options = _parser().parse_args(argv)
     if not torch.cuda.is_available():
-        print("benchmarks.gpu: there is no GPU", file=sys.stderr)
+        print("benchmarks gpu: there is no GPU", file=sys.stderr)
         return 2
     return run(options, torch.device("cuda", torch.cuda.current_device()))
 
@@ -353,14 +354,14 @@ def run(options: argparse.Namespace, device: torch.device) -> int:
 def _restart(options: argparse.Namespace, seconds: float, error: Exception) -> None:
     """Goes on in a new process: in this one the GPU is lost, or an older library. What is done is in the files."""
     what = "the CUDA library was built" if isinstance(error, RebuiltError) else error
-    print(f"benchmarks.gpu: starting again after {what}", flush=True)
+    print(f"benchmarks gpu: starting again after {what}", flush=True)
     arguments = ["--budget", f"{max(0.0, seconds):.0f}", "--work", options.work, "--out", options.out]
     arguments += ["--filter", options.filter, *(word for name in options.only for word in ("--only", name))]
-    os.execv(sys.executable, [sys.executable, "-m", "benchmarks.gpu", *map(str, arguments)])
+    os.execv(sys.executable, [sys.executable, "-m", "benchmarks", "gpu", *map(str, arguments)])
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--only", action="append", choices=PARTS, default=[], help="this part; may be repeated")
     parser.add_argument("--filter", default="", metavar="TEXT", help="only steps with this text in their name")
     parser.add_argument("--again", action="store_true", help="forget what these parts have done before")
@@ -372,7 +373,3 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=ROOT / "benchmarks" / "results", metavar="DIR", help="of the result (%(default)s)"
     )
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

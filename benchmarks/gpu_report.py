@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from .gpu_contenders import COPY, is_ours
-from .report import error_text, markdown
+from .report import error_text
 from .results import Measurement, Result, Row
+from .text import markdown
 
 HEADERS = ("case", "backend", "ms", "quartiles", "GB/s", "/ copy", "predicted", "error", "")
 MOST_FAILURES = 12

@@ -21,6 +21,7 @@ from ffnet_kernels.backends.triton.tune import Clock, check_alive, describe
 from ffnet_kernels.operators import OPERATORS
 from ffnet_kernels.selftest import error_limit, incoming_gradient, poisoned_memory
 
+from .cases import ModelCase, OperatorCase, itemsize
 from .gpu_contenders import (
     BACKENDS,
     COMPILED,
@@ -35,7 +36,6 @@ from .gpu_contenders import (
 )
 from .peers import Contender, Eager, Ours, TorchCompile
 from .results import Measurement, Row
-from .specs import ModelCase, OperatorCase, itemsize
 from .work import MEMORY_FORMATS, ModelWork, OperatorWork, Program, Work, build
 
 WARM_UP = 3

@@ -58,8 +58,8 @@ def _version(distribution: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of this source tree, "+" behind it for local changes; None for an installed copy."""
-    here = Path(__file__).resolve()
+    """The commit of the kernels' source tree, "+" behind it for local changes; None for an installed copy."""
+    here = Path(ffnet_kernels.__file__).resolve()
     # An environment inside someone's repository is not under version control there: ask about this very file.
     if _git(here.parent, "ls-files", "--error-unmatch", here.name) is None:
         return None

@@ -1,16 +1,14 @@
-"""Peak memory of FFNet-1, ours against eager PyTorch: ``python -m benchmarks.memory``.
+"""Peak memory of FFNet-1, ours against eager PyTorch: ``python -m benchmarks memory``.
 
-Each contender runs in a fresh process. There the model and its input are made, freed memory is given back to the
-system (malloc_trim) and the resident high-water mark is set to what is resident (Linux: 5 into /proc/self/clear_refs).
-After some calls the mark, VmHWM, says how much was resident at most; ``calls`` is what that is above the state before
-the first of them: maps, packed weights, gradients, scratch memory, and code that is paged in. Time is not measured, and
-the processes run one by one.
+Each contender runs in a fresh process. There the model and its input are made and the resident high-water mark is set
+to what is resident. After some calls the mark, VmHWM, says how much was resident at most; ``calls`` is what that is
+above the state before the first of them: maps, packed weights, gradients, scratch memory, and code that is paged in.
+Time is not measured, and the processes run one by one.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import json
 import subprocess
@@ -20,10 +18,11 @@ from typing import Any
 
 import torch
 
+from .cases import Case, ModelCase, TrainingCase
+from .high_water import MIB, reset_peak, resident
 from .machine import machine, machine_line
 from .peers import CONTENDERS, OURS
-from .report import markdown
-from .specs import Case, ModelCase, TrainingCase
+from .text import markdown
 from .work import build
 
 CASES: tuple[Case, ...] = (
@@ -33,11 +32,6 @@ CASES: tuple[Case, ...] = (
 )
 NAMES = (OURS, "eager nchw", "eager channels-last")
 CALLS = 3
-MIB = 2**20
-
-
-class MemoryUnknown(RuntimeError):
-    """The system does not tell; the text says why."""
 
 
 def measure(case: Case, contender: str) -> dict[str, int]:
@@ -54,27 +48,10 @@ def measure(case: Case, contender: str) -> dict[str, int]:
         return {"before": before, "peak": resident("VmHWM")}
 
 
-def reset_peak() -> None:
-    """Gives freed memory back, and makes what is resident the high-water mark."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-    except (OSError, AttributeError) as error:
-        raise MemoryUnknown(f"the high-water mark cannot be set back here: {error}") from error
-
-
-def resident(field: str) -> int:
-    """A line of /proc/self/status, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return 1024 * int(line.split()[1])
-    raise MemoryUnknown(f"/proc/self/status has no {field}")
-
-
 def in_fresh_process(case: int, contender: str, threads: int) -> dict[str, Any]:
     """As `measure`, or {"error": why not}."""
     arguments = ["--one", str(case), contender, "--threads", str(threads)]
-    done = subprocess.run([sys.executable, "-m", "benchmarks.memory", *arguments], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "benchmarks", "memory", *arguments], capture_output=True, text=True)
     if done.returncode != 0:
         return {"error": next(reversed(done.stderr.strip().splitlines()), f"exit code {done.returncode}")}
     return json.loads(done.stdout.splitlines()[-1])
@@ -98,7 +75,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns 0; 1 where something could not be measured."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks memory", description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, metavar="N", help="threads (default: torch's)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     parser.add_argument("--one", nargs=2, metavar=("CASE", "CONTENDER"), help=argparse.SUPPRESS)
@@ -118,7 +95,3 @@ def main(argv: list[str] | None = None) -> int:
         options.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
         print(f"\nwrote {options.json}")
     return 1 if any("error" in row for row in rows) else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

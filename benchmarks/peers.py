@@ -118,8 +118,10 @@ CONTENDERS: dict[str, Contender] = {
         Eager("eager channels-last", "channels_last"),
         TorchCompile(),
         TorchCompile("torch.compile frozen", {"freezing": True}),
+        TorchCompile("torch.compile max-autotune", {"max_autotune": True, "freezing": True}),
         OnnxRuntime(),
         OpenVino(),
     )
 }
-DEFAULT_CONTENDERS = (OURS, "eager nchw", "eager channels-last", "torch.compile")
+#: Those that are installed take part; compiling longer than measuring is for who asks (``--peers``).
+DEFAULT_CONTENDERS = (OURS, "eager nchw", "eager channels-last", "torch.compile", "onnxruntime", "openvino")

@@ -28,6 +28,7 @@ class Program:
         layout: of the maps it reads.
         detail: what is worth knowing of how it runs, e.g. the backend.
         judged: makes of a result the tensors that are checked, where those are more than the result; not timed.
+        hoards: whether it keeps memory for its maps between calls, so that a call's cannot be told.
     """
 
     function: Callable[..., Any]
@@ -35,6 +36,7 @@ class Program:
     layout: str
     detail: str = ""
     judged: Callable[[Any], list[Tensor]] | None = None
+    hoards: bool = False
 
     def __call__(self) -> Any:
         return self.function(*self.inputs[0])

@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-FORMAT_VERSION = 1
+from .roofs import Roofs
+
+FORMAT_VERSION = 2  # 1 had neither parameters nor memory; it is still read
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float]:
@@ -38,6 +40,7 @@ class Measurement:
         passed: whether the error is within the limit.
         reason: why it did not run.
         page_faults: of each sample, pages that the kernel had to supply.
+        memory: bytes that the first call after the check took at most, its result among them; None where unknown.
     """
 
     contender: str
@@ -50,6 +53,7 @@ class Measurement:
     passed: bool = False
     reason: str | None = None
     page_faults: tuple[int, ...] = ()
+    memory: int | None = None
 
     @property
     def median_ms(self) -> float:
@@ -68,12 +72,17 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Row:
-    """One case with all its contenders, ours first."""
+    """One case with all its contenders, ours first.
+
+    Attributes:
+        parameters: "kind", and the fields of the case.
+    """
 
     case: str
     flops: int
     bytes: int
     measurements: tuple[Measurement, ...]
+    parameters: dict[str, Any] = field(default_factory=dict)
 
     def measurement(self, contender: str) -> Measurement | None:
         """That of a contender, or None where it did not run."""
@@ -97,6 +106,10 @@ class Row:
     def gbytes(self, measurement: Measurement) -> float:
         """Unavoidable traffic per second, in GB/s."""
         return self.bytes / measurement.median_ms / 1e6
+
+    def least_ms(self, roofs: Roofs) -> float | None:
+        """Milliseconds that the machine takes at least; None where its roof in this dtype is unknown."""
+        return roofs.least_ms(self.flops, self.bytes, self.parameters.get("dtype", ""))
 
 
 @dataclass
@@ -122,13 +135,14 @@ class Result:
     def from_json(cls, text: str) -> Result:
         """Raises ValueError for another format."""
         plain = json.loads(text)
-        if plain.get("format") != FORMAT_VERSION:
+        if plain.get("format") not in (1, FORMAT_VERSION):
             raise ValueError(f"expected benchmark results of format {FORMAT_VERSION}, got {plain.get('format')!r}")
-        rows = [
-            Row(row["case"], row["flops"], row["bytes"], tuple(_measurement(m) for m in row["measurements"]))
-            for row in plain["rows"]
-        ]
-        return cls(plain["machine"], rows, plain["interrupted"], plain["extra"])
+        return cls(plain["machine"], [_row(row) for row in plain["rows"]], plain["interrupted"], plain["extra"])
+
+
+def _row(plain: dict[str, Any]) -> Row:
+    measurements = tuple(_measurement(m) for m in plain["measurements"])
+    return Row(plain["case"], plain["flops"], plain["bytes"], measurements, plain.get("parameters", {}))
 
 
 def _measurement(plain: dict[str, Any]) -> Measurement:
@@ -151,6 +165,18 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
+#: What has to agree for rows of two runs to stand in one result.
+IDENTITY = ("processor", "threads", "isa", "torch", "commit", "runtimes")
+
+
+def different(one: dict[str, Any], other: dict[str, Any], names: Sequence[str] = IDENTITY) -> str | None:
+    """What is not the same in two machines, or None."""
+    for name in names:
+        if one.get(name) != other.get(name):
+            return f"{name} is {one.get(name)!r} and {other.get(name)!r}"
+    return None
+
+
 def merge(parts: Sequence[Result]) -> Result:
     """One result of several runs; a case that is in more than one is taken from the last.
 
@@ -158,10 +184,9 @@ def merge(parts: Sequence[Result]) -> Result:
         ValueError: for runs on different machines, versions or numbers of threads.
     """
     first = parts[0]
-    for name in ("processor", "threads", "isa", "torch", "commit", "runtimes"):
-        found = [part.machine.get(name) for part in parts]
-        if other := [value for value in found if value != found[0]]:
-            raise ValueError(f"parts of different runs: {name} is {found[0]!r} and {other[0]!r}")
+    for part in parts:
+        if reason := different(first.machine, part.machine):
+            raise ValueError(f"parts of different runs: {reason}")
     rows = {row.case: row for part in parts for row in part.rows}
     return Result(first.machine, list(rows.values()), any(part.interrupted for part in parts), first.extra)
 
@@ -174,3 +199,19 @@ def write_json(result: Result, path: Path) -> None:
 def peers_of(rows: Sequence[Row], ours: str) -> list[str]:
     """Names of the other contenders, in the order in which they appear."""
     return list(dict.fromkeys(m.contender for row in rows for m in row.measurements if m.contender != ours))
+
+
+def shared_words(rows: Sequence[Row]) -> str:
+    """What the names of all cases end in, whole words with the blanks before them; a name keeps its first word."""
+    words = [row.case.split(" ") for row in rows]
+    shared = 0
+    while len(rows) > 1 and all(len(w) > shared + 1 and w[-1 - shared] == words[0][-1 - shared] for w in words):
+        shared += 1
+    return "".join(f" {word}" for word in words[0][len(words[0]) - shared :]) if rows else ""
+
+
+def best_peer(row: Row, ours: str, against: str | None = None) -> str | None:
+    """The peer with the least median, or the one named; None where it did not run."""
+    names = [against] if against else peers_of([row], ours)
+    measured = [m for name in names if (m := row.measurement(name)) is not None]
+    return min(measured, key=lambda m: m.median_ms).contender if measured else None

@@ -15,7 +15,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from . import progress
+from . import progress, roofs
+from .cases import Case, parameters
+from .high_water import most_during
 from .machine import keep_freed_memory, machine
 from .peers import Contender, first_line
 from .programs import CpuWork, Program, Unsupported
@@ -64,6 +66,7 @@ class _Entry:
     samples: list[float] = field(default_factory=list)
     disturbed: int = 0
     page_faults: list[int] = field(default_factory=list)
+    memory: int | None = None
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,8 @@ class Runner:
                     if reason is None:
                         program = contender.prepare(work)
                         outputs[contender.name] = program.results()
-                        entries.append(_Entry(contender.name, program))
+                        memory = None if program.hoards else most_during(program)
+                        entries.append(_Entry(contender.name, program, memory=memory))
                 except Unsupported as refusal:
                     reason = str(refusal)
                 except Exception as failure:  # a peer may fail in any way; the others still count
@@ -125,8 +129,9 @@ class Runner:
                 error,
                 passed,
                 page_faults=tuple(entry.page_faults),
+                memory=entry.memory,
             )
-        row = Row(case.name, case.flops, case.bytes, tuple(measurements.values()))
+        row = Row(case.name, case.flops, case.bytes, tuple(measurements.values()), parameters(case))
         return Outcome(row, expected[0], {name: results[0] for name, results in outputs.items()})
 
     def _measure(self, entries: list[_Entry], bar: progress.Bar) -> None:
@@ -166,17 +171,36 @@ class Runner:
         return (self.timer() - start) / repeats
 
 
-def run_cases(cases: Iterable, runner_of: Callable[[Any], Runner]) -> Result:
-    """All cases, each by the runner that is given for it; or, after Ctrl-C, those that were finished."""
+def run_cases(
+    cases: Iterable[Case],
+    runner_of: Callable[[Any], Runner],
+    kept: Sequence[Row] = (),
+    save: Callable[[Result], object] = lambda result: None,
+) -> Result:
+    """All cases, each by the runner that is given for it; or, after Ctrl-C, those that were finished.
+
+    Args:
+        kept: rows of an earlier run; their cases are not run again.
+        save: called with what there is after every case.
+    """
     cases = list(cases)
-    result = Result(machine())
+    known = {row.case: row for row in kept}
+    before = roofs.measure()
+    result = Result({**machine(), "roofs": before.to_plain()})
     try:
         with progress.bar(len(cases), "cases", leave=True) as bar:
             for case in cases:
-                result.rows.append(runner_of(case).run(case, build(case)).row)
+                if case.name in known:
+                    result.rows.append(known[case.name])
+                else:
+                    result.rows.append(runner_of(case).run(case, build(case)).row)
+                    save(result)
                 bar.update()
     except KeyboardInterrupt:
         result.interrupted = True
+    else:
+        result.machine["roofs"] = roofs.best(before, roofs.measure()).to_plain()
+    save(result)
     return result
 
 

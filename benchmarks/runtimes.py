@@ -35,7 +35,7 @@ class OnnxRuntime:
         if work.dtype != torch.float32:
             raise Unsupported("its CPU provider has no 16-bit convolution")
         module, inputs = work.exportable()
-        return Program(_onnx_session(module, inputs[0]), inputs, "nchw")
+        return Program(_onnx_session(module, inputs[0]), inputs, "nchw", hoards=True)
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class OpenVino:
     def prepare(self, work: CpuWork) -> Program:
         module, inputs = work.exportable()
         narrow = [tuple(one.to(work.dtype) for one in maps) for maps in inputs]
-        return Program(_openvino_request(module, inputs[0], work.dtype), narrow, "nchw")
+        return Program(_openvino_request(module, inputs[0], work.dtype), narrow, "nchw", hoards=True)
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from ffnet_kernels import checks
 from ffnet_kernels.backends import reference
 from ffnet_kernels.selftest import error_limit
 
+from .cases import OPERATORS, Case, LayerCase, ModelCase, OperatorCase, TrainingCase
 from .programs import (
     MEMORY_FORMATS,
     CpuWork,
@@ -30,7 +31,6 @@ from .programs import (
 from .programs import (
     Work as Work,
 )
-from .specs import OPERATORS, Case, ModelCase, OperatorCase, TrainingCase
 from .training import BackwardWork, TrainingWork
 
 SEED = 0
@@ -152,6 +152,8 @@ def build(case: Case) -> CpuWork:
     """The work of a case, the same in every run."""
     if isinstance(case, ModelCase):
         return _model_work(case)
+    if isinstance(case, LayerCase):
+        return _layer_work(case)
     if isinstance(case, TrainingCase):
         model = _model_work(ModelCase(case.model, case.batch, case.size, case.dtype))
         return TrainingWork(model.model.train(), model.batches[0])
@@ -210,6 +212,15 @@ def _model_work(case: ModelCase) -> ModelWork:
         model = ffnet.create_model(case.model).eval().to(dtype)
         batch = torch.randn(case.batch, 3, case.size, case.size).to(dtype)
     return ModelWork(model, [batch])
+
+
+def _layer_work(case: LayerCase) -> ModelWork:
+    dtype = getattr(torch, case.dtype)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        layer = ffnet.create_model(case.model).eval().get_submodule(case.path)
+        batch = torch.randn(case.batch, case.channels, case.size, case.size)
+    return ModelWork(ffnet.reparameterize(layer).to(dtype), [batch.to(dtype)])
 
 
 def _channels_innermost(weight: Tensor) -> Tensor:

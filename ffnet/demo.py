@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.cases import ModelCase
 from benchmarks.chart import ChartError, latency_chart
 from benchmarks.machine import machine, machine_line
 from benchmarks.peers import OURS, AsTrained, Contender, Eager, Ours, TorchCompile
-from benchmarks.report import busy_text, error_text, markdown, ratio_text
+from benchmarks.report import busy_text, error_text, ratio_text
 from benchmarks.results import Result, write_json
 from benchmarks.runner import Outcome, Runner
-from benchmarks.specs import ModelCase
+from benchmarks.text import markdown
 from benchmarks.work import ModelWork
 
 from . import FFNet, create_model, load_checkpoint

@@ -19,6 +19,16 @@ PYBIND11_MODULE(_native, m) {
         return names;
       },
       "The instruction sets that this build holds and this processor runs, slowest first.");
+  m.def(
+      "multiply_adds",
+      [](const std::string& dtype, int64_t rounds) {
+        const auto storage = dtype == "bfloat16" ? ffnet::Storage::bfloat16 : ffnet::Storage::float32;
+        const ffnet::Kernels& kernels = ffnet::active_kernels();
+        pybind11::gil_scoped_release others_run;
+        return kernels.multiply_adds(storage, rounds);
+      },
+      pybind11::arg("dtype"), pybind11::arg("rounds"),
+      "Multiplies and adds on registers alone, as fast as the instruction set goes; the multiply-adds it did.");
   m.def("select_isa", &ffnet::select_isa, pybind11::arg("isa"),
         "Makes calls use this instruction set; an empty name returns to the default.");
 }

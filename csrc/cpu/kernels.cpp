@@ -16,6 +16,7 @@ void branched_depthwise(const BranchedDepthwise&, const Executor&);
 void branched_depthwise_backward(const BranchedDepthwiseBackward&, const Executor&);
 void feed_forward(const FeedForward&, const Executor&);
 void feed_forward_backward(const FeedForwardBackward&, const Executor&);
+int64_t multiply_adds(Storage, int64_t);
 }  // namespace FFNET_ISA
 
 #define FFNET_JOIN(a, b) a##b
@@ -39,6 +40,7 @@ const Kernels* FFNET_TABLE_NAME(FFNET_ISA)() {
       FFNET_ISA::branched_depthwise_backward,
       FFNET_ISA::feed_forward,
       FFNET_ISA::feed_forward_backward,
+      FFNET_ISA::multiply_adds,
   };
   return &table;
 }

@@ -180,6 +180,7 @@ struct Kernels {
   void (*branched_depthwise_backward)(const BranchedDepthwiseBackward&, const Executor&);
   void (*feed_forward)(const FeedForward&, const Executor&);
   void (*feed_forward_backward)(const FeedForwardBackward&, const Executor&);
+  int64_t (*multiply_adds)(Storage, int64_t rounds);  // on registers, for benchmarks: how many were done in `rounds`
 };
 
 // Instruction sets, slowest first; null where this build holds none for them.

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.gpu`` without a GPU: its parts with planted steps, its checks and rows on the CPU."""
+"""``python -m benchmarks gpu`` without a GPU: its parts with planted steps, its checks and rows on the CPU."""
 
 import json
 import pickle
@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from benchmarks import gpu, gpu_processes, gpu_report, gpu_timing
+from benchmarks.cases import OperatorCase
 from benchmarks.gpu_contenders import COMPILED, COPY, EAGER, EAGER_NCHW
 from benchmarks.results import Measurement, Result, Row
-from benchmarks.specs import OperatorCase
 from ffnet_kernels import dispatch
 from ffnet_kernels.backends import triton
 from ffnet_kernels.backends.triton import INTERPRETED, configs, tune
@@ -103,7 +103,7 @@ def test_a_lost_gpu_is_recorded_where_it_was_lost(parts, tmp_path, monkeypatch):
 def test_without_a_gpu(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu.main([]) == 2
-    assert capsys.readouterr() == ("", "benchmarks.gpu: there is no GPU\n")
+    assert capsys.readouterr() == ("", "benchmarks gpu: there is no GPU\n")
 
 
 @pytest.mark.parametrize("options", [["--only", "nothing"], ["--budget", "soon"], ["--fast"]])
@@ -196,8 +196,8 @@ def test_the_command_goes_on_in_a_new_process_after_a_lost_gpu(fake_gpu, monkeyp
 
     monkeypatch.setattr(tune, "check_alive", lost)
     run("--again", "--only", "a", "--only", "b", "--filter", "1")
-    ((module, budget, *rest),) = [(a[0], a[1:3], *a[3:]) for a in started]
-    assert module == "benchmarks.gpu"
+    ((command, budget, *rest),) = [(a[:2], a[2:4], *a[4:]) for a in started]
+    assert command == ["benchmarks", "gpu"]
     assert budget[0] == "--budget"
     assert 400 < float(budget[1]) <= 480
     expected = ["--work", str(folder / "work"), "--out", str(folder / "out"), "--filter", "1"]

@@ -1,4 +1,4 @@
-"""The processes that ``python -m benchmarks.gpu`` starts: with a build that only notes what it is asked, and a script
+"""The processes that ``python -m benchmarks gpu`` starts: with a build that only notes what it is asked, and a script
 in the place of the sanitizer."""
 
 import json
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_processes
-from benchmarks.specs import OPERATORS
+from benchmarks.cases import OPERATORS
 from ffnet_kernels import dispatch, native
 from ffnet_kernels.selftest import cases
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from benchmarks import gpu_contenders, gpu_timing
+from benchmarks.cases import ModelCase, OperatorCase
 from benchmarks.gpu_contenders import COMPILED, COPY, CUDNN_NCHW, EAGER, EAGER_NCHW
 from benchmarks.peers import OURS
-from benchmarks.specs import ModelCase, OperatorCase
 from benchmarks.work import ModelWork
 from ffnet import create_model
 from ffnet_kernels import dispatch

@@ -1,5 +1,6 @@
 """The runner, its results and its reports, on toy work with a fake clock."""
 
+import dataclasses
 import json
 import math
 import mmap
@@ -10,16 +11,19 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from benchmarks import peers, runner, sampling
+from benchmarks import peers, roofs, runner, sampling
+from benchmarks.cases import OperatorCase
 from benchmarks.peers import OURS, AsTrained, Eager, TorchCompile
 from benchmarks.programs import Program
-from benchmarks.report import FASTER_PEER, report, table
-from benchmarks.results import Measurement, Result, Row, merge, replacing, write_json
+from benchmarks.report import FASTER_PEER, SLOWER, WRONG, colored, overview, report, table
+from benchmarks.results import Measurement, Result, Row, merge, replacing, shared_words, write_json
+from benchmarks.roofs import Roofs
 from benchmarks.runner import Runner, run_cases
-from benchmarks.specs import OperatorCase
 from benchmarks.work import build
+from ffnet_kernels import native
 
 CASE = OperatorCase("depthwise_conv2d", 1, 8, 6, 3)
+ROOFS = Roofs({}, ((1, 1.0),))
 
 
 @dataclass
@@ -183,6 +187,24 @@ def test_faster_peers_are_marked_and_kept(clock):
     assert len({len(line) for line in lines}) == 1
 
 
+def test_the_overview_marks_slower_and_wrong(clock):
+    fast, wrong = Toy("fast", clock, 1e-3), Toy("wrong", clock, 3e-3, planted=1.0)
+    row = run(clock, Toy(OURS, clock, 2e-3), fast, wrong)
+    line = overview([row]).splitlines()[-1]
+    assert f"{SLOWER} 0.50x" in line
+    assert f"{WRONG} 1.50x" in line
+    assert "\033[31m   0.50x\033[0m" in colored(line)
+
+
+def test_the_overview_says_once_what_all_names_end_in():
+    rows = [Row(f"{name} b1 float32", 1, 1, (Measurement(OURS, samples_ms=(1.0,)),)) for name in ("a", "b c")]
+    header, _, first, second = overview(rows).splitlines()
+    assert "case (b1 float32)" in header
+    assert first.startswith("| a  ")
+    assert second.startswith("| b c ")
+    assert shared_words(rows[:1]) == ""
+
+
 def test_ctrl_c_keeps_finished_rows(clock, monkeypatch):
     finished = run(clock, Toy(OURS, clock))
     outcomes = iter([finished])
@@ -194,10 +216,50 @@ def test_ctrl_c_keeps_finished_rows(clock, monkeypatch):
         return runner.Outcome(row, torch.empty(0), {})
 
     monkeypatch.setattr(Runner, "run", run_one)
-    result = run_cases([CASE] * 3, lambda case: Runner([], 1))
+    monkeypatch.setattr(roofs, "measure", lambda: ROOFS)
+    saved = []
+    result = run_cases([CASE] * 3, lambda case: Runner([], 1), save=lambda result: saved.append(len(result.rows)))
     assert result.rows == [finished]
+    assert saved == [1, 1]
     assert result.interrupted
     assert "interrupted" in report(result)
+
+
+def test_kept_rows_are_not_run_again(clock, monkeypatch):
+    monkeypatch.setattr(roofs, "measure", lambda: ROOFS)
+    kept, other = run(clock, Toy(OURS, clock)), OperatorCase("depthwise_conv2d", 2, 8, 6, 3)
+    asked = []
+
+    def runner_of(case):
+        asked.append(case)
+        return Runner([Toy(OURS, clock)], 1, timer=clock)
+
+    result = run_cases([CASE, other], runner_of, kept=[kept])
+    assert asked == [other]
+    assert [row.case for row in result.rows] == [CASE.name, other.name]
+
+
+def test_the_share_of_the_roof():
+    roofs_ = Roofs({"float32": 100.0}, ((1000, 10.0), (100_000, 1.0)))
+    assert roofs_.least_ms(10**8, 1000, "float32") == pytest.approx(1.0)  # by its arithmetic
+    assert roofs_.least_ms(0, 10**6, "float32") == pytest.approx(1.0)  # by its bytes, as of the largest copy
+    assert roofs_.copy_rate(10_000) == pytest.approx(5.5)  # between, by the logarithm of the size
+    assert roofs_.least_ms(1, 1, "float16") is None
+    assert Roofs.from_plain(json.loads(json.dumps(roofs_.to_plain()))) == roofs_
+    row = Row("case", 10**8, 1000, (Measurement(OURS, samples_ms=(2.0,)),), {"dtype": "float32"})
+    assert " 50 % " in table(row, roofs_)
+    assert roofs.best(roofs_, Roofs({"float32": 90.0}, ((1000, 11.0), (100_000, 0.5)))) == Roofs(
+        {"float32": 100.0}, ((1000, 11.0), (100_000, 1.0))
+    )
+
+
+def test_roofs_of_this_machine(monkeypatch):
+    monkeypatch.setattr(roofs, "COPIES", (2**16, 2**20))
+    monkeypatch.setattr(roofs, "TRIALS", 1)
+    found = roofs.measure()
+    assert all(rate > 0 for _, rate in found.copies)
+    if native.helper():
+        assert found.gflops["float32"] > 1
 
 
 def test_json_round_trip(clock, tmp_path):
@@ -208,6 +270,11 @@ def test_json_round_trip(clock, tmp_path):
     plain = json.loads(path.read_text())
     assert plain["rows"][0]["measurements"][0]["median_ms"] == pytest.approx(1.0)
     assert Result.from_json(path.read_text()) == result
+    assert row.parameters == {"kind": "operator", **dataclasses.asdict(CASE)}
+    older = {**plain, "format": 1}
+    for plain_row in older["rows"]:
+        del plain_row["parameters"]
+    assert Result.from_json(json.dumps(older)).rows[0].parameters == {}
     with pytest.raises(ValueError, match="format"):
         Result.from_json('{"format": 0}')
 

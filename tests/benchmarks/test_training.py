@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from benchmarks import runtimes
+from benchmarks.cases import OPERATORS, OperatorCase, TrainingCase
 from benchmarks.peers import CONTENDERS, OURS, Eager, TorchCompile
 from benchmarks.programs import Unsupported, too_large_for_onednn
 from benchmarks.runner import Runner
 from benchmarks.runtimes import OnnxRuntime, OpenVino
-from benchmarks.specs import OPERATORS, OperatorCase, TrainingCase
 from benchmarks.training import TrainingWork
 from benchmarks.work import ModelWork, build
 from ffnet import create_model

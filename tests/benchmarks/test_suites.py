@@ -1,23 +1,56 @@
 """The specs count right, and the work they build is the same for every contender."""
 
+import dataclasses
+
 import pytest
 import torch
 
 import ffnet_kernels
+from benchmarks.cases import OPERATORS, LayerCase, ModelCase, OperatorCase
 from benchmarks.peers import CONTENDERS, Eager
-from benchmarks.specs import OPERATORS, STAGE_DIMS, SUITES, ModelCase, OperatorCase, suite
+from benchmarks.suites import FAMILIES, GROWTH, GROWTH_FROM, STAGE_DIMS, SUITES, suite
 from benchmarks.work import ModelWork, build
 from ffnet import create_model
 
 
+@pytest.mark.parametrize("quick", [True, False])
+def test_names_tell_cases_apart(quick):
+    cases = suite(SUITES, quick=quick)
+    assert len({case.name for case in cases}) == len(set(cases)) == len(cases)
+
+
 @pytest.mark.parametrize("name", SUITES)
-def test_suites_name_their_cases_once(name):
-    names = [case.name for case in suite(name)]
-    assert len(set(names)) == len(names) > 0
+def test_a_quick_suite_is_part_of_the_whole(name):
+    quick, whole = suite(name, quick=True), suite(name)
+    assert set(quick) <= set(whole)
+    assert 0 < len(quick) < len(whole) or name == "train"
+
+
+def test_growth_varies_one_dimension_at_a_time():
+    for quick in (True, False):
+        for case in suite("growth", quick=quick):
+            start = GROWTH_FROM[case.operator]
+            differing = [f.name for f in dataclasses.fields(case) if getattr(case, f.name) != getattr(start, f.name)]
+            assert len(differing) <= 1
+            assert set(differing) <= set(GROWTH)
+
+
+def test_the_layers_are_where_their_paths_say():
+    """A layer takes the map of its case, and the model's own layers get that map from an image."""
+    met = {}
+    model = create_model("ffnet_1", device="meta").eval()
+    cases = suite("layers", "ffnet_1", quick=True)
+    for case in cases:
+        module = model.get_submodule(case.path)
+        module.register_forward_pre_hook(lambda _, args, path=case.path: met.update({path: tuple(args[0].shape)}))
+    model(torch.empty(1, 3, 256, 256, device="meta"))
+    assert met == {case.path: (1, case.channels, case.size, case.size) for case in cases}
 
 
 def test_the_operator_suite_covers_every_stage():
     cases = suite("ops")
+    families = {(*shape, family.activation) for family in FAMILIES.values() for shape in family.shapes}
+    assert {(c.channels, c.size, c.kernel, c.activation) for c in cases} >= families
     covered = {(case.operator, case.channels) for case in cases}
     assert covered >= {(op, dim) for op in OPERATORS for dims in STAGE_DIMS.values() for dim in dims}
     assert {(case.channels, case.size) for case in cases} >= {(384, 24)}
@@ -27,8 +60,8 @@ def test_the_operator_suite_covers_every_stage():
 
 
 def test_filter():
-    assert {case.operator for case in suite("quick", "channel_mixer")} == {"channel_mixer"}
-    assert suite("quick", "no such case") == []
+    assert {case.operator for case in suite("ops", "channel_mixer")} == {"channel_mixer"}
+    assert suite("ops", "no such case") == []
 
 
 def test_the_stage_dims_are_those_of_the_models():
@@ -45,6 +78,13 @@ def test_counts_of_operators(operator):
     assert case.bytes == 4 * (sum(tensor.numel() for tensor in tensors) + output.numel())
     weights = [tensor for tensor in tensors if tensor.dim() != 1 and tensor.shape[0] != case.batch]
     assert case.flops == 2 * case.batch * case.size**2 * sum(weight.numel() for weight in weights)
+
+
+def test_counts_of_layers():
+    case = LayerCase("ffnet_1", "stages.0.0.channel_mixer", 80, 64, batch=2)
+    weights = 80 * 9 + 2 * 80 * 240
+    assert case.flops == 2 * 2 * 64**2 * weights
+    assert case.bytes == 4 * (weights + 80 + 240 + 80 + 2 * 2 * 80 * 64**2)
 
 
 def test_counts_of_models():

@@ -1,34 +1,15 @@
-"""What is measured: shapes of the operators and models, by suite, with their arithmetic and unavoidable traffic."""
+"""What can be measured: a call of an operator, a layer, a model, a training step; each with its arithmetic and the
+traffic that nobody can avoid."""
 
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
 import ffnet
-
-#: Channels of each stage; the maps of a 256² input are 64², 32², 16² and 8².
-STAGE_DIMS = {
-    "ffnet_1": (80, 160, 320, 640),
-    "ffnet_2": (88, 176, 352, 704),
-    "ffnet_3": (96, 192, 384, 768),
-    "ffnet_4": (128, 256, 512, 1024),
-}
-STAGE_SIZES = (64, 32, 16, 8)
-TOKEN_KERNELS = (3, 3, 7, 7)
-CHANNEL_KERNELS = {"ffnet_1": 3, "ffnet_2": 7, "ffnet_3": 7, "ffnet_4": 7}
-#: Depthwise filters as of RepLKNet, on maps of FFNet-1's stages: (channels, size, kernel).
-LARGE_FILTERS = ((80, 64, 31), (160, 32, 31), (320, 16, 31))
-#: Stage 2 of FFNet-3 at 384²: a map that is no power of two.
-LARGE_MAP = (384, 24, 7)
-LAYOUTS = ("channels_last", "nchw")
-BATCHES = (1, 8)
-DTYPES = ("float32", "bfloat16")
-DIRECTIONS = ("forward", "backward")
 
 
 @dataclass(frozen=True)
@@ -130,6 +111,39 @@ class ModelCase:
 
 
 @dataclass(frozen=True)
+class LayerCase:
+    """One forward pass of a reparameterised part of a model in eval mode, on the map it gets from a 256² image.
+
+    Attributes:
+        path: of the module in the model, as `torch.nn.Module.get_submodule` takes it.
+        channels: of its input.
+        size: of its input, which is square.
+    """
+
+    model: str
+    path: str
+    channels: int
+    size: int
+    batch: int
+    dtype: str = "float32"
+
+    @property
+    def name(self) -> str:
+        return f"{self.model} {self.path} {self.channels}x{self.size}x{self.size} b{self.batch} {self.dtype}"
+
+    @property
+    def flops(self) -> int:
+        """Two per multiply–add."""
+        return 2 * self.batch * layer_counts(self)[1]
+
+    @property
+    def bytes(self) -> int:
+        """Each parameter, the input and the output moved once."""
+        parameters, _, outputs = layer_counts(self)
+        return (parameters + self.batch * (self.channels * self.size**2 + outputs)) * itemsize(self.dtype)
+
+
+@dataclass(frozen=True)
 class TrainingCase:
     """Forward pass, loss and all gradients of a model in train mode."""
 
@@ -154,7 +168,16 @@ class TrainingCase:
         return (2 * parameters + self.batch * 3 * self.size**2) * itemsize(self.dtype)
 
 
-Case = OperatorCase | ModelCase | TrainingCase
+Case = OperatorCase | LayerCase | ModelCase | TrainingCase
+
+
+#: What results call the kinds of cases.
+KINDS = {OperatorCase: "operator", LayerCase: "layer", ModelCase: "model", TrainingCase: "training"}
+
+
+def parameters(case: Any) -> dict[str, Any]:
+    """A case as plain data: its kind, and its fields."""
+    return {"kind": KINDS.get(type(case), "other"), **asdict(case)}
 
 
 def itemsize(dtype: str) -> int:
@@ -169,74 +192,10 @@ def model_counts(name: str, size: int) -> tuple[int, int]:
     return ffnet.count_parameters(model), ffnet.count_macs(model, (3, size, size))
 
 
-def _shapes(models: tuple[str, ...]) -> Iterator[tuple[str, int, int, int]]:
-    """(operator, channels, size, kernel) of every stage; a depthwise 7×7 on all of them."""
-    for model in models:
-        for channels, size, kernel in zip(STAGE_DIMS[model], STAGE_SIZES, TOKEN_KERNELS, strict=True):
-            for depthwise_kernel in sorted({kernel, 7}):
-                yield "depthwise_conv2d", channels, size, depthwise_kernel
-            yield "ffnified_attention", channels, size, kernel
-            yield "channel_mixer", channels, size, CHANNEL_KERNELS[model]
-
-
-def _quick() -> list[Case]:
-    shapes = [*_shapes(("ffnet_1",)), *((operator, *LARGE_MAP) for operator in OPERATORS)]
-    return [OperatorCase(shape[0], batch, *shape[1:]) for shape, batch in itertools.product(shapes, BATCHES)]
-
-
-def _operators() -> list[Case]:
-    shapes = [*_shapes(tuple(STAGE_DIMS)), *((operator, *LARGE_MAP) for operator in OPERATORS)]
-    return [
-        OperatorCase(operator, batch, channels, size, kernel, layout)
-        for (operator, channels, size, kernel), batch, layout in itertools.product(shapes, BATCHES, LAYOUTS)
-    ]
-
-
-def _models() -> list[Case]:
-    return [ModelCase(model, batch) for model, batch in itertools.product(STAGE_DIMS, BATCHES)]
-
-
-def _record() -> Iterator[Case]:
-    """What the goals of `benchmarks.goals` are about, in both dtypes."""
-    for dtype in DTYPES:
-        shapes = [shape for shape in _shapes(tuple(STAGE_DIMS)) if shape[0] != "depthwise_conv2d" or shape[3] == 7]
-        for batch, (operator, channels, size, kernel) in itertools.product(BATCHES, shapes):
-            forward = OperatorCase(operator, batch, channels, size, kernel, dtype=dtype)
-            yield forward
-            if operator != "channel_mixer":
-                yield replace(forward, direction="backward")
-        for (channels, size, kernel), direction in itertools.product(LARGE_FILTERS, DIRECTIONS):
-            yield OperatorCase(
-                "depthwise_conv2d", 1, channels, size, kernel, dtype=dtype, direction=direction, activation="none"
-            )
-        for model, batch in itertools.product(STAGE_DIMS, BATCHES):
-            yield ModelCase(model, batch, dtype=dtype)
-        yield ModelCase("ffnet_4", 1, 384, dtype)
-    yield TrainingCase("ffnet_1", 4)
-
-
-def _backward() -> list[Case]:
-    shapes = [*_shapes(("ffnet_1",)), *((operator, *LARGE_MAP) for operator in OPERATORS)]
-    return [
-        OperatorCase(shape[0], batch, *shape[1:], dtype=dtype, direction="backward")
-        for dtype, shape, batch in itertools.product(DTYPES, shapes, BATCHES)
-    ]
-
-
-def _in_both_dtypes(cases: Iterable[Case]) -> list[Case]:
-    return [replace(case, dtype=dtype) for dtype, case in itertools.product(DTYPES, cases)]
-
-
-SUITES: dict[str, Callable[[], Iterable[Case]]] = {
-    "quick": _quick,
-    "ops": lambda: _in_both_dtypes(_operators()),
-    "backward": _backward,
-    "models": lambda: _in_both_dtypes(_models()),
-    "training": lambda: [TrainingCase("ffnet_1", 4)],
-    "record": _record,
-}
-
-
-def suite(name: str, text: str = "") -> list[Case]:
-    """The cases of a suite whose names contain ``text``."""
-    return [case for case in SUITES[name]() if text in case.name]
+@functools.cache
+def layer_counts(case: LayerCase) -> tuple[int, int, int]:
+    """Parameters of the reparameterised layer, and multiply–adds and elements of the output of one image."""
+    layer = ffnet.reparameterize(ffnet.create_model(case.model, device="meta").eval().get_submodule(case.path))
+    shape = (case.channels, case.size, case.size)
+    outputs = layer(torch.empty(1, *shape, device="meta")).numel()
+    return ffnet.count_parameters(layer), ffnet.count_macs(layer, shape), outputs

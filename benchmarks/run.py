@@ -1,0 +1,168 @@
+"""``python -m benchmarks run``: measures suites, prints a table, and keeps results, report and charts in a folder."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from . import base, goals
+from .cases import Case
+from .machine import machine
+from .peers import CONTENDERS, DEFAULT_CONTENDERS, OURS
+from .report import colored, report
+from .report_files import write_report
+from .results import Result, Row, different, write_json
+from .runner import DEFAULT_SAMPLES, DEFAULT_SECONDS, LEAST_SAMPLES, Runner, run_cases
+from .suites import DEFAULT_SUITES, SUITES, suite
+
+INTERRUPTED = 130  # as shells report a process that Ctrl-C ended
+RESULTS = "results.json"
+
+
+class CannotResume(ValueError):
+    """Results that are there are not of this run; the text says why."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns 0; 1 where ours failed or was wrong, 2 for options that make no sense, 130 after Ctrl-C."""
+    options = _parser().parse_args(argv)
+    cases = suite(options.suite, options.filter, quick=options.quick)
+    if not cases:
+        print(f"no case of {', '.join(options.suite)} has {options.filter!r} in its name", file=sys.stderr)
+        return 2
+    if options.list:
+        print("\n".join(case.name for case in cases))
+        return 0
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.worker:
+        return base.serve(cases, lambda case: runner_of(case, options))
+    try:
+        if options.base:
+            return base.run(options.base, cases, options)
+        kept = _kept(options.out, options.resume)
+        if options.out:
+            options.out.mkdir(parents=True, exist_ok=True)
+    except (base.CannotBuild, CannotResume, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+
+    def save(result: Result) -> None:
+        if options.out:
+            write_json(result, options.out / RESULTS)
+
+    result = run_cases(cases, lambda case: runner_of(case, options), kept, save)
+    text = report(result, details=False)
+    print(colored(text) if sys.stdout.isatty() else text)
+    if set(options.suite) == {"record"}:
+        print(f"\n{goals.report(result)}")
+    if options.out:
+        print(f"\nwrote {options.out / RESULTS}")
+        write_report(result, options.out)
+    if result.interrupted:
+        return INTERRUPTED
+    ours = [m for row in result.rows for m in row.measurements if m.contender == OURS]
+    return 0 if all(m.passed for m in ours) else 1
+
+
+def runner_of(case: Case, options: argparse.Namespace) -> Runner:
+    """Contenders and samples of a case."""
+    record = set(options.suite) == {"record"}
+    names = options.peers or (goals.peers(case) if record else DEFAULT_CONTENDERS)
+    contenders = [CONTENDERS[name] for name in dict.fromkeys((OURS, *names))]
+    return Runner(contenders, options.samples or (goals.SAMPLES if record else DEFAULT_SAMPLES), options.seconds)
+
+
+def _kept(folder: Path | None, resume: bool) -> list[Row]:
+    """The rows that are there, of the same machine, versions and commit.
+
+    Raises:
+        CannotResume: for results of something else, or that cannot be read.
+    """
+    if not resume or folder is None or not (folder / RESULTS).exists():
+        return []
+    try:
+        there = Result.from_json((folder / RESULTS).read_text())
+    except ValueError as error:
+        raise CannotResume(f"{folder / RESULTS}: {error}") from error
+    if reason := different(there.machine, machine()):
+        raise CannotResume(
+            f"{folder / RESULTS} is of another run ({reason}); choose another --out, or leave out --resume"
+        )
+    return there.rows
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks run",
+        description="Measures operators, layers, models and training steps beside plain PyTorch and other runtimes.",
+        epilog=f"Suites: {', '.join(SUITES)}. Peers: {', '.join(name for name in CONTENDERS if name != OURS)}.",
+    )
+    parser.add_argument(
+        "--suite",
+        type=_suites,
+        default=DEFAULT_SUITES,
+        metavar="NAME,NAME",
+        help=f"what to measure (default: {','.join(DEFAULT_SUITES)})",
+    )
+    parser.add_argument("--quick", action="store_true", help="the suites' quick forms: FFNet-1 in float32, minutes")
+    parser.add_argument("--filter", default="", metavar="TEXT", help="only cases with this text in their name")
+    parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
+    parser.add_argument(
+        "--peers",
+        type=_peers,
+        metavar="NAME,NAME",
+        help=f"contenders beside ours, or 'all' (default: {','.join(DEFAULT_CONTENDERS[1:])}; suite 'record': by case)",
+    )
+    parser.add_argument("--threads", type=_positive, metavar="N", help="threads (default: torch's)")
+    parser.add_argument(
+        "--samples",
+        type=_positive,
+        metavar="N",
+        help=f"per contender (default: {DEFAULT_SAMPLES}; suite 'record': {goals.SAMPLES})",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=_positive,
+        default=DEFAULT_SECONDS,
+        metavar="N",
+        help=f"a case ends after them if it has {LEAST_SAMPLES} samples (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help=f"keep {RESULTS}, written after every case, report.md and charts there",
+    )
+    parser.add_argument("--resume", action="store_true", help="keep the cases that are in --out already")
+    parser.add_argument(
+        "--base", metavar="REV", help="build that commit beside, measure both case by case, and say what changed"
+    )
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text) if text.isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+    return number
+
+
+def _names(text: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    names = known if text == "all" else tuple(name.strip() for name in text.split(",") if name.strip())
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise argparse.ArgumentTypeError(f"expected some of {', '.join(known)}, got {next(iter(unknown), text)!r}")
+    return names
+
+
+def _peers(text: str) -> tuple[str, ...]:
+    return _names(text, tuple(CONTENDERS))
+
+
+def _suites(text: str) -> tuple[str, ...]:
+    return _names(text, tuple(SUITES))

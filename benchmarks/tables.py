@@ -1,0 +1,165 @@
+"""``python -m benchmarks tables``: writes the tables of the README from the results of record, or checks them.
+
+In the README a table stands between ``<!-- table: NAME -->`` and ``<!-- end of table -->``; nothing there is written by
+hand. The table of the suite "record" by shape is a file of its own beside its results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from . import goals, growth, memory
+from .machine import machine_line
+from .peers import OURS
+from .report import SLOWER, error_text, share_text
+from .results import Result, Row, best_peer, replacing
+from .roofs import Roofs
+from .text import markdown
+
+ROOT = Path(__file__).resolve().parents[1]
+README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- table: {} -->", "<!-- end of table -->"
+
+
+def demo(result: Result) -> str:
+    """The contenders of the demo, with what they take."""
+    (row,) = result.rows
+    lines = []
+    for m in row.measurements:
+        if m.samples_ms:
+            first, third = m.quartiles_ms
+            ratio = row.ratio(m.contender, OURS)
+            quartiles = f"{first:.2f}–{third:.2f}"
+            lines.append((m.contender, f"{m.median_ms:.2f}", quartiles, _ratio_text(ratio), error_text(m)))
+    table = markdown(("contender", "median ms", "quartiles", "time / ours", "error"), lines)
+    return f"{_measured(result)}\n\n{table}"
+
+
+def operators(result: Result) -> str:
+    """Operators forward in float32: a line a shape, a pair of columns a batch."""
+    rows = [r for r in result.rows if r.parameters.get("kind") == "operator"]
+    shapes: dict[tuple[str, int, int, int], dict[int, Row]] = {}
+    for row in rows:
+        p = row.parameters
+        if (p["dtype"], p["direction"], p["layout"]) == ("float32", "forward", "channels_last"):
+            shapes.setdefault((p["operator"], p["channels"], p["size"], p["kernel"]), {})[p["batch"]] = row
+    lines = []
+    for (operator, channels, size, kernel), by_batch in shapes.items():
+        if {1, 8} <= by_batch.keys():  # others are of the suite "growth"
+            cells = [cell for batch in (1, 8) for cell in _against_best(by_batch[batch], result)]
+            lines.append((f"`{operator}`", f"{channels} × {size}²", f"{kernel}×{kernel}", *cells))
+    headers = (
+        "operator", "C × H²", "kernel", "B = 1: ms", "of roof", "fastest peer", "its time",
+        "B = 8: ms", "of roof", "fastest peer", "its time",
+    )  # fmt: skip
+    return f"{_measured(result)}\n\n{markdown(headers, lines, left=(0, 1, 2, 5, 9))}"
+
+
+def whole(result: Result) -> str:
+    """Layers, models and training steps: a line each."""
+    rows = [r for r in result.rows if r.parameters.get("kind") in ("layer", "model", "training")]
+    lines = [(row.case, *_against_best(row, result)) for row in rows]
+    return markdown(("case", "ms", "of roof", "fastest peer", "its time"), lines, left=(0, 3))
+
+
+def growing(result: Result) -> str:
+    return growth.table(result.rows)
+
+
+def record(result: Result) -> str:
+    """How many of the goals hold, by group."""
+    return f"{_measured(result)}\n\n{goals.summary(result)}"
+
+
+def peak_memory(result: dict) -> str:
+    return f"Measured on {machine_line(result['machine'])}.\n\n{memory.table(result['rows'])}"
+
+
+class Table(NamedTuple):
+    """A table of the README, and the results it is made of."""
+
+    file: str
+    make: Callable[..., str]
+
+
+TABLES = {
+    "demo": Table("cpu-zen5-2threads-demo.json", demo),
+    "operators": Table("cpu-zen5-2threads-quick.json", operators),
+    "whole": Table("cpu-zen5-2threads-quick.json", whole),
+    "growth": Table("cpu-zen5-2threads-quick.json", growing),
+    "record": Table("cpu-zen5-2threads-record.json", record),
+    "memory": Table("cpu-zen5-2threads-memory.json", peak_memory),
+}
+#: Files that are written whole from the results beside them.
+FILES = {"cpu-zen5-2threads-record.md": Table("cpu-zen5-2threads-record.json", goals.report)}
+
+
+def fresh(readme: str, tables: dict[str, Table], folder: Path) -> str:
+    """The README's text with its tables made anew.
+
+    Raises:
+        ValueError: where the README has no place for a table, or one that there is not.
+    """
+    places = re.findall(BEGIN.format("(.*?)"), readme)
+    if sorted(places) != sorted(tables):
+        raise ValueError(f"expected a place for each of {', '.join(sorted(tables))}, got {', '.join(sorted(places))}")
+    for name, table in tables.items():
+        begin = BEGIN.format(name)
+        pattern = re.compile(re.escape(begin) + ".*?" + re.escape(END), re.DOTALL)
+        if len(pattern.findall(readme)) != 1:
+            raise ValueError(f"the table '{name}' has no end")
+        text = f"{begin}\n{made(table, folder)}\n{END}"
+        readme = pattern.sub(lambda _, text=text: text, readme)  # type: ignore[misc]
+    return readme
+
+
+def made(table: Table, folder: Path) -> str:
+    """The text of a table."""
+    text = (folder / table.file).read_text()
+    return table.make(json.loads(text) if table.make is peak_memory else Result.from_json(text))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns 0; 1 where ``--check`` found a table that is not what its results say."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks tables", description="Writes the README's tables from the results of record."
+    )
+    parser.add_argument("--check", action="store_true", help="change nothing, and say what would change")
+    options = parser.parse_args(argv)
+    texts = {README: fresh(README.read_text(), TABLES, RESULTS)}
+    texts |= {RESULTS / name: f"{made(table, RESULTS)}\n" for name, table in FILES.items()}
+    stale = [path for path, text in texts.items() if not path.exists() or path.read_text() != text]
+    for path in stale:
+        print(f"{path.relative_to(ROOT)} {'is not what its results say' if options.check else 'written'}")
+        if not options.check:
+            with replacing(path) as temporary:
+                temporary.write_text(texts[path])
+    if stale and options.check:
+        print("python -m benchmarks tables writes them", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _measured(result: Result) -> str:
+    return f"Measured on {machine_line(result.machine)}."
+
+
+def _ratio_text(ratio: float | None) -> str:
+    if ratio is None:
+        return "-"
+    return f"{ratio:.2f}×" if ratio >= 1 else f"{SLOWER} {ratio:.2f}×"
+
+
+def _against_best(row: Row, result: Result) -> tuple[str, str, str, str]:
+    """Our milliseconds, share of the roof, the fastest peer, and its time over ours."""
+    ours, peer = row.measurement(OURS), best_peer(row, OURS)
+    if ours is None:
+        return ("-",) * 4
+    share = share_text(row, ours, Roofs.from_plain(result.machine.get("roofs")))
+    return f"{ours.median_ms:.3f}", share, peer or "-", _ratio_text(row.ratio(peer, OURS) if peer else None)

@@ -1,0 +1,17 @@
+"""Tables that read as text and render as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def markdown(headers: Sequence[str], lines: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
+    """An aligned Markdown table, columns right-aligned but those in ``left``."""
+    widths = [max(3, *(len(line[i]) for line in (headers, *lines))) for i in range(len(headers))]
+
+    def format_line(cells: Sequence[str]) -> str:
+        padded = (c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
+        return f"| {' | '.join(padded)} |"
+
+    rule = "|".join("-" * (w + 2) if i in left else "-" * (w + 1) + ":" for i, w in enumerate(widths))
+    return "\n".join([format_line(headers), f"|{rule}|", *map(format_line, lines)])

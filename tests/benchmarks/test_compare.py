@@ -1,0 +1,110 @@
+"""What is called a change, on results made up with known ones; and how time is said to grow."""
+
+import math
+import random
+from dataclasses import replace
+
+import pytest
+
+from benchmarks import compare, growth
+from benchmarks.cases import parameters
+from benchmarks.compare import NotComparable
+from benchmarks.peers import OURS
+from benchmarks.results import Measurement, Result, Row
+from benchmarks.suites import GROWTH_FROM, suite
+
+MACHINE = dict.fromkeys(("processor", "threads", "isa", "torch", "python", "ffnet_kernels", "commit", "runtimes"), "x")
+PEERS = ("eager nchw", "eager channels-last", "torch.compile")
+
+
+def result(seed, factors=(), cases=30, drift=0.3, noise=0.02, peers=PEERS):
+    """Made-up times: one drift of all contenders a round, and noise of each; ours of case i times factors[i]."""
+    generator = random.Random(seed)
+    rows = []
+    for case in range(cases):
+        rounds = [math.exp(generator.gauss(0, drift)) for _ in range(11)]
+        measurements = []
+        for number, name in enumerate((OURS, *peers)):
+            factor = dict(factors).get(case, 1.0) if name == OURS else 1.0
+            samples = (factor * (1 + number) * r * math.exp(generator.gauss(0, noise)) for r in rounds)
+            measurements.append(Measurement(name, samples_ms=tuple(samples)))
+        rows.append(Row(f"case {case}", 1, 1, tuple(measurements)))
+    return Result(dict(MACHINE), rows)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_drift_and_noise_are_no_change(seed):
+    comparison = compare.compare(result(seed), result(100 + seed))
+    assert len(comparison.changes) == 30
+    assert not comparison.significant
+    assert 0.003 < compare.deviation(comparison.false) < 0.03
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_fifth_more_time_is_found(seed):
+    comparison = compare.compare(result(seed), result(100 + seed, factors=[(3, 1.2), (7, 1 / 1.2)]))
+    slower, faster = comparison.significant
+    assert (slower.case, faster.case) == ("case 3", "case 7")
+    assert slower.size == pytest.approx(math.log(1.2), abs=0.05)
+    assert faster.size == pytest.approx(-math.log(1.2), abs=0.05)
+
+
+def test_all_cases_slower_at_once_are_found():
+    """The peers are what is compared with: a change of every case is no drift of the machine."""
+    comparison = compare.compare(result(0), result(1, factors=[(case, 1.2) for case in range(30)]))
+    assert len(comparison.significant) == 30
+
+
+def test_a_noisy_machine_raises_the_limit():
+    quiet, noisy = (compare.compare(result(0, noise=n), result(1, noise=n)).limit for n in (0.001, 0.2))
+    assert quiet == compare.LEAST_CHANGE
+    assert noisy > 5 * quiet
+
+
+def test_what_cannot_be_compared():
+    other = result(1)
+    other.machine["threads"] = "y"
+    with pytest.raises(NotComparable, match="threads is 'x' and 'y'"):
+        compare.compare(result(0), other)
+    with pytest.raises(NotComparable, match="only 0 measurements of peers"):
+        compare.compare(result(0, peers=PEERS[:1]), result(1, peers=PEERS[:1]))
+    fewer = result(1)
+    del fewer.rows[4]
+    assert compare.compare(result(0), fewer).left_out == ["case 4"]
+
+
+def test_the_command(tmp_path, capsys):
+    paths = [tmp_path / name for name in ("a.json", "b.json", "c.json")]
+    for path, made in zip(paths, (result(0), result(1), result(2, factors=[(3, 1.3)])), strict=True):
+        path.write_text(made.to_json())
+    a, b, c = map(str, paths)
+    assert compare.main([a, b]) == 0
+    assert "0 of 30 cases changed" in capsys.readouterr().out
+    assert compare.main([a, c]) == 1
+    text = capsys.readouterr().out
+    assert [line.split("|")[1].strip() for line in text.splitlines() if "SLOWER" in line] == ["case 3"]
+    assert compare.main([c, a]) == 0  # faster is not worse
+    assert compare.main([a, str(tmp_path / "none.json")]) == 2
+
+
+def test_exponents():
+    assert growth.fit([(x, 3 * x**1.7) for x in (2, 5, 40)]) == (pytest.approx(1.7), pytest.approx(0))
+    exponent, deviation = growth.fit([(1, 1.0), (2, 2.2), (4, 4.0)])
+    assert exponent == pytest.approx(1)
+    assert 0.05 < deviation < 0.1
+
+
+def test_growth_is_found_in_rows():
+    cases = suite("growth", quick=True)
+    rows = []
+    for case in reversed(cases):
+        ours = Measurement(OURS, samples_ms=(float(case.batch * case.size),))
+        rows.append(Row(case.name, case.flops, 1, (ours,), parameters(case)))
+    found = {(one.operator, one.dimension): one for one in growth.series(rows)}
+    assert found.keys() == {(operator, name) for operator in GROWTH_FROM for name in growth.DIMENSIONS}
+    pixels = found["channel_mixer", "size"]
+    assert pixels.values == [64, 1024, 4096]
+    assert growth.fit(pixels.times(OURS))[0] == pytest.approx(0.5)
+    assert growth.table(rows).count("\n| ") == 1 + 12
+    assert growth.table(rows[:2]) == ""
+    assert growth.table([replace(row, parameters={}) for row in rows]) == ""
