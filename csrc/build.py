@@ -1,7 +1,7 @@
 """Builds the native libraries with ninja: `python csrc/build.py --out DIR`, or from setup.py.
 
     libffnet_kernels_cpu.so   the CPU operators, LibTorch stable ABI: no Python ABI, no C++ ABI of torch
-    _native*.so               pybind11 helper beside them (optional: without it the instruction set cannot be asked for)
+    _native*.so               pybind11 helper of the benchmarks, for the Python that built it; nothing else needs it
     libffnet_kernels_cuda.so  the CUDA operators, where there is an nvcc; any torch will do to build it, a CPU one too
     build_record.json         how they were built, or why they were not
 
@@ -102,6 +102,7 @@ def plan(ninja: Ninja, out: Path, compiler: list[str], sanitize: bool) -> dict[s
         for source in KERNEL_SOURCES:
             flags = [*KERNEL_FLAGS, *ISA_FLAGS[isa]]
             objects.append(compile_one(CSRC / "cpu" / source, f"{isa}_{Path(source).stem}", flags))
+    objects.append(compile_one(CSRC / "bindings" / "c_interface.cpp", "c_interface", []))
     binding_flags = ["-isystem", str(include), target_version_flag()]
     for name in ("torch_cpu", "torch_cpu_backward", "torch_cpu_training"):
         objects.append(compile_one(CSRC / "bindings" / f"{name}.cpp", name, binding_flags))
