@@ -26,6 +26,7 @@ CSRC = Path(__file__).resolve().parent
 sys.path.insert(0, str(CSRC))  # only for this import: setup.py and the tests load this file by its path
 try:
     from toolchain import (
+        COMMIT_FILE,  # noqa: F401  (for setup.py)
         CannotBuild,
         Ninja,
         Nvcc,
@@ -33,8 +34,8 @@ try:
         find_compiler,
         find_ninja,  # noqa: F401  (for tests that run a plan of their own)
         find_nvcc,
-        git_commit,
         requested_architectures,
+        source_commit,
         torch_paths,
     )
 finally:
@@ -120,7 +121,7 @@ def plan(ninja: Ninja, out: Path, compiler: list[str], sanitize: bool) -> dict[s
         "flags": " ".join([*common, *KERNEL_FLAGS]),
         "isas": {isa: " ".join(ISA_FLAGS[isa]) for isa in isas()},
         "libraries": [CPU_LIBRARY],
-        "commit": git_commit(CSRC),
+        "commit": source_commit(CSRC),
         "missing": {},
     }
     try:

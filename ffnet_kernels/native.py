@@ -60,7 +60,7 @@ def _cpu_library() -> ctypes.CDLL:
 
 @functools.cache
 def usable_isas() -> tuple[str, ...]:
-    """The instruction sets that the CPU library holds and this processor runs, slowest first; none without a library."""
+    """The instruction sets that the CPU library holds and this processor runs, slowest first; none without it."""
     if cpu_library_error() is not None:
         return ()
     names = (_cpu_library().ffnet_cpu_usable_isa(ctypes.c_size_t(index)) for index in itertools.count())
