@@ -121,7 +121,9 @@ def cuda_host_library() -> Path | None:
 
 def _load(path: Path) -> str | None:
     if not path.exists():
-        return build_record().get("missing", {}).get(path.name, f"{path} is missing")
+        record = build_record()
+        again = " (it was built: install the package again)" if path.name in record.get("libraries", ()) else ""
+        return record.get("missing", {}).get(path.name, f"{path} is missing{again}")
     try:
         ctypes.CDLL(str(path))
     except OSError as error:

@@ -1,8 +1,8 @@
 """`python tools/wheel.py FOLDER DIST`: the one wheel of FOLDER into DIST, with the oldest manylinux tag that holds.
 
-auditwheel reads which versions of glibc and libstdc++ the native code needs; a wheel for older ones takes an older system
-to build on. Nothing is put into the wheel: a static libstdc++ of a newer system asks for its newer glibc (measured with
-GCC 12 on Debian 12: 2.36 where 2.34 will do), and the threads are torch's, so that there is one OpenMP in the process.
+auditwheel reads which versions of glibc and libstdc++ the native code needs; a wheel for older ones takes an older
+system to build on. Nothing is put into the wheel: a static libstdc++ of a newer system asks for its newer glibc
+(measured with GCC 12 on Debian 12: 2.36 where 2.34 will do), and the threads are torch's: one OpenMP in a process.
 """
 
 from __future__ import annotations
