@@ -3,7 +3,9 @@
 # make lint          lint and types only
 # make bench         the quick benchmark suite, minutes: tables, report and charts in build/bench
 # make gpu           on a GPU: checks and benchmarks of the CUDA and Triton kernels, Triton's tiles measured
-# make compat        the libraries, as built here, in a venv with another torch, one for CUDA (no GPU needed)
+# make wheel         dist/*.whl, for any Python and any torch from 2.11 on; CUDA kernels in it where there is an nvcc
+# make sdist         dist/*.tar.gz, the sources
+# make compat        that wheel in fresh environments of several versions of torch, one for CUDA (no GPU needed)
 #
 # Each makes .venv if there is none (versions: requirements.txt) and builds. On a machine that has torch and no network,
 # `make demo CURRENT=1` uses the interpreter PYTHON as it is.
@@ -11,8 +13,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu') csrc/build.py csrc/toolchain.py setup.py pyproject.toml
-COMPAT_TORCH ?= 2.14.1
-COMPAT_VENV ?= /tmp/ffnet-compat-torch-$(COMPAT_TORCH)
+COMPAT_TORCH ?= 2.13.0 2.14.1 newest
 
 ifdef CURRENT
 RUN := $(PYTHON)
@@ -22,7 +23,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-.PHONY: demo test lint bench gpu compat clean
+.PHONY: demo test lint bench gpu wheel sdist compat clean
 demo: $(READY)
 	$(RUN) -m ffnet demo $(ARGS)
 
@@ -39,13 +40,17 @@ bench: $(READY)
 gpu: $(READY)
 	$(RUN) -m benchmarks gpu $(ARGS)
 
-compat: $(READY) $(COMPAT_VENV)/.ready
-	PYTHONPATH=. FFNET_KERNELS_LIBRARY_DIR=ffnet_kernels/lib $(COMPAT_VENV)/bin/python csrc/compat.py
+# What an earlier wheel was made of goes, but for the objects in build/native.
+wheel: $(READY)
+	rm -rf build/lib* build/bdist* build/wheel
+	$(RUN) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
+	$(RUN) tools/wheel.py build/wheel dist
 
-$(COMPAT_VENV)/.ready:
-	$(PYTHON) -m venv $(COMPAT_VENV)
-	$(COMPAT_VENV)/bin/python -m pip install --quiet torch==$(COMPAT_TORCH) numpy
-	touch $@
+sdist: $(READY)
+	$(RUN) setup.py --quiet sdist
+
+compat: wheel
+	$(RUN) tools/compat.py dist/*.whl $(COMPAT_TORCH) --python $(PYTHON)
 
 # The CUDA kernels for the processor. Without them their tests skip, which says why.
 build/cuda_host/.built: $(READY) $(SOURCES)

@@ -2,6 +2,7 @@
 
 pip install --no-build-isolation .        # with the torch that is installed
 pip install --no-build-isolation -e .     # editable
+make wheel                                # dist/*.whl, for other machines
 """
 
 import importlib.util
@@ -9,7 +10,9 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
 
@@ -32,9 +35,8 @@ class BuildNative(build_ext):
                 "`pip install --no-build-isolation .`, which builds against it."
             )
         package = ROOT if self.inplace else Path(self.build_lib)
-        # An editable build is repeated at every change: its objects stay, where setuptools would begin anew.
-        work = ROOT / "build" / "native" if self.inplace else Path(self.build_temp) / "native"
-        reason = load_builder().build(package / "ffnet_kernels" / "lib", work, cuda=True)
+        # One folder of objects for editable installs and wheels: what did not change is not compiled again.
+        reason = load_builder().build(package / "ffnet_kernels" / "lib", ROOT / "build" / "native", cuda=True)
         if reason:
             print(f"ffnet-kernels: installed without native kernels: {reason}", file=sys.stderr)
 
@@ -43,6 +45,24 @@ class BuildNative(build_ext):
 
     def get_output_mapping(self):
         return {}
+
+
+class AnyPython(bdist_wheel):
+    """One wheel for every Python 3 of a platform: the operators know no Python ABI, and other Pythons pass by the
+    benchmarks' helper, which does. One for every platform where nothing was built."""
+
+    def get_tag(self):
+        native = any(Path(self.bdist_dir).rglob("*.so"))
+        return "py3", "none", super().get_tag()[2] if native else "any"
+
+
+class SourceDistribution(sdist):
+    """With the commit, which an unpacked archive cannot ask git for."""
+
+    def make_release_tree(self, base_dir, files):
+        super().make_release_tree(base_dir, files)
+        builder = load_builder()
+        Path(base_dir, "csrc", builder.COMMIT_FILE).write_text(f"{builder.source_commit(ROOT / 'csrc')}\n")
 
 
 setup(
@@ -61,5 +81,5 @@ setup(
         "ffnet": ["py.typed"],
     },
     ext_modules=[Extension("ffnet_kernels.lib._native", sources=[])],
-    cmdclass={"build_ext": BuildNative},
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPython, "sdist": SourceDistribution},
 )

@@ -1,7 +1,7 @@
 """Builds the native libraries with ninja: `python csrc/build.py --out DIR`, or from setup.py.
 
     libffnet_kernels_cpu.so   the CPU operators, LibTorch stable ABI: no Python ABI, no C++ ABI of torch
-    _native*.so               pybind11 helper beside them (optional: without it the instruction set cannot be asked for)
+    _native*.so               pybind11 helper of the benchmarks, for the Python that built it; nothing else needs it
     libffnet_kernels_cuda.so  the CUDA operators, where there is an nvcc; any torch will do to build it, a CPU one too
     build_record.json         how they were built, or why they were not
 
@@ -26,6 +26,7 @@ CSRC = Path(__file__).resolve().parent
 sys.path.insert(0, str(CSRC))  # only for this import: setup.py and the tests load this file by its path
 try:
     from toolchain import (
+        COMMIT_FILE,  # noqa: F401  (for setup.py)
         CannotBuild,
         Ninja,
         Nvcc,
@@ -33,8 +34,8 @@ try:
         find_compiler,
         find_ninja,  # noqa: F401  (for tests that run a plan of their own)
         find_nvcc,
-        git_commit,
         requested_architectures,
+        source_commit,
         torch_paths,
     )
 finally:
@@ -102,6 +103,7 @@ def plan(ninja: Ninja, out: Path, compiler: list[str], sanitize: bool) -> dict[s
         for source in KERNEL_SOURCES:
             flags = [*KERNEL_FLAGS, *ISA_FLAGS[isa]]
             objects.append(compile_one(CSRC / "cpu" / source, f"{isa}_{Path(source).stem}", flags))
+    objects.append(compile_one(CSRC / "bindings" / "c_interface.cpp", "c_interface", []))
     binding_flags = ["-isystem", str(include), target_version_flag()]
     for name in ("torch_cpu", "torch_cpu_backward", "torch_cpu_training"):
         objects.append(compile_one(CSRC / "bindings" / f"{name}.cpp", name, binding_flags))
@@ -119,7 +121,7 @@ def plan(ninja: Ninja, out: Path, compiler: list[str], sanitize: bool) -> dict[s
         "flags": " ".join([*common, *KERNEL_FLAGS]),
         "isas": {isa: " ".join(ISA_FLAGS[isa]) for isa in isas()},
         "libraries": [CPU_LIBRARY],
-        "commit": git_commit(CSRC),
+        "commit": source_commit(CSRC),
         "missing": {},
     }
     try:

@@ -16,6 +16,7 @@ from pathlib import Path
 # 8.0, 8.6, 8.7 and 8.9); what comes after the newest compiles its PTX at the first call. A GPU that neither serves,
 # such as sm_110, runs the next backend (backends/cuda.py asks the library).
 CUDA_ARCHITECTURES = [75, 80, 90, 100, 120]
+COMMIT_FILE = "COMMIT"
 
 
 class CannotBuild(Exception):
@@ -171,9 +172,12 @@ def _variable(dryrun: str, name: str) -> str:
     return found[1] if found else ""
 
 
-def git_commit(folder: Path) -> str | None:
+def source_commit(folder: Path) -> str:
+    """Of the archive that a folder was unpacked from (setup.py writes it there), else of its clone."""
+    if (folder / COMMIT_FILE).is_file():
+        return (folder / COMMIT_FILE).read_text().strip()
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return "unknown"

@@ -27,7 +27,6 @@ def info() -> dict[str, Any]:
 
     ``python -m ffnet_kernels info`` prints it.
     """
-    helper = native.helper()
     usable = dispatch.available_backends()
     loaded = native.cpu_library_error() is None
     return {
@@ -37,8 +36,8 @@ def info() -> dict[str, Any]:
         "platform": platform.platform(),
         "processor": processor(),
         "threads": torch.get_num_threads(),
-        "isa": helper.isa() if helper and loaded else None,
-        "usable_isas": helper.usable_isas() if helper else [],
+        "isa": native.isa() if loaded else None,
+        "usable_isas": list(native.usable_isas()),
         "backends": {
             name: "available" if name in usable else f"unavailable: {dispatch.why_unavailable(name)}"
             for name in dispatch.NAMES[1:]

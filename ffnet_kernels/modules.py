@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from .checks import ACTIVATIONS
 from .functional import channel_mixer, conv2d, depthwise_conv2d, ffnified_attention
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # typing has it from Python 3.11 on
 
 
 class _Operated(nn.Conv2d):

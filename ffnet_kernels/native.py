@@ -6,6 +6,7 @@ import ctypes
 import functools
 import importlib.machinery
 import importlib.util
+import itertools
 import json
 import os
 import warnings
@@ -39,14 +40,57 @@ def cpu_library_error() -> str | None:
     reason = _load(library_dir() / CPU_LIBRARY)
     if reason is not None:
         return reason
-    module = helper()
     try:
-        if module is not None:
-            module.isa()  # refuses a wrong FFNET_KERNELS_ISA here, not in the first call
+        select_isa("")  # refuses a wrong FFNET_KERNELS_ISA here, not in the first call
+    except AttributeError as error:
+        return f"{CPU_LIBRARY} is not of this version of the package: {error}"
     except ValueError as error:
         warnings.warn(f"ffnet_kernels runs without its CPU kernels: {error}", RuntimeWarning, stacklevel=2)
         return str(error)
     return None
+
+
+@functools.cache
+def _cpu_library() -> ctypes.CDLL:
+    """The C functions of csrc/bindings/c_interface.cpp."""
+    library = ctypes.CDLL(str(library_dir() / CPU_LIBRARY))
+    library.ffnet_cpu_usable_isa.restype = library.ffnet_cpu_isa.restype = ctypes.c_char_p
+    return library
+
+
+@functools.cache
+def usable_isas() -> tuple[str, ...]:
+    """The instruction sets that the CPU library holds and this processor runs, slowest first; none without it."""
+    if cpu_library_error() is not None:
+        return ()
+    names = (_cpu_library().ffnet_cpu_usable_isa(ctypes.c_size_t(index)) for index in itertools.count())
+    return tuple(name.decode() for name in itertools.takewhile(bool, names))
+
+
+def select_isa(name: str) -> None:
+    """Makes calls use this instruction set; an empty name returns to the default.
+
+    Raises:
+        ValueError: for a name that this build and processor do not run, which ``FFNET_KERNELS_ISA`` may hold as well.
+    """
+    reason = ctypes.create_string_buffer(500)
+    if _cpu_library().ffnet_cpu_select_isa(name.encode(), reason, ctypes.c_size_t(len(reason))):
+        raise ValueError(reason.value.decode())
+
+
+def isa() -> str:
+    """The instruction set that calls use. This and what follows: only where ``cpu_library_error()`` is None."""
+    return _cpu_library().ffnet_cpu_isa().decode()
+
+
+def lanes() -> int:
+    """Channels that one vector of it holds."""
+    return _cpu_library().ffnet_cpu_lanes()
+
+
+def is_unrolled(kh: int, kw: int) -> bool:
+    """Whether filters of this size have code of their own in it."""
+    return bool(_cpu_library().ffnet_cpu_is_unrolled(ctypes.c_int64(kh), ctypes.c_int64(kw)))
 
 
 @functools.cache
@@ -77,7 +121,9 @@ def cuda_host_library() -> Path | None:
 
 def _load(path: Path) -> str | None:
     if not path.exists():
-        return build_record().get("missing", {}).get(path.name, f"{path} is missing")
+        record = build_record()
+        again = " (it was built: install the package again)" if path.name in record.get("libraries", ()) else ""
+        return record.get("missing", {}).get(path.name, f"{path} is missing{again}")
     try:
         ctypes.CDLL(str(path))
     except OSError as error:
@@ -87,7 +133,7 @@ def _load(path: Path) -> str | None:
 
 @functools.cache
 def helper() -> ModuleType | None:
-    """The pybind11 helper (instruction sets), or None: nothing but information and ``select_isa`` depends on it."""
+    """The pybind11 helper, or None: only the benchmarks ask it, and it loads in the Python that built it alone."""
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
         path = library_dir() / f"_native{suffix}"
         if path.exists():

@@ -204,26 +204,23 @@ def _laid_out(values: Any, layout: str) -> Any:
 
 
 def _place(backend: str) -> _Place:
-    cpu, helper = torch.device("cpu"), native.helper()
+    cpu = torch.device("cpu")
     if backend == "cpu":
-        isas = helper.usable_isas() if helper else []
-        selecting: list[_Variant] = [(isa, functools.partial(_selected_isa, helper, isa)) for isa in isas]
-        return _Place(
-            cpu, (torch.float32, torch.bfloat16, torch.float16), selecting or [("default", contextlib.nullcontext)]
-        )
+        selecting: list[_Variant] = [(isa, functools.partial(_selected_isa, isa)) for isa in native.usable_isas()]
+        return _Place(cpu, (torch.float32, torch.bfloat16, torch.float16), selecting)
     gpu = torch.device("cuda" if torch.cuda.device_count() > 0 else "xpu")
     device = cpu if _is_for_tests(backend) else gpu
     return _Place(device, (torch.bfloat16, torch.float16, torch.float32), [(device.type, contextlib.nullcontext)])
 
 
 @contextlib.contextmanager
-def _selected_isa(helper, isa: str) -> Iterator[None]:
-    previous = helper.isa()
-    helper.select_isa(isa)
+def _selected_isa(isa: str) -> Iterator[None]:
+    previous = native.isa()
+    native.select_isa(isa)
     try:
         yield
     finally:
-        helper.select_isa(previous)
+        native.select_isa(previous)
 
 
 def cases() -> Iterator[Case]:

@@ -6,7 +6,7 @@
 
 #include "kernels.h"
 
-// Shared between the operators and the Python helper, so exported from a library that hides everything else.
+// Shared with Python and with the benchmarks' helper, so exported from a library that hides everything else.
 #define FFNET_EXPORT __attribute__((visibility("default")))
 
 namespace ffnet {

@@ -46,17 +46,14 @@ def slower_map(x: Tensor) -> str | None:
 
 
 def describe(operator: str, args: tuple) -> str:
-    helper = native.helper()
-    if helper is None:
-        return "instruction set chosen at run time"
     if operator == "conv2d":
-        return f"{helper.isa()}, blocks of a matrix product"
+        return f"{native.isa()}, blocks of a matrix product"
     x, weights = args[0], [args[1], args[3]] if operator == "ffnified_attention" else [args[1]]
-    unrolled = all(helper.is_unrolled(weight.shape[2], weight.shape[3]) for weight in weights)
-    in_place = x.stride(1) == 1 and x.shape[1] >= helper.lanes() and weights[0].shape[0] == x.shape[1]
+    unrolled = all(native.is_unrolled(weight.shape[2], weight.shape[3]) for weight in weights)
+    in_place = x.stride(1) == 1 and x.shape[1] >= native.lanes() and weights[0].shape[0] == x.shape[1]
     rows = "unrolled rows" if unrolled else "rows of any width"
     source = "map read in place" if in_place else "map gathered to channel vectors"
-    return f"{helper.isa()}, {helper.lanes()} channels a vector; {rows}, {source}"
+    return f"{native.isa()}, {native.lanes()} channels a vector; {rows}, {source}"
 
 
 def depthwise_conv2d(*args) -> Tensor:

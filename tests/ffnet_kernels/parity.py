@@ -20,9 +20,8 @@ from ffnet_kernels.operators import OPERATORS as DEFINITIONS
 from ffnet_kernels.selftest import error_limit as error_limit
 
 _ERROR = native.cpu_library_error()
-_HELPER = None if _ERROR else native.helper()
-#: The instruction sets of this build and processor; None stands for the library's own choice.
-ISAS: list[str | None] = [] if _ERROR else list(_HELPER.usable_isas()) if _HELPER else [None]
+#: The instruction sets of this build and processor.
+ISAS: list[str] = [] if _ERROR else list(native.usable_isas())
 
 needs_native = pytest.mark.skipif(bool(_ERROR), reason=f"no native CPU kernels: {_ERROR}")
 every_isa = pytest.mark.parametrize("isa", ISAS or [pytest.param(None, marks=needs_native)])
@@ -78,13 +77,12 @@ def selected_isa(isa: str | None) -> Iterator[None]:
     if isa is None:
         yield
         return
-    helper = native.helper()
-    previous = helper.isa()
-    helper.select_isa(isa)
+    previous = native.isa()
+    native.select_isa(isa)
     try:
         yield
     finally:
-        helper.select_isa(previous)
+        native.select_isa(previous)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,34 @@
+// Which instruction sets there are and which one runs, for Python to ask through ctypes: C functions need no ABI of
+// Python's, so one library serves all its versions.
+#include <cstdint>
+#include <cstdio>
+#include <exception>
+
+#include "../cpu/select.h"
+
+extern "C" {
+
+// Makes calls use this instruction set; an empty name returns to the default. 0, or 1 and why that is not possible.
+FFNET_EXPORT int ffnet_cpu_select_isa(const char* isa, char* reason, size_t size) {
+  try {
+    ffnet::select_isa(isa);
+    return 0;
+  } catch (const std::exception& error) {
+    snprintf(reason, size, "%s", error.what());
+    return 1;
+  }
+}
+
+// The name of an instruction set that this build holds and this processor runs, slowest first; null beyond the last.
+FFNET_EXPORT const char* ffnet_cpu_usable_isa(size_t index) {
+  const auto& usable = ffnet::usable_kernels();
+  return index < usable.size() ? usable[index]->isa : nullptr;
+}
+
+// Of the instruction set that calls use, once ffnet_cpu_select_isa has answered 0: its name, the channels that one
+// vector of it holds, and whether filters of a size have code of their own.
+FFNET_EXPORT const char* ffnet_cpu_isa() { return ffnet::active_kernels().isa; }
+FFNET_EXPORT int ffnet_cpu_lanes() { return ffnet::active_kernels().lanes; }
+FFNET_EXPORT int ffnet_cpu_is_unrolled(int64_t kh, int64_t kw) { return ffnet::active_kernels().is_unrolled(kh, kw); }
+
+}  // extern "C"
