@@ -1,7 +1,7 @@
-"""Measures another commit beside this one: builds it in a worktree, and runs every case in both, one after the other.
+"""Measures another commit beside this one: builds it in a worktree, and takes samples of both by turns.
 
-Each commit has a process of its own, with its own library and packages under this commit's benchmarks; which of the
-two goes first changes from case to case.
+Each commit has a process of its own, with its own library and packages under this commit's benchmarks, and the other
+commit has a second one: how far its two processes seem to differ tells what a difference means. No peers take part.
 """
 
 from __future__ import annotations
@@ -15,63 +15,85 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import torch
+
 from . import compare, progress
 from .cases import Case
-from .machine import machine
-from .results import Result, Row, write_json
-from .runner import Runner
+from .machine import machine, machine_line
+from .peers import CONTENDERS, OURS
+from .results import Measurement, Result, Row, write_json
+from .runner import Prepared, Runner
+from .sampling import no_garbage_collection
 from .work import build
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("ffnet_kernels", "ffnet")
-ROW = "row: "  # what a line of a worker begins with, lest something else that prints is taken for one
+BASE, AGAIN = "base", "base again"
+ANSWER = "answer: "  # what a line of a worker begins with, lest something else that prints is taken for one
 
 
 class CannotBuild(RuntimeError):
     """A commit cannot be checked out, built or measured; the text says why."""
 
 
-def run(revision: str, cases: Sequence[Case], options: argparse.Namespace) -> int:
-    """Prints what changed from that commit to this one; writes both results where there is ``--out``.
+def run(revision: str, cases: Sequence[Case], options: argparse.Namespace, samples: int) -> int:
+    """Prints what changed from that commit to this one; writes the rows where there is ``--out``.
 
     Returns:
-        0; 1 where a case became significantly slower.
+        0; 1 where something became significantly slower.
 
     Raises:
         CannotBuild: where there is no such commit, or it does not build or run.
     """
-    folder = prepare(revision)
-    results: list[Result] = []
+    place = prepare(revision)
     with contextlib.ExitStack() as stack:
-        workers = [stack.enter_context(_worker(place, options)) for place in (folder, ROOT)]
-        results = [Result(ask("machine")) for ask in workers]
+        ask = {
+            name: stack.enter_context(_worker(folder, options))
+            for name, folder in ((OURS, ROOT), (BASE, place), (AGAIN, place))
+        }
+        machines = {name: ask[name]("machine") for name in (BASE, OURS)}
+        result = Result(machines[OURS], extra={"base": machines[BASE]})
         bar = stack.enter_context(progress.bar(len(cases), "cases", leave=True))
-        for number, case in enumerate(cases):
-            for side in (0, 1) if number % 2 else (1, 0):
-                results[side].rows += Result.from_json(json.dumps(workers[side](case.name))).rows
+        for case in cases:
+            result.rows.append(_row(case, ask, samples))
             bar.update()
-    before, after = results
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
-        for result, name in ((before, "before.json"), (after, "after.json")):
-            write_json(result, options.out / name)
-    comparison = compare.compare(before, after)
-    print(compare.report(comparison, before, after))
-    return 1 if any(change.size > 0 for change in comparison.significant) else 0
+        write_json(result, options.out / "base.json")
+    comparison = compare.within(result.rows, BASE, AGAIN)
+    print(f"before: {machine_line(machines[BASE])}\nafter:  {machine_line(machines[OURS])}\n")
+    print(compare.report(comparison))
+    return 1 if comparison.slower else 0
+
+
+def _row(case: Case, ask: dict[str, Callable[[str], dict]], samples: int) -> Row:
+    """One case; the processes sleep but for the one whose turn it is."""
+    for name in ask:
+        ask[name](f"prepare {case.name}")
+    order = list(ask)
+    for number in range(samples):
+        for name in order[number % len(order) :] + order[: number % len(order)]:
+            ask[name]("sample")
+    rows = {name: Result.from_json(json.dumps(ask[name]("row"))).rows[0] for name in ask}
+    measurements = [_renamed(rows[name].measurements[0], name) for name in ask]
+    return Row(case.name, case.flops, case.bytes, tuple(measurements), rows[OURS].parameters)
+
+
+def _renamed(measurement: Measurement, name: str) -> Measurement:
+    return Measurement(**{**vars(measurement), "contender": name})
 
 
 def prepare(revision: str) -> Path:
     """A folder from which Python imports that commit's packages, built, and these benchmarks. It is kept for later."""
     commit = _git("rev-parse", "--verify", "--short=12", f"{revision}^{{commit}}")
     place = ROOT / "build" / "base" / commit
-    if not (place / "source").exists():
-        _git("worktree", "prune")
-        _git("worktree", "add", "--detach", str(place / "source"), commit)
     source = place / "source"
+    if not source.exists():
+        _git("worktree", "prune")
+        _git("worktree", "add", "--detach", str(source), commit)
     command = [sys.executable, "csrc/build.py", "--out", "ffnet_kernels/lib", "--work", "build/native"]
-    done = subprocess.run(
-        command, cwd=source, env={**os.environ, "FFNET_CUDA_ARCHS": "none"}, capture_output=True, text=True
-    )
+    environment = {**os.environ, "FFNET_CUDA_ARCHS": "none"}
+    done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         raise CannotBuild(f"{commit} does not build: {(done.stderr or done.stdout).strip()}")
     for name, target in (*((name, source / name) for name in PACKAGES), ("benchmarks", ROOT / "benchmarks")):
@@ -83,12 +105,9 @@ def prepare(revision: str) -> Path:
 
 @contextlib.contextmanager
 def _worker(place: Path, options: argparse.Namespace) -> Iterator[Callable[[str], dict]]:
-    """A process that imports from that folder; the function asks it for a case by name, or for its machine."""
-    given = ["--suite", ",".join(options.suite), "--seconds", str(options.seconds)]
-    given += ["--quick"] * options.quick
-    given += ["--peers", ",".join(options.peers)] if options.peers else []
-    for name in ("threads", "samples"):
-        given += [f"--{name}", str(getattr(options, name))] if getattr(options, name) else []
+    """A process that imports from that folder; the function asks it something."""
+    given = ["--suite", ",".join(options.suite), *["--quick"] * options.quick]
+    given += ["--threads", str(options.threads)] if options.threads else []
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks", "run", "--worker", *given],
         cwd=place,
@@ -102,11 +121,12 @@ def _worker(place: Path, options: argparse.Namespace) -> Iterator[Callable[[str]
     stdin, stdout = process.stdin, process.stdout
 
     def ask(text: str) -> dict:
-        print(text, file=stdin, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # then there is nothing to read either
+            print(text, file=stdin, flush=True)
         for line in stdout:
-            if line.startswith(ROW):
-                return json.loads(line[len(ROW) :])
-        raise CannotBuild(f"the process of {place} ended in {text!r}: what it said is above")
+            if line.startswith(ANSWER):
+                return json.loads(line[len(ANSWER) :])
+        raise CannotBuild(f"the process of {place} ended at {text!r}: what it said is above")
 
     try:
         yield ask
@@ -115,17 +135,29 @@ def _worker(place: Path, options: argparse.Namespace) -> Iterator[Callable[[str]
         process.wait()
 
 
-def serve(cases: Sequence[Case], runner_of: Callable[[Case], Runner]) -> int:
-    """The other end of a worker: measures the cases whose names it reads."""
-    by_name = {case.name: case for case in cases}
+def serve(cases: Sequence[Case]) -> None:
+    """The other end of a worker: prepares the case that is named, and takes samples of it as it is told."""
+    by_name, runner = {case.name: case for case in cases}, Runner([CONTENDERS[OURS]])
+    prepared: Prepared | None = None
+    inference = False
     for line in sys.stdin:
-        if line.strip() == "machine":
-            print(ROW + json.dumps(machine()), flush=True)
-            continue
-        case = by_name[line.strip()]
-        row: Row = runner_of(case).run(case, build(case)).row
-        print(ROW + json.dumps(json.loads(Result({}, [row]).to_json())), flush=True)
-    return 0
+        what, _, name = line.strip().partition(" ")
+        answer: dict = {}
+        if what == "machine":
+            answer = machine()
+        elif what == "prepare":
+            work = build(by_name[name])
+            inference = work.inference
+            with torch.inference_mode(inference):
+                prepared = runner.prepare(by_name[name], work)
+        elif prepared is not None:
+            with torch.inference_mode(inference), no_garbage_collection():
+                if what == "sample":
+                    for entry in prepared.entries:
+                        runner.sample(entry)
+                else:
+                    answer = json.loads(Result({}, [runner.outcome(prepared).row]).to_json())
+        print(ANSWER + json.dumps(answer), flush=True)
 
 
 def _git(*arguments: str) -> str:

@@ -1,11 +1,13 @@
-"""``python -m benchmarks compare A.json B.json``: which cases changed, and which only seem to.
+"""``python -m benchmarks compare A.json B.json``: what changed, and what only seems to.
 
-A machine drifts between two runs, and some of its noise is of a run, not of a sample: where memory lay, what else ran.
-So ours is not compared with itself, but with the peers that were measured in the same rounds: a *score* is the
-logarithm of its time over the geometric mean of theirs, and a change is that of the median score. The peers' code is
-the same in both runs. How far each of them seems to change, measured against the others in just that way, is what
-nothing at all looks like on this machine: from these false changes comes the limit beyond which one of ours is called
-significant.
+A machine drifts between two runs, and some of its noise is of a run, not of a sample: where memory lay, who else ran.
+So ours is compared with the peers that were measured in the same rounds: a *score* is the logarithm of its time over
+the geometric mean of theirs, and a change is that of the median score. The peers' code is the same in both runs. How
+far each of them seems to change, measured against the others in just that way, is what nothing at all looks like on
+this machine: by half more than the largest of these false changes has one of ours to change to be called significant.
+
+All cases of an operator, a direction and a dtype are also looked at together, by the same rule: where a single case
+drowns in the machine's noise, their median does not.
 """
 
 from __future__ import annotations
@@ -23,13 +25,14 @@ from .peers import OURS
 from .results import Result, Row, different, peers_of
 from .text import markdown
 
-#: Standard deviations of the false changes, robustly estimated, that one of ours has to exceed, and what it has to
-#: exceed however quiet the machine was. Of a hundred changes that are none, the limit lets pass far less than one.
-DEVIATIONS, LEAST_CHANGE = 5.0, 0.04
+#: How many times the largest false change one of ours has to exceed, and what it has to exceed on the quietest machine.
+MARGIN, LEAST_CHANGE = 1.5, 0.04
 #: Of the spread of its own rounds, in standard errors of the difference of two medians.
 OWN_ERRORS = 4.0
-#: Fewer false changes than this say too little of the machine.
-LEAST_FALSE_CHANGES = 20
+#: Standard error of a median over that of a mean, of normally distributed values.
+MEDIAN_OVER_MEAN = 1.2533
+#: Fewer false changes than this say too little of the machine, of cases and of groups; so many cases make a group.
+LEAST_FALSE_CHANGES, LEAST_FALSE_GROUPS, LEAST_GROUP = 20, 3, 4
 COMPARABLE = ("processor", "threads", "torch", "runtimes")
 
 
@@ -38,38 +41,81 @@ class Change:
     """Of one case, as logarithms of time: 0 is none, positive is slower.
 
     Attributes:
+        contender: which changed.
+        group: what it is looked at together with.
         size: change of the median score.
         error: standard error of it, from the spread of the rounds.
         before_ms, after_ms: medians as they were measured.
     """
 
     case: str
+    contender: str
+    group: str
     size: float
     error: float
     before_ms: float
     after_ms: float
 
-    def significant(self, limit: float) -> bool:
-        return abs(self.size) > max(limit, OWN_ERRORS * self.error)
+
+@dataclass(frozen=True)
+class Group:
+    """The changes of several cases together: their median."""
+
+    name: str
+    cases: int
+    size: float
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Attributes:
-    changes: of ours, in the order of the second result.
-    false: of peers against each other.
-    limit: what a significant change exceeds, as a logarithm.
-    left_out: cases that are in one result only, or without a peer in both.
+    """Changes of ours, and those of what did not change.
+
+    Attributes:
+        changes: in the order of the second result.
+        false: of peers against each other.
+        left_out: cases that are in one result only, or without a peer in both.
     """
 
     changes: list[Change]
-    false: list[float]
-    limit: float
+    false: list[Change]
     left_out: list[str]
 
     @property
-    def significant(self) -> list[Change]:
-        return [change for change in self.changes if change.significant(self.limit)]
+    def limit(self) -> float:
+        """What the change of one case has to exceed."""
+        return _limit([change.size for change in self.false])
+
+    @property
+    def group_limit(self) -> float | None:
+        """What the change of a group has to exceed; None where too few false ones are known."""
+        sizes = [group.size for group in _groups(self.false)]
+        return _limit(sizes) if len(sizes) >= LEAST_FALSE_GROUPS else None
+
+    def groups(self) -> list[Group]:
+        return _groups(self.changes)
+
+    @property
+    def significant(self) -> list[Change | Group]:
+        """Cases and groups that changed."""
+        cases = [c for c in self.changes if abs(c.size) > max(self.limit, OWN_ERRORS * c.error)]
+        limit = self.group_limit
+        return [*cases, *(group for group in self.groups() if limit is not None and abs(group.size) > limit)]
+
+    @property
+    def slower(self) -> list[Change | Group]:
+        return [change for change in self.significant if change.size > 0]
+
+
+def _limit(false: Sequence[float]) -> float:
+    return max(LEAST_CHANGE, MARGIN * max(map(abs, false), default=0.0))
+
+
+def _groups(changes: Sequence[Change]) -> list[Group]:
+    """Of each contender by itself."""
+    sizes: dict[tuple[str, str], list[float]] = {}
+    for change in changes:
+        sizes.setdefault((change.contender, change.group), []).append(change.size)
+    return [Group(name, len(s), statistics.median(s)) for (_, name), s in sizes.items() if len(s) >= LEAST_GROUP]
 
 
 class NotComparable(ValueError):
@@ -88,7 +134,7 @@ def compare(before: Result, after: Result) -> Comparison:
         if peers and old.measurement(OURS) and new.measurement(OURS):
             changes.append(_change(old, new, OURS, peers))
         if len(peers) > 1:
-            false += [_change(old, new, peer, [p for p in peers if p != peer]).size for peer in peers]
+            false += [_change(old, new, peer, [p for p in peers if p != peer]) for peer in peers]
     if len(false) < LEAST_FALSE_CHANGES:
         raise NotComparable(
             f"only {len(false)} measurements of peers are in both results: {LEAST_FALSE_CHANGES} are needed to know "
@@ -96,7 +142,15 @@ def compare(before: Result, after: Result) -> Comparison:
         )
     measured = {change.case for change in changes}
     left_out = [name for name in dict.fromkeys((*rows, *(row.case for row in after.rows))) if name not in measured]
-    return Comparison(changes, false, max(LEAST_CHANGE, DEVIATIONS * deviation(false)), left_out)
+    return Comparison(changes, false, left_out)
+
+
+def within(rows: Sequence[Row], before: str, again: str) -> Comparison:
+    """Of rows in which the former code takes part as two contenders, side by side with ours."""
+    changes = [_against(row, OURS, before) for row in rows if row.measurement(OURS) and row.measurement(before)]
+    false = [_against(row, again, before) for row in rows if row.measurement(again) and row.measurement(before)]
+    measured = {change.case for change in changes}
+    return Comparison(changes, false, [row.case for row in rows if row.case not in measured])
 
 
 def deviation(values: Sequence[float]) -> float:
@@ -104,12 +158,24 @@ def deviation(values: Sequence[float]) -> float:
     return 1.4826 * statistics.median(map(abs, values))
 
 
+def group_of(row: Row) -> str:
+    """Cases that run the same kernels."""
+    p = row.parameters
+    return " ".join(p[name] for name in ("operator", "direction", "dtype") if name in p) or p.get("kind", "case")
+
+
 def _change(old: Row, new: Row, contender: str, peers: Sequence[str]) -> Change:
     scores = [_scores(row, contender, peers) for row in (old, new)]
     error = math.hypot(*(_error_of_median(values) for values in scores))
     size = statistics.median(scores[1]) - statistics.median(scores[0])
     medians = [m.median_ms for row in (old, new) if (m := row.measurement(contender))]
-    return Change(new.case, size, error, *medians)
+    return Change(new.case, contender, group_of(new), size, error, *medians)
+
+
+def _against(row: Row, contender: str, before: str) -> Change:
+    scores = _scores(row, contender, [before])
+    medians = [m.median_ms for name in (before, contender) if (m := row.measurement(name))]
+    return Change(row.case, contender, group_of(row), statistics.median(scores), _error_of_median(scores), *medians)
 
 
 def _scores(row: Row, contender: str, peers: Sequence[str]) -> list[float]:
@@ -122,44 +188,53 @@ def _scores(row: Row, contender: str, peers: Sequence[str]) -> list[float]:
 def _error_of_median(values: Sequence[float]) -> float:
     """Standard error, as of normally distributed values."""
     middle = statistics.median(values)
-    return 1.2533 * deviation([value - middle for value in values]) / math.sqrt(len(values))
+    return MEDIAN_OVER_MEAN * deviation([value - middle for value in values]) / math.sqrt(len(values))
 
 
-def report(comparison: Comparison, before: Result, after: Result) -> str:
-    """Both machines, every case that changed, and how many did not."""
-    limit = 100 * math.expm1(comparison.limit)
-    lines = [_line(change, comparison.limit) for change in comparison.changes]
-    slower = [change for change in comparison.significant if change.size > 0]
+def report(comparison: Comparison) -> str:
+    """Every case and group, marked where it changed, and what that means."""
+    changed = comparison.significant
+    lines = [_line(change, change in changed) for change in comparison.changes]
+    limit = comparison.group_limit
+    groups = [(g.name, str(g.cases), _percent(g.size), _verdict(g.size, g in changed)) for g in comparison.groups()]
+    cases = sum(isinstance(change, Change) for change in changed)
+    false = f"{len(comparison.false)} false changes, of what is the same in both"
     parts = [
-        f"before: {machine_line(before.machine)}\nafter:  {machine_line(after.machine)}",
         markdown(("case", "before ms", "after ms", "change", "±", ""), lines, left=(0, 5)),
-        f"{len(comparison.significant)} of {len(comparison.changes)} cases changed significantly, {len(slower)} of "
-        f"them for the slower: by more than {limit:.1f} %, and than {OWN_ERRORS:g} standard errors of their own (±). "
-        "change is of the time relative to the peers', round by round. Their own changes relative to each other, which "
-        f"are noise, have a standard deviation of {100 * deviation(comparison.false):.1f} % "
-        f"({len(comparison.false)} of them).",
+        markdown(("together", "cases", "median change", ""), groups, left=(0, 3)) if groups else "",
+        f"{cases} of {len(comparison.changes)} cases and {len(changed) - cases} of {len(groups)} groups changed "
+        f"significantly, {len(comparison.slower)} for the slower: a case by more than {_percent(comparison.limit)}, "
+        f"and than {OWN_ERRORS:g} standard errors (±) of its own rounds; a group by more than "
+        f"{'-' if limit is None else _percent(limit)}. Both limits come from {false}.",
     ]
     if comparison.left_out:
         parts.append(f"not compared, for want of the case or of peers in both: {', '.join(comparison.left_out)}")
-    return "\n\n".join(parts)
+    return "\n\n".join(part for part in parts if part)
 
 
-def _line(change: Change, limit: float) -> tuple[str, ...]:
-    verdict = "" if not change.significant(limit) else "SLOWER" if change.size > 0 else "faster"
+def _line(change: Change, significant: bool) -> tuple[str, ...]:
     return (
         change.case,
         f"{change.before_ms:.3f}",
         f"{change.after_ms:.3f}",
-        f"{100 * math.expm1(change.size):+.1f} %",
+        _percent(change.size),
         f"{100 * change.error:.1f} %",
-        verdict,
+        _verdict(change.size, significant),
     )
 
 
+def _percent(logarithm: float) -> str:
+    return f"{100 * math.expm1(logarithm):+.1f} %"
+
+
+def _verdict(size: float, significant: bool) -> str:
+    return "" if not significant else "SLOWER" if size > 0 else "faster"
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Returns 0; 1 where a case became significantly slower, 2 where results cannot be read or compared."""
+    """Returns 0; 1 where something became significantly slower, 2 where results cannot be read or compared."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks compare", description="Says which cases changed between two results."
+        prog="python -m benchmarks compare", description="Says what changed between two results."
     )
     parser.add_argument("before", type=Path, metavar="BEFORE.json")
     parser.add_argument("after", type=Path, metavar="AFTER.json")
@@ -170,5 +245,5 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
-    print(report(comparison, before, after))
-    return 1 if any(change.size > 0 for change in comparison.significant) else 0
+    print(f"before: {machine_line(before.machine)}\nafter:  {machine_line(after.machine)}\n\n{report(comparison)}")
+    return 1 if comparison.slower else 0

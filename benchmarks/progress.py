@@ -19,10 +19,13 @@ class _Silent:
         pass
 
 
+SILENT: Bar = _Silent()
+
+
 def bar(total: int, text: str, *, leave: bool = False) -> contextlib.AbstractContextManager[Bar]:
     """A context manager that gives a bar of ``total`` steps."""
     try:
         from tqdm import tqdm
     except ImportError:
-        return contextlib.nullcontext(_Silent())
+        return contextlib.nullcontext(SILENT)
     return tqdm(total=total, desc=text, leave=leave, disable=None)

@@ -55,6 +55,21 @@ class Measurement:
     page_faults: tuple[int, ...] = ()
     memory: int | None = None
 
+    def joined(self, later: Measurement) -> Measurement:
+        """With the samples of a later one of the same case behind its own; the worse error of both counts."""
+        if not self.samples_ms or not later.samples_ms:
+            return self if self.samples_ms else later
+        errors = (self.error, later.error)
+        scale = self.repeats / later.repeats  # a later sample may be of more calls
+        return dataclasses.replace(
+            self,
+            samples_ms=self.samples_ms + later.samples_ms,
+            disturbed=self.disturbed + later.disturbed,
+            error=None if None in errors else max(errors),  # type: ignore[type-var]
+            passed=self.passed and later.passed,
+            page_faults=self.page_faults + tuple(round(faults * scale) for faults in later.page_faults),
+        )
+
     @property
     def median_ms(self) -> float:
         return statistics.median(self.samples_ms)
@@ -76,6 +91,7 @@ class Row:
 
     Attributes:
         parameters: "kind", and the fields of the case.
+        passes: of how many its samples are, one after the other.
     """
 
     case: str
@@ -83,6 +99,13 @@ class Row:
     bytes: int
     measurements: tuple[Measurement, ...]
     parameters: dict[str, Any] = field(default_factory=dict)
+    passes: int = 1
+
+    def joined(self, later: Row) -> Row:
+        """With the samples of a later pass behind its own."""
+        others = {m.contender: m for m in later.measurements}
+        measurements = tuple(m.joined(others[m.contender]) if m.contender in others else m for m in self.measurements)
+        return dataclasses.replace(self, measurements=measurements, passes=self.passes + later.passes)
 
     def measurement(self, contender: str) -> Measurement | None:
         """That of a contender, or None where it did not run."""
@@ -142,7 +165,9 @@ class Result:
 
 def _row(plain: dict[str, Any]) -> Row:
     measurements = tuple(_measurement(m) for m in plain["measurements"])
-    return Row(plain["case"], plain["flops"], plain["bytes"], measurements, plain.get("parameters", {}))
+    return Row(
+        plain["case"], plain["flops"], plain["bytes"], measurements, plain.get("parameters", {}), plain.get("passes", 1)
+    )
 
 
 def _measurement(plain: dict[str, Any]) -> Measurement:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from .suites import DEFAULT_SUITES, SUITES, suite
 
 INTERRUPTED = 130  # as shells report a process that Ctrl-C ended
 RESULTS = "results.json"
+#: The second comes minutes after the first: what disturbed one half of the samples spared the other.
+DEFAULT_PASSES = 2
 
 
 class CannotResume(ValueError):
@@ -39,10 +42,11 @@ def main(argv: list[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.worker:
-        return base.serve(cases, lambda case: runner_of(case, options))
+        base.serve(cases)
+        return 0
     try:
         if options.base:
-            return base.run(options.base, cases, options)
+            return base.run(options.base, cases, options, options.samples or DEFAULT_SAMPLES)
         kept = _kept(options.out, options.resume)
         if options.out:
             options.out.mkdir(parents=True, exist_ok=True)
@@ -54,10 +58,11 @@ def main(argv: list[str] | None = None) -> int:
         if options.out:
             write_json(result, options.out / RESULTS)
 
-    result = run_cases(cases, lambda case: runner_of(case, options), kept, save)
+    passes = options.passes or (1 if _of_record(options) else DEFAULT_PASSES)
+    result = run_cases(cases, lambda case: runner_of(case, options, passes), passes, kept, save)
     text = report(result, details=False)
     print(colored(text) if sys.stdout.isatty() else text)
-    if set(options.suite) == {"record"}:
+    if _of_record(options):
         print(f"\n{goals.report(result)}")
     if options.out:
         print(f"\nwrote {options.out / RESULTS}")
@@ -68,12 +73,16 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if all(m.passed for m in ours) else 1
 
 
-def runner_of(case: Case, options: argparse.Namespace) -> Runner:
-    """Contenders and samples of a case."""
-    record = set(options.suite) == {"record"}
-    names = options.peers or (goals.peers(case) if record else DEFAULT_CONTENDERS)
+def runner_of(case: Case, options: argparse.Namespace, passes: int = 1) -> Runner:
+    """Contenders of a case, and the samples of one pass."""
+    names = options.peers or (goals.peers(case) if _of_record(options) else DEFAULT_CONTENDERS)
     contenders = [CONTENDERS[name] for name in dict.fromkeys((OURS, *names))]
-    return Runner(contenders, options.samples or (goals.SAMPLES if record else DEFAULT_SAMPLES), options.seconds)
+    samples = options.samples or (goals.SAMPLES if _of_record(options) else DEFAULT_SAMPLES)
+    return Runner(contenders, math.ceil(samples / passes), options.seconds / passes)
+
+
+def _of_record(options: argparse.Namespace) -> bool:
+    return set(options.suite) == {"record"}
 
 
 def _kept(folder: Path | None, resume: bool) -> list[Row]:
@@ -125,6 +134,12 @@ def _parser() -> argparse.ArgumentParser:
         help=f"per contender (default: {DEFAULT_SAMPLES}; suite 'record': {goals.SAMPLES})",
     )
     parser.add_argument(
+        "--passes",
+        type=_positive,
+        metavar="N",
+        help=f"go through all cases so often, taking a part of the samples (default: {DEFAULT_PASSES}; 'record': 1)",
+    )
+    parser.add_argument(
         "--seconds",
         type=_positive,
         default=DEFAULT_SECONDS,
@@ -139,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--resume", action="store_true", help="keep the cases that are in --out already")
     parser.add_argument(
-        "--base", metavar="REV", help="build that commit beside, measure both case by case, and say what changed"
+        "--base", metavar="REV", help="build that commit beside, measure ours in both by turns, and say what changed"
     )
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser

@@ -32,7 +32,7 @@ WARM_UP_SECONDS = 5e-2
 #: Untimed running ahead of a sample, at least a call; none where a call is so long that it does not matter. After 10 ms
 #: everybody was as fast beside the others as alone; after 2 ms ONNX Runtime and OpenVINO were not yet.
 UNTIMED_SECONDS, LONG_SECONDS = 1e-2, 5e-2
-DEFAULT_SAMPLES = 15
+DEFAULT_SAMPLES = 12
 #: Rounds that are measured even where a case takes longer than it may.
 LEAST_SAMPLES = 5
 DEFAULT_SECONDS = 20
@@ -58,7 +58,9 @@ class Outcome(NamedTuple):
 
 
 @dataclass
-class _Entry:
+class Entry:
+    """A contender that runs, and its samples so far."""
+
     contender: str
     program: Program
     repeats: int = 1
@@ -67,6 +69,23 @@ class _Entry:
     disturbed: int = 0
     page_faults: list[int] = field(default_factory=list)
     memory: int | None = None
+
+
+@dataclass
+class Prepared:
+    """A case whose contenders are checked and warm.
+
+    Attributes:
+        results: of each contender that runs, what it is judged by.
+        reasons: of each contender, why it does not run, or None.
+    """
+
+    case: Counted
+    expected: list[Tensor]
+    limits: list[float]
+    entries: list[Entry] = field(default_factory=list)
+    results: dict[str, list[Tensor]] = field(default_factory=dict)
+    reasons: dict[str, str | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -87,38 +106,45 @@ class Runner:
 
     def run(self, case: Counted, work: CpuWork) -> Outcome:
         """One case. A contender that fails is kept, with the reason."""
-        keep_freed_memory()
         with torch.inference_mode(work.inference):
-            return self._run(case, work)
+            with progress.bar(len(self.contenders) + self.samples, case.name) as bar:
+                prepared = self.prepare(case, work, bar)
+                bar.set_description_str(f"{case.name}: measuring")
+                self._measure(prepared.entries, bar)
+            return self.outcome(prepared)
 
-    def _run(self, case: Counted, work: CpuWork) -> Outcome:
+    def prepare(self, case: Counted, work: CpuWork, bar: progress.Bar = progress.SILENT) -> Prepared:
+        """Everything ahead of the first sample. The work's inference mode is the caller's to enter."""
+        keep_freed_memory()
         expected = as_list(work.expected())
         eager = work.plain("nchw").results()
         limits = [work.error_limit(*pair) for pair in zip(expected, eager, strict=True)]
         del eager
-        entries: list[_Entry] = []
-        outputs: dict[str, list[Tensor]] = {}
-        measurements: dict[str, Measurement] = {}
-        with progress.bar(len(self.contenders) + self.samples, case.name) as bar:
-            for contender in self.contenders:
-                bar.set_description_str(f"{case.name}: preparing {contender.name}")
-                try:
-                    reason = contender.unavailable()
-                    if reason is None:
-                        program = contender.prepare(work)
-                        outputs[contender.name] = program.results()
-                        memory = None if program.hoards else most_during(program)
-                        entries.append(_Entry(contender.name, program, memory=memory))
-                except Unsupported as refusal:
-                    reason = str(refusal)
-                except Exception as failure:  # a peer may fail in any way; the others still count
-                    reason = f"failed: {first_line(failure)}"
-                measurements[contender.name] = Measurement(contender.name, reason=reason)
-                bar.update()
-            bar.set_description_str(f"{case.name}: measuring")
-            self._measure(entries, bar)
-        for entry in entries:
-            error, passed = _judge(outputs[entry.contender], expected, limits)
+        prepared = Prepared(case, expected, limits)
+        for contender in self.contenders:
+            bar.set_description_str(f"{case.name}: preparing {contender.name}")
+            try:
+                reason = contender.unavailable()
+                if reason is None:
+                    program = contender.prepare(work)
+                    prepared.results[contender.name] = program.results()
+                    memory = None if program.hoards else most_during(program)
+                    prepared.entries.append(Entry(contender.name, program, memory=memory))
+            except Unsupported as refusal:
+                reason = str(refusal)
+            except Exception as failure:  # a peer may fail in any way; the others still count
+                reason = f"failed: {first_line(failure)}"
+            prepared.reasons[contender.name] = reason
+            bar.update()
+        for entry in prepared.entries:
+            self._calibrate(entry)
+        return prepared
+
+    def outcome(self, prepared: Prepared) -> Outcome:
+        """The row of what was measured."""
+        measurements = {name: Measurement(name, reason=reason) for name, reason in prepared.reasons.items()}
+        for entry in prepared.entries:
+            error, passed = _judge(prepared.results[entry.contender], prepared.expected, prepared.limits)
             measurements[entry.contender] = Measurement(
                 entry.contender,
                 entry.program.layout,
@@ -131,30 +157,33 @@ class Runner:
                 page_faults=tuple(entry.page_faults),
                 memory=entry.memory,
             )
+        case = prepared.case
         row = Row(case.name, case.flops, case.bytes, tuple(measurements.values()), parameters(case))
-        return Outcome(row, expected[0], {name: results[0] for name, results in outputs.items()})
+        return Outcome(row, prepared.expected[0], {name: results[0] for name, results in prepared.results.items()})
 
-    def _measure(self, entries: list[_Entry], bar: progress.Bar) -> None:
-        for entry in entries:
-            self._calibrate(entry)
+    def sample(self, entry: Entry) -> None:
+        """Takes one, beginning quiet and warm."""
+        wait_until_quiet()
+        for _ in range(entry.untimed):
+            entry.program()
+        before = Disturbances.now()
+        entry.samples.append(self._time(entry.program, entry.repeats))
+        met = Disturbances.now().since(before)
+        entry.disturbed += met.preemptions > 0
+        entry.page_faults.append(met.page_faults)
+
+    def _measure(self, entries: list[Entry], bar: progress.Bar) -> None:
         begun = self.timer()
         with no_garbage_collection():
-            for sample in range(self.samples):
-                if sample >= LEAST_SAMPLES and self.timer() - begun > self.seconds:
+            for number in range(self.samples):
+                if number >= LEAST_SAMPLES and self.timer() - begun > self.seconds:
                     break
                 # Rotated, so that nobody always runs in the caches the same neighbour left.
-                for entry in _rotated(entries, sample):
-                    wait_until_quiet()
-                    for _ in range(entry.untimed):
-                        entry.program()
-                    before = Disturbances.now()
-                    entry.samples.append(self._time(entry.program, entry.repeats))
-                    met = Disturbances.now().since(before)
-                    entry.disturbed += met.preemptions > 0
-                    entry.page_faults.append(met.page_faults)
+                for entry in _rotated(entries, number):
+                    self.sample(entry)
                 bar.update()
 
-    def _calibrate(self, entry: _Entry) -> None:
+    def _calibrate(self, entry: Entry) -> None:
         """Warms up, and finds the calls that a sample needs."""
         wait_until_quiet()
         fastest, total = math.inf, 0.0
@@ -174,37 +203,42 @@ class Runner:
 def run_cases(
     cases: Iterable[Case],
     runner_of: Callable[[Any], Runner],
+    passes: int = 1,
     kept: Sequence[Row] = (),
     save: Callable[[Result], object] = lambda result: None,
 ) -> Result:
-    """All cases, each by the runner that is given for it; or, after Ctrl-C, those that were finished.
+    """All cases, each by the runner that is given for it; or, after Ctrl-C, as far as it got.
 
     Args:
-        kept: rows of an earlier run; their cases are not run again.
+        passes: how often all cases are gone through; their samples are put together, and minutes lie between them.
+        kept: rows of an earlier run; passes that they hold are not run again.
         save: called with what there is after every case.
     """
     cases = list(cases)
-    known = {row.case: row for row in kept}
+    rows = {row.case: row for row in kept}
     before = roofs.measure()
     result = Result({**machine(), "roofs": before.to_plain()})
+    todo = [(number, case) for number in range(passes) for case in cases]
     try:
-        with progress.bar(len(cases), "cases", leave=True) as bar:
-            for case in cases:
-                if case.name in known:
-                    result.rows.append(known[case.name])
-                else:
-                    result.rows.append(runner_of(case).run(case, build(case)).row)
+        with progress.bar(len(todo), "cases", leave=True) as bar:
+            for number, case in todo:
+                known = rows.get(case.name)
+                if known is None or known.passes <= number:
+                    row = runner_of(case).run(case, build(case)).row
+                    rows[case.name] = known.joined(row) if known else row
+                    result.rows = [rows[case.name] for case in cases if case.name in rows]
                     save(result)
                 bar.update()
     except KeyboardInterrupt:
         result.interrupted = True
     else:
         result.machine["roofs"] = roofs.best(before, roofs.measure()).to_plain()
+    result.rows = [rows[case.name] for case in cases if case.name in rows]
     save(result)
     return result
 
 
-def _rotated(entries: list[_Entry], by: int) -> list[_Entry]:
+def _rotated(entries: list[Entry], by: int) -> list[Entry]:
     by %= max(1, len(entries))
     return entries[by:] + entries[:by]
 

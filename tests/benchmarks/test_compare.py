@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import compare, growth
 from benchmarks.cases import parameters
-from benchmarks.compare import NotComparable
+from benchmarks.compare import Change, NotComparable
 from benchmarks.peers import OURS
 from benchmarks.results import Measurement, Result, Row
 from benchmarks.suites import GROWTH_FROM, suite
@@ -36,8 +36,12 @@ def result(seed, factors=(), cases=30, drift=0.3, noise=0.02, peers=PEERS):
 def test_drift_and_noise_are_no_change(seed):
     comparison = compare.compare(result(seed), result(100 + seed))
     assert len(comparison.changes) == 30
+    assert len(comparison.groups()) == 1
     assert not comparison.significant
-    assert 0.003 < compare.deviation(comparison.false) < 0.03
+
+
+def cases_of(changes):
+    return [change.case for change in changes if isinstance(change, Change)]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -52,13 +56,45 @@ def test_a_fifth_more_time_is_found(seed):
 def test_all_cases_slower_at_once_are_found():
     """The peers are what is compared with: a change of every case is no drift of the machine."""
     comparison = compare.compare(result(0), result(1, factors=[(case, 1.2) for case in range(30)]))
-    assert len(comparison.significant) == 30
+    assert len(cases_of(comparison.significant)) == 30
+    assert comparison.slower[-1].name == "case"
+
+
+def test_a_group_is_found_where_its_cases_drown():
+    noise = 0.15
+    slower = result(1, factors=[(case, 1.2) for case in range(30)], noise=noise)
+    comparison = compare.compare(result(0, noise=noise), slower)
+    assert comparison.limit > math.log(1.2) > comparison.group_limit
+    assert [change.name for change in comparison.significant] == ["case"]
+    assert not compare.compare(result(0, noise=noise), result(1, noise=noise)).significant
+    few_peers = [made(seed, noise=noise, peers=PEERS[:2]) for made, seed in ((result, 0), (result, 1))]
+    assert compare.compare(*few_peers).group_limit is None  # two false changes of the group say too little
+
+
+def test_groups_are_of_the_same_kernels():
+    cases = [replace(base, batch=batch) for base in GROWTH_FROM.values() for batch in (1, 2)]
+    names = {compare.group_of(Row(case.name, 1, 1, (), parameters(case))) for case in cases}
+    assert names == {f"{operator} forward float32" for operator in GROWTH_FROM}
 
 
 def test_a_noisy_machine_raises_the_limit():
     quiet, noisy = (compare.compare(result(0, noise=n), result(1, noise=n)).limit for n in (0.001, 0.2))
     assert quiet == compare.LEAST_CHANGE
     assert noisy > 5 * quiet
+
+
+def test_side_by_side_with_itself():
+    """As `run --base` does: the former code runs twice, and what differs between those two is noise."""
+    names = (OURS, "base", "base again")
+    rows = result(0, factors=[(3, 1.2)], peers=names[1:]).rows
+    rows = [  # the made-up contenders take 1, 2 and 3 times as long
+        replace(row, measurements=tuple(replace(m, samples_ms=tuple(s / k for s in m.samples_ms)) for k, m in
+                                        enumerate(row.measurements, 1)))
+        for row in rows
+    ]  # fmt: skip
+    comparison = compare.within(rows, *names[1:])
+    assert cases_of(comparison.significant) == ["case 3"]
+    assert "SLOWER" in compare.report(comparison)
 
 
 def test_what_cannot_be_compared():
@@ -79,7 +115,7 @@ def test_the_command(tmp_path, capsys):
         path.write_text(made.to_json())
     a, b, c = map(str, paths)
     assert compare.main([a, b]) == 0
-    assert "0 of 30 cases changed" in capsys.readouterr().out
+    assert "0 of 30 cases and 0 of 1 groups changed" in capsys.readouterr().out
     assert compare.main([a, c]) == 1
     text = capsys.readouterr().out
     assert [line.split("|")[1].strip() for line in text.splitlines() if "SLOWER" in line] == ["case 3"]

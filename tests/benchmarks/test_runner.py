@@ -218,7 +218,8 @@ def test_ctrl_c_keeps_finished_rows(clock, monkeypatch):
     monkeypatch.setattr(Runner, "run", run_one)
     monkeypatch.setattr(roofs, "measure", lambda: ROOFS)
     saved = []
-    result = run_cases([CASE] * 3, lambda case: Runner([], 1), save=lambda result: saved.append(len(result.rows)))
+    cases = [CASE, OperatorCase("depthwise_conv2d", 2, 8, 6, 3)]
+    result = run_cases(cases, lambda case: Runner([], 1), save=lambda result: saved.append(len(result.rows)))
     assert result.rows == [finished]
     assert saved == [1, 1]
     assert result.interrupted
@@ -237,6 +238,35 @@ def test_kept_rows_are_not_run_again(clock, monkeypatch):
     result = run_cases([CASE, other], runner_of, kept=[kept])
     assert asked == [other]
     assert [row.case for row in result.rows] == [CASE.name, other.name]
+
+
+def test_passes_are_put_together(clock, monkeypatch):
+    monkeypatch.setattr(roofs, "measure", lambda: ROOFS)
+    other, order = OperatorCase("depthwise_conv2d", 2, 8, 6, 3), []
+
+    def runner_of(case):
+        order.append(case)
+        return Runner([Toy(OURS, clock, 1e-3 * len(order)), Toy("peer", clock)], 2, timer=clock)
+
+    result = run_cases([CASE, other], runner_of, passes=2)
+    assert order == [CASE, other, CASE, other]
+    assert [row.passes for row in result.rows] == [2, 2]
+    assert result.rows[0].measurement(OURS).samples_ms == pytest.approx((1.0, 1.0, 3.0, 3.0))
+    assert len(result.rows[0].measurement(OURS).page_faults) == 4
+    half = dataclasses.replace(result.rows[1], passes=1)
+    order.clear()
+    assert run_cases([CASE, other], runner_of, passes=2, kept=[result.rows[0], half]).rows[1].passes == 2
+    assert order == [other]
+
+
+def test_joined_measurements_keep_the_worse():
+    ok, bad = Measurement("a", samples_ms=(1.0,), repeats=4, error=1e-7, passed=True, page_faults=(8,)), None
+    bad = dataclasses.replace(ok, repeats=2, error=1e-3, passed=False, page_faults=(2,))
+    joined = ok.joined(bad)
+    assert (joined.error, joined.passed, joined.page_faults) == (1e-3, False, (8, 4))
+    assert ok.joined(dataclasses.replace(bad, error=None)).error is None
+    absent = Measurement("a", reason="no compiler")
+    assert ok.joined(absent) == absent.joined(ok) == ok
 
 
 def test_the_share_of_the_roof():
