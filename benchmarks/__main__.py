@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import sys
 
+from .heap import restart_with_plain_heap
+
 #: What each command does, and the module whose ``main(arguments)`` does it.
 COMMANDS = {
     "run": ("measure a suite beside its peers", "run"),
@@ -33,4 +35,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    restart_with_plain_heap()
     sys.exit(main())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import importlib.metadata
 import subprocess
 from pathlib import Path
@@ -24,21 +22,6 @@ def machine() -> dict[str, Any]:
         "runtimes": {name: version for name in RUNTIMES if (version := _version(name))},
         "commit": _commit() or info["build"].get("commit") or "unknown",
     }
-
-
-@functools.cache
-def keep_freed_memory() -> bool:
-    """Asks the C library to keep freed blocks of up to 32 MiB, and says whether it will.
-
-    Otherwise glibc may give an output's pages back after each call and fault them in again, at several times the cost
-    of the call, for one contender and not for another, by the state its heap happens to be in.
-    """
-    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of glibc's malloc.h
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return False
-    return bool(mallopt(mmap_threshold, 32 << 20) and mallopt(trim_threshold, 1 << 30))
 
 
 def machine_line(machine: dict[str, Any]) -> str:

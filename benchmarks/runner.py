@@ -17,8 +17,9 @@ from torch import Tensor
 
 from . import progress, roofs
 from .cases import Case, parameters
+from .heap import keep_freed_memory
 from .high_water import most_during
-from .machine import keep_freed_memory, machine
+from .machine import machine
 from .peers import Contender, first_line
 from .programs import CpuWork, Program, Unsupported
 from .results import Measurement, Result, Row

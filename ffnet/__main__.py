@@ -116,4 +116,8 @@ def _size(text: str) -> int:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["demo"]:
+        from benchmarks.heap import restart_with_plain_heap
+
+        restart_with_plain_heap()
     sys.exit(main())

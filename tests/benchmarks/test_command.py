@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from benchmarks import chart, chart_work, roofs
+from benchmarks import chart, chart_work, heap, roofs
 from benchmarks.__main__ import COMMANDS, main
 from benchmarks.cases import OperatorCase, parameters
 from benchmarks.results import Measurement, Result, Row
@@ -132,3 +132,23 @@ def test_charts_say_what_is_missing(tmp_path, monkeypatch):
     with pytest.raises(chart.ChartError, match="matplotlib"):
         chart.speedup_chart([row(case, ours=1.0, peer=2.0)], path, "title")
     assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("version", "given", "expected"),
+    [
+        ("2.36", "", heap.JOINED_AT_ONCE),
+        ("2.36", "glibc.malloc.check=1", f"glibc.malloc.check=1:{heap.JOINED_AT_ONCE}"),
+        ("2.36", "glibc.malloc.tcache_count=7", None),
+        ("2.38", "", None),
+        ("", "", None),
+    ],
+)
+def test_old_c_libraries_are_told_how_to_keep_the_heap(version, given, expected, monkeypatch):
+    started = []
+    monkeypatch.setattr(heap.platform, "libc_ver", lambda: ("glibc" if version else "", version))
+    monkeypatch.setattr(heap.os, "execv", lambda program, arguments: started.append((program, arguments)))
+    monkeypatch.setenv("GLIBC_TUNABLES", given)
+    heap.restart_with_plain_heap()
+    assert started == ([] if expected is None else [(sys.executable, sys.orig_argv)])
+    assert heap.os.environ["GLIBC_TUNABLES"] == (expected or given)
