@@ -126,14 +126,18 @@ def made(table: Table, folder: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns 0; 1 where ``--check`` found a table that is not what its results say."""
+    """Returns 0; 1 where ``--check`` found a table that is not what its results say, 2 where something is missing."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks tables", description="Writes the README's tables from the results of record."
     )
     parser.add_argument("--check", action="store_true", help="change nothing, and say what would change")
     options = parser.parse_args(argv)
-    texts = {README: fresh(README.read_text(), TABLES, RESULTS)}
-    texts |= {RESULTS / name: f"{made(table, RESULTS)}\n" for name, table in FILES.items()}
+    try:
+        texts = {README: fresh(README.read_text(), TABLES, RESULTS)}
+        texts |= {RESULTS / name: f"{made(table, RESULTS)}\n" for name, table in FILES.items()}
+    except (OSError, ValueError) as error:
+        print(f"{error} (the tables are those of a source tree)", file=sys.stderr)
+        return 2
     stale = [path for path, text in texts.items() if not path.exists() or path.read_text() != text]
     for path in stale:
         print(f"{path.relative_to(ROOT)} {'is not what its results say' if options.check else 'written'}")

@@ -51,6 +51,13 @@ def test_training_step():
     assert gradients.numel() == sum(p.numel() for p in model.parameters())
 
 
+def test_a_training_step_is_the_same_in_every_precision():
+    """Else its limit, which is made of plain PyTorch's own error, would let anything pass."""
+    work = build(TrainingCase("ffnet_1", 4, 64))
+    for expected, single in zip(work.expected(), work.plain("nchw").results(), strict=True):
+        assert (single - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
 def test_what_runs_no_backward_pass_says_so():
     work = build(OperatorCase("depthwise_conv2d", 1, 8, 6, 3, direction="backward"))
     with pytest.raises(Unsupported, match="forward passes"):
