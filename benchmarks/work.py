@@ -209,7 +209,7 @@ def _model_work(case: ModelCase) -> ModelWork:
     dtype = getattr(torch, case.dtype)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        # In training mode, stochastic depth would drop other blocks in float64 than in float32: nothing could be judged.
+        # Stochastic depth would drop other blocks in float64 than in float32, and no training step could be judged.
         model = ffnet.create_model(case.model, drop_path_rate=0.0).eval().to(dtype)
         batch = torch.randn(case.batch, 3, case.size, case.size).to(dtype)
     return ModelWork(model, [batch])
