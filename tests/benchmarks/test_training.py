@@ -15,7 +15,7 @@ from benchmarks.training import TrainingWork
 from benchmarks.work import ModelWork, build
 from ffnet import create_model
 
-SMALL = {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 8), "num_classes": 5}
+SMALL = {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 8), "num_classes": 5, "drop_path_rate": 0.0}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
