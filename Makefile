@@ -5,7 +5,7 @@
 # make gpu           on a GPU: checks and benchmarks of the CUDA and Triton kernels, Triton's tiles measured
 # make wheel         dist/*.whl, for any Python and any torch from 2.11 on; CUDA kernels in it where there is an nvcc
 # make sdist         dist/*.tar.gz, the sources
-# make compat        that wheel in fresh environments of several versions of torch, one for CUDA (no GPU needed)
+# make compat        that wheel in environments of several versions of torch, one for CUDA, made once (no GPU needed)
 #
 # Each makes .venv if there is none (versions: requirements.txt) and builds. On a machine that has torch and no network,
 # `make demo CURRENT=1` uses the interpreter PYTHON as it is.

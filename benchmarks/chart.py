@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ class ChartError(RuntimeError):
 
 
 def color(contender: str) -> str:
-    return COLORS.get(contender) or OTHER_COLORS[sum(map(ord, contender)) % len(OTHER_COLORS)]
+    return COLORS.get(contender) or OTHER_COLORS[zlib.crc32(contender.encode()) % len(OTHER_COLORS)]
 
 
 def latency_chart(row: Row, path: Path, title: str) -> None:

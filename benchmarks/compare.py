@@ -4,7 +4,7 @@ A machine drifts between two runs, and some of its noise is of a run, not of a s
 So ours is compared with the peers that were measured in the same rounds: a *score* is the logarithm of its time over
 the geometric mean of theirs, and a change is that of the median score. The peers' code is the same in both runs. How
 far each of them seems to change, measured against the others in just that way, is what nothing at all looks like on
-this machine: by half more than the largest of these false changes has one of ours to change to be called significant.
+this machine: by half more than nearly all of these false changes has one of ours to change to be called significant.
 
 All cases of an operator, a direction and a dtype are also looked at together, by the same rule: where a single case
 drowns in the machine's noise, their median does not.
@@ -25,13 +25,15 @@ from .peers import OURS
 from .results import Result, Row, different, peers_of
 from .text import markdown
 
-#: How many times the largest false change one of ours has to exceed, and what it has to exceed on the quietest machine.
-MARGIN, LEAST_CHANGE = 1.5, 0.04
+#: How many times the false changes one of ours has to exceed, but for the largest share of them; and what it has to
+#: exceed on the quietest machine, or where too few false changes are known to tell how quiet it is.
+MARGIN, WILD, LEAST_CHANGE, LEAST_UNKNOWN = 1.5, 0.03, 0.04, 0.15
 #: Of the spread of its own rounds, in standard errors of the difference of two medians.
 OWN_ERRORS = 4.0
 #: Standard error of a median over that of a mean, of normally distributed values.
 MEDIAN_OVER_MEAN = 1.2533
-#: Fewer false changes than this say too little of the machine, of cases and of groups; so many cases make a group.
+#: Fewer false changes than this say too little of the machine, of cases and of groups (as many as are independent: of
+#: the peers of a round, one gains what others lose); so many cases make a group.
 LEAST_FALSE_CHANGES, LEAST_FALSE_GROUPS, LEAST_GROUP = 20, 3, 4
 COMPARABLE = ("processor", "threads", "torch", "runtimes")
 
@@ -83,13 +85,19 @@ class Comparison:
     @property
     def limit(self) -> float:
         """What the change of one case has to exceed."""
-        return _limit([change.size for change in self.false])
+        sizes = sorted(abs(change.size) for change in self.false)
+        if len(sizes) < LEAST_FALSE_CHANGES:
+            return max(LEAST_UNKNOWN, MARGIN * max(sizes, default=0.0))
+        return max(LEAST_CHANGE, MARGIN * sizes[-1 - int(WILD * len(sizes))])
 
     @property
     def group_limit(self) -> float | None:
         """What the change of a group has to exceed; None where too few false ones are known."""
-        sizes = [group.size for group in _groups(self.false)]
-        return _limit(sizes) if len(sizes) >= LEAST_FALSE_GROUPS else None
+        groups, contenders = _groups(self.false), {change.contender for change in self.false}
+        independent = len(groups) * max(1, len(contenders) - 1) / max(1, len(contenders))
+        if independent < LEAST_FALSE_GROUPS:
+            return None
+        return max(LEAST_CHANGE, MARGIN * max(abs(group.size) for group in groups))
 
     def groups(self) -> list[Group]:
         return _groups(self.changes)
@@ -104,10 +112,6 @@ class Comparison:
     @property
     def slower(self) -> list[Change | Group]:
         return [change for change in self.significant if change.size > 0]
-
-
-def _limit(false: Sequence[float]) -> float:
-    return max(LEAST_CHANGE, MARGIN * max(map(abs, false), default=0.0))
 
 
 def _groups(changes: Sequence[Change]) -> list[Group]:
@@ -153,15 +157,16 @@ def within(rows: Sequence[Row], before: str, again: str) -> Comparison:
     return Comparison(changes, false, [row.case for row in rows if row.case not in measured])
 
 
-def deviation(values: Sequence[float]) -> float:
+def _deviation(values: Sequence[float]) -> float:
     """Standard deviation around 0, from the median of the absolute values: a few wild ones do not count."""
     return 1.4826 * statistics.median(map(abs, values))
 
 
 def group_of(row: Row) -> str:
-    """Cases that run the same kernels."""
+    """An operator's cases of one direction and dtype; layers, models and training steps by dtype."""
     p = row.parameters
-    return " ".join(p[name] for name in ("operator", "direction", "dtype") if name in p) or p.get("kind", "case")
+    first = "operator" if "operator" in p else "kind"
+    return " ".join(p[name] for name in (first, "direction", "dtype") if name in p) or "cases"
 
 
 def _change(old: Row, new: Row, contender: str, peers: Sequence[str]) -> Change:
@@ -188,7 +193,7 @@ def _scores(row: Row, contender: str, peers: Sequence[str]) -> list[float]:
 def _error_of_median(values: Sequence[float]) -> float:
     """Standard error, as of normally distributed values."""
     middle = statistics.median(values)
-    return MEDIAN_OVER_MEAN * deviation([value - middle for value in values]) / math.sqrt(len(values))
+    return MEDIAN_OVER_MEAN * _deviation([value - middle for value in values]) / math.sqrt(len(values))
 
 
 def report(comparison: Comparison) -> str:

@@ -36,9 +36,9 @@ from .gpu_contenders import is_ours
 from .gpu_report import summary, table
 from .gpu_timing import check, model_row, operator_row, operator_work, training_row
 from .machine import machine
+from .progress import INTERRUPTED
 from .report import error_text
 from .results import Result, replacing, write_json
-from .run import INTERRUPTED
 from .suites import LAYOUTS
 
 ROOT = Path(__file__).resolve().parents[1]

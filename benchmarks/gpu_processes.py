@@ -1,4 +1,4 @@
-"""What ``benchmarks.gpu`` does in processes of their own: the build of the libraries, and NVIDIA's sanitizer."""
+"""What ``benchmarks gpu`` does in processes of their own: the build of the libraries, and NVIDIA's sanitizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The results of ``benchmarks.gpu`` as text."""
+"""The results of ``benchmarks gpu`` as text."""
 
 from __future__ import annotations
 

@@ -17,9 +17,9 @@ DIMENSIONS = {"batch": "batch", "size": "pixels", "channels": "channels", "kerne
 LEAST_POINTS = 3
 NOTE = (
     "Time is taken to be a power of what grows, all else as in {base}: the exponent of the line through the "
-    "logarithms (least squares), and in brackets by how much the point that is farthest from it is off. 1 is "
-    "proportional; below 1 something is spared or shared as work grows. arithmetic: the exponent of the "
-    "multiply–adds."
+    "logarithms (least squares), and in brackets by how much the point that is farthest from it is off. "
+    "arithmetic is the exponent of the multiply–adds: a smaller one says that something is spared or shared as "
+    "work grows, a larger one that something runs out."
 )
 
 
@@ -44,7 +44,7 @@ class Series:
 
 
 def series(rows: Sequence[Row]) -> Iterator[Series]:
-    """Those of the suite "growth" that are in the rows, with at least three points."""
+    """Of the rows that differ from a call of `GROWTH_FROM` in one dimension only, those with at least three points."""
     for base in GROWTH_FROM.values():
         start = parameters(base)
         for dimension in DIMENSIONS:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import ffnet_kernels
+
+from .heap import keep_freed_memory
 
 RUNTIMES = ("onnx", "onnxruntime", "openvino")
 
@@ -20,6 +23,7 @@ def machine() -> dict[str, Any]:
         **{name: info[name] for name in kept},
         "ffnet_kernels": ffnet_kernels.__version__,
         "runtimes": {name: version for name in RUNTIMES if (version := _version(name))},
+        "heap": {"kept": keep_freed_memory(), "tunables": os.environ.get("GLIBC_TUNABLES", "")},
         "commit": _commit() or info["build"].get("commit") or "unknown",
     }
 

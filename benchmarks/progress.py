@@ -19,6 +19,7 @@ class _Silent:
         pass
 
 
+INTERRUPTED = 130  # as shells report a process that Ctrl-C ended
 SILENT: Bar = _Silent()
 
 

@@ -20,20 +20,24 @@ HEADERS = (
 FASTER_PEER = "<- faster than ours"
 SLOWER, WRONG = "🔴", "❌"
 NOTES = (
-    f"A number below a peer is its time over ours: below 1 it is faster than ours, which is marked {SLOWER}. "
-    f"{WRONG} marks a result whose error is over the limit.",
+    "A number below a peer is the median, round by round, of its time over ours: below 1 it is faster than "
+    f"ours, which is marked {SLOWER}. {WRONG} marks a result whose error is over the limit.",
     "Time is the median of samples taken in turn, in one process, with its quartiles; all contenders have the "
     "same dtype and threads, and a sample begins with untimed calls, once no other thread of the process runs. "
     "Each reads maps in the layout its name says, ours and torch.compile in that of the case, ONNX Runtime and "
-    "OpenVINO in NCHW; converting layouts, laying out weights and compiling are not counted. busy: samples, of "
-    "all, in which another process took a core; faults: pages that the kernel had to supply in a call (median).",
+    "OpenVINO in NCHW; converting layouts, laying out weights and compiling are not counted. Freed memory is "
+    "kept by the process, and glibc before 2.38 is told to join small blocks at once.",
     "GFLOP/s counts taps on padding; GB/s counts each input, weight and output once. of roof: the least time in "
     "which the machine could do so many multiply–adds, or copy so many bytes, over the time taken; both were "
     "measured in the same run. It exceeds 100 % where taps on padding are skipped, or where maps are in a cache "
-    "that a copy of their size does not reach. MiB: the most memory that a call took beyond what was there before "
-    "it, its result among it; unknown for runtimes that keep memory of their own. error is the largest one "
-    "against float64 over the largest output; it is ok up to twice that of plain PyTorch (layers and models: four "
-    "times) and four roundings.",
+    "that a copy of their size does not reach. MiB: the most memory that a call took beyond what was there "
+    "before it, its result among it; unknown for runtimes that keep memory of their own. error is the largest "
+    "one against float64 over the largest output; operators are ok up to twice that of plain PyTorch and four "
+    "roundings, all that has several layers up to twice as much.",
+)
+DETAILS = (
+    "busy: samples, of all, in which another process took a core; faults: pages that the kernel had to supply "
+    "in a call (median).",
 )
 #: The sections of a report, by kind of case.
 KINDS = {
@@ -55,13 +59,12 @@ def report(result: Result, *, details: bool = True) -> str:
             parts += [f"## {title}", overview(rows, roofs)]
     if fitted := growth.table(result.rows):
         parts += ["## Cost as work grows", fitted]
-    reasons = dict.fromkeys((m.contender, m.reason) for row in result.rows for m in row.measurements if m.reason)
-    if reasons:
-        parts += ["## What did not run", *(f"{contender}: {reason}" for contender, reason in reasons)]
+    if reasons := absences(result.rows):
+        parts += ["## What did not run", *reasons]
     if details:
-        parts += ["## Every contender", *(f"{row.case}\n\n{table(row, roofs)}" for row in result.rows)]
+        parts += ["## Every contender", *DETAILS, *(f"{row.case}\n\n{table(row, roofs)}" for row in result.rows)]
     if result.interrupted:
-        parts.append(f"interrupted: only the {len(result.rows)} finished cases are shown")
+        parts.append("interrupted: cases are missing, or have the samples of fewer passes than others")
     return "\n\n".join(part for part in parts if part)
 
 
@@ -84,6 +87,20 @@ def table(row: Row, roofs: Roofs | None = None) -> str:
     return markdown(HEADERS, [_line(row, m, roofs) for m in row.measurements], left=(0, 10, 12))
 
 
+def absences(rows: Sequence[Row]) -> list[str]:
+    """Contenders that did not run, and why; in how many of the cases that name them, where it is not all."""
+    found: dict[tuple[str, str], int] = {}
+    named: dict[str, int] = {}
+    for m in (m for row in rows for m in row.measurements):
+        named[m.contender] = named.get(m.contender, 0) + 1
+        if m.reason:
+            found[m.contender, m.reason] = found.get((m.contender, m.reason), 0) + 1
+    return [
+        f"{name}{'' if count == named[name] else f' ({count} of {named[name]} cases)'}: {reason}"
+        for (name, reason), count in found.items()
+    ]
+
+
 def summary(rows: Sequence[Row]) -> str:
     """For each peer: cases, in how many of them ours is faster, and the geometric mean and extremes of the ratio."""
     lines = []
@@ -102,7 +119,7 @@ def summary(rows: Sequence[Row]) -> str:
 
 def colored(text: str) -> str:
     """For a terminal: what is marked slower in red."""
-    return re.sub(rf"{SLOWER} ([\d.]+x)", "\033[31m   \\1\033[0m", text)
+    return re.sub(rf"{SLOWER} ([\d.]+x)", "\033[31m  \\1\033[0m", text)
 
 
 def roofs_text(roofs: Roofs | None) -> str:

@@ -56,9 +56,10 @@ class Measurement:
     memory: int | None = None
 
     def joined(self, later: Measurement) -> Measurement:
-        """With the samples of a later one of the same case behind its own; the worse error of both counts."""
+        """With the samples of a later one of the same case behind its own; the worse error of both counts, and one
+        that did not run did not."""
         if not self.samples_ms or not later.samples_ms:
-            return self if self.samples_ms else later
+            return later if self.samples_ms else self
         errors = (self.error, later.error)
         scale = self.repeats / later.repeats  # a later sample may be of more calls
         return dataclasses.replace(
@@ -112,16 +113,21 @@ class Row:
         return next((m for m in self.measurements if m.contender == contender and m.samples_ms), None)
 
     def ratio(self, contender: str, to: str) -> float | None:
-        """Median time of a contender over that of another, or None where one of them did not run."""
-        one, other = self.measurement(contender), self.measurement(to)
-        return one.median_ms / other.median_ms if one and other else None
+        """Median over the rounds of one's time over another's, or None where one did not run."""
+        ratios = self._ratios(contender, to)
+        return statistics.median(ratios) if ratios else None
 
     def ratio_quartiles(self, contender: str, to: str) -> tuple[float, float] | None:
-        """First and third quartile of that ratio, round by round: the machine's drift is in both times of a round."""
+        """First and third quartile of that."""
+        ratios = self._ratios(contender, to)
+        return quartiles(ratios) if ratios else None
+
+    def _ratios(self, contender: str, to: str) -> list[float]:
+        """Round by round: the machine's drift is in both times of a round."""
         one, other = self.measurement(contender), self.measurement(to)
         if one is None or other is None:
-            return None
-        return quartiles([a / b for a, b in zip(one.samples_ms, other.samples_ms, strict=False)])
+            return []
+        return [a / b for a, b in zip(one.samples_ms, other.samples_ms, strict=False)]
 
     def gflops(self, measurement: Measurement) -> float:
         return self.flops / measurement.median_ms / 1e6
@@ -144,7 +150,8 @@ class Result:
     interrupted: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
 
-    def to_json(self) -> str:
+    def to_plain(self) -> dict[str, Any]:
+        """As in the JSON form."""
         plain = {"format": FORMAT_VERSION, **dataclasses.asdict(self)}
         for row, plain_row in zip(self.rows, plain["rows"], strict=True):
             for measurement, entry in zip(row.measurements, plain_row["measurements"], strict=True):
@@ -152,15 +159,26 @@ class Result:
                     first, third = measurement.quartiles_ms
                     entry |= {"median_ms": measurement.median_ms, "q1_ms": first, "q3_ms": third}
                     entry |= {"gflops": row.gflops(measurement), "gbytes": row.gbytes(measurement)}
-        return json.dumps(plain, indent=1, allow_nan=False) + "\n"
+        return plain
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_plain(), indent=1, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_plain(cls, plain: Any) -> Result:
+        """Raises ValueError for another format."""
+        found = plain.get("format") if isinstance(plain, dict) else None
+        if found not in (1, FORMAT_VERSION):
+            raise ValueError(f"expected benchmark results of format {FORMAT_VERSION}, got {found!r}")
+        try:
+            return cls(plain["machine"], [_row(row) for row in plain["rows"]], plain["interrupted"], plain["extra"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"benchmark results lack {error}") from error
 
     @classmethod
     def from_json(cls, text: str) -> Result:
         """Raises ValueError for another format."""
-        plain = json.loads(text)
-        if plain.get("format") not in (1, FORMAT_VERSION):
-            raise ValueError(f"expected benchmark results of format {FORMAT_VERSION}, got {plain.get('format')!r}")
-        return cls(plain["machine"], [_row(row) for row in plain["rows"]], plain["interrupted"], plain["extra"])
+        return cls.from_plain(json.loads(text))
 
 
 def _row(plain: dict[str, Any]) -> Row:

@@ -9,17 +9,16 @@ from pathlib import Path
 
 import torch
 
-from . import base, goals
+from . import base, goals, progress
 from .cases import Case
 from .machine import machine
 from .peers import CONTENDERS, DEFAULT_CONTENDERS, OURS
 from .report import colored, report
 from .report_files import write_report
-from .results import Result, Row, different, write_json
+from .results import Result, different, write_json
 from .runner import DEFAULT_SAMPLES, DEFAULT_SECONDS, LEAST_SAMPLES, Runner, run_cases
 from .suites import DEFAULT_SUITES, SUITES, suite
 
-INTERRUPTED = 130  # as shells report a process that Ctrl-C ended
 RESULTS = "results.json"
 #: The second comes minutes after the first: what disturbed one half of the samples spared the other.
 DEFAULT_PASSES = 2
@@ -39,6 +38,10 @@ def main(argv: list[str] | None = None) -> int:
     if options.list:
         print("\n".join(case.name for case in cases))
         return 0
+    ignored = [name for name in ("peers", "passes", "resume") if options.base and getattr(options, name)]
+    if ignored:
+        print(f"--base does nothing with --{' and --'.join(ignored)}", file=sys.stderr)
+        return 2
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.worker:
@@ -68,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\nwrote {options.out / RESULTS}")
         write_report(result, options.out)
     if result.interrupted:
-        return INTERRUPTED
+        return progress.INTERRUPTED
     ours = [m for row in result.rows for m in row.measurements if m.contender == OURS]
     return 0 if all(m.passed for m in ours) else 1
 
@@ -85,14 +88,14 @@ def _of_record(options: argparse.Namespace) -> bool:
     return set(options.suite) == {"record"}
 
 
-def _kept(folder: Path | None, resume: bool) -> list[Row]:
-    """The rows that are there, of the same machine, versions and commit.
+def _kept(folder: Path | None, resume: bool) -> Result | None:
+    """What is there, of the same machine, versions and commit.
 
     Raises:
         CannotResume: for results of something else, or that cannot be read.
     """
     if not resume or folder is None or not (folder / RESULTS).exists():
-        return []
+        return None
     try:
         there = Result.from_json((folder / RESULTS).read_text())
     except ValueError as error:
@@ -101,7 +104,7 @@ def _kept(folder: Path | None, resume: bool) -> list[Row]:
         raise CannotResume(
             f"{folder / RESULTS} is of another run ({reason}); choose another --out, or leave out --resume"
         )
-    return there.rows
+    return there
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -117,7 +120,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME,NAME",
         help=f"what to measure (default: {','.join(DEFAULT_SUITES)})",
     )
-    parser.add_argument("--quick", action="store_true", help="the suites' quick forms: FFNet-1 in float32, minutes")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="the suites' quick forms, minutes: most of it FFNet-1 in float32",
+    )
     parser.add_argument("--filter", default="", metavar="TEXT", help="only cases with this text in their name")
     parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
     parser.add_argument(
@@ -144,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
         type=_positive,
         default=DEFAULT_SECONDS,
         metavar="N",
-        help=f"a case ends after them if it has {LEAST_SAMPLES} samples (default: %(default)s)",
+        help=f"a case ends after them if each pass has {LEAST_SAMPLES} samples (default: %(default)s)",
     )
     parser.add_argument(
         "--out",
@@ -152,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help=f"keep {RESULTS}, written after every case, report.md and charts there",
     )
-    parser.add_argument("--resume", action="store_true", help="keep the cases that are in --out already")
+    parser.add_argument("--resume", action="store_true", help="keep what is in --out, and measure only what it lacks")
     parser.add_argument(
         "--base", metavar="REV", help="build that commit beside, measure ours in both by turns, and say what changed"
     )

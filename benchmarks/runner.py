@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from . import progress, roofs
+from . import progress, roof_measurement, roofs
 from .cases import Case, parameters
 from .heap import keep_freed_memory
 from .high_water import most_during
@@ -111,7 +111,7 @@ class Runner:
             with progress.bar(len(self.contenders) + self.samples, case.name) as bar:
                 prepared = self.prepare(case, work, bar)
                 bar.set_description_str(f"{case.name}: measuring")
-                self._measure(prepared.entries, bar)
+                self._measure(prepared, bar)
             return self.outcome(prepared)
 
     def prepare(self, case: Counted, work: CpuWork, bar: progress.Bar = progress.SILENT) -> Prepared:
@@ -137,8 +137,8 @@ class Runner:
                 reason = f"failed: {first_line(failure)}"
             prepared.reasons[contender.name] = reason
             bar.update()
-        for entry in prepared.entries:
-            self._calibrate(entry)
+        for entry in list(prepared.entries):
+            self._attempt(prepared, entry, self._calibrate)
         return prepared
 
     def outcome(self, prepared: Prepared) -> Outcome:
@@ -173,15 +173,23 @@ class Runner:
         entry.disturbed += met.preemptions > 0
         entry.page_faults.append(met.page_faults)
 
-    def _measure(self, entries: list[Entry], bar: progress.Bar) -> None:
+    def _attempt(self, prepared: Prepared, entry: Entry, what: Callable[[Entry], None]) -> None:
+        """A contender that fails late is taken out, with the reason."""
+        try:
+            what(entry)
+        except Exception as failure:
+            prepared.entries.remove(entry)
+            prepared.reasons[entry.contender] = f"failed: {first_line(failure)}"
+
+    def _measure(self, prepared: Prepared, bar: progress.Bar) -> None:
         begun = self.timer()
         with no_garbage_collection():
             for number in range(self.samples):
                 if number >= LEAST_SAMPLES and self.timer() - begun > self.seconds:
                     break
                 # Rotated, so that nobody always runs in the caches the same neighbour left.
-                for entry in _rotated(entries, number):
-                    self.sample(entry)
+                for entry in _rotated(prepared.entries, number):
+                    self._attempt(prepared, entry, self.sample)
                 bar.update()
 
     def _calibrate(self, entry: Entry) -> None:
@@ -205,38 +213,44 @@ def run_cases(
     cases: Iterable[Case],
     runner_of: Callable[[Any], Runner],
     passes: int = 1,
-    kept: Sequence[Row] = (),
+    kept: Result | None = None,
     save: Callable[[Result], object] = lambda result: None,
 ) -> Result:
     """All cases, each by the runner that is given for it; or, after Ctrl-C, as far as it got.
 
     Args:
         passes: how often all cases are gone through; their samples are put together, and minutes lie between them.
-        kept: rows of an earlier run; passes that they hold are not run again.
+        kept: an earlier run. Its rows stay; passes of a case that they hold, with all contenders, are not run again.
         save: called with what there is after every case.
     """
-    cases = list(cases)
-    rows = {row.case: row for row in kept}
-    before = roofs.measure()
-    result = Result({**machine(), "roofs": before.to_plain()})
     todo = [(number, case) for number in range(passes) for case in cases]
+    rows = {row.case: row for row in kept.rows} if kept else {}
+    result = Result(machine(), list(rows.values()))
     try:
+        _raise_roofs(result, kept.machine if kept else {})
         with progress.bar(len(todo), "cases", leave=True) as bar:
             for number, case in todo:
-                known = rows.get(case.name)
+                runner, known = runner_of(case), rows.get(case.name)
+                if known and not {c.name for c in runner.contenders} <= {m.contender for m in known.measurements}:
+                    known = None
                 if known is None or known.passes <= number:
-                    row = runner_of(case).run(case, build(case)).row
+                    row = runner.run(case, build(case)).row
                     rows[case.name] = known.joined(row) if known else row
-                    result.rows = [rows[case.name] for case in cases if case.name in rows]
+                    result.rows = list(rows.values())
                     save(result)
                 bar.update()
+        _raise_roofs(result, result.machine)
     except KeyboardInterrupt:
         result.interrupted = True
-    else:
-        result.machine["roofs"] = roofs.best(before, roofs.measure()).to_plain()
-    result.rows = [rows[case.name] for case in cases if case.name in rows]
     save(result)
     return result
+
+
+def _raise_roofs(result: Result, known: dict[str, Any]) -> None:
+    """Measures the roofs; the higher ones count, of those and the ones that are known."""
+    measured = roof_measurement.measure()
+    before = roofs.Roofs.from_plain(known.get("roofs"))
+    result.machine["roofs"] = (roofs.best(before, measured) if before else measured).to_plain()
 
 
 def _rotated(entries: list[Entry], by: int) -> list[Entry]:

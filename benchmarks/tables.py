@@ -17,7 +17,7 @@ from typing import NamedTuple
 from . import goals, growth, memory
 from .machine import machine_line
 from .peers import OURS
-from .report import SLOWER, error_text, share_text
+from .report import SLOWER, WRONG, error_text, share_text
 from .results import Result, Row, best_peer, replacing
 from .roofs import Roofs
 from .text import markdown
@@ -165,5 +165,7 @@ def _against_best(row: Row, result: Result) -> tuple[str, str, str, str]:
     ours, peer = row.measurement(OURS), best_peer(row, OURS)
     if ours is None:
         return ("-",) * 4
+    theirs = row.measurement(peer) if peer else None
+    name = f"{peer} {WRONG}" if theirs and not theirs.passed else peer or "-"
     share = share_text(row, ours, Roofs.from_plain(result.machine.get("roofs")))
-    return f"{ours.median_ms:.3f}", share, peer or "-", _ratio_text(row.ratio(peer, OURS) if peer else None)
+    return f"{ours.median_ms:.3f}", share, name, _ratio_text(row.ratio(peer, OURS) if peer else None)

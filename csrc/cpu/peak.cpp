@@ -8,10 +8,11 @@ namespace {
 // Enough for two units whose sums are ready again after six cycles; 14 registers of the 16 that AVX2 has.
 constexpr int kChains = 12;
 
+// Each step multiplies the sum before it: a product of constants would leave the loop where it is an instruction alone.
 template <class Add>
 FFNET_INLINE float chains(int64_t rounds, Add add) {
-  Vec x = Vec::fill(1e-3f), w = Vec::fill(1e-3f), sum[kChains];
-  for (Vec& s : sum) s = Vec::fill(0);
+  Vec x = Vec::fill(1), w = Vec::fill(0.5f), sum[kChains];
+  for (Vec& s : sum) s = Vec::fill(1);
   for (int64_t round = 0; round < rounds; ++round)
     for (Vec& s : sum) s = add(x, w, s);
   Vec all = sum[0];
@@ -32,7 +33,7 @@ int64_t multiply_adds(Storage storage, int64_t rounds) {
     sum = chains(rounds, [](Vec x, Vec w, Vec s) { return dot(x, w, s); });
   } else
 #endif
-    sum = chains(rounds, [](Vec x, Vec w, Vec s) { return fma(x, w, s); });
+    sum = chains(rounds, [](Vec x, Vec w, Vec s) { return fma(s, w, x); });
   (void)storage;                  // where there are no such products, narrow maps are widened
   asm volatile("" : : "m"(sum));  // wanted by nobody, it would not be computed
   return rounds * products;

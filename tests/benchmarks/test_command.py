@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from benchmarks import chart, chart_work, heap, roofs
+from benchmarks import chart, chart_work, heap, roof_measurement
 from benchmarks.__main__ import COMMANDS, main
 from benchmarks.cases import OperatorCase, parameters
 from benchmarks.results import Measurement, Result, Row
@@ -19,7 +19,7 @@ ONE_CASE = ["--suite", "ops", "--quick", "--filter", "depthwise_conv2d 640x8x8 k
 
 @pytest.fixture(autouse=True)
 def known_roofs(monkeypatch):
-    monkeypatch.setattr(roofs, "measure", lambda: ROOFS)
+    monkeypatch.setattr(roof_measurement, "measure", lambda: ROOFS)
 
 
 def row(case, **milliseconds):
@@ -83,6 +83,7 @@ def test_list(capsys):
         (["run", "--filter", "nothing"], "nothing"),
         (["run", *ONE_CASE, "--out", "/proc/none"], "/proc/none"),
         (["run", *ONE_CASE, "--base", "no-such-commit"], "no-such-commit"),
+        (["run", *ONE_CASE, "--base", "HEAD", "--resume", "--passes", "2"], "with --passes and --resume"),
         (["walk"], "usage: python -m benchmarks COMMAND"),
         ([], "usage: python -m benchmarks COMMAND"),
     ],

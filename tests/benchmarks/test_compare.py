@@ -1,4 +1,4 @@
-"""What is called a change, on results made up with known ones; and how time is said to grow."""
+"""What is called a change, on results made up with known ones."""
 
 import math
 import random
@@ -6,19 +6,20 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks import compare, growth
-from benchmarks.cases import parameters
-from benchmarks.compare import Change, NotComparable
+from benchmarks import compare
+from benchmarks.cases import LayerCase, ModelCase, TrainingCase, parameters
+from benchmarks.compare import Change, Group, NotComparable
 from benchmarks.peers import OURS
 from benchmarks.results import Measurement, Result, Row
-from benchmarks.suites import GROWTH_FROM, suite
+from benchmarks.suites import GROWTH_FROM
 
 MACHINE = dict.fromkeys(("processor", "threads", "isa", "torch", "python", "ffnet_kernels", "commit", "runtimes"), "x")
 PEERS = ("eager nchw", "eager channels-last", "torch.compile")
 
 
-def result(seed, factors=(), cases=30, drift=0.3, noise=0.02, peers=PEERS):
-    """Made-up times: one drift of all contenders a round, and noise of each; ours of case i times factors[i]."""
+def result(seed, factors=(), cases=30, drift=0.3, noise=0.01, peers=PEERS):
+    """Made-up times: a drift of all contenders each round, noise of each sample, and as much again of each contender
+    in this run of the case, as of where its memory lies; ours of case i times factors[i]."""
     generator = random.Random(seed)
     rows = []
     for case in range(cases):
@@ -26,9 +27,11 @@ def result(seed, factors=(), cases=30, drift=0.3, noise=0.02, peers=PEERS):
         measurements = []
         for number, name in enumerate((OURS, *peers)):
             factor = dict(factors).get(case, 1.0) if name == OURS else 1.0
+            factor *= math.exp(generator.gauss(0, noise))
             samples = (factor * (1 + number) * r * math.exp(generator.gauss(0, noise)) for r in rounds)
             measurements.append(Measurement(name, samples_ms=tuple(samples)))
-        rows.append(Row(f"case {case}", 1, 1, tuple(measurements)))
+        kind = {"kind": ("layer", "model")[case % 2], "dtype": "float32"}
+        rows.append(Row(f"case {case}", 1, 1, tuple(measurements), kind))
     return Result(dict(MACHINE), rows)
 
 
@@ -36,7 +39,7 @@ def result(seed, factors=(), cases=30, drift=0.3, noise=0.02, peers=PEERS):
 def test_drift_and_noise_are_no_change(seed):
     comparison = compare.compare(result(seed), result(100 + seed))
     assert len(comparison.changes) == 30
-    assert len(comparison.groups()) == 1
+    assert len(comparison.groups()) == 2
     assert not comparison.significant
 
 
@@ -57,15 +60,15 @@ def test_all_cases_slower_at_once_are_found():
     """The peers are what is compared with: a change of every case is no drift of the machine."""
     comparison = compare.compare(result(0), result(1, factors=[(case, 1.2) for case in range(30)]))
     assert len(cases_of(comparison.significant)) == 30
-    assert comparison.slower[-1].name == "case"
+    assert [group.name for group in comparison.slower[-2:]] == ["layer float32", "model float32"]
 
 
 def test_a_group_is_found_where_its_cases_drown():
-    noise = 0.15
-    slower = result(1, factors=[(case, 1.2) for case in range(30)], noise=noise)
+    noise = 0.06
+    slower = result(1, factors=[(case, 1.2) for case in range(0, 30, 2)], noise=noise)
     comparison = compare.compare(result(0, noise=noise), slower)
     assert comparison.limit > math.log(1.2) > comparison.group_limit
-    assert [change.name for change in comparison.significant] == ["case"]
+    assert [group.name for group in comparison.significant if isinstance(group, Group)] == ["layer float32"]
     assert not compare.compare(result(0, noise=noise), result(1, noise=noise)).significant
     few_peers = [made(seed, noise=noise, peers=PEERS[:2]) for made, seed in ((result, 0), (result, 1))]
     assert compare.compare(*few_peers).group_limit is None  # two false changes of the group say too little
@@ -75,6 +78,9 @@ def test_groups_are_of_the_same_kernels():
     cases = [replace(base, batch=batch) for base in GROWTH_FROM.values() for batch in (1, 2)]
     names = {compare.group_of(Row(case.name, 1, 1, (), parameters(case))) for case in cases}
     assert names == {f"{operator} forward float32" for operator in GROWTH_FROM}
+    others = (ModelCase("ffnet_1", 1), LayerCase("ffnet_1", "patch_embed", 3, 8, 1), TrainingCase("ffnet_1", 1))
+    names = [compare.group_of(Row("case", 1, 1, (), parameters(case))) for case in others]
+    assert names == ["model float32", "layer float32", "training float32"]
 
 
 def test_a_noisy_machine_raises_the_limit():
@@ -115,32 +121,9 @@ def test_the_command(tmp_path, capsys):
         path.write_text(made.to_json())
     a, b, c = map(str, paths)
     assert compare.main([a, b]) == 0
-    assert "0 of 30 cases and 0 of 1 groups changed" in capsys.readouterr().out
+    assert "0 of 30 cases and 0 of 2 groups changed" in capsys.readouterr().out
     assert compare.main([a, c]) == 1
     text = capsys.readouterr().out
     assert [line.split("|")[1].strip() for line in text.splitlines() if "SLOWER" in line] == ["case 3"]
     assert compare.main([c, a]) == 0  # faster is not worse
     assert compare.main([a, str(tmp_path / "none.json")]) == 2
-
-
-def test_exponents():
-    assert growth.fit([(x, 3 * x**1.7) for x in (2, 5, 40)]) == (pytest.approx(1.7), pytest.approx(0))
-    exponent, deviation = growth.fit([(1, 1.0), (2, 2.2), (4, 4.0)])
-    assert exponent == pytest.approx(1)
-    assert 0.05 < deviation < 0.1
-
-
-def test_growth_is_found_in_rows():
-    cases = suite("growth", quick=True)
-    rows = []
-    for case in reversed(cases):
-        ours = Measurement(OURS, samples_ms=(float(case.batch * case.size),))
-        rows.append(Row(case.name, case.flops, 1, (ours,), parameters(case)))
-    found = {(one.operator, one.dimension): one for one in growth.series(rows)}
-    assert found.keys() == {(operator, name) for operator in GROWTH_FROM for name in growth.DIMENSIONS}
-    pixels = found["channel_mixer", "size"]
-    assert pixels.values == [64, 1024, 4096]
-    assert growth.fit(pixels.times(OURS))[0] == pytest.approx(0.5)
-    assert growth.table(rows).count("\n| ") == 1 + 12
-    assert growth.table(rows[:2]) == ""
-    assert growth.table([replace(row, parameters={}) for row in rows]) == ""

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from benchmarks import peers, roofs, runner, sampling
+from benchmarks import peers, roof_measurement, roofs, runner, sampling
 from benchmarks.cases import OperatorCase
+from benchmarks.machine import machine
 from benchmarks.peers import OURS, AsTrained, Eager, TorchCompile
 from benchmarks.programs import Program
 from benchmarks.report import FASTER_PEER, SLOWER, WRONG, colored, overview, report, table
@@ -161,7 +162,7 @@ def test_an_absent_contender_keeps_its_reason(clock):
     row = run(clock, Toy(OURS, clock), Toy("absent", clock, reason="no compiler"), AsTrained())
     assert row.measurement("absent") is None
     assert row.ratio("absent", OURS) is None
-    text = report(Result(runner.machine(), [row]))
+    text = report(Result(machine(), [row]))
     assert "absent: no compiler" in text
     assert "as trained: an operator has no training-time form" in text
 
@@ -193,7 +194,7 @@ def test_the_overview_marks_slower_and_wrong(clock):
     line = overview([row]).splitlines()[-1]
     assert f"{SLOWER} 0.50x" in line
     assert f"{WRONG} 1.50x" in line
-    assert "\033[31m   0.50x\033[0m" in colored(line)
+    assert "\033[31m  0.50x\033[0m" in colored(line)
 
 
 def test_the_overview_says_once_what_all_names_end_in():
@@ -216,7 +217,7 @@ def test_ctrl_c_keeps_finished_rows(clock, monkeypatch):
         return runner.Outcome(row, torch.empty(0), {})
 
     monkeypatch.setattr(Runner, "run", run_one)
-    monkeypatch.setattr(roofs, "measure", lambda: ROOFS)
+    monkeypatch.setattr(roof_measurement, "measure", lambda: ROOFS)
     saved = []
     cases = [CASE, OperatorCase("depthwise_conv2d", 2, 8, 6, 3)]
     result = run_cases(cases, lambda case: Runner([], 1), save=lambda result: saved.append(len(result.rows)))
@@ -227,26 +228,55 @@ def test_ctrl_c_keeps_finished_rows(clock, monkeypatch):
 
 
 def test_kept_rows_are_not_run_again(clock, monkeypatch):
-    monkeypatch.setattr(roofs, "measure", lambda: ROOFS)
-    kept, other = run(clock, Toy(OURS, clock)), OperatorCase("depthwise_conv2d", 2, 8, 6, 3)
-    asked = []
+    monkeypatch.setattr(roof_measurement, "measure", lambda: ROOFS)
+    kept, other, ran = run(clock, Toy(OURS, clock)), OperatorCase("depthwise_conv2d", 2, 8, 6, 3), []
+    unasked, real = dataclasses.replace(kept, case="another suite's"), Runner.run
 
-    def runner_of(case):
-        asked.append(case)
-        return Runner([Toy(OURS, clock)], 1, timer=clock)
+    def resumed(*contenders, kept=kept):
+        ran.clear()
+        toys = [Toy(name, clock) for name in contenders]
+        monkeypatch.setattr(Runner, "run", lambda self, case, work: ran.append(case) or real(self, case, work))
+        result = run_cases([CASE, other], lambda case: Runner(toys, 1, timer=clock), kept=Result({}, [unasked, kept]))
+        assert [row.case for row in result.rows] == ["another suite's", CASE.name, other.name]
 
-    result = run_cases([CASE, other], runner_of, kept=[kept])
-    assert asked == [other]
-    assert [row.case for row in result.rows] == [CASE.name, other.name]
+    resumed(OURS)
+    assert ran == [other]
+    resumed(OURS, "peer")  # which the kept row lacks
+    assert ran == [CASE, other]
+
+
+def test_a_contender_that_fails_late_is_taken_out(clock):
+    @dataclass
+    class Failing(Toy):
+        last: int = 0
+        calls: int = 0
+
+        def prepare(self, work):
+            program = super().prepare(work)
+
+            def function(*arguments):
+                self.calls += 1
+                if self.calls > self.last:
+                    raise RuntimeError("out of memory")
+                return program.function(*arguments)
+
+            return dataclasses.replace(program, function=function)
+
+    for last in (2, 5):  # it fails in calibration, in a sample
+        row = run(clock, Toy(OURS, clock), Failing("failing", clock, 2 * runner.LONG_SECONDS, last=last))
+        assert row.measurements[1].reason == "failed: out of memory"
+        assert len(row.measurement(OURS).samples_ms) == 5
+    other = dataclasses.replace(row, measurements=(row.measurements[0], Measurement("failing", samples_ms=(1.0,))))
+    assert "failing (1 of 2 cases): failed: out of memory" in report(Result(machine(), [row, other]))
 
 
 def test_passes_are_put_together(clock, monkeypatch):
-    monkeypatch.setattr(roofs, "measure", lambda: ROOFS)
-    other, order = OperatorCase("depthwise_conv2d", 2, 8, 6, 3), []
+    monkeypatch.setattr(roof_measurement, "measure", lambda: ROOFS)
+    other, order, real = OperatorCase("depthwise_conv2d", 2, 8, 6, 3), [], Runner.run
+    monkeypatch.setattr(Runner, "run", lambda self, case, work: order.append(case) or real(self, case, work))
 
     def runner_of(case):
-        order.append(case)
-        return Runner([Toy(OURS, clock, 1e-3 * len(order)), Toy("peer", clock)], 2, timer=clock)
+        return Runner([Toy(OURS, clock, 1e-3 * (1 + len(order))), Toy("peer", clock)], 2, timer=clock)
 
     result = run_cases([CASE, other], runner_of, passes=2)
     assert order == [CASE, other, CASE, other]
@@ -255,7 +285,7 @@ def test_passes_are_put_together(clock, monkeypatch):
     assert len(result.rows[0].measurement(OURS).page_faults) == 4
     half = dataclasses.replace(result.rows[1], passes=1)
     order.clear()
-    assert run_cases([CASE, other], runner_of, passes=2, kept=[result.rows[0], half]).rows[1].passes == 2
+    assert run_cases([CASE, other], runner_of, 2, Result({}, [result.rows[0], half])).rows[1].passes == 2
     assert order == [other]
 
 
@@ -266,7 +296,7 @@ def test_joined_measurements_keep_the_worse():
     assert (joined.error, joined.passed, joined.page_faults) == (1e-3, False, (8, 4))
     assert ok.joined(dataclasses.replace(bad, error=None)).error is None
     absent = Measurement("a", reason="no compiler")
-    assert ok.joined(absent) == absent.joined(ok) == ok
+    assert ok.joined(absent) == absent.joined(ok) == absent  # half its rounds have no counterpart
 
 
 def test_the_share_of_the_roof():
@@ -284,9 +314,9 @@ def test_the_share_of_the_roof():
 
 
 def test_roofs_of_this_machine(monkeypatch):
-    monkeypatch.setattr(roofs, "COPIES", (2**16, 2**20))
-    monkeypatch.setattr(roofs, "TRIALS", 1)
-    found = roofs.measure()
+    monkeypatch.setattr(roof_measurement, "COPIES", (2**16, 2**20))
+    monkeypatch.setattr(roof_measurement, "TRIALS", 1)
+    found = roof_measurement.measure()
     assert all(rate > 0 for _, rate in found.copies)
     if native.helper():
         assert found.gflops["float32"] > 1
@@ -294,7 +324,7 @@ def test_roofs_of_this_machine(monkeypatch):
 
 def test_json_round_trip(clock, tmp_path):
     row = run(clock, Toy(OURS, clock), Toy("nan", clock, planted=math.nan), Toy("absent", clock, reason="no compiler"))
-    result = Result(runner.machine(), [row], extra={"note": "kept"})
+    result = Result(machine(), [row], extra={"note": "kept"})
     path = tmp_path / "new" / "results.json"
     write_json(result, path)
     plain = json.loads(path.read_text())
@@ -307,6 +337,13 @@ def test_json_round_trip(clock, tmp_path):
     assert Result.from_json(json.dumps(older)).rows[0].parameters == {}
     with pytest.raises(ValueError, match="format"):
         Result.from_json('{"format": 0}')
+    for text in (
+        "[]",
+        '{"format": 2}',
+        '{"format": 2, "machine": {}, "rows": [{}], "interrupted": false, "extra": {}}',
+    ):
+        with pytest.raises(ValueError, match="benchmark results"):
+            Result.from_json(text)
 
 
 def test_merge(clock):
@@ -319,11 +356,12 @@ def test_merge(clock):
         merge([Result(machine), Result({**machine, "threads": 1})])
 
 
-def test_quartiles_of_a_ratio_are_of_rounds():
-    drifting = (1.0, 2.0, 4.0, 8.0)
-    row = Row("case", 1, 1, (Measurement("a", samples_ms=drifting), Measurement("b", samples_ms=drifting)))
-    assert row.ratio_quartiles("a", "b") == (1.0, 1.0)
-    assert row.ratio_quartiles("a", "absent") is None
+def test_a_ratio_is_of_rounds():
+    drifting, twice = (1.0, 2.0, 4.0, 8.0), (2.0, 4.0, 8.0, 160.0)
+    row = Row("case", 1, 1, (Measurement("a", samples_ms=drifting), Measurement("b", samples_ms=twice)))
+    assert row.ratio("b", "a") == 2.0
+    assert row.ratio_quartiles("a", "a") == (1.0, 1.0)
+    assert row.ratio("a", "absent") is row.ratio_quartiles("a", "absent") is None
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

@@ -1,4 +1,4 @@
-"""The specs count right, and the work they build is the same for every contender."""
+"""The cases count right, and the work they build is the same for every contender."""
 
 import dataclasses
 

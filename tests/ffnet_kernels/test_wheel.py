@@ -23,6 +23,7 @@ pytest.importorskip("setuptools", minversion="77")  # of which the package is bu
 pytest.importorskip("pip")
 
 ROOT = Path(__file__).parents[2]
+UNSET = ("FFNET_KERNELS_CUDA_HOST", "FFNET_KERNELS_LIBRARY_DIR")
 #: csrc/build.py of a machine where building is quick.
 COPYING_BUILD = """
 import shutil
@@ -35,7 +36,13 @@ def command(*arguments: str | Path, cwd: Path, **environment: str) -> str:
     result = subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=cwd,
-        env={**os.environ, "FFNET_KERNELS_CUDA_HOST": "", "TRITON_INTERPRET": "0", **environment},
+        env={
+            **os.environ,
+            "FFNET_KERNELS_CUDA_HOST": "",
+            "FFNET_KERNELS_LIBRARY_DIR": "",
+            "TRITON_INTERPRET": "0",
+            **environment,
+        },
         capture_output=True,
         text=True,
         timeout=120,
