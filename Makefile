@@ -35,7 +35,7 @@ lint: $(READY)
 	$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m mypy
 
 bench: $(READY)
-	$(RUN) -m benchmarks run --quick --out build/bench $(ARGS)
+	$(RUN) -m benchmarks run --quick --passes 1 --out build/bench $(ARGS)
 
 gpu: $(READY)
 	$(RUN) -m benchmarks gpu $(ARGS)
