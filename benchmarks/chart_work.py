@@ -53,6 +53,9 @@ def roofline_chart(rows: Sequence[Row], roofs: Roofs | None, path: Path, title: 
                       ha="right", fontsize=8)  # fmt: skip
         axes.set_xscale("log")
         axes.set_yscale("log")
+        for axis in (axes.yaxis, axes.xaxis):
+            axis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
         axes.set_xlim(*ends)
         axes.set_title(dtype, loc="left", fontsize=10)
         axes.set_xlabel("operations per byte that has to be moved")

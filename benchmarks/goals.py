@@ -24,10 +24,9 @@ HEADERS = (
     "case", "ours ms", "GFLOP/s", "best peer", "peer ms", "ratio", "quartiles", "busy", "must", "", "aim", "",
 )  # fmt: skip
 NOTES = (
-    "ratio: median time of the best peer over ours; quartiles: of that ratio, round by round. The best peer is the one "
-    "with the least median among those that a goal is set against, also where its own error is over the limit (marked "
-    "with *). busy: samples of ours in which another process took a core. Which peers were measured: "
-    "`benchmarks.goals.peers`.",
+    "ratio: time of the best peer over ours, round by round, median and quartiles. The best peer is the one with the "
+    "least ratio among those that a goal is set against, also where its own error is over the limit (marked with *). "
+    "busy: samples of ours in which another process took a core. Which peers were measured: `benchmarks.goals.peers`.",
     "The aim of the channel mixer is 95 % of the processor's peak, no ratio: see GFLOP/s.",
 )
 
