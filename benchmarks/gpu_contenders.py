@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
@@ -11,8 +12,10 @@ from torch import Tensor
 
 from ffnet_kernels import dispatch
 from ffnet_kernels.backends import reference
+from ffnet_kernels.backends.activations import ACTIVATE
 
 from .peers import OURS
+from .programs import Unsupported
 from .work import OperatorWork, Program, _channels_innermost, _is_filter
 
 BACKENDS = ("cuda", "triton")
@@ -86,6 +89,55 @@ def _cudnn_convolve(x, weight, bias, stride, padding) -> Tensor:
         x, weight, (top, left), tuple(stride), (1, 1), x.shape[1], benchmark=True, deterministic=False, allow_tf32=False
     )
     return out if bias is None else out + bias[:, None, None]
+
+
+@dataclass(frozen=True)
+class SubquadraticOps:
+    """A depthwise convolution by fast Fourier transform, of NVIDIA's subquadratic-ops where that is installed.
+
+    Its ``fft_conv2d(x, kernel)`` takes a kernel of the map's size [C, H, W] and gives their linear convolution, H×W of it
+    from (H // 2, W // 2) on, as the tests of its version 0.1 say. So the filter stands turned around in a kernel of zeros,
+    where that crop makes it the cross-correlation that layers compute. Bias and activation follow, as in `Eager`.
+    """
+
+    name: str = "subquadratic-ops nchw"
+
+    def takes(self, work: OperatorWork) -> bool:
+        """Whether it can compute the work: one filter, which fits into the map in its place, in float32 or float64."""
+        if work.operator != "depthwise_conv2d" or work.dtype not in (torch.float32, torch.float64):
+            return False
+        x, weight, _, stride, padding, _ = work.plain("nchw").inputs[0]
+        places = zip(x.shape[2:], weight.shape[2:], self._last(x, padding), strict=True)
+        fits = all(taps - 1 <= last < side for side, taps, last in places)
+        return fits and tuple(stride) == (1, 1) and weight.shape[0] == x.shape[1]
+
+    def unavailable(self) -> str | None:
+        try:
+            importlib.import_module("subquadratic_ops_torch.fft_conv2d")
+        except ImportError as error:
+            return f"not installed (pip install subquadratic-ops-torch-cu13): {error}"
+        return None
+
+    def prepare(self, work: Any) -> Program:
+        if reason := self.unavailable():
+            raise Unsupported(reason)
+        convolve = importlib.import_module("subquadratic_ops_torch.fft_conv2d").fft_conv2d
+        x, weight, bias, _, padding, activation = work.plain("nchw").inputs[0]
+        (kh, kw), (bottom, right) = weight.shape[2:], self._last(x, padding)
+        kernel = x.new_zeros(x.shape[1:])
+        kernel[:, bottom - kh + 1 : bottom + 1, right - kw + 1 : right + 1] = weight[:, 0].flip(1, 2)
+
+        def run(x: Tensor) -> Tensor:
+            out = convolve(x, kernel)
+            return ACTIVATE[activation](out if bias is None else out + bias[:, None, None])
+
+        return Program(run, [(x,)], "nchw")
+
+    @staticmethod
+    def _last(x: Tensor, padding: Any) -> tuple[int, int]:
+        """Where in the kernel the filter's first tap stands, turned around: its last place, by rows and columns."""
+        top, _, left, _ = padding
+        return x.shape[2] // 2 + top, x.shape[3] // 2 + left
 
 
 @dataclass(frozen=True)

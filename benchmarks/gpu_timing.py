@@ -33,6 +33,7 @@ from .gpu_contenders import (
     Copy,
     Cudnn,
     OnBackend,
+    SubquadraticOps,
 )
 from .peers import Contender, Eager, Ours, TorchCompile
 from .results import Measurement, Row
@@ -122,9 +123,11 @@ def operator_row(case: OperatorCase, device: torch.device, clock: Clock, *, back
     work = operator_work(case, device)
     ours = [OnBackend(name, layout, stored=not backward) for name in BACKENDS for layout in ("nchw", "channels_last")]
     cudnn = [] if backward else [Cudnn(CUDNN_NCHW, "nchw"), Cudnn(CUDNN, "channels_last")]
+    fourier = SubquadraticOps()
     contenders: list[Contender] = [
         *(one for one in ours if one.unavailable() is None), Eager(EAGER_NCHW, "nchw"), Eager(EAGER, "channels_last"),
         *(one for one in cudnn if one.differs(work)), TorchCompile(COMPILED, MAX_AUTOTUNE), Copy(moved, device),
+        *([fourier] if not backward and fourier.takes(work) else []),
     ]  # fmt: skip
     name = f"{case.name.removesuffix(f' {case.layout}')} {'backward' if backward else 'forward'}"
     return measure(name, flops, moved, work, contenders, clock, samples, backward=backward, graphs=not backward)

@@ -1,13 +1,17 @@
 """What a GPU is to time, on the CPU: contenders of an operator, and rows of operators and models."""
 
+import sys
+import types
+from dataclasses import replace
+
 import pytest
 import torch
 
 from benchmarks import gpu_contenders, gpu_timing
 from benchmarks.cases import ModelCase, OperatorCase
-from benchmarks.gpu_contenders import COMPILED, COPY, CUDNN_NCHW, EAGER, EAGER_NCHW
+from benchmarks.gpu_contenders import COMPILED, COPY, CUDNN_NCHW, EAGER, EAGER_NCHW, SubquadraticOps
 from benchmarks.peers import OURS
-from benchmarks.work import ModelWork
+from benchmarks.work import ModelWork, build
 from ffnet import create_model
 from ffnet_kernels import dispatch
 from ffnet_kernels.backends import reference
@@ -147,3 +151,35 @@ def test_a_row_of_a_model(name, monkeypatch):
     assert [m.reason for m in others if m.contender == COMPILED] == ["RuntimeError: no compiler"]
     assert all(m.passed for m in others if m.contender != COMPILED)
     assert all(p.grad is None for p in model.parameters())
+
+
+def fft_conv2d(x, kernel):
+    """As subquadratic-ops documents its own, in plain PyTorch."""
+    height, width = x.shape[2:]
+    both = torch.fft.rfft2(x, s=(2 * height, 2 * width)) * torch.fft.rfft2(kernel, s=(2 * height, 2 * width))
+    whole = torch.fft.irfft2(both, s=(2 * height, 2 * width))
+    return whole[..., height // 2 : height // 2 + height, width // 2 : width // 2 + width]
+
+
+@pytest.mark.parametrize(("size", "kernel"), [(16, 7), (15, 7), (9, 3), (8, 7)])
+def test_a_convolution_by_fourier_transform(size, kernel, monkeypatch):
+    package = types.ModuleType("subquadratic_ops_torch.fft_conv2d")
+    package.fft_conv2d = fft_conv2d
+    monkeypatch.setitem(sys.modules, "subquadratic_ops_torch", types.ModuleType("subquadratic_ops_torch"))
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    case = OperatorCase("depthwise_conv2d", 2, 4, size, kernel)
+    work, contender = build(case), SubquadraticOps()
+    assert contender.takes(work)
+    assert contender.unavailable() is None
+    torch.testing.assert_close(contender.prepare(work)().double(), work.expected(), atol=1e-5, rtol=1e-5)
+
+
+def test_what_a_fourier_transform_does_not_take(monkeypatch):
+    case, contender = OperatorCase("depthwise_conv2d", 2, 4, 16, 7), SubquadraticOps()
+    others = (
+        replace(case, dtype="bfloat16"), replace(case, kernel=31), replace(case, operator="channel_mixer")
+    )  # fmt: skip
+    assert not any(contender.takes(build(other)) for other in others)
+    monkeypatch.setitem(sys.modules, "subquadratic_ops_torch", None)
+    row = gpu_timing.measure("case", 1, 1, build(case), [contender], clock, 1)
+    assert "not installed" in row.measurements[0].reason
