@@ -95,9 +95,9 @@ def _cudnn_convolve(x, weight, bias, stride, padding) -> Tensor:
 class SubquadraticOps:
     """A depthwise convolution by fast Fourier transform, of NVIDIA's subquadratic-ops where that is installed.
 
-    Its ``fft_conv2d(x, kernel)`` takes a kernel of the map's size [C, H, W] and gives their linear convolution, H×W of it
-    from (H // 2, W // 2) on, as the tests of its version 0.1 say. So the filter stands turned around in a kernel of zeros,
-    where that crop makes it the cross-correlation that layers compute. Bias and activation follow, as in `Eager`.
+    Its ``fft_conv2d(x, kernel)`` takes a kernel of the map's size [C, H, W] and gives their linear convolution, H×W of
+    it from (H // 2, W // 2) on, as the tests of its version 0.1 say. So the filter stands turned around in a kernel of
+    zeros, where that crop makes it the cross-correlation that layers compute. Bias and activation follow, as in `Eager`.
     """
 
     name: str = "subquadratic-ops nchw"
