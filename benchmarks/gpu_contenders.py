@@ -97,7 +97,7 @@ class SubquadraticOps:
 
     Its ``fft_conv2d(x, kernel)`` takes a kernel of the map's size [C, H, W] and gives their linear convolution, H×W of
     it from (H // 2, W // 2) on, as the tests of its version 0.1 say. So the filter stands turned around in a kernel of
-    zeros, where that crop makes it the cross-correlation that layers compute. Bias and activation follow, as in `Eager`.
+    zeros, where that crop makes it the cross-correlation of layers. Bias and activation follow, as in `Eager`.
     """
 
     name: str = "subquadratic-ops nchw"
