@@ -150,7 +150,7 @@ class Runner:
                 entry.contender,
                 entry.program.layout,
                 entry.program.detail,
-                tuple(1e3 * seconds for seconds in entry.samples),
+                tuple(float(f"{1e3 * seconds:.7g}") for seconds in entry.samples),  # no clock has more digits
                 entry.repeats,
                 entry.disturbed,
                 error,
