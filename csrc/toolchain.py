@@ -34,7 +34,7 @@ class Ninja:
         rule = f"r{len(self.edges)}"
         deps = f"\n  depfile = {output}.d\n  deps = gcc" if depfile else ""
         self.edges.append(
-            f"rule {rule}\n  command = {shlex.join(command)}\n  description = {output.name}{deps}\n"
+            f"rule {rule}\n  command = {shlex.join(command).replace('$', '$$')}\n  description = {output.name}{deps}\n"
             f"build {_escape(output)}: {rule} {' '.join(map(_escape, inputs))}\n"
         )
         return output
