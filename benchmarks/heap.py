@@ -1,6 +1,6 @@
 """A heap whose state does not decide who is fast: what glibc is asked ahead of measuring. Imports no torch.
 
-An output that is fresh memory in every call costs its page faults, several times the call itself. Whether it is so
+An output that is fresh memory in every call costs its page faults, maybe more than the call itself. Whether it is so
 depends on where earlier blocks happened to lie, for one contender and not for another.
 """
 
