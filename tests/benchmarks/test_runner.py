@@ -357,7 +357,7 @@ def test_merge(clock):
 
 
 def test_a_ratio_is_of_rounds():
-    drifting, twice = (1.0, 2.0, 4.0, 8.0), (2.0, 4.0, 8.0, 160.0)
+    drifting, twice = (1.0, 2.0, 4.0, 8.0), (2.0, 4.0, 160.0, 16.0)
     row = Row("case", 1, 1, (Measurement("a", samples_ms=drifting), Measurement("b", samples_ms=twice)))
     assert row.ratio("b", "a") == 2.0
     assert row.ratio_quartiles("a", "a") == (1.0, 1.0)
