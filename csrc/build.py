@@ -105,7 +105,7 @@ def plan(ninja: Ninja, out: Path, compiler: list[str], sanitize: bool) -> dict[s
             objects.append(compile_one(CSRC / "cpu" / source, f"{isa}_{Path(source).stem}", flags))
     objects.append(compile_one(CSRC / "bindings" / "c_interface.cpp", "c_interface", []))
     binding_flags = ["-isystem", str(include), target_version_flag()]
-    for name in ("torch_cpu", "torch_cpu_backward", "torch_cpu_training"):
+    for name in ("torch_cpu", "torch_cpu_sequence", "torch_cpu_backward", "torch_cpu_training"):
         objects.append(compile_one(CSRC / "bindings" / f"{name}.cpp", name, binding_flags))
     link = [*compiler, "-shared", *extra]
     cpu_library = ninja.add(

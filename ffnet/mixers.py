@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import ffnet_kernels
 from ffnet_kernels import training
+from ffnet_kernels.sequence import Layers
 
 from .layers import BranchedDepthwise, ConvBN, DropPath, is_pointwise, pointwise, widen
 
@@ -293,6 +294,26 @@ class TokenMixer(ResidualMixer):
             residual=residual,
         )
 
+    def add_layers(self, layers: Layers) -> bool:
+        if not self.kernels_enabled or self.drop_path.active:
+            return False
+        main: Any = self.main
+        query, key, value = main.part("query"), main.part("interaction"), main.part("aggregation")
+        if not is_pointwise(query) or training.is_hooked(query):
+            return False
+        layers.ffnified_attention(
+            key.weight,
+            key.bias,
+            value.weight,
+            value.bias,
+            "gelu",
+            self.layer_scale,
+            query=query.weight,
+            query_bias=query.bias,
+            residual=True,
+        )
+        return True
+
     def training_kernels_apply(self) -> bool:
         if not isinstance(self.main, MetaMixer) or not _is_gelu(self.main.part("activation")):
             return False
@@ -332,6 +353,24 @@ class ChannelMixer(ResidualMixer):
             scale=self.layer_scale,
             residual=residual,
         )
+
+    def add_layers(self, layers: Layers) -> bool:
+        if not self.kernels_enabled or self.drop_path.active:
+            return False
+        main: Any = self.main
+        depthwise, expand, project = main.part("query"), main.part("interaction"), main.part("aggregation")
+        layers.channel_mixer(
+            depthwise.weight,
+            depthwise.bias,
+            expand.weight,
+            expand.bias,
+            project.weight,
+            project.bias,
+            "gelu",
+            self.layer_scale,
+            residual=True,
+        )
+        return True
 
     def training_kernels_apply(self) -> bool:
         if not isinstance(self.main, MetaMixer) or not _is_gelu(self.main.part("activation")):

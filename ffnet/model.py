@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as run_checkpointed
 
 import ffnet_kernels
+from ffnet_kernels import sequence
 
 from .checkpoint import load_checkpoint
 from .folding import reparameterize
@@ -54,10 +55,22 @@ class Stem(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         if not self.kernels_enabled:
             return super().forward(x)
+        out = sequence.run(self, x)
+        if out is not None:
+            return out
         first: Any = self[0]
         second: Any = self[2]
         x = ffnet_kernels.conv2d(x, first.weight, first.bias, stride=2, padding=1, activation="gelu")
         return ffnet_kernels.conv2d(x, second.weight, second.bias, stride=2, padding=1)
+
+    def add_layers(self, layers: sequence.Layers) -> bool:
+        if not self.kernels_enabled:
+            return False
+        first: Any = self[0]
+        second: Any = self[2]
+        layers.conv2d(first.weight, first.bias, 2, 1, "gelu")
+        layers.conv2d(second.weight, second.bias, 2, 1)
+        return True
 
 
 class Downsample(nn.Module):
@@ -69,6 +82,9 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(x)
+
+    def add_layers(self, layers: sequence.Layers) -> bool:
+        return layers.add(self.proj)
 
 
 class Block(nn.Module):
@@ -96,6 +112,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.channel_mixer(self.token_mixer(x))
+
+    def add_layers(self, layers: sequence.Layers) -> bool:
+        return layers.add(self.token_mixer) and layers.add(self.channel_mixer)
 
 
 class FFNet(nn.Module):

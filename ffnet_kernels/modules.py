@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .checks import ACTIVATIONS
 from .functional import channel_mixer, conv2d, depthwise_conv2d, ffnified_attention
+from .sequence import Layers
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # typing has it from Python 3.11 on
@@ -42,6 +43,11 @@ class _Operated(nn.Conv2d):
             input, self.weight, self.bias,
             stride=self.stride, padding=self.padding, activation=self.activation,  # type: ignore[arg-type]
         )  # fmt: skip
+
+    def add_layers(self, layers: Layers) -> bool:
+        """What :class:`ffnet_kernels.sequence.Sequence` asks instead of calling ``forward``; so below."""
+        getattr(layers, self.operator)(self.weight, self.bias, self.stride, self.padding, self.activation)
+        return True
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.activation == "none" else f", activation={self.activation}")
@@ -185,6 +191,12 @@ class FFNifiedAttention(nn.Module):
             activation=self.activation, scale=self.scale, residual=residual,
         )  # fmt: skip
 
+    def add_layers(self, layers: Layers) -> bool:
+        layers.ffnified_attention(
+            self.key, self.key_bias, self.value, self.value_bias, self.activation, self.scale, residual=False
+        )
+        return True
+
     def extra_repr(self) -> str:
         return f"{self.key.shape[0]}, kernel_size={self.key.shape[2]}, activation={self.activation}"
 
@@ -235,6 +247,13 @@ class ChannelMixer(nn.Module):
             x, self.weight, self.bias, self.expand_weight, self.expand_bias, self.project_weight, self.project_bias,
             activation=self.activation, scale=self.scale, residual=residual,
         )  # fmt: skip
+
+    def add_layers(self, layers: Layers) -> bool:
+        layers.channel_mixer(
+            self.weight, self.bias, self.expand_weight, self.expand_bias, self.project_weight, self.project_bias,
+            self.activation, self.scale, residual=False,
+        )  # fmt: skip
+        return True
 
     def extra_repr(self) -> str:
         hidden, channels = self.expand_weight.shape

@@ -198,3 +198,6 @@ for _operator in OPERATORS:
     _define(TRITON_LIBRARY, _operator, triton.run_forward, triton.run_backward)
     _define(CUDA_LIBRARY, _operator, cuda.run_forward, cuda.run_backward)
 _define(LIBRARY, CONV2D)
+
+#: Layers in a row on the CPU's kernels, for inference in eager mode: see :mod:`ffnet_kernels.sequence`.
+LIBRARY.define("sequence(Tensor x, Tensor?[] tensors, int[] numbers) -> Tensor")

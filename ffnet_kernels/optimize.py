@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from .dispatch import available_backends
 from .modules import ChannelMixer, Conv2d, DepthwiseConv2d, FFNifiedAttention
+from .sequence import Layers, Sequence
 
 logger = logging.getLogger("ffnet_kernels")
 
@@ -56,6 +57,7 @@ def optimize(model: nn.Module) -> nn.Module:
         replacements = _replace(model)
     if not model.training:
         _lay_out(model)
+        model = _join(model, {})
     for replacement in replacements:
         logger.info("optimize: %s -> %s", replacement.path or "(model)", replacement.operator)
     model.kernel_replacements = tuple(replacements)  # type: ignore[assignment]
@@ -114,6 +116,16 @@ def _replace(model: nn.Module) -> list[Replacement]:
             suffix = "" if follower is None else f" + {activation}"
             replacements.append(Replacement(f"{path}.{name}".lstrip("."), f"{operated.operator}{suffix}"))
     return replacements
+
+
+def _join(module: nn.Module, joined: dict[nn.Module, nn.Module]) -> nn.Module:
+    """The module with every outermost ``nn.Sequential`` whose layers can run in one call as a `Sequence`."""
+    if type(module) is nn.Sequential and Layers().add(module):
+        return joined.setdefault(module, Sequence.from_sequential(module))
+    for name, child in module.named_children():
+        if (other := _join(child, joined)) is not child:
+            module.register_module(name, other)
+    return module
 
 
 def _class_for(module: nn.Module | None, training: bool) -> type[DepthwiseConv2d] | type[Conv2d] | None:

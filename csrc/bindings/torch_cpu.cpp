@@ -7,14 +7,14 @@
 #include <string>
 #include <vector>
 
+#include "torch_cpu.h"
 #include "torch_cpu_arguments.h"
 
-namespace {
+namespace ffnet::cpu_operators {
 
-using namespace ffnet::cpu_arguments;
-using ffnet::empty_map;
-using ffnet::suggests_channels_last;
-using ffnet::Tensor;
+using namespace cpu_arguments;
+
+namespace {
 
 template <class Op>
 void set_residual(Op& op, const std::optional<Tensor>& residual, const std::array<int64_t, 4>& shape, const Tensor& x) {
@@ -24,6 +24,27 @@ void set_residual(Op& op, const std::optional<Tensor>& residual, const std::arra
     STD_TORCH_CHECK(residual->size(d) == shape[d], "ffnet_kernels (cpu): residual must have the result's shape");
   op.residual = residual->const_data_ptr(), op.residual_stride = strides(*residual);
 }
+
+// A 1x1 weight [rows, columns] or [rows, columns, 1, 1] with adjacent columns; keeps the copy alive where one was
+// needed.
+class PointwiseWeight {
+ public:
+  PointwiseWeight(const Tensor& weight, const char* name, int64_t columns, const Tensor& x) : tensor_(weight) {
+    const bool filter = weight.dim() == 4 && weight.size(2) == 1 && weight.size(3) == 1;
+    check_cpu(weight, name, filter ? 4 : 2, x);
+    STD_TORCH_CHECK(weight.size(0) > 0 && weight.size(1) == columns, "ffnet_kernels (cpu): ", name,
+                    " must have rows and ", columns, " columns");
+    if (weight.stride(1) != 1) tensor_ = torch::stable::contiguous(weight);
+  }
+  const void* data() const { return tensor_.const_data_ptr(); }
+  int64_t rows() const { return tensor_.size(0); }
+  int64_t stride() const { return tensor_.stride(0); }
+
+ private:
+  Tensor tensor_;
+};
+
+}  // namespace
 
 Tensor depthwise_conv2d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                         const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
@@ -53,25 +74,6 @@ Tensor ffnified_attention(const Tensor& query, const Tensor& key, const std::opt
   if (n > 0) ffnet::active_kernels().ffnified_attention(op, executor());
   return out;
 }
-
-// A 1x1 weight [rows, columns] or [rows, columns, 1, 1] with adjacent columns; keeps the copy alive where one was
-// needed.
-class PointwiseWeight {
- public:
-  PointwiseWeight(const Tensor& weight, const char* name, int64_t columns, const Tensor& x) : tensor_(weight) {
-    const bool filter = weight.dim() == 4 && weight.size(2) == 1 && weight.size(3) == 1;
-    check_cpu(weight, name, filter ? 4 : 2, x);
-    STD_TORCH_CHECK(weight.size(0) > 0 && weight.size(1) == columns, "ffnet_kernels (cpu): ", name,
-                    " must have rows and ", columns, " columns");
-    if (weight.stride(1) != 1) tensor_ = torch::stable::contiguous(weight);
-  }
-  const void* data() const { return tensor_.const_data_ptr(); }
-  int64_t rows() const { return tensor_.size(0); }
-  int64_t stride() const { return tensor_.stride(0); }
-
- private:
-  Tensor tensor_;
-};
 
 Tensor channel_mixer(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                      const Tensor& expand_weight, const std::optional<Tensor>& expand_bias,
@@ -138,11 +140,13 @@ Tensor conv2d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
   return out;
 }
 
-}  // namespace
+}  // namespace ffnet::cpu_operators
+
+using namespace ffnet;
 
 STABLE_TORCH_LIBRARY_IMPL(ffnet_kernels, CPU, m) {
-  m.impl("conv2d", TORCH_BOX(&conv2d));
-  m.impl("depthwise_conv2d", TORCH_BOX(&depthwise_conv2d));
-  m.impl("ffnified_attention", TORCH_BOX(&ffnified_attention));
-  m.impl("channel_mixer", TORCH_BOX(&channel_mixer));
+  m.impl("conv2d", TORCH_BOX(&cpu_operators::conv2d));
+  m.impl("depthwise_conv2d", TORCH_BOX(&cpu_operators::depthwise_conv2d));
+  m.impl("ffnified_attention", TORCH_BOX(&cpu_operators::ffnified_attention));
+  m.impl("channel_mixer", TORCH_BOX(&cpu_operators::channel_mixer));
 }

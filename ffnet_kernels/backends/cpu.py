@@ -32,7 +32,7 @@ def refusal(operator: str, args: tuple) -> str | None:
 
 
 def slower(operator: str, args: tuple) -> str | None:
-    return None if operator == "conv2d" else slower_map(args[0])
+    return None if operator in ("conv2d", "sequence") else slower_map(args[0])
 
 
 def slower_map(x: Tensor) -> str | None:

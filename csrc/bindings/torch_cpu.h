@@ -1,0 +1,30 @@
+// The CPU's forward operators, called by torch's dispatcher one by one (torch_cpu.cpp) or in a row
+// (torch_cpu_sequence.cpp). Arguments are those of the schemas in ffnet_kernels/operators.py.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "torch_common.h"
+
+namespace ffnet::cpu_operators {
+
+Tensor depthwise_conv2d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                        const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                        const std::string& activation);
+
+Tensor conv2d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+              const std::vector<int64_t>& stride, const std::vector<int64_t>& padding, const std::string& activation);
+
+Tensor ffnified_attention(const Tensor& query, const Tensor& key, const std::optional<Tensor>& key_bias,
+                          const Tensor& value, const std::optional<Tensor>& value_bias, const std::string& activation,
+                          const std::optional<Tensor>& scale, const std::optional<Tensor>& residual);
+
+Tensor channel_mixer(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                     const Tensor& expand_weight, const std::optional<Tensor>& expand_bias,
+                     const Tensor& project_weight, const std::optional<Tensor>& project_bias,
+                     const std::string& activation, const std::optional<Tensor>& scale,
+                     const std::optional<Tensor>& residual);
+
+}  // namespace ffnet::cpu_operators
