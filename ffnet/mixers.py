@@ -217,6 +217,16 @@ class ResidualMixer(nn.Module):
         """``residual + layer_scale * main(x)`` through the fused operator; no residual, no sum."""
         raise NotImplementedError(f"{type(self).__name__} has no fused operator")
 
+    def add_layers(self, layers: Layers) -> bool:
+        """``forward`` with the fused operator, for a model whose layers run in one call: `ffnet_kernels.sequence`."""
+        main: Any = self.main
+        for module in (main, self.drop_path):
+            layers.watch(module)
+        return self.kernels_enabled and not self.drop_path.active and self._add_layers(layers, main)
+
+    def _add_layers(self, layers: Layers, main: MetaMixer) -> bool:
+        return False
+
     def kernels_apply(self) -> bool:
         """Whether ``main`` has the parts that the fused operator takes."""
         return False
@@ -294,22 +304,16 @@ class TokenMixer(ResidualMixer):
             residual=residual,
         )
 
-    def add_layers(self, layers: Layers) -> bool:
-        if not self.kernels_enabled or self.drop_path.active:
-            return False
-        main: Any = self.main
+    def _add_layers(self, layers: Layers, main: MetaMixer) -> bool:
         query, key, value = main.part("query"), main.part("interaction"), main.part("aggregation")
-        if not is_pointwise(query) or training.is_hooked(query):
+        if not layers.watch(query) or not is_pointwise(query):
             return False
         layers.ffnified_attention(
-            key.weight,
-            key.bias,
-            value.weight,
-            value.bias,
+            *layers.parameters(key, "weight", "bias"),
+            *layers.parameters(value, "weight", "bias"),
             "gelu",
-            self.layer_scale,
-            query=query.weight,
-            query_bias=query.bias,
+            *layers.parameters(self, "layer_scale"),
+            projection=layers.parameters(query, "weight", "bias"),
             residual=True,
         )
         return True
@@ -354,20 +358,13 @@ class ChannelMixer(ResidualMixer):
             residual=residual,
         )
 
-    def add_layers(self, layers: Layers) -> bool:
-        if not self.kernels_enabled or self.drop_path.active:
-            return False
-        main: Any = self.main
-        depthwise, expand, project = main.part("query"), main.part("interaction"), main.part("aggregation")
+    def _add_layers(self, layers: Layers, main: MetaMixer) -> bool:
         layers.channel_mixer(
-            depthwise.weight,
-            depthwise.bias,
-            expand.weight,
-            expand.bias,
-            project.weight,
-            project.bias,
+            *layers.parameters(main.part("query"), "weight", "bias"),
+            *layers.parameters(main.part("interaction"), "weight", "bias"),
+            *layers.parameters(main.part("aggregation"), "weight", "bias"),
             "gelu",
-            self.layer_scale,
+            *layers.parameters(self, "layer_scale"),
             residual=True,
         )
         return True

@@ -68,8 +68,8 @@ class Stem(nn.Sequential):
             return False
         first: Any = self[0]
         second: Any = self[2]
-        layers.conv2d(first.weight, first.bias, 2, 1, "gelu")
-        layers.conv2d(second.weight, second.bias, 2, 1)
+        layers.conv2d(*layers.parameters(first, "weight", "bias"), 2, 1, "gelu")
+        layers.conv2d(*layers.parameters(second, "weight", "bias"), 2, 1)
         return True
 
 
@@ -249,7 +249,26 @@ class FFNet(nn.Module):
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
+        out = sequence.run(self, x)
+        return self.forward_head(self.forward_features(x)) if out is None else out
+
+    def add_layers(self, layers: sequence.Layers) -> bool:
+        """``forward``, where all parts are on kernels and the head is the usual one: `ffnet_kernels.sequence`."""
+        norm: Any = self.norm
+        head: Any = self.head
+        if type(self) is not FFNet or not all(map(layers.add, (self.patch_embed, *self.stages, self.head_drop))):
+            return False
+        watched = [layers.watch(module) for module in (self.stages, norm, head)]
+        if not all(watched) or norm.training or type(head) is not nn.Linear:
+            return False
+        if type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats:
+            statistics = layers.parameters(norm, "weight", "bias", "running_mean", "running_var")
+            layers.pooled_linear(*layers.parameters(head, "weight", "bias"), statistics, norm.eps)
+            return True
+        if type(norm) is nn.Identity:
+            layers.pooled_linear(*layers.parameters(head, "weight", "bias"))
+            return True
+        return False
 
     def forward_intermediates(
         self,

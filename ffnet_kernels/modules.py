@@ -46,7 +46,8 @@ class _Operated(nn.Conv2d):
 
     def add_layers(self, layers: Layers) -> bool:
         """What :class:`ffnet_kernels.sequence.Sequence` asks instead of calling ``forward``; so below."""
-        getattr(layers, self.operator)(self.weight, self.bias, self.stride, self.padding, self.activation)
+        add = layers.conv2d if self.operator == "conv2d" else layers.depthwise_conv2d
+        add(*layers.parameters(self, "weight", "bias"), self.stride, self.padding, self.activation)
         return True
 
     def extra_repr(self) -> str:
@@ -192,9 +193,10 @@ class FFNifiedAttention(nn.Module):
         )  # fmt: skip
 
     def add_layers(self, layers: Layers) -> bool:
-        layers.ffnified_attention(
-            self.key, self.key_bias, self.value, self.value_bias, self.activation, self.scale, residual=False
+        key, key_bias, value, value_bias, scale = layers.parameters(
+            self, "key", "key_bias", "value", "value_bias", "scale"
         )
+        layers.ffnified_attention(key, key_bias, value, value_bias, self.activation, scale, residual=False)
         return True
 
     def extra_repr(self) -> str:
@@ -249,10 +251,10 @@ class ChannelMixer(nn.Module):
         )  # fmt: skip
 
     def add_layers(self, layers: Layers) -> bool:
-        layers.channel_mixer(
-            self.weight, self.bias, self.expand_weight, self.expand_bias, self.project_weight, self.project_bias,
-            self.activation, self.scale, residual=False,
-        )  # fmt: skip
+        *weights_and_biases, scale = layers.parameters(
+            self, "weight", "bias", "expand_weight", "expand_bias", "project_weight", "project_bias", "scale"
+        )
+        layers.channel_mixer(*weights_and_biases, self.activation, scale, residual=False)
         return True
 
     def extra_repr(self) -> str:

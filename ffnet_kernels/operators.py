@@ -200,4 +200,4 @@ for _operator in OPERATORS:
 _define(LIBRARY, CONV2D)
 
 #: Layers in a row on the CPU's kernels, for inference in eager mode: see :mod:`ffnet_kernels.sequence`.
-LIBRARY.define("sequence(Tensor x, Tensor?[] tensors, int[] numbers) -> Tensor")
+LIBRARY.define("sequence(Tensor x, Tensor?[] tensors, int[] numbers, float eps) -> Tensor")

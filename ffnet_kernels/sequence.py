@@ -1,14 +1,18 @@
 """Layers in a row as one call: what eager inference on the CPU spends between operators is Python.
 
-A small model calls an operator every 0.2 ms, and some 30 µs of modules, attributes and arguments lie between two calls.
-`Sequence` collects its layers anew in each call, so it sees every change that was made to them, and hands all of them to
-one native operator.
+A small model calls an operator every 0.2 ms, and tens of microseconds of modules, attributes and arguments lie between
+two calls. `Sequence` hands all its layers to one native operator. What they are is collected once and looked over in
+each call: it is collected anew when a module or parameter in it was replaced, hooked or put into training mode. Values
+are read from the parameters themselves, in every call.
 """
 
 from __future__ import annotations
 
 import functools
+import operator
+from itertools import chain
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +24,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self  # typing has it from Python 3.11 on
 
 # csrc/bindings/torch_cpu_sequence.cpp has the same order.
-_CONV2D, _DEPTHWISE_CONV2D, _FFNIFIED_ATTENTION, _CHANNEL_MIXER = range(4)
+_CONV2D, _DEPTHWISE_CONV2D, _FFNIFIED_ATTENTION, _CHANNEL_MIXER, _POOLED_LINEAR = range(5)
 _ACTIVATION = {name: index for index, name in enumerate(checks.ACTIVATIONS)}
 _NO_GEOMETRY = (0,) * 6
 _SKIPPED = (nn.Identity, nn.Dropout, nn.Dropout2d)
@@ -29,12 +33,20 @@ _SKIPPED = (nn.Identity, nn.Dropout, nn.Dropout2d)
 class Layers:
     """Operators in the order in which they run, each on the result of the one before.
 
-    The methods take the tensors of the functions of the same name as they are; nothing is checked before `run`.
+    A module that can run here defines ``add_layers(layers) -> bool``, which stands for its ``forward`` of one map: it
+    calls `watch` for every further module that decides what runs, takes tensors from `parameters`, and adds operators
+    by the methods named like them. Nothing is checked before the operators run.
     """
 
     def __init__(self) -> None:
         self.tensors: list[Tensor | None] = []
         self.numbers: list[int] = []
+        self.eps = 0.0
+        self._registries: list[dict] = []  # of children and parameters
+        self._hooks: list[dict] = []
+        self._modes: list[dict] = []
+        self._content: list = []
+        self._lasts = True
 
     def __len__(self) -> int:
         return len(self.numbers) // (3 + len(_NO_GEOMETRY))
@@ -45,50 +57,80 @@ class Layers:
     def depthwise_conv2d(self, weight, bias, stride=1, padding=0, activation: str = "none") -> None:
         self._convolution(_DEPTHWISE_CONV2D, weight, bias, stride, padding, activation)
 
-    def _convolution(self, operator: int, weight, bias, stride, padding, activation: str) -> None:
+    def _convolution(self, kind: int, weight, bias, stride, padding, activation: str) -> None:
         strides, pads = checks.strides_and_padding(weight.shape[2:], stride, padding)
         self.tensors += (weight, bias)
-        self.numbers += (operator, _ACTIVATION[activation], False, *strides, *pads)
+        self.numbers += (kind, _ACTIVATION[activation], False, *strides, *pads)
 
     def ffnified_attention(
-        self, key, key_bias, value, value_bias, activation, scale, *, query=None, query_bias=None, residual: bool
+        self, key, key_bias, value, value_bias, activation: str, scale, *, projection=(None, None), residual: bool
     ) -> None:
-        """``query``: the weight ``[C, C, 1, 1]`` of the projection; None where the layer begins behind it.
+        """``projection``: weight ``[C, C, 1, 1]`` and bias of the 1×1 convolution that makes the query, if any.
         ``residual``: whether the layer adds what came into it."""
-        self.tensors += (query, query_bias, key, key_bias, value, value_bias, scale)
+        self.tensors += (*projection, key, key_bias, value, value_bias, scale)
         self.numbers += (_FFNIFIED_ATTENTION, _ACTIVATION[activation], residual, *_NO_GEOMETRY)
 
     def channel_mixer(
-        self, weight, bias, expand_weight, expand_bias, project_weight, project_bias, activation, scale, *,
+        self, weight, bias, expand_weight, expand_bias, project_weight, project_bias, activation: str, scale, *,
         residual: bool,
     ) -> None:  # fmt: skip
         self.tensors += (weight, bias, expand_weight, expand_bias, project_weight, project_bias, scale)
         self.numbers += (_CHANNEL_MIXER, _ACTIVATION[activation], residual, *_NO_GEOMETRY)
 
-    def add(self, module: nn.Module | None) -> bool:
-        """Whether ``module`` could add what it computes. One that is called for its hooks cannot.
+    def pooled_linear(self, weight, bias, norm=(None, None, None, None), eps: float = 0.0) -> None:
+        """A classifier's head: ``weight · norm(mean over pixels) + bias``; `run` then returns ``[N, O]``.
 
-        Modules that can define ``add_layers(layers) -> bool``, which stands for ``forward`` of one map.
+        ``norm``: weight, bias, running mean and variance of a batch normalisation; ``eps`` is its own.
         """
-        if (
-            module is None
-            or module._forward_hooks
-            or module._forward_pre_hooks
-            or module._backward_hooks
-            or module._backward_pre_hooks
-            or "forward" in module.__dict__
-        ):
+        self.tensors += (*norm, weight, bias)
+        self.numbers += (_POOLED_LINEAR, _ACTIVATION["none"], False, *_NO_GEOMETRY)
+        self.eps = eps
+
+    def add(self, module: nn.Module) -> bool:
+        """Adds what ``module`` computes. False if it cannot, or if something waits for the module to be called."""
+        if not self.watch(module) or "forward" in module.__dict__:
             return False
         kind = type(module)
         if _adds_layers(kind):
             return module.add_layers(self)  # type: ignore[operator]
         if kind is nn.Sequential:
-            return all(map(self.add, module._modules.values()))
+            return all(map(self.add, module._modules.values()))  # type: ignore[arg-type]
         return kind in _SKIPPED and not module.training
 
+    def watch(self, module: nn.Module) -> bool:
+        """Has the layers collected anew when children, hooks or the mode of ``module`` change. False if it is
+        hooked."""
+        if module._modules:
+            self._registries.append(module._modules)
+        self._hooks += (module._forward_hooks, module._forward_pre_hooks)  # without gradients no others are called
+        self._modes.append(module.__dict__)
+        return not any(self._hooks[-2:])
+
+    def parameters(self, module: nn.Module, *names: str) -> list[Tensor | None]:
+        """Parameters and buffers of a module by name."""
+        registries = [registry for registry in (module._parameters, module._buffers) if registry]
+        self._registries += registries
+        self._lasts &= set(names) <= set(chain.from_iterable(registries))  # others are computed at each look at them
+        return [getattr(module, name) for name in names]
+
+    def remember(self) -> None:
+        """What is watched, as it is now."""
+        self._content = self._look()
+
+    def are_current(self) -> bool:
+        """Whether what is watched is what it was."""
+        if not self._lasts or any(self._hooks):
+            return False
+        content = self._look()
+        return len(content) == len(self._content) and all(map(operator.is_, content, self._content))
+
+    def _look(self) -> list:
+        content = chain.from_iterable(map(dict.values, self._registries))
+        return [*content, *map(operator.itemgetter("training"), self._modes)]
+
     def run(self, x: Tensor) -> Tensor:
-        """The result for a map that `applies` to."""
-        return torch.ops.ffnet_kernels.sequence.default(x, self.tensors, self.numbers)
+        """The result for a map ``[N, C, H, W]`` that the kernels take."""
+        return torch.ops.ffnet_kernels.sequence.default(x, self.tensors, self.numbers, self.eps)
 
 
 @functools.cache
@@ -102,24 +144,30 @@ def _adds_layers(kind: type) -> bool:
     return False
 
 
-def applies(x: Any) -> bool:
+def _applies(x: Any) -> bool:
     """Whether layers can run in one call on this map: CPU kernels are chosen for it and nobody looks between layers."""
     return (
         dispatch.is_plain_cpu_call("sequence", x, (), ())
         and not nn_module._global_forward_hooks
         and not nn_module._global_forward_pre_hooks
-        and not nn_module._global_backward_hooks
-        and not nn_module._global_backward_pre_hooks
     )
 
 
+_collected: WeakKeyDictionary[nn.Module, Layers] = WeakKeyDictionary()
+
+
 def run(module: Any, x: Tensor) -> Tensor | None:
-    """What ``module.add_layers`` adds, on a map; None where it does not apply and the module is to run as written."""
-    if not applies(x):
+    """What ``module.add_layers`` adds, on a map; None where that does not apply and the module is to run as written."""
+    if not _applies(x):
         return None
-    layers = Layers()
-    if not module.add_layers(layers):
-        return None
+    layers = _collected.get(module)
+    if layers is None or not layers.are_current():
+        layers = Layers()
+        layers.watch(module)
+        if not module.add_layers(layers):
+            return None
+        layers.remember()
+        _collected[module] = layers
     try:
         return layers.run(x)
     except (RuntimeError, TypeError):
@@ -137,7 +185,7 @@ class Sequence(nn.Sequential):
         return module
 
     def add_layers(self, layers: Layers) -> bool:
-        return all(map(layers.add, self._modules.values()))
+        return all(map(layers.add, self._modules.values()))  # type: ignore[arg-type]
 
     def forward(self, input: Tensor) -> Tensor:
         out = run(self, input)

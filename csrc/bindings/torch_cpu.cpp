@@ -3,6 +3,7 @@
 // safety needs is checked here; ffnet_kernels/checks.py says it to users.
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <optional>
 #include <string>
 #include <vector>
@@ -137,6 +138,36 @@ Tensor conv2d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
   op.x = x.const_data_ptr(), op.x_stride = strides(x);
   op.out = out.mutable_data_ptr(), op.out_stride = strides(out);
   if (n > 0) ffnet::active_kernels().conv2d(op, executor());
+  return out;
+}
+
+Tensor pooled_linear(const Tensor& x, const Norm& norm, const Tensor& weight, const std::optional<Tensor>& bias) {
+  check_map(x, "x");
+  const int64_t c = x.size(1);
+  const PointwiseWeight rows(weight, "weight", c, x);
+  STD_TORCH_CHECK(c > 0 && x.size(2) > 0 && x.size(3) > 0, "ffnet_kernels (cpu): x must have channels and pixels");
+  const bool normed = norm.variance.has_value();
+  STD_TORCH_CHECK(
+      normed == norm.weight.has_value() && normed == norm.bias.has_value() && normed == norm.mean.has_value(),
+      "ffnet_kernels (cpu): a normalisation must have all of its tensors or none");
+  const ChannelVector gamma(norm.weight, "norm.weight", c, x), beta(norm.bias, "norm.bias", c, x),
+      mean(norm.mean, "norm.running_mean", c, x), variance(norm.variance, "norm.running_var", c, x),
+      bias_vector(bias, "bias", rows.rows(), x);
+  std::vector<float> affine(normed ? 2 * c : 0);
+  for (int64_t i = 0; normed && i < c; ++i) {
+    const double scale = gamma.data()[i] / std::sqrt(variance.data()[i] + norm.eps);
+    affine[i] = static_cast<float>(scale);
+    affine[c + i] = static_cast<float>(beta.data()[i] - mean.data()[i] * scale);
+  }
+  Tensor out = ::torch::stable::empty({x.size(0), rows.rows()}, x.scalar_type(), std::nullopt, x.device());
+  PooledLinear op{};
+  op.storage = storage(x);
+  op.n = x.size(0), op.channels = c, op.outputs = rows.rows(), op.h = x.size(2), op.w = x.size(3);
+  op.x = x.const_data_ptr(), op.x_stride = strides(x);
+  if (normed) op.scale = affine.data(), op.shift = affine.data() + c;
+  op.weight = rows.data(), op.weight_stride = rows.stride(), op.bias = bias_vector.data();
+  op.out = out.mutable_data_ptr();
+  if (op.n > 0) active_kernels().pooled_linear(op, executor());
   return out;
 }
 

@@ -27,4 +27,13 @@ Tensor channel_mixer(const Tensor& x, const Tensor& weight, const std::optional<
                      const std::string& activation, const std::optional<Tensor>& scale,
                      const std::optional<Tensor>& residual);
 
+// A normalisation by running statistics, all of its tensors or none, before the product.
+struct Norm {
+  std::optional<Tensor> weight, bias, mean, variance;
+  double eps;
+};
+
+// weight * norm(mean of the pixels of x) + bias: [N, C, H, W] to [N, O].
+Tensor pooled_linear(const Tensor& x, const Norm& norm, const Tensor& weight, const std::optional<Tensor>& bias);
+
 }  // namespace ffnet::cpu_operators

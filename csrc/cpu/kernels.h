@@ -110,6 +110,19 @@ struct Conv2d {
   Strides out_stride;
 };
 
+// out[n, o] = bias[o] + sum_c weight[o, c] * (scale[c] * mean of x[n, c] + shift[c])
+struct PooledLinear {
+  Storage storage;
+  int64_t n, channels, outputs, h, w;
+  const void* x;
+  Strides x_stride;
+  const float *scale, *shift;  // [channels] contiguous, both or none null
+  const void* weight;          // [outputs][channels], rows weight_stride apart
+  int64_t weight_stride;
+  const float* bias;  // [outputs] contiguous, may be null
+  void* out;          // [n][outputs]
+};
+
 // Of a filter [O, 1, kh, kw] and its bias [O] (contiguous); either may be null. Elements are those of the maps.
 struct FilterGrad {
   void* weight;
@@ -175,6 +188,7 @@ struct Kernels {
   void (*ffnified_attention_backward)(const FfnifiedAttentionBackward&, const Executor&);
   void (*channel_mixer)(const ChannelMixer&, const Executor&);
   void (*conv2d)(const Conv2d&, const Executor&);
+  void (*pooled_linear)(const PooledLinear&, const Executor&);
   void (*pointwise_conv2d_backward)(const PointwiseConv2dBackward&, const Executor&);
   void (*branched_depthwise)(const BranchedDepthwise&, const Executor&);
   void (*branched_depthwise_backward)(const BranchedDepthwiseBackward&, const Executor&);
