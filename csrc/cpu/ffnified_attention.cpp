@@ -67,7 +67,7 @@ void finish_row(const float* value, int64_t pixel, int64_t width, Vec scale, con
     store(fma(Vec::load(value + i * pixel), scale, load(residual + i * residual_pixel)), out + i * out_pixel);
 }
 
-// A vector of channels of some images and a strip of their rows.
+// A group of vectors of channels, one after the other, of some images and a strip of their rows.
 template <class T, class Taps>
 class AttentionTask {
  public:
@@ -76,54 +76,47 @@ class AttentionTask {
         first_(tiling.first_row(task)),
         last_(tiling.last_row(task)),
         line_(op.w * kLanes),
-        lanes_{tiling.first_channel(task), min_of(kLanes, op.channels - tiling.first_channel(task)), 1},
         // Middle rows this strip needs, and the query rows those need. A group of middle rows starts at its first.
         mid_first_(max_of(0, first_ - op.value_pad_top) / Taps::rows * Taps::rows),
         in_first_(max_of(0, mid_first_ - op.key_pad_top)),
         in_last_(
-            min_of(op.h, min_of(op.h, last_ - op.value_pad_top + op.value.kh - 1) - op.key_pad_top + op.key.kh - 1)),
-        gathered_floats_(Rows<T, Taps>::scratch_floats(op.query_stride, op.w, lanes_, in_first_, in_last_)),
-        to_(stays_in_place<T>(lanes_, op.out_stride, op.w)   ? Route::in_place
-            : op.out_stride.c == 1 && lanes_.count == kLanes ? Route::by_row
-                                                             : Route::by_strip) {
+            min_of(op.h, min_of(op.h, last_ - op.value_pad_top + op.value.kh - 1) - op.key_pad_top + op.key.kh - 1)) {
+    const int64_t first_channel = tiling.first_channel(task);
+    count_ = min_of(tiling.group_size, ceil_div(op.channels - first_channel, kLanes));
     const int64_t key_floats = packed_floats<Taps>(op.key), value_floats = packed_floats<Taps>(op.value);
     const int64_t groups1 = row_groups<Taps>(op.key.kh), groups2 = row_groups<Taps>(op.value.kh);
-    const int64_t out_floats = to_ == Route::in_place ? 0 : to_ == Route::by_row ? line_ : (last_ - first_) * line_;
     const int64_t ring_floats = Ring<Taps>::floats(op.value.kh, line_);
-    Arena arena(key_floats + value_floats + ring_floats + line_ + out_floats + gathered_floats_ +
+    int64_t out_floats = 0, gathered_floats = 0;
+    for (int64_t i = 0; i < count_; ++i) {
+      Column& column = columns_[i];
+      const int64_t c = first_channel + i * kLanes;
+      column.lanes = {c, min_of(kLanes, op.channels - c), 1};
+      column.to = route(column.lanes);
+      const int64_t lines = column.to == Route::in_place ? 0 : column.to == Route::by_row ? 1 : last_ - first_;
+      out_floats = max_of(out_floats, lines * line_);
+      gathered_floats = max_of(gathered_floats, this->gathered_floats(column));
+    }
+    Arena arena(count_ * (key_floats + value_floats) + ring_floats + line_ + out_floats + gathered_floats +
                 (groups1 + groups2) * Arena::kPointer);
-    const int64_t c = lanes_.first;
-    key_ = pack_filter<T, Taps>(op.key, c, lanes_.count, 1, op.key_pad_left, arena.floats(key_floats));
-    value_ = pack_filter<T, Taps>(op.value, c, lanes_.count, 1, op.value_pad_left, arena.floats(value_floats));
+    for (int64_t i = 0; i < count_; ++i) {
+      Column& column = columns_[i];
+      const Lanes& lanes = column.lanes;
+      column.key = pack_filter<T, Taps>(op.key, lanes.first, lanes.count, 1, op.key_pad_left, arena.floats(key_floats));
+      column.value =
+          pack_filter<T, Taps>(op.value, lanes.first, lanes.count, 1, op.value_pad_left, arena.floats(value_floats));
+      column.scale = op.scale ? Vec::load_first(op.scale + lanes.first, lanes.count) : Vec::fill(1);
+    }
     ring_floats_ = arena.floats(ring_floats);
     out_lines_ = arena.floats(out_floats);
     residual_line_ = arena.floats(line_);
-    gathered_ = arena.floats(gathered_floats_);
+    gathered_ = arena.floats(gathered_floats);
     key_rows_ = arena.pointers(groups1), value_rows_ = arena.pointers(groups2);
     conv_key_ = select_conv_row<Taps>(op.key, 1), conv_value_ = select_conv_row<Taps>(op.value, 1);
-    scale_ = Vec::fill(1);
-    if (op.scale) scale_ = Vec::load_first(op.scale + c, lanes_.count);
   }
 
   bool run(int64_t n) {
-    const Rows<T, Taps> query(static_cast<const T*>(op_.query) + n * op_.query_stride.n, op_.query_stride, op_.h, op_.w,
-                              lanes_, in_first_, in_last_, gathered_);
-    const Ring<Taps> ring(ring_floats_, op_.value.kh, op_.h, line_);
-    ring.clear();
     NanSensor sensor;
-    int64_t made = mid_first_;  // middle rows [mid_first_, made) have been computed
-    for (int64_t r = first_; r < last_; ++r) {
-      for (const int64_t need = min_of(op_.h, r - op_.value_pad_top + op_.value.kh); made < need; ++made) {
-        const PackedFilter placed = query.window(made - op_.key_pad_top, key_, key_rows_);
-        if (gathered_floats_ == 0)
-          prefetch_row(query[made + 1 - op_.key_pad_top + op_.key.kh - 1], query.pixel(), 0, op_.w);
-        conv_key_({key_rows_, query.pixel(), op_.w}, placed, {ring.row(made), kLanes, 0, op_.w});
-        ring.close(made, op_.activation);
-      }
-      make_row(n, r, ring, sensor);
-    }
-    if (to_ == Route::by_strip)
-      scatter_rows(out_lines_, last_ - first_, op_.w, lanes_, out_row(n, first_), op_.out_stride);
+    for (int64_t i = 0; i < count_; ++i) make(columns_[i], n, sensor);
     return sensor.alarmed();
   }
 
@@ -132,20 +125,55 @@ class AttentionTask {
   // other layouts.
   enum class Route { in_place, by_row, by_strip };
 
+  struct Column {
+    Lanes lanes;
+    Route to;
+    PackedFilter key, value;
+    Vec scale;
+  };
+
+  Route route(const Lanes& lanes) const {
+    if (stays_in_place<T>(lanes, op_.out_stride, op_.w)) return Route::in_place;
+    return op_.out_stride.c == 1 && lanes.count == kLanes ? Route::by_row : Route::by_strip;
+  }
+  int64_t gathered_floats(const Column& column) const {
+    return Rows<T, Taps>::scratch_floats(op_.query_stride, op_.w, column.lanes, in_first_, in_last_);
+  }
+
+  void make(const Column& column, int64_t n, NanSensor& sensor) const {
+    const Rows<T, Taps> query(static_cast<const T*>(op_.query) + n * op_.query_stride.n, op_.query_stride, op_.h, op_.w,
+                              column.lanes, in_first_, in_last_, gathered_);
+    const bool used_in_place = gathered_floats(column) == 0;
+    const Ring<Taps> ring(ring_floats_, op_.value.kh, op_.h, line_);
+    ring.clear();
+    int64_t made = mid_first_;  // middle rows [mid_first_, made) have been computed
+    for (int64_t r = first_; r < last_; ++r) {
+      for (const int64_t need = min_of(op_.h, r - op_.value_pad_top + op_.value.kh); made < need; ++made) {
+        const PackedFilter placed = query.window(made - op_.key_pad_top, column.key, key_rows_);
+        if (used_in_place) prefetch_row(query[made + 1 - op_.key_pad_top + op_.key.kh - 1], query.pixel(), 0, op_.w);
+        conv_key_({key_rows_, query.pixel(), op_.w}, placed, {ring.row(made), kLanes, 0, op_.w});
+        ring.close(made, op_.activation);
+      }
+      make_row(column, n, r, ring, sensor);
+    }
+    if (column.to == Route::by_strip)
+      scatter_rows(out_lines_, last_ - first_, op_.w, column.lanes, out_row(n, first_), op_.out_stride);
+  }
+
   T* out_row(int64_t n, int64_t r) const {
     return static_cast<T*>(op_.out) + n * op_.out_stride.n + r * op_.out_stride.h;
   }
 
-  void make_row(int64_t n, int64_t r, const Ring<Taps>& ring, NanSensor& sensor) {
-    const int64_t c = lanes_.first, width = op_.w;
-    const PackedFilter placed = ring.window(r - op_.value_pad_top, value_, value_rows_);
+  void make_row(const Column& column, int64_t n, int64_t r, const Ring<Taps>& ring, NanSensor& sensor) const {
+    const int64_t c = column.lanes.first, width = op_.w;
+    const PackedFilter placed = ring.window(r - op_.value_pad_top, column.value, value_rows_);
     const T* residual = nullptr;
     if (op_.residual)
       residual = static_cast<const T*>(op_.residual) + n * op_.residual_stride.n + r * op_.residual_stride.h;
-    const bool whole_residual = residual && op_.residual_stride.c == 1 && lanes_.count == kLanes;
-    float* value = to_ == Route::by_strip ? out_lines_ + (r - first_) * line_ : out_lines_;
+    const bool whole_residual = residual && op_.residual_stride.c == 1 && column.lanes.count == kLanes;
+    float* value = column.to == Route::by_strip ? out_lines_ + (r - first_) * line_ : out_lines_;
     int64_t pixel = kLanes;
-    if (to_ == Route::in_place) {
+    if (column.to == Route::in_place) {
       value = reinterpret_cast<float*>(out_row(n, r) + c), pixel = op_.out_stride.w;
       if (whole_residual) prefetch_row(reinterpret_cast<const float*>(residual + c), op_.residual_stride.w, 0, width);
     }
@@ -153,26 +181,23 @@ class AttentionTask {
     if constexpr (Taps::rows > 1) sensor.see_row(value, pixel, width);
 
     const auto finish = [&](const auto* base, int64_t base_pixel) {
-      if (to_ == Route::by_row)
-        finish_row(value, pixel, width, scale_, base, base_pixel, out_row(n, r) + c, op_.out_stride.w);
+      if (column.to == Route::by_row)
+        finish_row(value, pixel, width, column.scale, base, base_pixel, out_row(n, r) + c, op_.out_stride.w);
       else if (base || op_.scale)
-        finish_row(value, pixel, width, scale_, base, base_pixel, value, pixel);
+        finish_row(value, pixel, width, column.scale, base, base_pixel, value, pixel);
     };
     if (!residual || whole_residual) return finish(residual ? residual + c : nullptr, op_.residual_stride.w);
-    gather_row(Elements<T>{residual}, op_.residual_stride.c, op_.residual_stride.w, width, lanes_, residual_line_);
+    gather_row(Elements<T>{residual}, op_.residual_stride.c, op_.residual_stride.w, width, column.lanes,
+               residual_line_);
     finish(static_cast<const float*>(residual_line_), kLanes);
   }
 
   const FfnifiedAttention& op_;
-  int64_t first_, last_, line_;
-  Lanes lanes_;
-  int64_t mid_first_, in_first_, in_last_, gathered_floats_;
-  Route to_;
-  PackedFilter key_, value_;
+  int64_t first_, last_, line_, mid_first_, in_first_, in_last_, count_;
   float *ring_floats_, *out_lines_, *residual_line_, *gathered_;
   const float **key_rows_, **value_rows_;
   ConvRow conv_key_, conv_value_;
-  Vec scale_;
+  Column columns_[kMaxGroup];
 };
 
 }  // namespace
@@ -183,7 +208,11 @@ void ffnified_attention(const FfnifiedAttention& op, const Executor& executor) {
   const bool gathered = op.query_stride.c != 1 || op.channels % kLanes != 0 || op.storage != Storage::float32 ||
                         !spreads(op.query_stride.w, op.w);
   const int64_t strip = longest_strip(gathered, op.w, op.h, op.key.kh + op.value.kh);
-  const Tiling tiling = tile(ceil_div(op.channels, kLanes), 1, op.n, op.h, halo, strip, executor.threads);
+  // Two vectors of a 16-bit channels-last map share a cache line.
+  const int64_t vectors = ceil_div(op.channels, kLanes);
+  const bool shared_lines = op.query_stride.c == 1 && op.storage != Storage::float32;
+  const int64_t group = shared_lines ? min_of(2, vectors) : 1;
+  const Tiling tiling = tile(vectors, group, op.n, op.h, halo, strip, executor.threads);
   run_storage<AttentionTask>(op, share_filters(tiling, op.w, executor.threads), executor);
 }
 
