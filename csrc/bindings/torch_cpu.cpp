@@ -108,36 +108,73 @@ Tensor channel_mixer(const Tensor& x, const Tensor& weight, const std::optional<
   return out;
 }
 
+namespace {
+
+// Of a map [n, c, h, w] with x's type, all but the map and the result; keeps copies alive where they were needed.
+class Conv2dCall {
+ public:
+  Conv2dCall(const Tensor& x, const std::array<int64_t, 4>& size, const Tensor& weight,
+             const std::optional<Tensor>& bias, const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+             const std::string& activation)
+      : bias_(bias, "bias", weight.dim() ? weight.size(0) : 0, x), rows_(weight) {
+    check_cpu(weight, "weight", 4, x);
+    const int64_t c = size[1], outputs = weight.size(0);
+    STD_TORCH_CHECK(c > 0 && outputs > 0 && weight.size(1) == c && weight.size(2) > 0 && weight.size(3) > 0,
+                    "ffnet_kernels (cpu): weight must have the shape [O, ", c, ", kh, kw]");
+    op.storage = storage(x);
+    op.n = size[0], op.channels = c, op.outputs = outputs, op.h = size[2], op.w = size[3];
+    op.kh = weight.size(2), op.kw = weight.size(3);
+    set_geometry(op, op.kh, op.kw, stride, padding);
+    // A row is read in the order in which it is stored; anything else is copied.
+    const int64_t taps = op.kh * op.kw;
+    const auto row_is = [&](int64_t c_step, int64_t y_step, int64_t x_step) {
+      return (c == 1 || weight.stride(1) == c_step) && (op.kh == 1 || weight.stride(2) == y_step) &&
+             (op.kw == 1 || weight.stride(3) == x_step);
+    };
+    op.channels_inside = row_is(1, op.kw * c, c);
+    if (!op.channels_inside && !row_is(taps, op.kw, 1)) rows_ = torch::stable::contiguous(weight);
+    op.weight = rows_.const_data_ptr(), op.weight_stride = rows_.stride(0);
+    op.bias = bias_.data();
+    op.activation = parse_activation(activation);
+  }
+
+  Tensor result(const Tensor& x, bool channels_last) {
+    Tensor out = empty_map(x, {op.n, op.outputs, op.out_h, op.out_w}, channels_last);
+    op.out = out.mutable_data_ptr(), op.out_stride = strides(out);
+    return out;
+  }
+
+  Conv2d op{};
+
+ private:
+  ChannelVector bias_;
+  Tensor rows_;
+};
+
+}  // namespace
+
 Tensor conv2d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
               const std::vector<int64_t>& stride, const std::vector<int64_t>& padding, const std::string& activation) {
   check_map(x, "x");
-  check_cpu(weight, "weight", 4, x);
-  const int64_t n = x.size(0), c = x.size(1), outputs = weight.size(0);
-  STD_TORCH_CHECK(c > 0 && outputs > 0 && weight.size(1) == c && weight.size(2) > 0 && weight.size(3) > 0,
-                  "ffnet_kernels (cpu): weight must have the shape [O, ", c, ", kh, kw]");
-  const ChannelVector bias_vector(bias, "bias", outputs, x);
-  ffnet::Conv2d op{};
-  op.storage = storage(x);
-  op.n = n, op.channels = c, op.outputs = outputs, op.h = x.size(2), op.w = x.size(3);
-  op.kh = weight.size(2), op.kw = weight.size(3);
-  set_geometry(op, op.kh, op.kw, stride, padding);
-  // A row is read in the order in which it is stored; anything else is copied.
-  const int64_t taps = op.kh * op.kw;
-  const auto row_is = [&](int64_t c_step, int64_t y_step, int64_t x_step) {
-    return (c == 1 || weight.stride(1) == c_step) && (op.kh == 1 || weight.stride(2) == y_step) &&
-           (op.kw == 1 || weight.stride(3) == x_step);
-  };
-  op.channels_inside = row_is(1, op.kw * c, c);
-  const bool plain = op.channels_inside || row_is(taps, op.kw, 1);
-  const Tensor rows = plain ? weight : torch::stable::contiguous(weight);
-  op.weight = rows.const_data_ptr(), op.weight_stride = rows.stride(0);
-  op.bias = bias_vector.data();
-  op.activation = parse_activation(activation);
-  Tensor out =
-      empty_map(x, {n, outputs, op.out_h, op.out_w}, suggests_channels_last(x) || suggests_channels_last(weight));
-  op.x = x.const_data_ptr(), op.x_stride = strides(x);
-  op.out = out.mutable_data_ptr(), op.out_stride = strides(out);
-  if (n > 0) ffnet::active_kernels().conv2d(op, executor());
+  Conv2dCall call(x, {x.size(0), x.size(1), x.size(2), x.size(3)}, weight, bias, stride, padding, activation);
+  Tensor out = call.result(x, suggests_channels_last(x) || suggests_channels_last(weight));
+  call.op.x = x.const_data_ptr(), call.op.x_stride = strides(x);
+  if (call.op.n > 0) active_kernels().conv2d(call.op, executor());
+  return out;
+}
+
+std::optional<Tensor> conv2d_pair(const Tensor& x, const Conv2dArguments& first, const Conv2dArguments& second) {
+  check_map(x, "x");
+  Conv2dCall one(x, {x.size(0), x.size(1), x.size(2), x.size(3)}, first.weight, first.bias, first.stride, first.padding,
+                 first.activation);
+  Conv2dCall two(x, {one.op.n, one.op.outputs, one.op.out_h, one.op.out_w}, second.weight, second.bias, second.stride,
+                 second.padding, second.activation);
+  const Kernels& kernels = active_kernels();
+  if (!kernels.pairs_conv2d(one.op, two.op)) return std::nullopt;
+  const bool channels_last = suggests_channels_last(x) || suggests_channels_last(first.weight);
+  Tensor out = two.result(x, channels_last || suggests_channels_last(second.weight));
+  one.op.x = x.const_data_ptr(), one.op.x_stride = strides(x);
+  if (two.op.n > 0) kernels.conv2d_pair(one.op, two.op, executor());
   return out;
 }
 

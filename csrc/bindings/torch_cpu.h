@@ -17,6 +17,16 @@ Tensor depthwise_conv2d(const Tensor& x, const Tensor& weight, const std::option
 Tensor conv2d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
               const std::vector<int64_t>& stride, const std::vector<int64_t>& padding, const std::string& activation);
 
+struct Conv2dArguments {
+  const Tensor& weight;
+  std::optional<Tensor> bias;
+  std::vector<int64_t> stride, padding;
+  std::string activation;
+};
+
+// One after the other without a map between them; nothing where no kernel does that.
+std::optional<Tensor> conv2d_pair(const Tensor& x, const Conv2dArguments& first, const Conv2dArguments& second);
+
 Tensor ffnified_attention(const Tensor& query, const Tensor& key, const std::optional<Tensor>& key_bias,
                           const Tensor& value, const std::optional<Tensor>& value_bias, const std::string& activation,
                           const std::optional<Tensor>& scale, const std::optional<Tensor>& residual);

@@ -23,50 +23,69 @@ const Tensor& required(const Optional& tensor) {
   return *tensor;
 }
 
-Tensor run_layer(const Tensor& x, const Optional* tensors, const int64_t* numbers, double eps) {
-  const auto is_bool = [](int64_t number) { return number == 0 || number == 1; };
-  STD_TORCH_CHECK(
-      numbers[kActivation] >= 0 && numbers[kActivation] < int64_t{kActivations.size()} && is_bool(numbers[kResidual]),
-      "ffnet_kernels (cpu): a layer of the sequence has unknown options");
-  const std::string& activation = kActivations[numbers[kActivation]];
+const std::string& activation_of(const int64_t* numbers) {
+  const int64_t activation = numbers[kActivation];
+  STD_TORCH_CHECK(activation >= 0 && activation < int64_t{kActivations.size()},
+                  "ffnet_kernels (cpu): a layer of the sequence has an unknown activation");
+  return kActivations[activation];
+}
+
+Conv2dArguments convolution(const Optional* t, const int64_t* numbers) {
+  return {required(t[0]), t[1], std::vector<int64_t>(numbers + kStride, numbers + kPadding),
+          std::vector<int64_t>(numbers + kPadding, numbers + kNumbers), activation_of(numbers)};
+}
+
+Tensor run_layer(const Tensor& x, const Optional* t, const int64_t* numbers, double eps) {
   const Optional residual = numbers[kResidual] ? Optional(x) : std::nullopt;
-  const Optional* t = tensors;
   switch (numbers[kOperator]) {
     case kConv2d:
     case kDepthwiseConv2d: {
-      const std::vector<int64_t> stride(numbers + kStride, numbers + kPadding);
-      const std::vector<int64_t> padding(numbers + kPadding, numbers + kNumbers);
+      const Conv2dArguments a = convolution(t, numbers);
       const auto run = numbers[kOperator] == kConv2d ? conv2d : depthwise_conv2d;
-      return run(x, required(t[0]), t[1], stride, padding, activation);
+      return run(x, a.weight, a.bias, a.stride, a.padding, a.activation);
     }
     case kFfnifiedAttention: {
       // With the projection before it, where the layer has one.
       const Tensor query = t[0] ? conv2d(x, *t[0], t[1], {1, 1}, {0, 0, 0, 0}, "none") : x;
-      return ffnified_attention(query, required(t[2]), t[3], required(t[4]), t[5], activation, t[6], residual);
+      return ffnified_attention(query, required(t[2]), t[3], required(t[4]), t[5], activation_of(numbers), t[6],
+                                residual);
     }
     case kPooledLinear: return pooled_linear(x, {t[0], t[1], t[2], t[3], eps}, required(t[4]), t[5]);
     default:
-      return channel_mixer(x, required(t[0]), t[1], required(t[2]), t[3], required(t[4]), t[5], activation, t[6],
-                           residual);
+      return channel_mixer(x, required(t[0]), t[1], required(t[2]), t[3], required(t[4]), t[5], activation_of(numbers),
+                           t[6], residual);
   }
 }
 
 Tensor sequence(const Tensor& x, const std::vector<Optional>& tensors, const std::vector<int64_t>& numbers,
                 double eps) {
-  STD_TORCH_CHECK(numbers.size() % kNumbers == 0, "ffnet_kernels (cpu): expected ", int64_t{kNumbers},
-                  " numbers for each layer of the sequence");
-  Tensor map = x;
-  size_t used = 0;
-  for (const int64_t* layer = numbers.data(); layer != numbers.data() + numbers.size(); layer += kNumbers) {
-    STD_TORCH_CHECK(layer[kOperator] >= 0 && layer[kOperator] < kOperators,
+  STD_TORCH_CHECK(!numbers.empty() && numbers.size() % kNumbers == 0, "ffnet_kernels (cpu): expected ",
+                  int64_t{kNumbers}, " numbers for each layer of a sequence");
+  size_t count = 0;
+  for (size_t i = 0; i < numbers.size(); i += kNumbers) {
+    const int64_t kind = numbers[i + kOperator];
+    STD_TORCH_CHECK(kind >= 0 && kind < kOperators,
                     "ffnet_kernels (cpu): a layer of the sequence has an unknown operator");
-    const size_t count = kTensors[layer[kOperator]];
-    STD_TORCH_CHECK(tensors.size() - used >= count, "ffnet_kernels (cpu): the sequence has too few tensors");
-    map = run_layer(map, tensors.data() + used, layer, eps);
-    used += count;
+    count += kTensors[kind];
   }
-  STD_TORCH_CHECK(used == tensors.size() && used > 0, "ffnet_kernels (cpu): expected the tensors of ",
-                  int64_t(numbers.size() / kNumbers), " layers, at least one");
+  STD_TORCH_CHECK(count == tensors.size(), "ffnet_kernels (cpu): expected ", int64_t(count),
+                  " tensors for the layers of the sequence");
+  Tensor map = x;
+  const Optional* t = tensors.data();
+  const int64_t* end = numbers.data() + numbers.size();
+  for (const int64_t* layer = numbers.data(); layer != end; layer += kNumbers) {
+    const size_t own = kTensors[layer[kOperator]];
+    const int64_t* next = layer + kNumbers;
+    if (next != end && layer[kOperator] == kConv2d && next[kOperator] == kConv2d) {
+      const Optional both = conv2d_pair(map, convolution(t, layer), convolution(t + own, next));
+      if (both) {
+        map = *both, layer = next, t += own + kTensors[kConv2d];
+        continue;
+      }
+    }
+    map = run_layer(map, t, layer, eps);
+    t += own;
+  }
   return map;
 }
 

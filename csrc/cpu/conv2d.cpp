@@ -4,7 +4,8 @@
 // Here the pixels are on the left of the product and the weight, packed once a call, on the right. In a channels-last
 // row a window is kw * channels adjacent taps, and windows are stride_w pixels apart: nothing is gathered window by
 // window. 1x1 filters read the map itself; for others, and where a map has another order or type, a task copies its
-// rows, with the padding around them.
+// rows, with the padding around them. Of two convolutions in a row the first makes the rows that a task of the second
+// would copy: the map between them never exists as a whole.
 #include "conv2d.h"
 
 #include <type_traits>
@@ -35,7 +36,19 @@ class Convolution {
     cut(threads);
   }
 
-  void run(const Executor& executor) {
+  // `first` makes this one's map, of which only the size counts then; rows it makes must be what tasks copy.
+  void run(const Executor& executor, Convolution* first = nullptr) {
+    first_ = first;
+    if (first) first->pack(executor);
+    pack(executor);
+    const auto make = [](void* self, int64_t task) { static_cast<const Convolution*>(self)->make(task); };
+    executor.run(op_.n * strips_, make, this);
+  }
+
+ private:
+  using Element = std::conditional_t<Taps::rows == 1, float, T>;  // what a tap consists of
+
+  void pack(const Executor& executor) {
     float* bias = floats_.data + packed_.floats();
     for (int64_t o = 0; o < packed_.panels() * kPanel; ++o) bias[o] = op_.bias && o < op_.outputs ? op_.bias[o] : 0;
     constexpr int64_t kAtOnce = 32 * 1024;  // floats that are packed in less time than it takes to call for threads
@@ -45,12 +58,7 @@ class Convolution {
     };
     if (packed_.floats() > kAtOnce) executor.run(packed_.panels(), pack, this);
     for (int64_t j = 0; packed_.floats() <= kAtOnce && j < packed_.panels(); ++j) pack(this, j);
-    const auto make = [](void* self, int64_t task) { static_cast<const Convolution*>(self)->make(task); };
-    executor.run(op_.n * strips_, make, this);
   }
-
- private:
-  using Element = std::conditional_t<Taps::rows == 1, float, T>;  // what a tap consists of
 
   static bool stays_inside(const Conv2d& op) {
     return op.pad_top == 0 && op.pad_left == 0 && (op.out_h - 1) * op.stride_h < op.h &&
@@ -85,16 +93,41 @@ class Convolution {
 
   void make(int64_t task) const {
     const Part part = this->part(task);
-    const int64_t width = (part.columns() - 1) * op_.stride_w + op_.kw,
-                  top = part.first_row * op_.stride_h - op_.pad_top,
-                  left = part.first_column * op_.stride_w - op_.pad_left,
-                  height = in_place_ ? 0 : (part.last_row - 1 - part.first_row) * op_.stride_h + op_.kh;
-    const int64_t gathering = in_place_ ? 0 : width * kLanes;
-    Arena arena(height * width * pixel_ + gathering + kProductRows * kPanel + kProductRows * kLanes);
-    float *rows = arena.floats(height * width * pixel_), *gathered = arena.floats(gathering);
+    const Strides& s = op_.out_stride;
+    const int64_t first_floats = first_ ? first_->scratch_floats(first_->part_for(*this, part)) : 0;
+    Arena arena(scratch_floats(part) + first_floats);
+    make(part, arena, static_cast<T*>(op_.out) + part.image * s.n + part.first_row * s.h + part.first_column * s.w, s);
+  }
+
+  // The rectangle of the map that a part reads, padding included.
+  int64_t top(const Part& part) const { return part.first_row * op_.stride_h - op_.pad_top; }
+  int64_t left(const Part& part) const { return part.first_column * op_.stride_w - op_.pad_left; }
+  int64_t height(const Part& part) const { return (part.last_row - 1 - part.first_row) * op_.stride_h + op_.kh; }
+  int64_t width(const Part& part) const { return (part.columns() - 1) * op_.stride_w + op_.kw; }
+  // What of this convolution's result `next` reads for a part of its own.
+  Part part_for(const Convolution& next, const Part& part) const {
+    const int64_t top = next.top(part), left = next.left(part);
+    const int64_t first_row = min_of(op_.out_h, max_of(0, top)), first_column = min_of(op_.out_w, max_of(0, left));
+    return {part.image, first_row, max_of(first_row, min_of(op_.out_h, top + next.height(part))), first_column,
+            max_of(first_column, min_of(op_.out_w, left + next.width(part)))};
+  }
+
+  int64_t scratch_floats(const Part& part) const {
+    const int64_t copied = in_place_ ? 0 : height(part) * width(part) * pixel_ + width(part) * kLanes;
+    return copied + kProductRows * kPanel + kProductRows * kLanes;
+  }
+
+  // A part of the result, whose first pixel is `out`.
+  void make(const Part& part, Arena arena, T* out, const Strides& out_stride) const {
+    const int64_t width = this->width(part), height = in_place_ ? 0 : this->height(part);
+    const int64_t top = this->top(part), left = this->left(part);
+    float *rows = arena.floats(height * width * pixel_), *gathered = arena.floats(in_place_ ? 0 : width * kLanes);
     float *block = arena.floats(kProductRows * kPanel), *line = arena.floats(kProductRows * kLanes);
-    for (int64_t y = 0; y < height; ++y)
-      copy_row(part.image, top + y, left, width, reinterpret_cast<Element*>(rows + y * width * pixel_), gathered);
+    if (first_)
+      make_rows(part, arena, reinterpret_cast<T*>(rows));
+    else
+      for (int64_t y = 0; y < height; ++y)
+        copy_row(part.image, top + y, left, width, reinterpret_cast<Element*>(rows + y * width * pixel_), gathered);
 
     const int64_t pixel = in_place_ ? op_.x_stride.w / Taps::rows : pixel_, run = op_.kw * pixel_;
     const float* bias = packed_.panel(packed_.panels());
@@ -112,10 +145,28 @@ class Convolution {
             activate_row(block, kLanes, 2 * count, op_.activation);
           else
             activate_row(block, kPanel, count, op_.activation);
-          write(block, part.image, r, part.first_column + first, count, j, line);
+          write(block, count, j, line, out + (r - part.first_row) * out_stride.h + first * out_stride.w, out_stride);
         });
       }
     }
+  }
+
+  // The rows that a part reads, made by the convolution before, zeros around them.
+  void make_rows(const Part& part, Arena arena, T* rows) const {
+    const int64_t width = this->width(part), row = width * op_.channels;
+    const Part made = first_->part_for(*this, part);
+    const int64_t above = made.first_row - top(part), before = made.first_column - left(part);
+    const auto clear = [&](T* from, int64_t pixels) {
+      __builtin_memset(from, 0, static_cast<size_t>(pixels * op_.channels) * sizeof(T));
+    };
+    const int64_t made_height = made.last_row - made.first_row, below = height(part) - above - made_height;
+    clear(rows, above * width), clear(rows + (above + made_height) * row, below * width);
+    for (int64_t y = above; y < above + made_height; ++y) {
+      clear(rows + y * row, before);
+      clear(rows + y * row + (before + made.columns()) * op_.channels, width - before - made.columns());
+    }
+    if (made_height > 0 && made.columns() > 0)
+      first_->make(made, arena, rows + above * row + before * op_.channels, {0, 1, row, op_.channels});
   }
 
   const float* map_row(int64_t image, int64_t y) const {
@@ -162,11 +213,8 @@ class Convolution {
     }
   }
 
-  // A block's pixels: [count][kPanel] from column `first` of output row r on; `line` is scratch.
-  void write(const float* block, int64_t image, int64_t r, int64_t first, int64_t count, int64_t panel,
-             float* line) const {
-    const Strides& s = op_.out_stride;
-    T* out = static_cast<T*>(op_.out) + image * s.n + r * s.h + first * s.w;
+  // A block's pixels, [count][kPanel], to `out` and the pixels after it; `line` is scratch.
+  void write(const float* block, int64_t count, int64_t panel, float* line, T* out, const Strides& s) const {
     for (int64_t v = 0; v < packed_.columns(panel); v += kLanes) {
       const int64_t o = panel * kPanel + v;
       const Lanes lanes{o, min_of(kLanes, op_.outputs - o), 1};
@@ -187,17 +235,20 @@ class Convolution {
   Buffer floats_;  // the packed weight, then the bias in whole panels
   int64_t strips_ = 1;
   bool by_columns_ = false;
+  const Convolution* first_ = nullptr;
 };
 
 bool is_pointwise(const Conv2d& op) {
   return op.kh * op.kw == 1 && op.stride_h == 1 && op.stride_w == 1 && op.out_h == op.h && op.out_w == op.w;
 }
 
-// Pixels on the left cost packing the weight, pixels on the right two transpositions where they are channels-last.
+// Pixels on the left cost packing the weight and waiting for it, pixels on the right two transpositions where they are
+// channels-last, and the rest of a panel.
 bool weight_goes_left(const Conv2d& op) {
   if (!is_pointwise(op)) return false;
   if (op.x_stride.c != 1 || op.out_stride.c != 1) return true;
-  return op.n * op.h * op.w * (op.channels + op.outputs) < op.channels * op.outputs;
+  const int64_t whole_panels = op.h * op.w % kLanes == 0 ? 2 : 1;
+  return op.n * op.h * op.w * (op.channels + op.outputs) < whole_panels * op.channels * op.outputs;
 }
 
 // One row of all pixels, or one for each image, where rows of a 1x1 convolution follow each other in memory.
@@ -221,6 +272,25 @@ void conv2d(const Conv2d& given, const Executor& executor) {
 #endif
   with_storage(op.storage,
                [&](auto element) { Convolution<decltype(element), FloatTaps>(op, executor.threads).run(executor); });
+}
+
+void conv2d_pair(const Conv2d& first, const Conv2d& second, const Executor& executor) {
+  const auto run = [&](auto element, auto taps) {
+    using Pass = Convolution<decltype(element), decltype(taps)>;
+    Pass before(first, executor.threads);
+    Pass(second, executor.threads).run(executor, &before);
+  };
+#if defined(__AVX512BF16__)
+  if (second.storage == Storage::bfloat16) return run(BFloat16(), PairTaps());
+#endif
+  run(float(), FloatTaps());
+}
+
+bool pairs_conv2d(const Conv2d& first, const Conv2d& second) {
+  constexpr int64_t kImageChannels = 4;  // rows that two tasks need are made twice, which must be cheap
+  if (first.channels > kImageChannels || second.kh * second.kw == 1) return false;
+  return second.storage == Storage::float32 ||
+         (second.storage == Storage::bfloat16 && kPairs && second.channels % 2 == 0);
 }
 
 }  // namespace ffnet::FFNET_ISA

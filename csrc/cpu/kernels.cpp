@@ -11,6 +11,8 @@ void ffnified_attention(const FfnifiedAttention&, const Executor&);
 void ffnified_attention_backward(const FfnifiedAttentionBackward&, const Executor&);
 void channel_mixer(const ChannelMixer&, const Executor&);
 void conv2d(const Conv2d&, const Executor&);
+bool pairs_conv2d(const Conv2d&, const Conv2d&);
+void conv2d_pair(const Conv2d&, const Conv2d&, const Executor&);
 void pooled_linear(const PooledLinear&, const Executor&);
 void pointwise_conv2d_backward(const PointwiseConv2dBackward&, const Executor&);
 void branched_depthwise(const BranchedDepthwise&, const Executor&);
@@ -36,6 +38,8 @@ const Kernels* FFNET_TABLE_NAME(FFNET_ISA)() {
       FFNET_ISA::ffnified_attention_backward,
       FFNET_ISA::channel_mixer,
       FFNET_ISA::conv2d,
+      FFNET_ISA::pairs_conv2d,
+      FFNET_ISA::conv2d_pair,
       FFNET_ISA::pooled_linear,
       FFNET_ISA::pointwise_conv2d_backward,
       FFNET_ISA::branched_depthwise,

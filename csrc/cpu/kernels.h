@@ -188,6 +188,9 @@ struct Kernels {
   void (*ffnified_attention_backward)(const FfnifiedAttentionBackward&, const Executor&);
   void (*channel_mixer)(const ChannelMixer&, const Executor&);
   void (*conv2d)(const Conv2d&, const Executor&);
+  // Two in a row, where it can and pays; x and its strides of the second are not looked at, nor is out of the first.
+  bool (*pairs_conv2d)(const Conv2d& first, const Conv2d& second);
+  void (*conv2d_pair)(const Conv2d& first, const Conv2d& second, const Executor&);
   void (*pooled_linear)(const PooledLinear&, const Executor&);
   void (*pointwise_conv2d_backward)(const PointwiseConv2dBackward&, const Executor&);
   void (*branched_depthwise)(const BranchedDepthwise&, const Executor&);
