@@ -1,11 +1,12 @@
 // What the libraries' bindings share. Backend is their name in error messages.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <initializer_list>
+#include <array>
 #include <string>
 
 namespace ffnet {
@@ -36,9 +37,22 @@ inline bool suggests_channels_last(const Tensor& t) {
   return true;
 }
 
-inline Tensor empty_map(const Tensor& like, std::initializer_list<int64_t> size, bool channels_last) {
-  return torch::stable::empty(size, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
-                              channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+// A new map like torch::stable::empty makes it; that one looks its operator up by name in every call, which costs what
+// a small map does.
+inline Tensor empty_map(const Tensor& like, const std::array<int64_t, 4>& size, bool channels_last) {
+  const auto [n, c, h, w] = size;
+  const auto at_least_one = [](int64_t x) { return x > 1 ? x : 1; };
+  const int64_t row = at_least_one(w), plane = at_least_one(h) * row;
+  const std::array<int64_t, 4> stride = channels_last ? std::array<int64_t, 4>{h * w * c, 1, w * c, c}
+                                                      : std::array<int64_t, 4>{at_least_one(c) * plane, plane, row, 1};
+  int32_t dtype, device_type, device_index;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle out;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(4, size.data(), stride.data(), dtype, device_type, device_index, &out));
+  return Tensor(out);
 }
 
 }  // namespace ffnet

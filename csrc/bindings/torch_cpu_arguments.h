@@ -71,16 +71,15 @@ inline bool has_size(const Tensor& map, const std::array<int64_t, 4>& size) {
   return true;
 }
 
-// A per-channel vector, [C] or, as layer scales are stored, [C, 1, 1], as contiguous float32; keeps the copy alive
+// A per-channel vector as contiguous float32; keeps the copy alive
 // where one was needed.
 class ChannelVector {
  public:
   ChannelVector(const std::optional<Tensor>& vector, const char* name, int64_t channels, const Tensor& x) {
     if (!vector) return;
-    check_cpu(*vector, name, vector->dim() == 3 ? 3 : 1, x);
-    STD_TORCH_CHECK(vector->size(0) == channels && vector->numel() == channels, "ffnet_kernels (cpu): ", name,
-                    " must have ", channels, " elements");
-    tensor_ = torch::stable::contiguous(*vector);
+    check_cpu(*vector, name, 1, x);
+    STD_TORCH_CHECK(vector->size(0) == channels, "ffnet_kernels (cpu): ", name, " must have ", channels, " elements");
+    tensor_ = channels == 1 || vector->stride(0) == 1 ? *vector : torch::stable::contiguous(*vector);
     if (x.scalar_type() == ScalarType::Float) {
       data_ = static_cast<const float*>(tensor_->const_data_ptr());
     } else {

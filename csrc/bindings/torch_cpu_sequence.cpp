@@ -35,6 +35,17 @@ Conv2dArguments convolution(const Optional* t, const int64_t* numbers) {
           std::vector<int64_t>(numbers + kPadding, numbers + kNumbers), activation_of(numbers)};
 }
 
+// A layer scale as [C], which may be stored as [C, 1, 1].
+Optional flattened(const Optional& scale) {
+  if (!scale || scale->dim() != 3 || scale->size(1) != 1 || scale->size(2) != 1) return scale;
+  const int64_t channels = scale->size(0), stride = scale->stride(0);
+  int64_t offset;
+  AtenTensorHandle flat;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(scale->get(), &offset));
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(scale->get(), 1, &channels, &stride, offset, &flat));
+  return Tensor(flat);
+}
+
 Tensor run_layer(const Tensor& x, const Optional* t, const int64_t* numbers, double eps) {
   const Optional residual = numbers[kResidual] ? Optional(x) : std::nullopt;
   switch (numbers[kOperator]) {
@@ -47,13 +58,13 @@ Tensor run_layer(const Tensor& x, const Optional* t, const int64_t* numbers, dou
     case kFfnifiedAttention: {
       // With the projection before it, where the layer has one.
       const Tensor query = t[0] ? conv2d(x, *t[0], t[1], {1, 1}, {0, 0, 0, 0}, "none") : x;
-      return ffnified_attention(query, required(t[2]), t[3], required(t[4]), t[5], activation_of(numbers), t[6],
-                                residual);
+      return ffnified_attention(query, required(t[2]), t[3], required(t[4]), t[5], activation_of(numbers),
+                                flattened(t[6]), residual);
     }
     case kPooledLinear: return pooled_linear(x, {t[0], t[1], t[2], t[3], eps}, required(t[4]), t[5]);
     default:
       return channel_mixer(x, required(t[0]), t[1], required(t[2]), t[3], required(t[4]), t[5], activation_of(numbers),
-                           t[6], residual);
+                           flattened(t[6]), residual);
   }
 }
 
