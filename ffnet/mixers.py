@@ -311,8 +311,8 @@ class TokenMixer(ResidualMixer):
         layers.ffnified_attention(
             *layers.parameters(key, "weight", "bias"),
             *layers.parameters(value, "weight", "bias"),
-            "gelu",
             *layers.parameters(self, "layer_scale"),
+            activation="gelu",
             projection=layers.parameters(query, "weight", "bias"),
             residual=True,
         )
@@ -363,8 +363,8 @@ class ChannelMixer(ResidualMixer):
             *layers.parameters(main.part("query"), "weight", "bias"),
             *layers.parameters(main.part("interaction"), "weight", "bias"),
             *layers.parameters(main.part("aggregation"), "weight", "bias"),
-            "gelu",
             *layers.parameters(self, "layer_scale"),
+            activation="gelu",
             residual=True,
         )
         return True

@@ -68,8 +68,8 @@ class Stem(nn.Sequential):
             return False
         first: Any = self[0]
         second: Any = self[2]
-        layers.conv2d(*layers.parameters(first, "weight", "bias"), 2, 1, "gelu")
-        layers.conv2d(*layers.parameters(second, "weight", "bias"), 2, 1)
+        layers.conv2d(*layers.parameters(first, "weight", "bias"), stride=2, padding=1, activation="gelu")
+        layers.conv2d(*layers.parameters(second, "weight", "bias"), stride=2, padding=1)
         return True
 
 
@@ -263,7 +263,7 @@ class FFNet(nn.Module):
             return False
         if type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats:
             statistics = layers.parameters(norm, "weight", "bias", "running_mean", "running_var")
-            layers.pooled_linear(*layers.parameters(head, "weight", "bias"), statistics, norm.eps)
+            layers.pooled_linear(*layers.parameters(head, "weight", "bias"), norm=statistics, eps=norm.eps)
             return True
         if type(norm) is nn.Identity:
             layers.pooled_linear(*layers.parameters(head, "weight", "bias"))

@@ -47,7 +47,8 @@ class _Operated(nn.Conv2d):
     def add_layers(self, layers: Layers) -> bool:
         """What :class:`ffnet_kernels.sequence.Sequence` asks instead of calling ``forward``; so below."""
         add = layers.conv2d if self.operator == "conv2d" else layers.depthwise_conv2d
-        add(*layers.parameters(self, "weight", "bias"), self.stride, self.padding, self.activation)
+        weight, bias = layers.parameters(self, "weight", "bias")
+        add(weight, bias, stride=self.stride, padding=self.padding, activation=self.activation)
         return True
 
     def extra_repr(self) -> str:
@@ -149,6 +150,10 @@ def _plain(conv: nn.Conv2d) -> bool:
     )
 
 
+def _layer_scale(channels: int, value: float | None, factory: dict) -> nn.Parameter | None:
+    return None if value is None else nn.Parameter(torch.full((channels,), value, **factory))
+
+
 class FFNifiedAttention(nn.Module):
     """The token mixer after its query projection, see :func:`ffnet_kernels.ffnified_attention`.
 
@@ -161,6 +166,10 @@ class FFNifiedAttention(nn.Module):
 
     Shape: query ``[N, C, H, W]``, optional residual ``[N, C, H, W]``, to ``[N, C, H, W]``.
     """
+
+    key_bias: nn.Parameter | None
+    value_bias: nn.Parameter | None
+    scale: nn.Parameter | None
 
     def __init__(
         self,
@@ -180,9 +189,9 @@ class FFNifiedAttention(nn.Module):
         self.activation = activation
         self.key = nn.Parameter(torch.empty(shape, **factory))
         self.value = nn.Parameter(torch.empty(shape, **factory))
-        self.key_bias = nn.Parameter(torch.zeros(channels, **factory)) if bias else None
-        self.value_bias = nn.Parameter(torch.zeros(channels, **factory)) if bias else None
-        self.scale = None if layer_scale is None else nn.Parameter(torch.full((channels,), layer_scale, **factory))
+        self.register_parameter("key_bias", nn.Parameter(torch.zeros(channels, **factory)) if bias else None)
+        self.register_parameter("value_bias", nn.Parameter(torch.zeros(channels, **factory)) if bias else None)
+        self.register_parameter("scale", _layer_scale(channels, layer_scale, factory))
         for weight in (self.key, self.value):
             nn.init.trunc_normal_(weight, std=0.02)
 
@@ -193,10 +202,8 @@ class FFNifiedAttention(nn.Module):
         )  # fmt: skip
 
     def add_layers(self, layers: Layers) -> bool:
-        key, key_bias, value, value_bias, scale = layers.parameters(
-            self, "key", "key_bias", "value", "value_bias", "scale"
-        )
-        layers.ffnified_attention(key, key_bias, value, value_bias, self.activation, scale, residual=False)
+        tensors = layers.parameters(self, "key", "key_bias", "value", "value_bias", "scale")
+        layers.ffnified_attention(*tensors, activation=self.activation, residual=False)
         return True
 
     def extra_repr(self) -> str:
@@ -216,6 +223,11 @@ class ChannelMixer(nn.Module):
 
     Shape: ``[N, C, H, W]``, optional residual of the same shape, to ``[N, C, H, W]``.
     """
+
+    bias: nn.Parameter | None
+    expand_bias: nn.Parameter | None
+    project_bias: nn.Parameter | None
+    scale: nn.Parameter | None
 
     def __init__(
         self,
@@ -237,10 +249,9 @@ class ChannelMixer(nn.Module):
         self.weight = nn.Parameter(torch.empty((channels, 1, kernel_size, kernel_size), **factory))
         self.expand_weight = nn.Parameter(torch.empty((hidden, channels), **factory))
         self.project_weight = nn.Parameter(torch.empty((channels, hidden), **factory))
-        self.bias = nn.Parameter(torch.zeros(channels, **factory)) if bias else None
-        self.expand_bias = nn.Parameter(torch.zeros(hidden, **factory)) if bias else None
-        self.project_bias = nn.Parameter(torch.zeros(channels, **factory)) if bias else None
-        self.scale = None if layer_scale is None else nn.Parameter(torch.full((channels,), layer_scale, **factory))
+        for name, size in (("bias", channels), ("expand_bias", hidden), ("project_bias", channels)):
+            self.register_parameter(name, nn.Parameter(torch.zeros(size, **factory)) if bias else None)
+        self.register_parameter("scale", _layer_scale(channels, layer_scale, factory))
         for weight in (self.weight, self.expand_weight, self.project_weight):
             nn.init.trunc_normal_(weight, std=0.02)
 
@@ -251,10 +262,10 @@ class ChannelMixer(nn.Module):
         )  # fmt: skip
 
     def add_layers(self, layers: Layers) -> bool:
-        *weights_and_biases, scale = layers.parameters(
+        tensors = layers.parameters(
             self, "weight", "bias", "expand_weight", "expand_bias", "project_weight", "project_bias", "scale"
         )
-        layers.channel_mixer(*weights_and_biases, self.activation, scale, residual=False)
+        layers.channel_mixer(*tensors, activation=self.activation, residual=False)
         return True
 
     def extra_repr(self) -> str:

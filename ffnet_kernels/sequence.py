@@ -8,7 +8,6 @@ are read from the parameters themselves, in every call.
 
 from __future__ import annotations
 
-import functools
 import operator
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 _CONV2D, _DEPTHWISE_CONV2D, _FFNIFIED_ATTENTION, _CHANNEL_MIXER, _POOLED_LINEAR = range(5)
 _ACTIVATION = {name: index for index, name in enumerate(checks.ACTIVATIONS)}
 _NO_GEOMETRY = (0,) * 6
-_SKIPPED = (nn.Identity, nn.Dropout, nn.Dropout2d)
+_DROPOUTS = (nn.Dropout, nn.Dropout2d)
 
 
 class Layers:
@@ -44,17 +43,17 @@ class Layers:
         self.eps = 0.0
         self._registries: list[dict] = []  # of children and parameters
         self._hooks: list[dict] = []
-        self._modes: list[dict] = []
+        self._attributes: list[dict] = []
         self._content: list = []
         self._lasts = True
 
     def __len__(self) -> int:
         return len(self.numbers) // (3 + len(_NO_GEOMETRY))
 
-    def conv2d(self, weight, bias, stride=1, padding=0, activation: str = "none") -> None:
+    def conv2d(self, weight, bias, *, stride=1, padding=0, activation: str = "none") -> None:
         self._convolution(_CONV2D, weight, bias, stride, padding, activation)
 
-    def depthwise_conv2d(self, weight, bias, stride=1, padding=0, activation: str = "none") -> None:
+    def depthwise_conv2d(self, weight, bias, *, stride=1, padding=0, activation: str = "none") -> None:
         self._convolution(_DEPTHWISE_CONV2D, weight, bias, stride, padding, activation)
 
     def _convolution(self, kind: int, weight, bias, stride, padding, activation: str) -> None:
@@ -63,7 +62,7 @@ class Layers:
         self.numbers += (kind, _ACTIVATION[activation], False, *strides, *pads)
 
     def ffnified_attention(
-        self, key, key_bias, value, value_bias, activation: str, scale, *, projection=(None, None), residual: bool
+        self, key, key_bias, value, value_bias, scale, *, activation: str, projection=(None, None), residual: bool
     ) -> None:
         """``projection``: weight ``[C, C, 1, 1]`` and bias of the 1×1 convolution that makes the query, if any.
         ``residual``: whether the layer adds what came into it."""
@@ -71,13 +70,13 @@ class Layers:
         self.numbers += (_FFNIFIED_ATTENTION, _ACTIVATION[activation], residual, *_NO_GEOMETRY)
 
     def channel_mixer(
-        self, weight, bias, expand_weight, expand_bias, project_weight, project_bias, activation: str, scale, *,
-        residual: bool,
+        self, weight, bias, expand_weight, expand_bias, project_weight, project_bias, scale, *,
+        activation: str, residual: bool,
     ) -> None:  # fmt: skip
         self.tensors += (weight, bias, expand_weight, expand_bias, project_weight, project_bias, scale)
         self.numbers += (_CHANNEL_MIXER, _ACTIVATION[activation], residual, *_NO_GEOMETRY)
 
-    def pooled_linear(self, weight, bias, norm=(None, None, None, None), eps: float = 0.0) -> None:
+    def pooled_linear(self, weight, bias, *, norm=(None, None, None, None), eps: float = 0.0) -> None:
         """A classifier's head: ``weight · norm(mean over pixels) + bias``; `run` then returns ``[N, O]``.
 
         ``norm``: weight, bias, running mean and variance of a batch normalisation; ``eps`` is its own.
@@ -95,7 +94,7 @@ class Layers:
             return module.add_layers(self)  # type: ignore[operator]
         if kind is nn.Sequential:
             return all(map(self.add, module._modules.values()))  # type: ignore[arg-type]
-        return kind in _SKIPPED and not module.training
+        return kind is nn.Identity or (kind in _DROPOUTS and not module.training)
 
     def watch(self, module: nn.Module) -> bool:
         """Has the layers collected anew when children, hooks or the mode of ``module`` change. False if it is
@@ -103,10 +102,10 @@ class Layers:
         if module._modules:
             self._registries.append(module._modules)
         self._hooks += (module._forward_hooks, module._forward_pre_hooks)  # without gradients no others are called
-        self._modes.append(module.__dict__)
+        self._attributes.append(module.__dict__)
         return not any(self._hooks[-2:])
 
-    def parameters(self, module: nn.Module, *names: str) -> list[Tensor | None]:
+    def parameters(self, module: nn.Module, *names: str) -> list[Any]:
         """Parameters and buffers of a module by name."""
         registries = [registry for registry in (module._parameters, module._buffers) if registry]
         self._registries += registries
@@ -126,16 +125,16 @@ class Layers:
 
     def _look(self) -> list:
         content = chain.from_iterable(map(dict.values, self._registries))
-        return [*content, *map(operator.itemgetter("training"), self._modes)]
+        modes = map(operator.itemgetter("training"), self._attributes)
+        return [*content, *modes, *map(len, self._attributes)]  # a new attribute may be a `forward` of its own
 
     def run(self, x: Tensor) -> Tensor:
         """The result for a map ``[N, C, H, W]`` that the kernels take."""
         return torch.ops.ffnet_kernels.sequence.default(x, self.tensors, self.numbers, self.eps)
 
 
-@functools.cache
 def _adds_layers(kind: type) -> bool:
-    """Whether a class says what its ``forward`` computes; one derived from it with a ``forward`` of its own does not."""
+    """Whether a class says what its ``forward`` computes; one derived from it with another ``forward`` does not."""
     for cls in kind.__mro__:
         if "add_layers" in vars(cls):
             return True
@@ -185,7 +184,7 @@ class Sequence(nn.Sequential):
         return module
 
     def add_layers(self, layers: Layers) -> bool:
-        return all(map(layers.add, self._modules.values()))  # type: ignore[arg-type]
+        return all(map(layers.add, self._modules.values()))
 
     def forward(self, input: Tensor) -> Tensor:
         out = run(self, input)

@@ -8,7 +8,7 @@ import pytest
 from native_build import ROOT, build_with_fault, run_tests, sanitizer_environment
 
 PARITY = "tests/ffnet_kernels/test_parity.py"
-OTHERS = ("tests/ffnet_kernels/test_conv2d.py", "tests/ffnet_kernels/test_training_operators.py")
+OTHERS = tuple(f"tests/ffnet_kernels/test_{name}.py" for name in ("conv2d", "sequence", "training_operators"))
 QUICK = "--hypothesis-profile=quick"
 
 #: Faults are planted where the binding hands a call to the kernels, in what it tells them.

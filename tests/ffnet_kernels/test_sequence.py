@@ -1,0 +1,500 @@
+"""Layers in one call: they compute what they compute one by one, see every change, and step back where they cannot."""
+
+import copy
+import gc
+import pickle
+import weakref
+
+import parity
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.utils import parametrize
+
+import ffnet
+import ffnet_kernels as fk
+from ffnet_kernels import sequence
+from ffnet_kernels.selftest import error_limit
+from ffnet_kernels.sequence import Layers, Sequence
+
+pytestmark = parity.needs_native
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TINY = {"depths": (1, 2), "dims": (24, 48), "token_kernels": (3, 7), "stem_width": 10, "num_classes": 21}
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def tiny(dtype=torch.float32, **options):
+    """A small FFNet whose parameters and statistics all matter."""
+    model = ffnet.FFNet(**{**TINY, **options}).eval()
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            tensor.uniform_(0.5, 1.5) if "var" in name else tensor.normal_(std=0.3)
+    return model.to(dtype)
+
+
+def layers_of_a_sequential(**options):
+    conv = nn.Conv2d(6, 16, 1)
+    return nn.Sequential(
+        conv, nn.GELU(), nn.Identity(), nn.Conv2d(16, 32, 5, stride=2, padding=2, groups=16), nn.Dropout(0.5),
+        nn.Sequential(nn.Conv2d(32, 8, 1), nn.ReLU()), fk.ChannelMixer(8, 3), **options,
+    ).eval()  # fmt: skip
+
+
+@pytest.fixture
+def optimized():
+    model = fk.optimize(layers_of_a_sequential())
+    assert type(model) is Sequence
+    return model
+
+
+def calls(model, x):
+    """The operators of this package that a forward pass calls, and its result."""
+    with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        out = model(x)
+    prefix = "ffnet_kernels::"
+    return [event.name.removeprefix(prefix) for event in profile.events() if event.name.startswith(prefix)], out
+
+
+def one_by_one(model, x):
+    """What the layers compute, called one after the other."""
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sequence, "_applies", lambda x: False)
+        return model(x)
+
+
+def assert_close(got, expected, plain):
+    assert (got.double() - expected).abs().max().item() <= error_limit(expected, plain)
+
+
+@parity.every_isa
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"layer_scale_init": 0.5, "channel_kernel": 3}], ids=["plain", "scaled"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
+def test_a_model_is_one_call(isa, dtype, options, layout):
+    model = tiny(dtype, **options)
+    x = torch.randn(3, 3, 37, 51).to(dtype).contiguous(memory_format=layout)
+    plain, exact = ffnet.reparameterize(model), ffnet.reparameterize(copy.deepcopy(model).double())
+    with parity.selected_isa(isa):
+        names, out = calls(fk.optimize(model), x)
+    assert names == ["sequence"]
+    with torch.no_grad():
+        assert_close(out, exact(x.double()), plain(x))
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 7, 8, 9, 17])
+@pytest.mark.parametrize("norm", ["batch", "folded"])
+def test_batches_of_the_head(size, norm):
+    model = fk.optimize(ffnet.reparameterize(tiny()) if norm == "folded" else tiny())
+    x = torch.randn(size, 3, 32, 32)
+    out = calls(model, x)[1]
+    assert out.shape == (size, 21)
+    torch.testing.assert_close(out, one_by_one(model, x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_layer_norm_keeps_the_head_outside():
+    names, out = calls(fk.optimize(tiny(norm="layer")), torch.randn(1, 3, 32, 32))
+    assert set(names) == {"sequence"}
+    assert out.shape == (1, 21)
+
+
+def test_layers_are_collected_once(optimized):
+    model, x = fk.optimize(tiny(layer_scale_init=0.5)), torch.randn(1, 3, 32, 32)
+    for module, map_ in ((optimized, torch.randn(2, 6, 15, 11)), (model, x)):
+        calls(module, map_)
+        layers = sequence._collected[module]
+        calls(module, map_)
+        assert sequence._collected[module] is layers
+
+
+def test_a_sequential_is_one_call(optimized):
+    x = torch.randn(2, 6, 15, 11)
+    names, out = calls(optimized, x)
+    assert names == ["sequence"]
+    torch.testing.assert_close(out, one_by_one(optimized, x), rtol=1e-5, atol=1e-5)
+
+
+@st.composite
+def pairs(draw):
+    size = draw(st.integers(0, 3)), draw(st.integers(1, 5)), draw(st.integers(1, 24)), draw(st.integers(1, 40))
+    one = {"outputs": draw(st.sampled_from([1, 2, 15, 32, 40])), "kernel": draw(st.sampled_from([1, 3, (3, 2)]))}
+    two = {"outputs": draw(st.sampled_from([1, 16, 33, 48])), "kernel": draw(st.sampled_from([1, 2, 3, (5, 1), 7]))}
+    for options in (one, two):
+        options |= {"stride": draw(st.sampled_from([1, 2, (2, 1)])), "padding": draw(st.sampled_from([0, 1, (2, 4)]))}
+    return (
+        size,
+        one,
+        two,
+        draw(st.sampled_from(DTYPES)),
+        draw(st.sampled_from(parity.LAYOUTS)),
+        draw(st.integers(0, 99)),
+    )
+
+
+@given(pairs())
+def test_two_convolutions_in_a_row(case):
+    """An image's are computed without the map between them."""
+    size, one, two, dtype, layout, seed = case
+    generator = torch.Generator().manual_seed(seed)
+    x = parity.laid_out(size, layout, generator, dtype=dtype)
+    convolutions = []
+    for inputs, options in ((size[1], one), (one["outputs"], two)):
+        conv = nn.Conv2d(inputs, options["outputs"], options["kernel"], options["stride"], options["padding"])
+        for parameter in conv.parameters():
+            nn.init.normal_(parameter, std=0.3, generator=generator)
+        convolutions.append(conv.to(dtype).requires_grad_(False))
+    first, second = convolutions
+
+    def exact(x, conv):
+        bias = conv.bias.double()
+        return F.conv2d(x.double(), conv.weight.double(), bias, conv.stride, conv.padding)
+
+    layers = Layers()
+    layers.conv2d(first.weight, first.bias, stride=first.stride, padding=first.padding, activation="gelu")
+    layers.conv2d(second.weight, second.bias, stride=second.stride, padding=second.padding, activation="relu")
+    try:
+        plain = F.relu(second(F.gelu(first(x))))
+    except RuntimeError:  # a map smaller than a filter
+        with pytest.raises(RuntimeError, match=r"smaller than the kernel|height and width"):
+            layers.run(x)
+        return
+    expected = F.relu(exact(F.gelu(exact(x, first)).to(dtype), second))
+    for isa in parity.ISAS:
+        with parity.selected_isa(isa):
+            out = layers.run(x)
+        assert out.shape == expected.shape
+        assert out.dtype == dtype
+        if out.numel():
+            assert_close(out, expected, plain)
+
+
+# ---- changes --------------------------------------------------------------------------------------------------------
+
+
+def replace_parameter(model):
+    model[0].weight = nn.Parameter(torch.randn_like(model[0].weight))
+
+
+def write_into_parameter(model):
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+
+
+def write_behind_its_back(model):
+    model[0].bias.data.add_(1)
+
+
+def set_data(model):
+    model[3].weight.data = torch.randn_like(model[3].weight)
+
+
+def drop_bias(model):
+    model[0].bias = None
+
+
+def load(model):
+    model.load_state_dict({name: torch.randn_like(value) for name, value in model.state_dict().items()})
+
+
+def load_by_assignment(model):
+    state = {name: torch.randn_like(value) for name, value in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+
+
+def replace_layer(model):
+    model[5] = nn.Sequential(nn.Conv2d(32, 8, 3, padding=1))
+
+
+def replace_inner_layer(model):
+    model[5][0] = nn.Conv2d(32, 8, 1)
+
+
+def append_layer(model):
+    model.append(nn.Conv2d(8, 4, 1))
+
+
+def remove_layer(model):
+    del model[6]
+
+
+def hook_layer(model):
+    model[3].register_forward_hook(lambda module, args, out: out * 2)
+
+
+def hook_before_inner_container(model):
+    model[5].register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+
+
+def compute_weight(model):
+    class Doubled(nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    parametrize.register_parametrization(model[0], "weight", Doubled())
+
+
+def override_forward(model):
+    forward = model[5].forward
+    model[5].forward = lambda x: 2 * forward(x)
+
+
+CHANGES = [
+    replace_parameter, write_into_parameter, write_behind_its_back, set_data, drop_bias, load, load_by_assignment,
+    replace_layer, replace_inner_layer, append_layer, remove_layer, hook_layer, hook_before_inner_container,
+    compute_weight, override_forward,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_change_is_seen(optimized, change):
+    x = torch.randn(2, 6, 15, 11)
+    with torch.no_grad():
+        before = optimized(x)
+        change(optimized)
+        out = optimized(x)
+    assert out.shape != before.shape or not torch.allclose(out, before, rtol=0.01)
+    torch.testing.assert_close(out, one_by_one(optimized, x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_computed_weight_is_computed_in_each_call(optimized):
+    compute_weight(optimized)
+    x = torch.randn(2, 6, 15, 11)
+    with torch.no_grad():
+        optimized(x)
+        optimized[0].parametrizations.weight.original.add_(1)
+        torch.testing.assert_close(optimized(x), one_by_one(optimized, x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_hook_that_is_removed_gives_the_call_back(optimized):
+    x = torch.randn(2, 6, 15, 11)
+    seen = []
+    handle = optimized[3].register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    assert len(calls(optimized, x)[0]) > 1
+    assert len(seen) == 1
+    handle.remove()
+    assert calls(optimized, x)[0] == ["sequence"]
+
+
+def test_a_hook_on_all_modules_is_called(optimized):
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: seen.append(type(module)))
+    try:
+        calls(optimized, torch.randn(2, 6, 15, 11))
+    finally:
+        handle.remove()
+    assert {Sequence, fk.DepthwiseConv2d, fk.ChannelMixer} <= set(seen)
+
+
+@pytest.mark.parametrize("change", [lambda model: model.train(), lambda model: model[4].train()], ids=["all", "one"])
+def test_dropout_in_training_mode_drops(optimized, change):
+    x = torch.randn(2, 6, 15, 11)
+    with torch.no_grad():
+        optimized(x)
+        change(optimized)
+        assert not torch.equal(optimized(x), optimized(x))
+        optimized.eval()
+    assert calls(optimized, x)[0] == ["sequence"]
+
+
+def test_a_change_in_a_model_is_seen():
+    model, x = fk.optimize(tiny()), torch.randn(1, 3, 32, 32)
+    for change in (
+        lambda: model.reset_classifier(5),
+        lambda: setattr(model.stages[1][1], "channel_mixer", nn.Identity()),
+        lambda: model.norm.running_mean.add_(1),
+        lambda: setattr(model.norm, "running_var", torch.rand(48) + 1),
+        lambda: setattr(model, "norm", nn.BatchNorm2d(48)),
+        lambda: model.head.register_forward_hook(lambda module, args, result: result + 1),
+    ):
+        with torch.no_grad():
+            before = model(x)
+            change()
+            out = model.eval()(x)
+        assert out.shape != before.shape or not torch.allclose(out, before, rtol=0.01)
+        torch.testing.assert_close(out, one_by_one(model, x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_a_copy_stands_alone(optimized, copied):
+    x = torch.randn(2, 6, 15, 11)
+    with torch.no_grad():
+        before = optimized(x)
+        other = copied(optimized)
+        assert torch.equal(other(x), before)
+        other[0].weight.zero_()
+        assert not torch.allclose(other(x), before)
+        assert torch.equal(optimized(x), before)
+
+
+def test_other_dtypes_follow(optimized):
+    x = torch.randn(2, 6, 15, 11)
+    calls(optimized, x)
+    names, out = calls(optimized.bfloat16(), x.bfloat16())
+    assert names == ["sequence"]
+    assert out.dtype == torch.bfloat16
+    assert calls(optimized.double(), x.double())[0] == []  # plain PyTorch
+
+
+def test_it_is_freed_with_its_module():
+    collected = len(sequence._collected)
+    model = fk.optimize(layers_of_a_sequential())
+    calls(model, torch.randn(2, 6, 15, 11))
+    assert len(sequence._collected) == collected + 1
+    weight = weakref.ref(model[0].weight)
+    del model
+    gc.collect()
+    assert weight() is None
+    assert len(sequence._collected) == collected
+
+
+# ---- where it does not apply ----------------------------------------------------------------------------------------
+
+
+def test_gradients_go_layer_by_layer(optimized):
+    x = torch.randn(2, 6, 15, 11)
+    optimized(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in optimized.parameters())
+
+
+def test_autocast_goes_layer_by_layer(optimized):
+    with torch.autocast("cpu", torch.bfloat16):
+        names, out = calls(optimized, torch.randn(2, 6, 15, 11))
+    assert "sequence" not in names
+    assert out.dtype == torch.bfloat16
+
+
+def test_a_forced_backend_goes_layer_by_layer(optimized):
+    with fk.use_backend("reference"):
+        assert calls(optimized, torch.randn(2, 6, 15, 11))[0] == []
+
+
+def test_compile_sees_the_layers(optimized):
+    x = torch.randn(2, 6, 15, 11)
+    with torch.no_grad():
+        compiled = torch.compile(optimized, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), optimized(x), rtol=1e-5, atol=1e-5)
+
+
+def test_functional_call_is_obeyed(optimized):
+    x = torch.randn(2, 6, 15, 11)
+    with torch.no_grad():
+        optimized(x)
+        state = {name: 2 * value for name, value in optimized.state_dict().items()}
+        out = torch.func.functional_call(optimized, state, (x,))
+        optimized.load_state_dict(state)
+        torch.testing.assert_close(out, optimized(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_class_with_a_forward_of_its_own_is_called():
+    class Louder(fk.ChannelMixer):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    x = torch.randn(1, 8, 6, 6)
+    model = nn.Sequential(nn.Conv2d(8, 8, 1), Louder(8, 3)).eval()
+    optimized = fk.optimize(model)
+    assert type(optimized) is nn.Sequential
+    with torch.no_grad():
+        torch.testing.assert_close(optimized(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+class TwiceFeatures(ffnet.FFNet):
+    def forward_features(self, x):
+        return 2 * super().forward_features(x)
+
+
+def test_a_derived_model_runs_its_own_methods():
+    model = TwiceFeatures(**TINY).eval()
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(fk.optimize(model)(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.ones(2, 5, 8, 8), "shape"),
+        (torch.ones(2, 6, 8, 8, dtype=torch.bfloat16), "dtype"),
+        (torch.ones(8, 8), "dimension|[Ee]xpected"),
+    ],
+)
+def test_what_is_wrong_is_said_as_by_the_layers(optimized, x, message):
+    with torch.no_grad(), pytest.raises((ValueError, RuntimeError), match=message):
+        optimized(x)
+
+
+def test_a_map_without_batch_is_taken(optimized):
+    x = torch.randn(6, 15, 11)
+    with torch.no_grad():
+        torch.testing.assert_close(optimized[:1](x), optimized[:1](x[None])[0])
+
+
+def numbers(kind, activation=0, residual=0, stride=(1, 1), padding=(0, 0, 0, 0)):
+    return [kind, activation, residual, *stride, *padding]
+
+
+MAP, WEIGHT, HEAD = torch.ones(1, 4, 5, 5), torch.ones(4, 4, 1, 1), [None] * 4
+
+
+@pytest.mark.parametrize(
+    ("tensors", "layers", "message"),
+    [
+        ([], [], "numbers"),
+        ([WEIGHT, None], numbers(0)[:-1], "numbers"),
+        ([WEIGHT, None], numbers(7), "unknown operator"),
+        ([WEIGHT, None], numbers(-1), "unknown operator"),
+        ([WEIGHT, None], numbers(0, activation=5), "unknown activation"),
+        ([WEIGHT, None], numbers(0, activation=-1), "unknown activation"),
+        ([WEIGHT], numbers(0), "expected 2 tensors"),
+        ([WEIGHT, None, None], numbers(0), "expected 2 tensors"),
+        ([WEIGHT, None, WEIGHT], numbers(0) * 2, "expected 4 tensors"),
+        ([None, None], numbers(0), "lacks a weight"),
+        ([None, None], numbers(1), "lacks a weight"),
+        ([None] * 7, numbers(2), "lacks a weight"),
+        ([None] * 7, numbers(3), "lacks a weight"),
+        ([None] * 6, numbers(4), "lacks a weight"),
+        ([WEIGHT, None], numbers(0, stride=(3, 1)), "stride"),
+        ([WEIGHT, None], numbers(0, padding=(-1, 0, 0, 0)), "padding"),
+        ([WEIGHT.double(), None], numbers(0), "dtype"),
+        ([WEIGHT, torch.ones(3)], numbers(0), "4 elements"),
+        ([torch.ones(4, 3, 1, 1), None], numbers(0), "shape"),
+        ([*HEAD, torch.ones(2, 3), None], numbers(4), "columns"),
+        ([*HEAD, torch.ones(2, 4), torch.ones(3)], numbers(4), "2 elements"),
+        ([torch.ones(4), None, None, None, torch.ones(2, 4), None], numbers(4), "all of its tensors or none"),
+        ([*[torch.ones(3)] * 4, torch.ones(2, 4), None], numbers(4), "4 elements"),
+        ([*HEAD, torch.ones(2, 4), None, WEIGHT, None], numbers(4) + numbers(0), "4-dimensional"),
+    ],
+)
+def test_a_raw_call_is_checked(tensors, layers, message):
+    with torch.no_grad(), pytest.raises(RuntimeError, match=message):
+        torch.ops.ffnet_kernels.sequence(MAP, tensors, layers, 1e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_nonfinite_pixel_shows_where_it_does_without(value):
+    model = fk.optimize(tiny()).eval()
+    x = torch.randn(2, 3, 32, 32)
+    x[0, 1, 3, 5] = value
+    out = calls(model, x)[1]
+    assert torch.equal(out.isfinite(), one_by_one(model, x).isfinite())
+    assert not out[0].isfinite().any()
+    assert out[1].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_same_bits_on_any_number_of_threads(dtype):
+    model, x = fk.optimize(tiny(dtype)), torch.randn(3, 3, 61, 47).to(dtype)
+    threads, outputs = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            outputs.append(calls(model, x)[1])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(out, outputs[0]) for out in outputs)
