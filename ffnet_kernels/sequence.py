@@ -1,6 +1,6 @@
 """Layers in a row as one call: what eager inference on the CPU spends between operators is Python.
 
-A small model calls an operator every 0.2 ms, and tens of microseconds of modules, attributes and arguments lie between
+A small model calls its operators in quick succession, and modules, attributes and checks of arguments lie between
 two calls. `Sequence` hands all its layers to one native operator. What they are is collected once and looked over in
 each call: it is collected anew when a module or parameter in it was replaced, hooked or put into training mode. Values
 are read from the parameters themselves, in every call.
