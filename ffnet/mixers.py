@@ -217,14 +217,16 @@ class ResidualMixer(nn.Module):
         """``residual + layer_scale * main(x)`` through the fused operator; no residual, no sum."""
         raise NotImplementedError(f"{type(self).__name__} has no fused operator")
 
-    def add_layers(self, layers: Layers) -> bool:
+    def add_kernel_layers(self, layers: Layers) -> bool:
         """``forward`` with the fused operator, for a model whose layers run in one call: `ffnet_kernels.sequence`."""
+        if type(self) not in (TokenMixer, ChannelMixer) or "fused_forward" in self.__dict__:
+            return False
         main: Any = self.main
         for module in (main, self.drop_path):
-            layers.watch(module)
-        return self.kernels_enabled and not self.drop_path.active and self._add_layers(layers, main)
+            layers.watch(module, called=False)
+        return self.kernels_enabled and not self.drop_path.active and self._add_kernel_layers(layers, main)
 
-    def _add_layers(self, layers: Layers, main: MetaMixer) -> bool:
+    def _add_kernel_layers(self, layers: Layers, main: MetaMixer) -> bool:
         return False
 
     def kernels_apply(self) -> bool:
@@ -304,7 +306,7 @@ class TokenMixer(ResidualMixer):
             residual=residual,
         )
 
-    def _add_layers(self, layers: Layers, main: MetaMixer) -> bool:
+    def _add_kernel_layers(self, layers: Layers, main: MetaMixer) -> bool:
         query, key, value = main.part("query"), main.part("interaction"), main.part("aggregation")
         if not layers.watch(query) or not is_pointwise(query):
             return False
@@ -358,7 +360,7 @@ class ChannelMixer(ResidualMixer):
             residual=residual,
         )
 
-    def _add_layers(self, layers: Layers, main: MetaMixer) -> bool:
+    def _add_kernel_layers(self, layers: Layers, main: MetaMixer) -> bool:
         layers.channel_mixer(
             *layers.parameters(main.part("query"), "weight", "bias"),
             *layers.parameters(main.part("interaction"), "weight", "bias"),

@@ -63,7 +63,7 @@ class Stem(nn.Sequential):
         x = ffnet_kernels.conv2d(x, first.weight, first.bias, stride=2, padding=1, activation="gelu")
         return ffnet_kernels.conv2d(x, second.weight, second.bias, stride=2, padding=1)
 
-    def add_layers(self, layers: sequence.Layers) -> bool:
+    def add_kernel_layers(self, layers: sequence.Layers) -> bool:
         if not self.kernels_enabled:
             return False
         first: Any = self[0]
@@ -83,7 +83,7 @@ class Downsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(x)
 
-    def add_layers(self, layers: sequence.Layers) -> bool:
+    def add_kernel_layers(self, layers: sequence.Layers) -> bool:
         return layers.add(self.proj)
 
 
@@ -113,7 +113,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.channel_mixer(self.token_mixer(x))
 
-    def add_layers(self, layers: sequence.Layers) -> bool:
+    def add_kernel_layers(self, layers: sequence.Layers) -> bool:
         return layers.add(self.token_mixer) and layers.add(self.channel_mixer)
 
 
@@ -252,14 +252,19 @@ class FFNet(nn.Module):
         out = sequence.run(self, x)
         return self.forward_head(self.forward_features(x)) if out is None else out
 
-    def add_layers(self, layers: sequence.Layers) -> bool:
+    def add_kernel_layers(self, layers: sequence.Layers) -> bool:
         """``forward``, where all parts are on kernels and the head is the usual one: `ffnet_kernels.sequence`."""
         norm: Any = self.norm
         head: Any = self.head
-        if type(self) is not FFNet or not all(map(layers.add, (self.patch_embed, *self.stages, self.head_drop))):
+        steps = {"forward_features", "forward_head", "_forward_stem", "_forward_stage"}
+        if type(self) is not FFNet or not steps.isdisjoint(self.__dict__):
             return False
-        watched = [layers.watch(module) for module in (self.stages, norm, head)]
-        if not all(watched) or norm.training or type(head) is not nn.Linear:
+        layers.watch(self.stages, called=False)
+        if not all(map(layers.add, (self.patch_embed, *self.stages, self.head_drop))):
+            return False
+        if not all(map(layers.watch, (norm, head))) or norm.training or type(head) is not nn.Linear:
+            return False
+        if any(tensor.dtype != head.weight.dtype for tensor in norm.parameters()):
             return False
         if type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats:
             statistics = layers.parameters(norm, "weight", "bias", "running_mean", "running_var")

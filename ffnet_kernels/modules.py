@@ -44,7 +44,7 @@ class _Operated(nn.Conv2d):
             stride=self.stride, padding=self.padding, activation=self.activation,  # type: ignore[arg-type]
         )  # fmt: skip
 
-    def add_layers(self, layers: Layers) -> bool:
+    def add_kernel_layers(self, layers: Layers) -> bool:
         """What :class:`ffnet_kernels.sequence.Sequence` asks instead of calling ``forward``; so below."""
         add = layers.conv2d if self.operator == "conv2d" else layers.depthwise_conv2d
         weight, bias = layers.parameters(self, "weight", "bias")
@@ -201,7 +201,7 @@ class FFNifiedAttention(nn.Module):
             activation=self.activation, scale=self.scale, residual=residual,
         )  # fmt: skip
 
-    def add_layers(self, layers: Layers) -> bool:
+    def add_kernel_layers(self, layers: Layers) -> bool:
         tensors = layers.parameters(self, "key", "key_bias", "value", "value_bias", "scale")
         layers.ffnified_attention(*tensors, activation=self.activation, residual=False)
         return True
@@ -261,7 +261,7 @@ class ChannelMixer(nn.Module):
             activation=self.activation, scale=self.scale, residual=residual,
         )  # fmt: skip
 
-    def add_layers(self, layers: Layers) -> bool:
+    def add_kernel_layers(self, layers: Layers) -> bool:
         tensors = layers.parameters(
             self, "weight", "bias", "expand_weight", "expand_bias", "project_weight", "project_bias", "scale"
         )

@@ -120,10 +120,12 @@ def _replace(model: nn.Module) -> list[Replacement]:
 
 def _join(module: nn.Module, joined: dict[nn.Module, nn.Module]) -> nn.Module:
     """The module with every outermost ``nn.Sequential`` whose layers can run in one call as a `Sequence`."""
-    if type(module) is nn.Sequential and Layers().add(module):
-        return joined.setdefault(module, Sequence.from_sequential(module))
-    for name, child in module.named_children():
-        if (other := _join(child, joined)) is not child:
+    if type(module) is nn.Sequential:
+        layers = Layers()
+        if layers.add(module) and len(layers) > 1:
+            return joined.setdefault(module, Sequence.from_sequential(module))
+    for name, child in list(module._modules.items()):
+        if child is not None and (other := _join(child, joined)) is not child:
             module.register_module(name, other)
     return module
 

@@ -2,16 +2,16 @@
 
 A small model calls its operators in quick succession, and modules, attributes and checks of arguments lie between
 two calls. `Sequence` hands all its layers to one native operator. What they are is collected once and looked over in
-each call: it is collected anew when a module or parameter in it was replaced, hooked or put into training mode. Values
-are read from the parameters themselves, in every call.
+each call: it is collected anew when the class, an attribute, a child, a parameter or a hook of a module in it has
+changed. Values are read from the parameters themselves, in every call.
 """
 
 from __future__ import annotations
 
-import operator
+from collections import defaultdict
 from itertools import chain
+from operator import is_, itemgetter
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -29,23 +29,35 @@ _NO_GEOMETRY = (0,) * 6
 _DROPOUTS = (nn.Dropout, nn.Dropout2d)
 
 
+_COLLECTED = "_collected_layers"  # the attribute that keeps the layers of a module
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")  # without gradients no others are called
+
+
 class Layers:
     """Operators in the order in which they run, each on the result of the one before.
 
-    A module that can run here defines ``add_layers(layers) -> bool``, which stands for its ``forward`` of one map: it
-    calls `watch` for every further module that decides what runs, takes tensors from `parameters`, and adds operators
-    by the methods named like them. Nothing is checked before the operators run.
+    A module that can run here defines ``add_kernel_layers(layers) -> bool``, which stands for its ``forward`` of one
+    map: it calls `watch` for every further module that decides what runs, takes tensors from `parameters`, and adds
+    operators by the methods named like them.
     """
 
     def __init__(self) -> None:
         self.tensors: list[Tensor | None] = []
         self.numbers: list[int] = []
         self.eps = 0.0
-        self._registries: list[dict] = []  # of children and parameters
-        self._hooks: list[dict] = []
-        self._attributes: list[dict] = []
-        self._content: list = []
-        self._lasts = True
+        self.refused = False
+        self._modules: list[nn.Module] = []
+        self._attributes: list[dict] = []  # of these modules
+        # By name of a registry, such as "_modules", the attributes of the modules whose entries in it matter.
+        self._registered: defaultdict[str, list[dict]] = defaultdict(list)
+        self._computed = False
+        self._snapshot: tuple = ()
+
+    def __deepcopy__(self, memo: dict) -> None:
+        """A copy of a module collects its own."""
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()
 
     def __len__(self) -> int:
         return len(self.numbers) // (3 + len(_NO_GEOMETRY))
@@ -85,48 +97,66 @@ class Layers:
         self.numbers += (_POOLED_LINEAR, _ACTIVATION["none"], False, *_NO_GEOMETRY)
         self.eps = eps
 
-    def add(self, module: nn.Module) -> bool:
+    def add(self, module: nn.Module | None) -> bool:
         """Adds what ``module`` computes. False if it cannot, or if something waits for the module to be called."""
-        if not self.watch(module) or "forward" in module.__dict__:
+        if module is None or not self.watch(module):
             return False
         kind = type(module)
         if _adds_layers(kind):
-            return module.add_layers(self)  # type: ignore[operator]
+            return module.add_kernel_layers(self)  # type: ignore[operator]
         if kind is nn.Sequential:
-            return all(map(self.add, module._modules.values()))  # type: ignore[arg-type]
+            return all(map(self.add, module._modules.values()))
         return kind is nn.Identity or (kind in _DROPOUTS and not module.training)
 
-    def watch(self, module: nn.Module) -> bool:
-        """Has the layers collected anew when children, hooks or the mode of ``module`` change. False if it is
-        hooked."""
-        if module._modules:
-            self._registries.append(module._modules)
-        self._hooks += (module._forward_hooks, module._forward_pre_hooks)  # without gradients no others are called
-        self._attributes.append(module.__dict__)
-        return not any(self._hooks[-2:])
+    def watch(self, module: nn.Module, *, called: bool = True) -> bool:
+        """Has the layers collected anew when ``module`` changes.
+
+        Returns whether it does what its class does, when it is ``called``: it has no hook and no ``forward`` of its
+        own.
+        """
+        attributes = module.__dict__
+        self._modules.append(module)
+        self._attributes.append(attributes)
+        if module._modules or isinstance(module, nn.Sequential):
+            self._registered["_modules"].append(attributes)
+        if not called:
+            return True
+        for name in _HOOKS:
+            self._registered[name].append(attributes)
+        return "forward" not in attributes and not any(attributes[name] for name in _HOOKS)
 
     def parameters(self, module: nn.Module, *names: str) -> list[Any]:
         """Parameters and buffers of a module by name."""
-        registries = [registry for registry in (module._parameters, module._buffers) if registry]
-        self._registries += registries
-        self._lasts &= set(names) <= set(chain.from_iterable(registries))  # others are computed at each look at them
+        attributes = module.__dict__
+        for registry in ("_parameters", "_buffers"):
+            if not attributes[registry].keys().isdisjoint(names):
+                self._registered[registry].append(attributes)
+        self._computed |= not set(names) <= {*module._parameters, *module._buffers}
         return [getattr(module, name) for name in names]
 
     def remember(self) -> None:
         """What is watched, as it is now."""
-        self._content = self._look()
+        self._snapshot = self._look()
 
     def are_current(self) -> bool:
         """Whether what is watched is what it was."""
-        if not self._lasts or any(self._hooks):
+        if self._computed:
             return False
-        content = self._look()
-        return len(content) == len(self._content) and all(map(operator.is_, content, self._content))
+        kinds, attributes, content = self._look()
+        old_kinds, old_attributes, old_content = self._snapshot
+        try:
+            unchanged = kinds == old_kinds and attributes == old_attributes
+        except Exception:  # of a comparison of whatever users keep in a module
+            return False
+        return unchanged and len(content) == len(old_content) and all(map(is_, content, old_content))
 
-    def _look(self) -> list:
-        content = chain.from_iterable(map(dict.values, self._registries))
-        modes = map(operator.itemgetter("training"), self._attributes)
-        return [*content, *modes, *map(len, self._attributes)]  # a new attribute may be a `forward` of its own
+    def _look(self) -> tuple[list, list, list]:
+        registries = (map(itemgetter(name), owners) for name, owners in self._registered.items())
+        return (
+            list(map(type, self._modules)),
+            list(map(list, map(dict.values, self._attributes))),
+            [*chain.from_iterable(map(dict.values, chain.from_iterable(registries)))],
+        )
 
     def run(self, x: Tensor) -> Tensor:
         """The result for a map ``[N, C, H, W]`` that the kernels take."""
@@ -136,7 +166,7 @@ class Layers:
 def _adds_layers(kind: type) -> bool:
     """Whether a class says what its ``forward`` computes; one derived from it with another ``forward`` does not."""
     for cls in kind.__mro__:
-        if "add_layers" in vars(cls):
+        if "add_kernel_layers" in vars(cls):
             return True
         if "forward" in vars(cls):
             return False
@@ -149,24 +179,24 @@ def _applies(x: Any) -> bool:
         dispatch.is_plain_cpu_call("sequence", x, (), ())
         and not nn_module._global_forward_hooks
         and not nn_module._global_forward_pre_hooks
+        and not torch.jit.is_tracing()
+        and torch._C._len_torch_dispatch_stack() == 0
     )
 
 
-_collected: WeakKeyDictionary[nn.Module, Layers] = WeakKeyDictionary()
-
-
 def run(module: Any, x: Tensor) -> Tensor | None:
-    """What ``module.add_layers`` adds, on a map; None where that does not apply and the module is to run as written."""
+    """What ``module.add_kernel_layers`` adds, on a map; None where that does not apply and the module is to run as
+    written."""
     if not _applies(x):
         return None
-    layers = _collected.get(module)
+    layers = module.__dict__.get(_COLLECTED)
     if layers is None or not layers.are_current():
-        layers = Layers()
-        layers.watch(module)
-        if not module.add_layers(layers):
-            return None
+        layers = module.__dict__[_COLLECTED] = Layers()
+        layers.watch(module, called=False)
+        layers.refused = not module.add_kernel_layers(layers) or not layers.numbers
         layers.remember()
-        _collected[module] = layers
+    if layers.refused:
+        return None
     try:
         return layers.run(x)
     except (RuntimeError, TypeError):
@@ -183,7 +213,7 @@ class Sequence(nn.Sequential):
         module.__dict__ = dict(sequential.__dict__)
         return module
 
-    def add_layers(self, layers: Layers) -> bool:
+    def add_kernel_layers(self, layers: Layers) -> bool:
         return all(map(layers.add, self._modules.values()))
 
     def forward(self, input: Tensor) -> Tensor:

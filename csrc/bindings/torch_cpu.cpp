@@ -170,11 +170,13 @@ std::optional<Tensor> conv2d_pair(const Tensor& x, const Conv2dArguments& first,
   Conv2dCall two(x, {one.op.n, one.op.outputs, one.op.out_h, one.op.out_w}, second.weight, second.bias, second.stride,
                  second.padding, second.activation);
   const Kernels& kernels = active_kernels();
+  // What a map of single elements would make of the result's format is the map's to say.
+  if (one.op.n == 0 || one.op.outputs * one.op.out_h * one.op.out_w == 1) return std::nullopt;
   if (!kernels.pairs_conv2d(one.op, two.op)) return std::nullopt;
   const bool channels_last = suggests_channels_last(x) || suggests_channels_last(first.weight);
   Tensor out = two.result(x, channels_last || suggests_channels_last(second.weight));
   one.op.x = x.const_data_ptr(), one.op.x_stride = strides(x);
-  if (two.op.n > 0) kernels.conv2d_pair(one.op, two.op, executor());
+  kernels.conv2d_pair(one.op, two.op, executor());
   return out;
 }
 

@@ -113,6 +113,7 @@ class Convolution {
   }
 
   int64_t scratch_floats(const Part& part) const {
+    if (part.last_row == part.first_row || part.columns() == 0) return 0;
     const int64_t copied = in_place_ ? 0 : height(part) * width(part) * pixel_ + width(part) * kLanes;
     return copied + kProductRows * kPanel + kProductRows * kLanes;
   }
@@ -155,7 +156,8 @@ class Convolution {
   void make_rows(const Part& part, Arena arena, T* rows) const {
     const int64_t width = this->width(part), row = width * op_.channels;
     const Part made = first_->part_for(*this, part);
-    const int64_t above = made.first_row - top(part), before = made.first_column - left(part);
+    // What is made may be nothing: padding can be wider than a part.
+    const int64_t above = min_of(height(part), max_of(0, -top(part))), before = min_of(width, max_of(0, -left(part)));
     const auto clear = [&](T* from, int64_t pixels) {
       __builtin_memset(from, 0, static_cast<size_t>(pixels * op_.channels) * sizeof(T));
     };

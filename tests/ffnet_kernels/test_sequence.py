@@ -4,6 +4,7 @@ import copy
 import gc
 import pickle
 import weakref
+from collections import OrderedDict
 
 import parity
 import pytest
@@ -13,9 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ffnet
 import ffnet_kernels as fk
+from ffnet.mixers import TokenMixer
 from ffnet_kernels import sequence
 from ffnet_kernels.selftest import error_limit
 from ffnet_kernels.sequence import Layers, Sequence
@@ -43,7 +46,7 @@ def layers_of_a_sequential(**options):
     conv = nn.Conv2d(6, 16, 1)
     return nn.Sequential(
         conv, nn.GELU(), nn.Identity(), nn.Conv2d(16, 32, 5, stride=2, padding=2, groups=16), nn.Dropout(0.5),
-        nn.Sequential(nn.Conv2d(32, 8, 1), nn.ReLU()), fk.ChannelMixer(8, 3), **options,
+        nn.Sequential(nn.Conv2d(32, 8, 1), nn.ReLU()), fk.ChannelMixer(8, 3), nn.Sequential(), **options,
     ).eval()  # fmt: skip
 
 
@@ -108,9 +111,9 @@ def test_layers_are_collected_once(optimized):
     model, x = fk.optimize(tiny(layer_scale_init=0.5)), torch.randn(1, 3, 32, 32)
     for module, map_ in ((optimized, torch.randn(2, 6, 15, 11)), (model, x)):
         calls(module, map_)
-        layers = sequence._collected[module]
+        layers = module.__dict__[sequence._COLLECTED]
         calls(module, map_)
-        assert sequence._collected[module] is layers
+        assert module.__dict__[sequence._COLLECTED] is layers
 
 
 def test_a_sequential_is_one_call(optimized):
@@ -126,7 +129,10 @@ def pairs(draw):
     one = {"outputs": draw(st.sampled_from([1, 2, 15, 32, 40])), "kernel": draw(st.sampled_from([1, 3, (3, 2)]))}
     two = {"outputs": draw(st.sampled_from([1, 16, 33, 48])), "kernel": draw(st.sampled_from([1, 2, 3, (5, 1), 7]))}
     for options in (one, two):
-        options |= {"stride": draw(st.sampled_from([1, 2, (2, 1)])), "padding": draw(st.sampled_from([0, 1, (2, 4)]))}
+        options |= {
+            "stride": draw(st.sampled_from([1, 2, (2, 1)])),
+            "padding": draw(st.sampled_from([0, 1, (2, 4), (0, 25)])),
+        }
     return (
         size,
         one,
@@ -244,7 +250,40 @@ def override_forward(model):
     model[5].forward = lambda x: 2 * forward(x)
 
 
+def change_stride(model):
+    model[3].stride = (1, 1)
+
+
+def change_activation(model):
+    model[0].activation = "relu"
+
+
+def change_class(model):
+    class Louder(type(model[6])):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model[6].__class__ = Louder
+
+
+def fill_container(model):
+    model[7].append(nn.Conv2d(8, 3, 1))
+
+
+def replace_hooks(model):
+    model[3]._forward_hooks = OrderedDict()
+    model(torch.randn(2, 6, 15, 11))
+    hook_layer(model)
+
+
+def replace_registry(model):
+    model[0]._parameters = dict(model[0]._parameters)
+    model(torch.randn(2, 6, 15, 11))
+    replace_parameter(model)
+
+
 CHANGES = [
+    change_stride, change_activation, change_class, fill_container, replace_hooks, replace_registry,
     replace_parameter, write_into_parameter, write_behind_its_back, set_data, drop_bias, load, load_by_assignment,
     replace_layer, replace_inner_layer, append_layer, remove_layer, hook_layer, hook_before_inner_container,
     compute_weight, override_forward,
@@ -302,22 +341,61 @@ def test_dropout_in_training_mode_drops(optimized, change):
     assert calls(optimized, x)[0] == ["sequence"]
 
 
-def test_a_change_in_a_model_is_seen():
+def doubled(method):
+    return lambda *args: 2 * method(*args)
+
+
+class Louder(TokenMixer):
+    def fused_forward(self, x, residual):
+        return super().fused_forward(x, None)
+
+
+MODEL_CHANGES = {
+    "head": lambda model: model.reset_classifier(5),
+    "no head": lambda model: model.reset_classifier(0),
+    "mixer": lambda model: setattr(model.stages[1][1], "channel_mixer", nn.Identity()),
+    "statistics": lambda model: model.norm.running_mean.add_(1),
+    "replaced statistics": lambda model: setattr(model.norm, "running_var", torch.rand(48) + 1),
+    "eps": lambda model: setattr(model.norm, "eps", 1.0),
+    "norm": lambda model: setattr(model, "norm", nn.BatchNorm2d(48).eval()),
+    "hook": lambda model: model.head.register_forward_hook(lambda module, args, result: result + 1),
+    "head's forward": lambda model: setattr(model.head, "forward", doubled(model.head.forward)),
+    "norm's forward": lambda model: setattr(model.norm, "forward", doubled(model.norm.forward)),
+    "features": lambda model: setattr(model, "forward_features", doubled(model.forward_features)),
+    "forward_head": lambda model: setattr(model, "forward_head", doubled(model.forward_head)),
+    "class": lambda model: setattr(model.stages[1][1].token_mixer[0], "__class__", Louder),
+}
+
+
+@pytest.mark.parametrize("change", MODEL_CHANGES.values(), ids=MODEL_CHANGES.keys())
+def test_a_change_in_a_model_is_seen(change):
     model, x = fk.optimize(tiny()), torch.randn(1, 3, 32, 32)
-    for change in (
-        lambda: model.reset_classifier(5),
-        lambda: setattr(model.stages[1][1], "channel_mixer", nn.Identity()),
-        lambda: model.norm.running_mean.add_(1),
-        lambda: setattr(model.norm, "running_var", torch.rand(48) + 1),
-        lambda: setattr(model, "norm", nn.BatchNorm2d(48)),
-        lambda: model.head.register_forward_hook(lambda module, args, result: result + 1),
-    ):
-        with torch.no_grad():
-            before = model(x)
-            change()
-            out = model.eval()(x)
-        assert out.shape != before.shape or not torch.allclose(out, before, rtol=0.01)
-        torch.testing.assert_close(out, one_by_one(model, x), rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        before = model(x)
+        change(model)
+        out = model(x)
+    assert out.shape != before.shape or not torch.allclose(out, before, rtol=0.01)
+    torch.testing.assert_close(out, one_by_one(model, x), rtol=1e-4, atol=1e-4)
+
+
+def test_kernels_that_are_switched_off_are_not_called():
+    model, x = fk.optimize(tiny()), torch.randn(1, 3, 32, 32)
+    assert calls(model, x)[0] == ["sequence"]
+    model.stages[0][0].channel_mixer.kernels_enabled = False
+    assert "channel_mixer" not in calls(model, x)[0][:3]
+    assert calls(model, x)[0] != ["sequence"]
+
+
+def test_a_refusal_is_remembered_until_something_changes():
+    model, x = fk.optimize(tiny(num_classes=0)), torch.randn(1, 3, 32, 32)
+    for _ in range(2):  # in the first the stages collect their own
+        calls(model, x)
+    layers = model.__dict__[sequence._COLLECTED]
+    assert set(calls(model, x)[0]) == {"sequence"}
+    assert model.__dict__[sequence._COLLECTED] is layers
+    model.reset_classifier(3)
+    model.eval()
+    assert calls(model, x)[0] == ["sequence"]
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
@@ -341,16 +419,16 @@ def test_other_dtypes_follow(optimized):
     assert calls(optimized.double(), x.double())[0] == []  # plain PyTorch
 
 
-def test_it_is_freed_with_its_module():
-    collected = len(sequence._collected)
+@pytest.mark.parametrize("reachable", [False, True], ids=["plain", "reachable from itself"])
+def test_it_is_freed_with_its_module(reachable):
     model = fk.optimize(layers_of_a_sequential())
     calls(model, torch.randn(2, 6, 15, 11))
-    assert len(sequence._collected) == collected + 1
+    if reachable:
+        model.called = model.forward
     weight = weakref.ref(model[0].weight)
     del model
     gc.collect()
     assert weight() is None
-    assert len(sequence._collected) == collected
 
 
 # ---- where it does not apply ----------------------------------------------------------------------------------------
@@ -379,6 +457,87 @@ def test_compile_sees_the_layers(optimized):
     with torch.no_grad():
         compiled = torch.compile(optimized, backend="eager", fullgraph=True)
         torch.testing.assert_close(compiled(x), optimized(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_trace_holds_the_layers(optimized):
+    x = torch.randn(2, 6, 15, 11)
+    with torch.no_grad():
+        expected = optimized(x)
+        traced = torch.jit.trace(optimized, (x,))
+        torch.testing.assert_close(traced(x), expected, rtol=1e-5, atol=1e-5)
+
+
+class Recorded(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_dispatch_mode_sees_the_layers(optimized):
+    with torch.no_grad(), Recorded() as recorded:
+        optimized(torch.randn(2, 6, 15, 11))
+    assert {"conv2d", "depthwise_conv2d", "channel_mixer"} <= set(recorded.names)
+
+
+@pytest.mark.parametrize("layers", [[], [nn.Identity(), nn.Dropout()], [nn.Conv2d(6, 4, 1)]], ids=len)
+def test_what_is_not_worth_a_call_stays(layers):
+    assert type(fk.optimize(nn.Sequential(*layers).eval())) is nn.Sequential
+
+
+def test_a_layer_with_two_homes_stays_one():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Sequential(fk.ChannelMixer(6, 3), fk.ChannelMixer(6, 5))
+            self.b, self.none = self.a, None
+
+        def forward(self, x):
+            return self.a(x) + self.b(x)
+
+    optimized = fk.optimize(Shared().eval())
+    assert type(optimized.a) is Sequence
+    assert optimized.a is optimized.b
+
+
+def test_an_absent_layer_is_left_to_the_module():
+    model = nn.Sequential(nn.Conv2d(6, 4, 1), nn.Conv2d(4, 4, 1))
+    model._modules["2"] = None
+    assert type(fk.optimize(model.eval())) is nn.Sequential
+
+
+def test_the_format_is_that_of_the_layers():
+    layers = Layers()
+    layers.conv2d(torch.ones(1, 3, 3, 3), None, padding=1)
+    layers.conv2d(torch.ones(8, 1, 3, 3), None, padding=9)
+    for x in (torch.ones(2, 3, 1, 1), torch.ones(0, 3, 4, 4)):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            x = x.contiguous(memory_format=layout)
+            middle = fk.conv2d(x, torch.ones(1, 3, 3, 3), padding=1)
+            with torch.no_grad():
+                assert layers.run(x).stride() == fk.conv2d(middle, torch.ones(8, 1, 3, 3), padding=9).stride()
+
+
+@pytest.mark.parametrize("threads", [2, 16])
+@pytest.mark.parametrize(
+    ("size", "kernel", "padding"),
+    [((1, 3, 16, 8192), 3, 8), ((1, 3, 1, 64), (1, 3), (0, 150)), ((2, 1, 5, 40), 2, 30), ((1, 3, 4096, 2), 3, (1, 9))],
+)
+def test_padding_wider_than_a_task(size, kernel, padding, threads):
+    """Tasks of the second convolution that read nothing but its padding."""
+    first, second = nn.Conv2d(size[1], 4, kernel, padding="same"), nn.Conv2d(4, 8, kernel, padding=padding)
+    layers, x, before = Layers(), torch.randn(size), torch.get_num_threads()
+    layers.conv2d(first.weight, first.bias, padding="same", activation="relu")
+    layers.conv2d(second.weight, second.bias, padding=padding)
+    try:
+        torch.set_num_threads(threads)
+        with torch.no_grad():
+            torch.testing.assert_close(layers.run(x), second(F.relu(first(x))), rtol=1e-4, atol=1e-4)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_functional_call_is_obeyed(optimized):
