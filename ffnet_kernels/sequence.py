@@ -29,7 +29,7 @@ _NO_GEOMETRY = (0,) * 6
 _DROPOUTS = (nn.Dropout, nn.Dropout2d)
 
 
-_COLLECTED = "_collected_layers"  # the attribute that keeps the layers of a module
+_COLLECTED = "_collected_layers"  # the attribute of a module that keeps its `_Collected`
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")  # without gradients no others are called
 
 
@@ -52,12 +52,6 @@ class Layers:
         self._registered: defaultdict[str, list[dict]] = defaultdict(list)
         self._computed = False
         self._snapshot: tuple = ()
-
-    def __deepcopy__(self, memo: dict) -> None:
-        """A copy of a module collects its own."""
-
-    def __reduce__(self) -> tuple:
-        return type(None), ()
 
     def __len__(self) -> int:
         return len(self.numbers) // (3 + len(_NO_GEOMETRY))
@@ -184,17 +178,33 @@ def _applies(x: Any) -> bool:
     )
 
 
+class _Collected:
+    """The layers of a module, for it alone: copies of the module collect their own."""
+
+    layers: Layers | None = None
+
+    def __deepcopy__(self, memo: dict) -> None:
+        return None
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()
+
+
 def run(module: Any, x: Tensor) -> Tensor | None:
     """What ``module.add_kernel_layers`` adds, on a map; None where that does not apply and the module is to run as
     written."""
     if not _applies(x):
         return None
-    layers = module.__dict__.get(_COLLECTED)
+    collected = module.__dict__.get(_COLLECTED)
+    if collected is None:
+        collected = module.__dict__[_COLLECTED] = _Collected()
+    layers = collected.layers
     if layers is None or not layers.are_current():
-        layers = module.__dict__[_COLLECTED] = Layers()
+        layers = Layers()
         layers.watch(module, called=False)
         layers.refused = not module.add_kernel_layers(layers) or not layers.numbers
         layers.remember()
+        collected.layers = layers  # whole: other threads may be in the same call
     if layers.refused:
         return None
     try:

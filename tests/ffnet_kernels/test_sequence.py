@@ -3,8 +3,11 @@
 import copy
 import gc
 import pickle
+import sys
+import threading
 import weakref
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 
 import parity
 import pytest
@@ -111,9 +114,9 @@ def test_layers_are_collected_once(optimized):
     model, x = fk.optimize(tiny(layer_scale_init=0.5)), torch.randn(1, 3, 32, 32)
     for module, map_ in ((optimized, torch.randn(2, 6, 15, 11)), (model, x)):
         calls(module, map_)
-        layers = module.__dict__[sequence._COLLECTED]
+        layers = module.__dict__[sequence._COLLECTED].layers
         calls(module, map_)
-        assert module.__dict__[sequence._COLLECTED] is layers
+        assert module.__dict__[sequence._COLLECTED].layers is layers
 
 
 def test_a_sequential_is_one_call(optimized):
@@ -390,9 +393,9 @@ def test_a_refusal_is_remembered_until_something_changes():
     model, x = fk.optimize(tiny(num_classes=0)), torch.randn(1, 3, 32, 32)
     for _ in range(2):  # in the first the stages collect their own
         calls(model, x)
-    layers = model.__dict__[sequence._COLLECTED]
+    layers = model.__dict__[sequence._COLLECTED].layers
     assert set(calls(model, x)[0]) == {"sequence"}
-    assert model.__dict__[sequence._COLLECTED] is layers
+    assert model.__dict__[sequence._COLLECTED].layers is layers
     model.reset_classifier(3)
     model.eval()
     assert calls(model, x)[0] == ["sequence"]
@@ -417,6 +420,29 @@ def test_other_dtypes_follow(optimized):
     assert names == ["sequence"]
     assert out.dtype == torch.bfloat16
     assert calls(optimized.double(), x.double())[0] == []  # plain PyTorch
+
+
+def test_threads_share_a_model():
+    model, x = fk.optimize(tiny()), torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        expected = model(x)
+    barrier, interval = threading.Barrier(6), sys.getswitchinterval()
+
+    def work(_):
+        same = True
+        with torch.no_grad():
+            for _ in range(20):
+                barrier.wait()
+                model.__dict__.pop(sequence._COLLECTED, None)
+                same &= torch.equal(model(x), expected)
+        return same
+
+    try:
+        sys.setswitchinterval(1e-6)
+        with ThreadPoolExecutor(6) as pool:
+            assert all(pool.map(work, range(6)))
+    finally:
+        sys.setswitchinterval(interval)
 
 
 @pytest.mark.parametrize("reachable", [False, True], ids=["plain", "reachable from itself"])
