@@ -426,7 +426,7 @@ def test_threads_share_a_model():
     model, x = fk.optimize(tiny()), torch.randn(1, 3, 32, 32)
     with torch.no_grad():
         expected = model(x)
-    barrier, interval = threading.Barrier(6), sys.getswitchinterval()
+    barrier, interval = threading.Barrier(6, timeout=30), sys.getswitchinterval()
 
     def work(_):
         same = True
