@@ -10,15 +10,21 @@
 
 namespace ffnet::FFNET_ISA {
 
-struct Buffer {
+// Aligned, or every other vector would lie in two cache lines.
+class Buffer {
+ public:
   float* data;
-  explicit Buffer(int64_t floats)
-      : data(static_cast<float*>(std::malloc(static_cast<size_t>(floats) * sizeof(float)))) {
-    if (!data) throw std::bad_alloc();
+  explicit Buffer(int64_t floats) : block_(std::malloc(static_cast<size_t>(floats) * sizeof(float) + kLine)) {
+    if (!block_) throw std::bad_alloc();
+    data = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(block_) + kLine - 1) / kLine * kLine);
   }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { std::free(data); }
+  ~Buffer() { std::free(block_); }
+
+ private:
+  static constexpr size_t kLine = 64;
+  void* block_;
 };
 
 }  // namespace ffnet::FFNET_ISA

@@ -45,6 +45,7 @@ class DepthwiseTask {
         last_(tiling.last_row(task)),
         in_first_(max_of(0, first_ * op.stride_h - op.pad_top)),
         in_last_(min_of(op.h, (last_ - 1) * op.stride_h - op.pad_top + op.filter.kh)),
+        asks_(outgrows_cache(op.n * op.channels * (op.h * op.w + op.multiplier * op.out_h * op.out_w), sizeof(T))),
         conv_row_(select_conv_row<Taps>(op.filter, op.stride_w)) {
     const int64_t outputs = op.channels * op.multiplier, o = tiling.first_channel(task);
     const int64_t filter_floats = packed_floats<Taps>(op.filter), groups = row_groups<Taps>(op.filter.kh);
@@ -72,8 +73,8 @@ class DepthwiseTask {
     const T* image = static_cast<const T*>(op_.x) + n * op_.x_stride.n;
     for (int64_t i = 0; i < count_; ++i) {
       Column<T, Taps>& column = columns_[i];
-      column.input =
-          Rows<T, Taps>(image, op_.x_stride, op_.h, op_.w, column.input_lanes, in_first_, in_last_, column.gathered);
+      column.input = Rows<T, Taps>(image, op_.x_stride, op_.h, op_.w, column.input_lanes, in_first_, in_last_,
+                                   column.gathered, asks_);
     }
     NanSensor sensor;
     T* out_image = static_cast<T*>(op_.out) + n * op_.out_stride.n;
@@ -104,6 +105,7 @@ class DepthwiseTask {
 
   void place(Column<T, Taps>& column, int64_t r, T* out_row) const {
     const int64_t top = r * op_.stride_h - op_.pad_top;
+    column.input.need(top + op_.filter.kh);
     column.placed = column.input.window(top, column.filter, column.in_rows);
     column.next = stays_in_place<T>(column.input_lanes, op_.x_stride, op_.w)
                       ? column.input[top + op_.stride_h + op_.filter.kh - 1]
@@ -117,6 +119,7 @@ class DepthwiseTask {
     const int64_t pixel = column.to == Route::in_place ? op_.out_stride.w : kLanes;
     float* out = column.to == Route::by_block ? column.out - first * pixel : column.out;
     prefetch_row(column.next, column.input.pixel(), first * op_.stride_w, min_of(end * op_.stride_w, op_.w));
+    if (asks_ && column.to != Route::by_strip) prefetch_row(out_row + column.lanes.first, op_.out_stride.w, first, end);
     conv_row_({column.in_rows, column.input.pixel(), op_.w}, column.placed, {out, pixel, first, end});
     if constexpr (Taps::rows > 1) sensor.see_row(out + first * pixel, pixel, end - first);
     if (column.to == Route::by_block && column.lanes.count == kLanes) {
@@ -133,6 +136,7 @@ class DepthwiseTask {
 
   const DepthwiseConv2d& op_;
   int64_t first_, last_, in_first_, in_last_, count_;
+  bool asks_;  // for lines ahead of their use
   ConvRow conv_row_;
   Column<T, Taps> columns_[kMaxGroup];
 };

@@ -65,7 +65,8 @@ void backward_strip(void* context, int64_t strip) {
   float *hidden = work.hidden + at_hidden, *grad = work.hidden_grad + at_hidden;
   multiply(work.backward->grad + first * op.outputs, op.outputs, rows, work.first.packed(), nullptr,
            [&](const Block& at, float* block) {
-             float slope[kProductRows * kPanel] = {}, value[kProductRows * kPanel];
+             alignas(64) float slope[kProductRows * kPanel], value[kProductRows * kPanel];
+             if (at.columns < kPanel) start_with_row(nullptr, at.rows, slope);
              load_block(at, op.hidden, z, slope);
              if (op.activation != Activation::none) {
                slope_row(slope, value, 2 * at.rows, op.activation);

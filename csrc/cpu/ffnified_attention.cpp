@@ -80,7 +80,8 @@ class AttentionTask {
         mid_first_(max_of(0, first_ - op.value_pad_top) / Taps::rows * Taps::rows),
         in_first_(max_of(0, mid_first_ - op.key_pad_top)),
         in_last_(
-            min_of(op.h, min_of(op.h, last_ - op.value_pad_top + op.value.kh - 1) - op.key_pad_top + op.key.kh - 1)) {
+            min_of(op.h, min_of(op.h, last_ - op.value_pad_top + op.value.kh - 1) - op.key_pad_top + op.key.kh - 1)),
+        asks_(outgrows_cache((op.residual ? 3 : 2) * op.n * op.channels * op.h * op.w, sizeof(T))) {
     const int64_t first_channel = tiling.first_channel(task);
     count_ = min_of(tiling.group_size, ceil_div(op.channels - first_channel, kLanes));
     const int64_t key_floats = packed_floats<Taps>(op.key), value_floats = packed_floats<Taps>(op.value);
@@ -141,14 +142,15 @@ class AttentionTask {
   }
 
   void make(const Column& column, int64_t n, NanSensor& sensor) const {
-    const Rows<T, Taps> query(static_cast<const T*>(op_.query) + n * op_.query_stride.n, op_.query_stride, op_.h, op_.w,
-                              column.lanes, in_first_, in_last_, gathered_);
+    Rows<T, Taps> query(static_cast<const T*>(op_.query) + n * op_.query_stride.n, op_.query_stride, op_.h, op_.w,
+                        column.lanes, in_first_, in_last_, gathered_, asks_);
     const bool used_in_place = gathered_floats(column) == 0;
     const Ring<Taps> ring(ring_floats_, op_.value.kh, op_.h, line_);
     ring.clear();
     int64_t made = mid_first_;  // middle rows [mid_first_, made) have been computed
     for (int64_t r = first_; r < last_; ++r) {
       for (const int64_t need = min_of(op_.h, r - op_.value_pad_top + op_.value.kh); made < need; ++made) {
+        query.need(made - op_.key_pad_top + op_.key.kh);
         const PackedFilter placed = query.window(made - op_.key_pad_top, column.key, key_rows_);
         if (used_in_place) prefetch_row(query[made + 1 - op_.key_pad_top + op_.key.kh - 1], query.pixel(), 0, op_.w);
         conv_key_({key_rows_, query.pixel(), op_.w}, placed, {ring.row(made), kLanes, 0, op_.w});
@@ -177,6 +179,7 @@ class AttentionTask {
       value = reinterpret_cast<float*>(out_row(n, r) + c), pixel = op_.out_stride.w;
       if (whole_residual) prefetch_row(reinterpret_cast<const float*>(residual + c), op_.residual_stride.w, 0, width);
     }
+    if (asks_ && column.to != Route::by_strip) prefetch_row(out_row(n, r) + c, op_.out_stride.w, 0, width);
     conv_value_({value_rows_, kLanes, width}, placed, {value, pixel, 0, width});
     if constexpr (Taps::rows > 1) sensor.see_row(value, pixel, width);
 
@@ -194,6 +197,7 @@ class AttentionTask {
 
   const FfnifiedAttention& op_;
   int64_t first_, last_, line_, mid_first_, in_first_, in_last_, count_;
+  bool asks_;  // for lines ahead of their use
   float *ring_floats_, *out_lines_, *residual_line_, *gathered_;
   const float **key_rows_, **value_rows_;
   ConvRow conv_key_, conv_value_;

@@ -11,7 +11,13 @@ constexpr int64_t kLanes = Vec::lanes;
 
 FFNET_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 FFNET_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
-FFNET_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+FFNET_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Loads and stores of the first n lanes, which are mostly all.
+FFNET_INLINE Vec load_lanes(const float* from, int64_t n) {
+  return n == kLanes ? Vec::load(from) : Vec::load_first(from, n);
+}
+FFNET_INLINE void store_lanes(Vec x, float* to, int64_t n) { n == kLanes ? x.store(to) : x.store_first(to, n); }
 
 // f of an element of the type that maps and weights are stored as.
 template <class F>
@@ -165,9 +171,14 @@ FFNET_INLINE bool stays_in_place(const Lanes& lanes, const Strides& stride, int6
   return in_place<T>(lanes, stride.c) && spreads(stride.w, width);
 }
 
+// Whether the maps of a call are too large to find in cache. Then every store would wait for its line, unless that was
+// asked for ahead; elsewhere asking costs a few percent.
+inline bool outgrows_cache(int64_t elements, int64_t element_bytes) { return elements * element_bytes > 11 << 20; }
+
 // Asks for pixels [first, last) of a row that will be needed one row later; a vector of channels of a channels-last map
 // is one cache line of each pixel, a pattern that hardware prefetchers do not follow.
-FFNET_INLINE void prefetch_row(const float* row, int64_t pixel, int64_t first, int64_t last) {
+template <class T>
+FFNET_INLINE void prefetch_row(const T* row, int64_t pixel, int64_t first, int64_t last) {
   if (!row) return;
   for (int64_t i = first; i < last; ++i) __builtin_prefetch(row + i * pixel);
 }

@@ -11,8 +11,11 @@ struct Block {
   int64_t first_row, rows, first_column, columns;
 };
 
+// Rows of A that are taken together, so many that a panel of C stays in L1 beside what it is made of.
+constexpr int64_t kTogether = 8 * kProductRows;
+
 // C = bias + A * B, handed block by block to finish(Block, floats). A's rows are `stride` floats apart; `bias` has a
-// whole number of panels, or is null.
+// whole number of panels, or is null. A piece of a panel of B stays in L1 while all rows pass.
 template <class Finish>
 FFNET_INLINE void multiply(const float* a, int64_t stride, int64_t rows, const PackedWeight& b, const float* bias,
                            const Finish& finish) {
@@ -35,11 +38,12 @@ FFNET_INLINE void each_vector(const Block& at, int64_t stride, Float* block, con
       f((at.first_row + r) * stride + at.first_column + v, block + r * kPanel + v, min_of(kLanes, at.columns - v));
 }
 
-// Loads and stores of the first n lanes, which are mostly all.
-FFNET_INLINE Vec load_lanes(const float* from, int64_t n) {
-  return n == kLanes ? Vec::load(from) : Vec::load_first(from, n);
+// Asks for a block of C: pieces of rows too short for hardware to see a pattern.
+FFNET_INLINE void ask_for(const Block& at, int64_t stride, const float* c) {
+  for (int64_t r = 0; r < at.rows; ++r)
+    for (int64_t v = 0; v < at.columns; v += kLanes)
+      __builtin_prefetch(c + (at.first_row + r) * stride + at.first_column + v);
 }
-FFNET_INLINE void store_lanes(Vec x, float* to, int64_t n) { n == kLanes ? x.store(to) : x.store_first(to, n); }
 
 FFNET_INLINE void store_block(const Block& at, int64_t stride, const float* block, float* c) {
   each_vector(at, stride, block,

@@ -42,8 +42,8 @@ class PointwiseWgradSum {
   using Self = PointwiseWgradSum;
   // The sums of a tile stay in L2 while its pixels pass.
   static constexpr int64_t kTileOutputs = 8 * kProductRows, kTileInputs = 10 * kPanel;
-  static constexpr int64_t kDepth = 128;  // of the pixels at hand: a panel of them is a third of an L1
-  static constexpr int64_t kTasks = 16, kPartPixels = 2 * kDepth;
+  static constexpr int64_t kDepth = 256;  // of the pixels at hand: a panel of them is a third of an L1
+  static constexpr int64_t kTasks = 16, kPartPixels = 256;
 
   int64_t part_floats() const { return outputs_ * (inputs_ + 1); }
 
@@ -70,6 +70,7 @@ class PointwiseWgradSum {
         each_block(count, [&](int64_t o, int64_t rows) {
           alignas(64) float block[kProductRows * kPanel];
           float* to = weights + (first + o) * inputs_ + i;
+          if (!start) ask_for(Block{0, rows, 0, columns}, inputs_, to);
           start_with_row(nullptr, rows, block);
           add_product<FloatTaps, Order::by_columns>(rows, columns, {grad + o, outputs_, depth}, panel, block);
           each_vector(Block{0, rows, 0, columns}, inputs_, block, [&](int64_t at, const float* sum, int64_t lanes) {

@@ -92,20 +92,34 @@ class Rows {
   }
 
   Rows() = default;
-  // `height` is the whole image's.
+  // `height` is the whole image's. Where `ahead`, rows are gathered when they are needed, and asked for before: their
+  // lines come from memory while others are computed.
   Rows(const T* image, const Strides& stride, int64_t height, int64_t width, const Lanes& lanes, int64_t first,
-       int64_t last, float* scratch)
-      : first_(first / Taps::rows), last_(last > first ? ceil_div(last, Taps::rows) : first_) {
+       int64_t last, float* scratch, bool ahead)
+      : map_{image, stride, lanes, height, width},
+        scratch_(scratch),
+        first_(first / Taps::rows),
+        last_(last > first ? ceil_div(last, Taps::rows) : first_) {
     if (usable(lanes, stride, width)) {
       base_ = reinterpret_cast<const float*>(image + lanes.first);
-      row_ = stride.h, pixel_ = stride.w, base_row_ = 0;
+      row_ = stride.h, pixel_ = stride.w, base_row_ = 0, gathered_ = last_;
     } else {
       base_ = scratch;
-      row_ = width * kLanes, pixel_ = kLanes, base_row_ = first_;
-      if (last > first) Pack<Taps>::template rows<T>(image, stride, first, last, height, width, lanes, scratch);
+      row_ = width * kLanes, pixel_ = kLanes, base_row_ = gathered_ = first_;
+      if (!ahead || stride.c != 1) gather(last_);  // planes are transposed in blocks of pixels, across rows
     }
   }
   int64_t pixel() const { return pixel_; }
+  // Makes the rows before `last` available, those there are.
+  void need(int64_t last) {
+    const int64_t end = min_of(last_, ceil_div(last, Taps::rows));
+    if (gathered_ >= end) return;
+    gather(end);
+    constexpr int64_t kLine = 64 / sizeof(T);
+    if (map_.lanes.first % kLine != 0) return;  // the vector before has asked for these lines
+    for (int64_t r = end * Taps::rows; r < min_of(map_.height, min_of(last_, end + 1) * Taps::rows); ++r)
+      prefetch_row(map_.image + r * map_.stride.h + map_.lanes.first, map_.stride.w, 0, map_.width);
+  }
   // Group of Taps::rows rows; null outside.
   const float* operator[](int64_t group) const {
     return group >= first_ && group < last_ ? base_ + (group - base_row_) * row_ : nullptr;
@@ -119,12 +133,27 @@ class Rows {
   }
 
  private:
+  struct Map {
+    const T* image;
+    Strides stride;
+    Lanes lanes;
+    int64_t height, width;
+  };
+
   static bool usable(const Lanes& lanes, const Strides& stride, int64_t width) {
     return Taps::rows == 1 && stays_in_place<T>(lanes, stride, width);
   }
+  void gather(int64_t end) {
+    if (gathered_ >= end) return;
+    Pack<Taps>::template rows<T>(map_.image, map_.stride, gathered_ * Taps::rows, min_of(map_.height, end * Taps::rows),
+                                 map_.height, map_.width, map_.lanes, scratch_ + (gathered_ - first_) * row_);
+    gathered_ = end;
+  }
 
+  Map map_{};
+  float* scratch_ = nullptr;
   const float* base_ = nullptr;
-  int64_t row_ = 0, pixel_ = 0, base_row_ = 0, first_ = 0, last_ = 0;
+  int64_t row_ = 0, pixel_ = 0, base_row_ = 0, first_ = 0, last_ = 0, gathered_ = 0;
 };
 
 }  // namespace ffnet::FFNET_ISA
