@@ -57,7 +57,7 @@ KERNEL_SOURCES = [
     "kernels.cpp", "conv_row.cpp", "product.cpp", "depthwise_conv2d.cpp", "depthwise_conv2d_backward.cpp",
     "ffnified_attention.cpp", "ffnified_attention_backward.cpp", "channel_mixer.cpp", "conv2d.cpp",
     "pointwise_conv2d.cpp", "pointwise_conv2d_backward.cpp", "pooled_linear.cpp", "branched_depthwise.cpp",
-    "branched_depthwise_backward.cpp", "feed_forward.cpp", "peak.cpp",
+    "branched_depthwise_backward.cpp", "batch_norm.cpp", "feed_forward.cpp", "peak.cpp",
 ]  # fmt: skip
 COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra"]
 CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]

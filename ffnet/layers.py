@@ -110,18 +110,17 @@ class ConvBN(FoldableConv):
         )
         self.bn = nn.BatchNorm2d(out_channels, **factory)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, activation: str = "none") -> Tensor:
+        """The layer and an activation, by the names of ``ffnet_kernels``."""
         if not (self.training_kernels and self.training):
-            return self.bn(self.c(x))
+            return ACTIVATE[activation](self.bn(self.c(x)))
         if self.c.groups > 1:
-            return training.branched_depthwise(x, [(self.c, self.bn)])
-        return self.bn(pointwise(self.c, x))
+            return training.branched_depthwise(x, [(self.c, self.bn)], activation)
+        return training.batch_norm(pointwise(self.c, x), self.bn, activation)
 
     def enable_training_kernels(self) -> str | None:
-        if not is_pointwise(self.c) and self.c.groups != self.c.in_channels:
-            return None
         self.training_kernels = True
-        return "conv2d" if self.c.groups == 1 else "branched_depthwise"
+        return "conv2d + batch_norm" if self.c.groups == 1 else "branched_depthwise"
 
     def template(self) -> nn.Conv2d:
         return self.c
@@ -146,12 +145,13 @@ class BNConv(FoldableConv):
         self.c = nn.Conv2d(in_channels, out_channels, 1, bias=False, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.bn(x)
-        return pointwise(self.c, x) if self.training_kernels and self.training else self.c(x)
+        if not (self.training_kernels and self.training):
+            return self.c(self.bn(x))
+        return pointwise(self.c, training.batch_norm(x, self.bn))
 
     def enable_training_kernels(self) -> str | None:
         self.training_kernels = True
-        return "conv2d"
+        return "batch_norm + conv2d"
 
     def template(self) -> nn.Conv2d:
         return self.c

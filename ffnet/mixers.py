@@ -287,7 +287,7 @@ class TokenMixer(ResidualMixer):
     training_operator = "branched_depthwise + gelu"
 
     def kernels_apply(self) -> bool:
-        if not isinstance(self.main, MetaMixer) or not _is_gelu(self.main.part("activation")):
+        if not isinstance(self.main, MetaMixer) or not is_gelu(self.main.part("activation")):
             return False
         key, value = self.main.part("interaction"), self.main.part("aggregation")
         return _is_plain_depthwise(key) and _is_plain_depthwise(value) and key.kernel_size == value.kernel_size
@@ -321,7 +321,7 @@ class TokenMixer(ResidualMixer):
         return True
 
     def training_kernels_apply(self) -> bool:
-        if not isinstance(self.main, MetaMixer) or not _is_gelu(self.main.part("activation")):
+        if not isinstance(self.main, MetaMixer) or not is_gelu(self.main.part("activation")):
             return False
         return type(self.main.part("interaction")) is BranchedDepthwise
 
@@ -339,7 +339,7 @@ class ChannelMixer(ResidualMixer):
     training_operator = "feed_forward"
 
     def kernels_apply(self) -> bool:
-        if not isinstance(self.main, MetaMixer) or not _is_gelu(self.main.part("activation")):
+        if not isinstance(self.main, MetaMixer) or not is_gelu(self.main.part("activation")):
             return False
         expand, project = self.main.part("interaction"), self.main.part("aggregation")
         return _is_plain_depthwise(self.main.part("query")) and _is_plain_1x1(expand) and _is_plain_1x1(project)
@@ -372,7 +372,7 @@ class ChannelMixer(ResidualMixer):
         return True
 
     def training_kernels_apply(self) -> bool:
-        if not isinstance(self.main, MetaMixer) or not _is_gelu(self.main.part("activation")):
+        if not isinstance(self.main, MetaMixer) or not is_gelu(self.main.part("activation")):
             return False
         return is_pointwise(self.main.part("interaction")) and is_pointwise(self.main.part("aggregation"))
 
@@ -392,7 +392,7 @@ class ChannelMixer(ResidualMixer):
         return x + self.drop_path(y) if self.drop_path.active else y
 
 
-def _is_gelu(module: nn.Module) -> bool:
+def is_gelu(module: nn.Module) -> bool:
     return type(module) is nn.GELU and module.approximate == "none"
 
 

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as run_checkpointed
 
 import ffnet_kernels
-from ffnet_kernels import sequence
+from ffnet_kernels import sequence, training
 
 from .checkpoint import load_checkpoint
 from .folding import reparameterize
 from .layers import BranchedDepthwise, ConvBN, LayerNorm2d, SkipConv, norm_as_affine, widen
-from .mixers import ChannelMixer, TokenMixer, conv_ffn_mixer, ffnified_attention_mixer
+from .mixers import ChannelMixer, TokenMixer, conv_ffn_mixer, ffnified_attention_mixer, is_gelu
 
 __all__ = ["FFNet", "create_model", "ffnet_1", "ffnet_2", "ffnet_3", "ffnet_4", "list_models"]
 
@@ -54,7 +54,7 @@ class Stem(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.kernels_enabled:
-            return super().forward(x)
+            return self._forward_as_trained(x)
         out = sequence.run(self, x)
         if out is not None:
             return out
@@ -62,6 +62,13 @@ class Stem(nn.Sequential):
         second: Any = self[2]
         x = ffnet_kernels.conv2d(x, first.weight, first.bias, stride=2, padding=1, activation="gelu")
         return ffnet_kernels.conv2d(x, second.weight, second.bias, stride=2, padding=1)
+
+    def _forward_as_trained(self, x: Tensor) -> Tensor:
+        first, activation, second = self
+        with_activation = type(first) is ConvBN and first.training_kernels and is_gelu(activation)
+        if not with_activation or not self.training or training.is_hooked(first, activation):
+            return super().forward(x)
+        return second(first(x, activation="gelu"))
 
     def add_kernel_layers(self, layers: sequence.Layers) -> bool:
         if not self.kernels_enabled:

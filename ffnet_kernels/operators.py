@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import dispatch
+from . import autograd, dispatch
 from .backends import cuda, reference, triton
 from .formats import empty_output
 
@@ -184,10 +184,8 @@ def _define(
         library.impl(name, backward_fallback, "CompositeExplicitAutograd")
     torch.library.register_fake(forward_name, lambda *args: empty_output(*operator.infer(*args)), lib=library)
     torch.library.register_fake(backward_name, lambda *call: [torch.empty_like(t) for t in wanted(*call)], lib=library)
-    torch.library.register_autograd(forward_name, differentiate, setup_context=setup_context, lib=library)
-    torch.library.register_autograd(
-        backward_name, differentiate_backward, setup_context=setup_backward_context, lib=library
-    )
+    autograd.register(library, operator.name, differentiate, setup_context)
+    autograd.register(library, f"{operator.name}_backward", differentiate_backward, setup_backward_context)
 
 
 LIBRARY = torch.library.Library("ffnet_kernels", "DEF")

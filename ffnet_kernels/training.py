@@ -7,11 +7,12 @@ results are channels-last. All functions are differentiable to any order.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import checks, dispatch, functional, training_operators
+from . import autograd, checks, dispatch, functional, training_operators
 from .backends import cpu
 from .backends import training as plain
 from .backends.activations import ACTIVATE
@@ -20,6 +21,30 @@ from .modules import DepthwiseConv2d
 _ops = training_operators._ops
 
 Branch = tuple[nn.Module, nn.Module]
+
+
+def batch_norm(x: Tensor, norm: nn.Module, activation: str = "none") -> Tensor:
+    """``act(norm(x))`` for a normalisation that is called as it is where the kernel does not apply.
+
+    It applies to an affine ``nn.BatchNorm2d`` in training mode. Nothing but x is kept for the backward pass. Running
+    statistics move as they do in it. A layer with hooks is called.
+
+    Args:
+        x: ``[N, C, H, W]``.
+        norm: a module that gives a result of that shape.
+        activation: as in :func:`ffnet_kernels.depthwise_conv2d`.
+
+    Returns:
+        ``[N, C, H, W]``.
+    """
+    if not _runs_natively(x) or not _norm_applies(norm, x, x.shape[1], x.numel() // x.shape[1]):
+        return ACTIVATE[activation](norm(x))
+    layer: Any = norm
+    out, mean, variance = autograd.call(
+        _ops.batch_norm.default, _channels_last(x), layer.weight, layer.bias, layer.eps, activation
+    )
+    _track([layer], mean[None], variance[None], x.numel() // x.shape[1])
+    return out
 
 
 def branched_depthwise(x: Tensor, branches: Sequence[Branch], activation: str = "none") -> Tensor:
@@ -42,20 +67,12 @@ def branched_depthwise(x: Tensor, branches: Sequence[Branch], activation: str = 
         return ACTIVATE[activation](sum(outputs[1:], outputs[0]))
     convs: list = [conv for conv, _ in branches]
     norms: list = [norm for _, norm in branches]
-    out, mean, variance = _ops.branched_depthwise.default(
-        x,
-        [conv.weight for conv in convs],
-        [norm.weight for norm in norms],
-        [norm.bias for norm in norms],
-        [norm.eps for norm in norms],
-        convs[0].stride,
-        activation,
+    parameters: list = [p for conv, norm in branches for p in (conv.weight, norm.weight, norm.bias)]
+    parameters += [None] * (6 - len(parameters))
+    out, mean, variance = autograd.call(
+        _ops.branched_depthwise.default, x, *parameters, [norm.eps for norm in norms], convs[0].stride, activation
     )
-    count = out.numel() // out.shape[1]
-    with torch.no_grad():
-        unbiased = variance.detach() * (count / (count - 1))
-        for norm, batch_mean, batch_variance in zip(norms, mean.detach(), unbiased, strict=True):
-            _track(norm, batch_mean, batch_variance)
+    _track(norms, mean, variance, out.numel() // out.shape[1])
     return out
 
 
@@ -92,7 +109,8 @@ def feed_forward(
     if not _runs_natively(x):
         return plain.feed_forward(*args)
     x, expand_weight, expand_bias, project_weight, project_bias, activation, scale, residual = args
-    return _ops.feed_forward.default(
+    return autograd.call(
+        _ops.feed_forward.default,
         _channels_last(x),
         expand_weight.contiguous(),
         _contiguous(expand_bias),
@@ -119,51 +137,64 @@ def _runs_natively(x: Tensor) -> bool:
 
 
 def _branches_apply(x: Tensor, branches: Sequence[Branch]) -> bool:
-    if not 1 <= len(branches) <= 2:
+    if not 1 <= len(branches) <= 2 or not all(_is_plain_convolution(conv) for conv, _ in branches):
         return False
-    first = branches[0][0]
+    first: Any = branches[0][0]
+    pixels = x.shape[0] * -(-x.shape[2] // first.stride[0]) * -(-x.shape[3] // first.stride[1])
+    conv: Any
     for conv, norm in branches:
-        if type(conv) is DepthwiseConv2d:
-            if conv.activation != "none":
-                return False
-        elif type(conv) is not nn.Conv2d:
-            return False
         if (
-            type(norm) is not nn.BatchNorm2d
-            or not norm.training
-            or norm.weight is None
-            or norm.bias is None
-            or is_hooked(conv, norm)
+            not _norm_applies(norm, x, conv.out_channels, pixels)
+            or is_hooked(conv)
             or conv.bias is not None
             or conv.groups != conv.in_channels
             or conv.in_channels != x.shape[1]
             or conv.out_channels not in (conv.in_channels, 2 * conv.in_channels)
-            or norm.num_features != conv.out_channels
             or any(k % 2 == 0 for k in conv.kernel_size)
             or conv.padding != tuple(k // 2 for k in conv.kernel_size)
             or conv.dilation != (1, 1)
             or conv.padding_mode != "zeros"
             or not set(conv.stride) <= {1, 2}
             or (conv.stride, conv.out_channels) != (first.stride, first.out_channels)
-            or not {conv.weight.dtype, norm.weight.dtype} <= {x.dtype}
+            or conv.weight.dtype != x.dtype
             or conv.weight.device != x.device
         ):
             return False
-    stride: tuple = first.stride  # type: ignore[assignment]
-    pixels = x.shape[0] * -(-x.shape[2] // stride[0]) * -(-x.shape[3] // stride[1])
-    return pixels > 1  # of one, nn.BatchNorm2d takes no statistics
+    return True
 
 
-def _track(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor) -> None:
-    if not norm.track_running_stats or norm.running_mean is None or norm.running_var is None:
-        return
-    factor = norm.momentum
-    if norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-        if factor is None:
-            factor = 1.0 / float(norm.num_batches_tracked)
-    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), factor or 0.0)
-    norm.running_var.lerp_(variance.to(norm.running_var.dtype), factor or 0.0)
+def _is_plain_convolution(conv: nn.Module) -> bool:
+    return type(conv) is nn.Conv2d or (type(conv) is DepthwiseConv2d and conv.activation == "none")
+
+
+def _norm_applies(norm: nn.Module, x: Tensor, channels: int, pixels: int) -> bool:
+    """Whether a layer is a batch normalisation by the statistics of a batch like x, of so many channels and pixels."""
+    return (
+        type(norm) is nn.BatchNorm2d
+        and norm.training
+        and norm.weight is not None
+        and norm.bias is not None
+        and (norm.weight.dtype, norm.weight.device) == (x.dtype, x.device)
+        and norm.num_features == channels
+        and pixels > 1  # of one, it takes no statistics
+        and not is_hooked(norm)
+    )
+
+
+@torch.no_grad()
+def _track(norms: Sequence[nn.BatchNorm2d], mean: Tensor, variance: Tensor, count: int) -> None:
+    """Moves running statistics as the layers would, by those of a batch: ``[layers, C]``, the variance biased."""
+    unbiased = variance * (count / (count - 1))
+    for norm, batch_mean, batch_variance in zip(norms, mean, unbiased, strict=True):
+        if not norm.track_running_stats or norm.running_mean is None or norm.running_var is None:
+            continue
+        factor = norm.momentum
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+            if factor is None:
+                factor = 1.0 / float(norm.num_batches_tracked)
+        norm.running_mean.lerp_(batch_mean.to(norm.running_mean.dtype), factor or 0.0)
+        norm.running_var.lerp_(batch_variance.to(norm.running_var.dtype), factor or 0.0)
 
 
 def _channels_last(x: Tensor) -> Tensor:

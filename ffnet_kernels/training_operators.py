@@ -11,16 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import autograd
 from .backends import cpu
 from .backends import training as plain
 
 LIBRARY = torch.library.Library("ffnet_kernels_training", "DEF")
 _ops: Any = torch.ops.ffnet_kernels_training
-
-_FEED_FORWARD = (
-    "Tensor expand_weight, Tensor? expand_bias, Tensor project_weight, Tensor? project_bias, str activation, "
-    "Tensor? scale"
-)
 
 
 def _map(like: Tensor, channels: int, height: int | None = None, width: int | None = None) -> Tensor:
@@ -29,53 +25,80 @@ def _map(like: Tensor, channels: int, height: int | None = None, width: int | No
 
 
 def _define(schema: str, fake, differentiate=None, setup_context=None) -> None:
-    name = f"{LIBRARY.ns}::{schema.partition('(')[0]}"
+    name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake(name, fake, lib=LIBRARY)
+    torch.library.register_fake(f"{LIBRARY.ns}::{name}", fake, lib=LIBRARY)
     if differentiate is not None:
-        torch.library.register_autograd(name, differentiate, setup_context=setup_context, lib=LIBRARY)
+        autograd.register(LIBRARY, name, differentiate, setup_context)
 
 
-def _fake_branched(x, weights, gammas, betas, eps, stride, activation):
+def _fake_batch_norm(x, gamma, *_):
+    return _map(x, x.shape[1]), torch.empty_like(gamma), torch.empty_like(gamma)
+
+
+def _fake_batch_norm_backward(grad, x, gamma, beta, mean, variance, eps, activation, wants_x):
+    grads = [_map(x, x.shape[1])] if wants_x else []
+    return [*grads, torch.empty_like(gamma), torch.empty_like(gamma)]
+
+
+def _save_batch_norm(ctx, inputs, output):
+    *tensors, ctx.eps, ctx.activation = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_batch_norm(ctx, grad, *_of_statistics):
+    *tensors, mean, variance = ctx.saved_tensors
+    if grad is None:
+        return (None,) * 5
+    if torch.is_grad_enabled():
+        return tuple(plain.differentiably(plain.batch_norm, grad, (*tensors, ctx.eps, ctx.activation)))
+    wants_x = ctx.needs_input_grad[0]
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    grads = _ops.batch_norm_backward.default(grad, *tensors, mean, variance, ctx.eps, ctx.activation, wants_x)
+    return *(grads if wants_x else (None, *grads)), None, None
+
+
+def _fake_branched(x, weight, gamma, beta, other_weight, other_gamma, other_beta, eps, stride, activation):
     height, width = ((size - 1) // s + 1 for size, s in zip(x.shape[2:], stride, strict=True))
-    outputs = weights[0].shape[0]
-    statistics = (len(weights), outputs)
+    outputs = weight.shape[0]
+    statistics = (1 if other_weight is None else 2, outputs)
     return _map(x, outputs, height, width), x.new_empty(statistics), x.new_empty(statistics)
 
 
-def _fake_branched_backward(grad, x, weights, gammas, betas, mean, variance, eps, activation, wants_x):
+def _fake_branched_backward(
+    grad, x, weight, gamma, beta, other_weight, other_gamma, other_beta, mean, variance, eps, activation, wants_x
+):
     grads = [_map(x, x.shape[1])] if wants_x else []
-    for weight in weights:
-        grads += [x.new_empty(weight.shape), *(x.new_empty((weight.shape[0],)) for _ in range(2))]
-    return grads
+    parameters = (weight, gamma, beta, other_weight, other_gamma, other_beta)
+    return grads + [x.new_empty(p.shape) for p in parameters if p is not None]
 
 
 def _save_branched(ctx, inputs, output):
-    x, weights, gammas, betas, ctx.eps, ctx.stride, ctx.activation = inputs
-    ctx.branches = len(weights)
-    ctx.save_for_backward(x, *weights, *gammas, *betas, *output[1:])
+    *tensors, ctx.eps, ctx.stride, ctx.activation = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _differentiate_branched(ctx, grad, *_of_statistics):
-    x, *vectors, mean, variance = ctx.saved_tensors
-    n = ctx.branches
-    weights, gammas, betas = vectors[:n], vectors[n : 2 * n], vectors[2 * n :]
+    x, *parameters, mean, variance = ctx.saved_tensors
     if grad is None:
-        return None, [None] * n, [None] * n, [None] * n, None, None, None
+        return (None,) * 10
     if torch.is_grad_enabled():
-        x_grad, *rest = plain.differentiably(
-            plain.branched_depthwise, grad, (x, weights, gammas, betas, ctx.eps, ctx.stride, ctx.activation)
-        )
-        return x_grad, rest[:n], rest[n : 2 * n], rest[2 * n :], None, None, None
+        inputs = (x, *parameters, ctx.eps, ctx.stride, ctx.activation)
+        return tuple(plain.differentiably(plain.branched_depthwise, grad, inputs))
     wants_x = ctx.needs_input_grad[0]
-    args = (weights, gammas, betas, mean, variance, ctx.eps)
-    if tuple(ctx.stride) == (1, 1) and weights[0].shape[0] == x.shape[1]:
-        grads = _ops.branched_depthwise_backward.default(grad, x, *args, ctx.activation, wants_x)
+    args: list = [grad, x, *parameters, mean, variance, ctx.eps]
+    if tuple(ctx.stride) == (1, 1) and parameters[0].shape[0] == x.shape[1]:
+        grads = _ops.branched_depthwise_backward.default(*args, ctx.activation, wants_x)
     else:
-        grads = plain.branched_depthwise_backward(cpu, grad, x, *args, ctx.stride, ctx.activation, wants_x)
-    x_grad, branches = (grads[0], grads[1:]) if wants_x else (None, grads)
-    return x_grad, branches[::3], branches[1::3], branches[2::3], None, None, None
+        args += [ctx.stride, ctx.activation, wants_x]
+        grads = plain.branched_depthwise_backward(cpu, *args)
+    if not wants_x:
+        grads = [None, *grads]
+    return *grads, *(None,) * (10 - len(grads))
 
 
 def _fake_feed_forward(x, expand_weight, expand_bias, project_weight, *_):
@@ -104,9 +127,8 @@ def _differentiate_feed_forward(ctx, grad, _of_z):
     x, _, expand_bias, _, project_bias = tensors
     residual_grad = grad if ctx.needs_input_grad[7] else None
     if torch.is_grad_enabled():
-        found = iter(plain.differentiably(plain.feed_forward, grad, (*tensors, ctx.activation, scale)))
-        of = [None if t is None else next(found) for t in (*tensors, scale)]
-        return *of[:5], None, of[5], residual_grad
+        grads = plain.differentiably(plain.feed_forward, grad, (*tensors, ctx.activation, scale))
+        return *grads, residual_grad
     wants_x = ctx.needs_input_grad[0]
     grad = grad.contiguous(memory_format=torch.channels_last)
     grads = _ops.feed_forward_backward.default(grad, x, z, *tensors[1:], ctx.activation, scale, wants_x)
@@ -123,16 +145,34 @@ def _differentiate_feed_forward(ctx, grad, _of_z):
     )
 
 
+_NORM = "Tensor gamma, Tensor beta"
+_BRANCHES = f"Tensor weight, {_NORM}, Tensor? other_weight, Tensor? other_gamma, Tensor? other_beta"
+_FEED_FORWARD = (
+    "Tensor expand_weight, Tensor? expand_bias, Tensor project_weight, Tensor? project_bias, str activation, "
+    "Tensor? scale"
+)
+
 _define(
-    "branched_depthwise(Tensor x, Tensor[] weights, Tensor[] gammas, Tensor[] betas, float[] eps, int[2] stride, "
-    "str activation) -> (Tensor, Tensor, Tensor)",
+    f"batch_norm(Tensor x, {_NORM}, float eps, str activation) -> (Tensor, Tensor, Tensor)",
+    _fake_batch_norm,
+    _differentiate_batch_norm,
+    _save_batch_norm,
+)
+_define(
+    f"batch_norm_backward(Tensor grad, Tensor x, {_NORM}, Tensor mean, Tensor variance, float eps, str activation, "
+    "bool wants_x) -> Tensor[]",
+    _fake_batch_norm_backward,
+)
+_define(
+    f"branched_depthwise(Tensor x, {_BRANCHES}, float[] eps, int[2] stride, str activation) "
+    "-> (Tensor, Tensor, Tensor)",
     _fake_branched,
     _differentiate_branched,
     _save_branched,
 )
 _define(
-    "branched_depthwise_backward(Tensor grad, Tensor x, Tensor[] weights, Tensor[] gammas, Tensor[] betas, "
-    "Tensor mean, Tensor variance, float[] eps, str activation, bool wants_x) -> Tensor[]",
+    f"branched_depthwise_backward(Tensor grad, Tensor x, {_BRANCHES}, Tensor mean, Tensor variance, float[] eps, "
+    "str activation, bool wants_x) -> Tensor[]",
     _fake_branched_backward,
 )
 _define(

@@ -40,102 +40,6 @@ Tensor empty_channels_last(const Tensor& like, int64_t channels, int64_t h, int6
   return empty_map(like, {like.size(0), channels, h, w}, true);
 }
 
-// Everything but the result; `mean` and `variance` are [branches, outputs] and belong to it in the forward pass.
-ffnet::BranchedDepthwise branched(const Tensor& x, const std::vector<Tensor>& weights,
-                                  const std::vector<Tensor>& gammas, const std::vector<Tensor>& betas,
-                                  const std::vector<double>& eps, float* mean, float* variance,
-                                  const std::vector<int64_t>& stride, const std::string& activation) {
-  check_float_cpu(x, "x", 4);
-  const size_t branches = weights.size();
-  STD_TORCH_CHECK(branches >= 1 && branches <= ffnet::kMaxBranches && gammas.size() == branches &&
-                      betas.size() == branches && eps.size() == branches,
-                  "ffnet_kernels (cpu): expected 1 or ", ffnet::kMaxBranches,
-                  " branches, each with gamma, beta and eps");
-  STD_TORCH_CHECK(stride.size() == 2 && (stride[0] == 1 || stride[0] == 2) && (stride[1] == 1 || stride[1] == 2),
-                  "ffnet_kernels (cpu): stride must be two numbers, each 1 or 2");
-  ffnet::BranchedDepthwise op{};
-  op.n = x.size(0), op.channels = x.size(1), op.h = x.size(2), op.w = x.size(3);
-  const int64_t outputs = weights[0].size(0);
-  STD_TORCH_CHECK(op.n > 0 && op.channels > 0 && op.h > 0 && op.w > 0 && outputs > 0 && outputs % op.channels == 0,
-                  "ffnet_kernels (cpu): x must not be empty, a weight must have a multiple of its channels");
-  op.multiplier = outputs / op.channels;
-  op.stride_h = stride[0], op.stride_w = stride[1];
-  op.out_h = (op.h - 1) / op.stride_h + 1, op.out_w = (op.w - 1) / op.stride_w + 1;
-  op.x = x.const_data_ptr<float>(), op.x_stride = strides(x);
-  op.branches = static_cast<int>(branches);
-  for (size_t b = 0; b < branches; ++b) {
-    const Tensor& weight = weights[b];
-    check_float_cpu(weight, "weight", 4);
-    STD_TORCH_CHECK(
-        weight.size(0) == outputs && weight.size(1) == 1 && weight.size(2) % 2 == 1 && weight.size(3) % 2 == 1,
-        "ffnet_kernels (cpu): a weight must be [outputs, 1, kh, kw], kh and kw odd");
-    op.branch[b] = {{weight.const_data_ptr<float>(), nullptr, weight.size(2), weight.size(3), weight.stride(0),
-                     weight.stride(2), weight.stride(3)},
-                    vector_of(gammas[b], "gamma", outputs),
-                    vector_of(betas[b], "beta", outputs),
-                    static_cast<float>(eps[b]),
-                    mean + static_cast<int64_t>(b) * outputs,
-                    variance + static_cast<int64_t>(b) * outputs};
-  }
-  op.activation = parse_activation(activation);
-  return op;
-}
-
-std::tuple<Tensor, Tensor, Tensor> branched_depthwise(const Tensor& x, const std::vector<Tensor>& weights,
-                                                      const std::vector<Tensor>& gammas,
-                                                      const std::vector<Tensor>& betas, const std::vector<double>& eps,
-                                                      const std::vector<int64_t>& stride,
-                                                      const std::string& activation) {
-  STD_TORCH_CHECK(!weights.empty() && weights[0].dim() == 4, "ffnet_kernels (cpu): expected a weight");
-  const std::vector<int64_t> size{static_cast<int64_t>(weights.size()), weights[0].size(0)};
-  Tensor mean = empty(x, size), variance = empty(x, size);
-  ffnet::BranchedDepthwise op = branched(x, weights, gammas, betas, eps, mean.mutable_data_ptr<float>(),
-                                         variance.mutable_data_ptr<float>(), stride, activation);
-  Tensor out = empty_channels_last(x, weights[0].size(0), op.out_h, op.out_w);
-  op.out = out.mutable_data_ptr<float>(), op.out_stride = strides(out);
-  ffnet::active_kernels().branched_depthwise(op, executor());
-  return {out, mean, variance};
-}
-
-// The gradient of x (undefined contents unless wanted), then weight, gamma and beta of each branch.
-std::vector<Tensor> branched_depthwise_backward(const Tensor& grad, const Tensor& x, const std::vector<Tensor>& weights,
-                                                const std::vector<Tensor>& gammas, const std::vector<Tensor>& betas,
-                                                const Tensor& mean, const Tensor& variance,
-                                                const std::vector<double>& eps, const std::string& activation,
-                                                bool wants_x) {
-  check_float_cpu(grad, "grad", 4);
-  STD_TORCH_CHECK(!weights.empty() && weights[0].dim() == 4, "ffnet_kernels (cpu): expected a weight");
-  const int64_t outputs = weights[0].size(0), branches = static_cast<int64_t>(weights.size());
-  for (const Tensor& statistic : {mean, variance}) {
-    check_float_cpu(statistic, "a statistic", 2);
-    STD_TORCH_CHECK(statistic.is_contiguous() && statistic.size(0) == branches && statistic.size(1) == outputs,
-                    "ffnet_kernels (cpu): statistics must be [branches, outputs]");
-  }
-  ffnet::BranchedDepthwiseBackward op{};
-  op.forward = branched(x, weights, gammas, betas, eps, const_cast<float*>(mean.const_data_ptr<float>()),
-                        const_cast<float*>(variance.const_data_ptr<float>()), {1, 1}, activation);
-  STD_TORCH_CHECK(op.forward.multiplier == 1, "ffnet_kernels (cpu): expected one output per channel");
-  STD_TORCH_CHECK(grad.size(0) == op.forward.n && grad.size(1) == outputs && grad.size(2) == op.forward.h &&
-                      grad.size(3) == op.forward.w,
-                  "ffnet_kernels (cpu): grad must have the result's shape");
-  op.grad = grad.const_data_ptr<float>(), op.grad_stride = strides(grad);
-  std::vector<Tensor> gradients;
-  if (wants_x) {
-    Tensor x_grad = empty_channels_last(x, x.size(1), x.size(2), x.size(3));
-    op.x_grad = x_grad.mutable_data_ptr<float>(), op.x_grad_stride = strides(x_grad);
-    gradients.push_back(x_grad);
-  }
-  for (size_t b = 0; b < weights.size(); ++b) {
-    Tensor weight = empty(x, {outputs, 1, weights[b].size(2), weights[b].size(3)}), gamma = empty(x, {outputs}),
-           beta = empty(x, {outputs});
-    op.gradients[b] = {weight.mutable_data_ptr<float>(), gamma.mutable_data_ptr<float>(),
-                       beta.mutable_data_ptr<float>()};
-    for (const Tensor& gradient : {weight, gamma, beta}) gradients.push_back(gradient);
-  }
-  ffnet::active_kernels().branched_depthwise_backward(op, executor());
-  return gradients;
-}
-
 // The data of a matrix [pixels][channels] with the pixels of `like`.
 const float* pixels_of(const Tensor& map, const char* name, const Tensor& like, int64_t channels) {
   check_float_cpu(map, name, 4);
@@ -143,6 +47,161 @@ const float* pixels_of(const Tensor& map, const char* name, const Tensor& like, 
   STD_TORCH_CHECK(is_pixel_matrix(map) && has_size(map, {n, channels, h, w}), "ffnet_kernels (cpu): ", name,
                   " must be a dense channels-last map of [", n, ", ", channels, ", ", h, ", ", w, "]");
   return map.const_data_ptr<float>();
+}
+
+// One row of `mean` and `variance` belongs to each normalisation.
+ffnet::Norm norm_of(const Tensor& gamma, const Tensor& beta, double eps, float* mean, float* variance,
+                    int64_t channels) {
+  return {vector_of(gamma, "gamma", channels), vector_of(beta, "beta", channels), static_cast<float>(eps), mean,
+          variance};
+}
+
+// The data of statistics of `norms` layers; they are written in the forward pass only.
+float* statistic_of(const Tensor& statistic, int64_t norms, int64_t channels) {
+  STD_TORCH_CHECK(statistic.is_cpu() && statistic.scalar_type() == ScalarType::Float && statistic.is_contiguous() &&
+                      statistic.numel() == norms * channels,
+                  "ffnet_kernels (cpu): statistics must be ", norms, " x ", channels, " contiguous elements");
+  return const_cast<float*>(statistic.const_data_ptr<float>());
+}
+
+ffnet::BatchNorm batch_norm_of(const Tensor& x, const Tensor& gamma, const Tensor& beta, const Tensor& mean,
+                               const Tensor& variance, double eps, const std::string& activation) {
+  check_float_cpu(x, "x", 4);
+  STD_TORCH_CHECK(x.numel() > 0, "ffnet_kernels (cpu): x must not be empty");
+  const int64_t channels = x.size(1);
+  ffnet::BatchNorm op{};
+  op.pixels = pixels(x), op.channels = channels;
+  op.x = pixels_of(x, "x", x, channels);
+  op.norm = norm_of(gamma, beta, eps, statistic_of(mean, 1, channels), statistic_of(variance, 1, channels), channels);
+  op.activation = parse_activation(activation);
+  return op;
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm(const Tensor& x, const Tensor& gamma, const Tensor& beta, double eps,
+                                              const std::string& activation) {
+  check_float_cpu(x, "x", 4);
+  const int64_t channels = x.size(1);
+  Tensor mean = empty(x, {channels}), variance = empty(x, {channels}),
+         out = empty_channels_last(x, channels, x.size(2), x.size(3));
+  ffnet::BatchNorm op = batch_norm_of(x, gamma, beta, mean, variance, eps, activation);
+  op.out = out.mutable_data_ptr<float>();
+  ffnet::active_kernels().batch_norm(op, executor());
+  return {out, mean, variance};
+}
+
+// The gradient of x, if wanted, then of gamma and beta.
+std::vector<Tensor> batch_norm_backward(const Tensor& grad, const Tensor& x, const Tensor& gamma, const Tensor& beta,
+                                        const Tensor& mean, const Tensor& variance, double eps,
+                                        const std::string& activation, bool wants_x) {
+  ffnet::BatchNormBackward op{};
+  op.forward = batch_norm_of(x, gamma, beta, mean, variance, eps, activation);
+  op.grad = pixels_of(grad, "grad", x, x.size(1));
+  std::vector<Tensor> gradients;
+  if (wants_x) {
+    gradients.push_back(empty_channels_last(x, x.size(1), x.size(2), x.size(3)));
+    op.x_grad = gradients.back().mutable_data_ptr<float>();
+  }
+  Tensor gamma_grad = empty(x, {x.size(1)}), beta_grad = empty(x, {x.size(1)});
+  op.gradients = {gamma_grad.mutable_data_ptr<float>(), beta_grad.mutable_data_ptr<float>()};
+  gradients.push_back(gamma_grad), gradients.push_back(beta_grad);
+  ffnet::active_kernels().batch_norm_backward(op, executor());
+  return gradients;
+}
+
+// The parameters of the branches, of which there are one or two.
+struct Branches {
+  const Tensor &weight, &gamma, &beta;
+  const std::optional<Tensor>&other_weight, &other_gamma, &other_beta;
+  const std::vector<double>& eps;
+
+  int count() const { return other_weight ? 2 : 1; }
+  int64_t outputs() const {
+    STD_TORCH_CHECK(weight.dim() == 4, "ffnet_kernels (cpu): a weight must be [outputs, 1, kh, kw]");
+    return weight.size(0);
+  }
+
+  ffnet::Branch branch(int b, float* mean, float* variance) const {
+    const Tensor& filter = b == 0 ? weight : *other_weight;
+    check_float_cpu(filter, "weight", 4);
+    STD_TORCH_CHECK(
+        filter.size(0) == outputs() && filter.size(1) == 1 && filter.size(2) % 2 == 1 && filter.size(3) % 2 == 1,
+        "ffnet_kernels (cpu): a weight must be [outputs, 1, kh, kw], kh and kw odd");
+    return {{filter.const_data_ptr<float>(), nullptr, filter.size(2), filter.size(3), filter.stride(0),
+             filter.stride(2), filter.stride(3)},
+            norm_of(b == 0 ? gamma : *other_gamma, b == 0 ? beta : *other_beta, eps[static_cast<size_t>(b)],
+                    mean + b * outputs(), variance + b * outputs(), outputs())};
+  }
+
+  // Everything but the result.
+  ffnet::BranchedDepthwise of(const Tensor& x, const Tensor& mean, const Tensor& variance,
+                              const std::vector<int64_t>& stride, const std::string& activation) const {
+    check_float_cpu(x, "x", 4);
+    STD_TORCH_CHECK(eps.size() == static_cast<size_t>(count()) && other_weight.has_value() == other_gamma.has_value() &&
+                        other_weight.has_value() == other_beta.has_value(),
+                    "ffnet_kernels (cpu): expected 1 or 2 branches, each with gamma, beta and eps");
+    STD_TORCH_CHECK(stride.size() == 2 && (stride[0] == 1 || stride[0] == 2) && (stride[1] == 1 || stride[1] == 2),
+                    "ffnet_kernels (cpu): stride must be two numbers, each 1 or 2");
+    ffnet::BranchedDepthwise op{};
+    op.n = x.size(0), op.channels = x.size(1), op.h = x.size(2), op.w = x.size(3);
+    STD_TORCH_CHECK(op.n > 0 && op.channels > 0 && op.h > 0 && op.w > 0 && outputs() > 0 && outputs() % op.channels == 0,
+                    "ffnet_kernels (cpu): x must not be empty, a weight must have a multiple of its channels");
+    op.multiplier = outputs() / op.channels;
+    op.stride_h = stride[0], op.stride_w = stride[1];
+    op.out_h = (op.h - 1) / op.stride_h + 1, op.out_w = (op.w - 1) / op.stride_w + 1;
+    op.x = x.const_data_ptr<float>(), op.x_stride = strides(x);
+    op.branches = count();
+    for (int b = 0; b < count(); ++b)
+      op.branch[b] = branch(b, statistic_of(mean, count(), outputs()), statistic_of(variance, count(), outputs()));
+    op.activation = parse_activation(activation);
+    return op;
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> branched_depthwise(
+    const Tensor& x, const Tensor& weight, const Tensor& gamma, const Tensor& beta,
+    const std::optional<Tensor>& other_weight, const std::optional<Tensor>& other_gamma,
+    const std::optional<Tensor>& other_beta, const std::vector<double>& eps, const std::vector<int64_t>& stride,
+    const std::string& activation) {
+  const Branches branches{weight, gamma, beta, other_weight, other_gamma, other_beta, eps};
+  const std::vector<int64_t> size{branches.count(), branches.outputs()};
+  Tensor mean = empty(x, size), variance = empty(x, size);
+  ffnet::BranchedDepthwise op = branches.of(x, mean, variance, stride, activation);
+  Tensor out = empty_channels_last(x, branches.outputs(), op.out_h, op.out_w);
+  op.out = out.mutable_data_ptr<float>(), op.out_stride = strides(out);
+  ffnet::active_kernels().branched_depthwise(op, executor());
+  return {out, mean, variance};
+}
+
+// The gradient of x, if wanted, then weight, gamma and beta of each branch.
+std::vector<Tensor> branched_depthwise_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& gamma, const Tensor& beta,
+    const std::optional<Tensor>& other_weight, const std::optional<Tensor>& other_gamma,
+    const std::optional<Tensor>& other_beta, const Tensor& mean, const Tensor& variance, const std::vector<double>& eps,
+    const std::string& activation, bool wants_x) {
+  check_float_cpu(grad, "grad", 4);
+  const Branches branches{weight, gamma, beta, other_weight, other_gamma, other_beta, eps};
+  const int64_t outputs = branches.outputs();
+  ffnet::BranchedDepthwiseBackward op{};
+  op.forward = branches.of(x, mean, variance, {1, 1}, activation);
+  STD_TORCH_CHECK(op.forward.multiplier == 1, "ffnet_kernels (cpu): expected one output per channel");
+  STD_TORCH_CHECK(has_size(grad, {op.forward.n, outputs, op.forward.h, op.forward.w}),
+                  "ffnet_kernels (cpu): grad must have the result's shape");
+  op.grad = grad.const_data_ptr<float>(), op.grad_stride = strides(grad);
+  std::vector<Tensor> gradients;
+  if (wants_x) {
+    gradients.push_back(empty_channels_last(x, x.size(1), x.size(2), x.size(3)));
+    op.x_grad = gradients.back().mutable_data_ptr<float>(), op.x_grad_stride = strides(gradients.back());
+  }
+  for (int b = 0; b < branches.count(); ++b) {
+    const ffnet::Filter& filter = op.forward.branch[b].filter;
+    Tensor of_weight = empty(x, {outputs, 1, filter.kh, filter.kw}), of_gamma = empty(x, {outputs}),
+           of_beta = empty(x, {outputs});
+    op.gradients[b] = {of_weight.mutable_data_ptr<float>(),
+                       {of_gamma.mutable_data_ptr<float>(), of_beta.mutable_data_ptr<float>()}};
+    for (const Tensor& gradient : {of_weight, of_gamma, of_beta}) gradients.push_back(gradient);
+  }
+  ffnet::active_kernels().branched_depthwise_backward(op, executor());
+  return gradients;
 }
 
 const float* matrix_of(const Tensor& weight, const char* name, int64_t columns) {
@@ -218,6 +277,8 @@ std::vector<Tensor> feed_forward_backward(const Tensor& grad, const Tensor& x, c
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(ffnet_kernels_training, CPU, m) {
+  m.impl("batch_norm", TORCH_BOX(&batch_norm));
+  m.impl("batch_norm_backward", TORCH_BOX(&batch_norm_backward));
   m.impl("branched_depthwise", TORCH_BOX(&branched_depthwise));
   m.impl("branched_depthwise_backward", TORCH_BOX(&branched_depthwise_backward));
   m.impl("feed_forward", TORCH_BOX(&feed_forward));

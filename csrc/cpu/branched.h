@@ -1,28 +1,11 @@
 // What the forward and the backward pass of a branched depthwise layer share.
 #pragma once
 
+#include "norm.h"
 #include "row_ring.h"
 #include "rows.h"
-#include "training.h"
 
 namespace ffnet::FFNET_ISA {
-
-// A vector of channels of an array with an element for each channel; lanes without a channel are 0.
-FFNET_INLINE Vec lanes_of(const float* array, const Lanes& lanes) {
-  return Vec::load_first(array + lanes.first, lanes.count);
-}
-
-// gamma / sqrt(variance + eps), and 1 / sqrt(variance + eps).
-struct NormScale {
-  Vec scale, inverse_deviation;
-};
-inline NormScale norm_scale(const Branch& branch, const Lanes& lanes) {
-  float inverse[kLanes];
-  for (int64_t l = 0; l < kLanes; ++l)
-    inverse[l] = l < lanes.count ? 1 / __builtin_sqrtf(branch.variance[lanes.first + l] + branch.eps) : 0;
-  const Vec deviation = Vec::load(inverse);
-  return {lanes_of(branch.gamma, lanes) * deviation, deviation};
-}
 
 FFNET_INLINE int64_t pad_top(const Branch& branch) { return branch.filter.kh / 2; }
 FFNET_INLINE int64_t pad_left(const Branch& branch) { return branch.filter.kw / 2; }

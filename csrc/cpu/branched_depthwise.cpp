@@ -11,38 +11,6 @@ void depthwise_conv2d(const DepthwiseConv2d&, const Executor&);
 
 namespace {
 
-// Mean and sum of squared deviations of `count` values, joined pairwise (Chan et al.): a naive sum of squares would
-// cancel.
-struct Moments {
-  Vec mean, deviations;
-  float count;
-  void join(const Moments& other) {
-    const float total = count + other.count;
-    const Vec delta = other.mean - mean;
-    mean = fma(delta, Vec::fill(other.count / total), mean);
-    deviations = fma(delta * delta, Vec::fill(count * (other.count / total)), deviations + other.deviations);
-    count = total;
-  }
-};
-
-// Sum of f over the vectors of a line, in four parts for the latency of additions.
-template <class F>
-FFNET_INLINE Vec sum_line(const float* line, int64_t width, F f) {
-  Vec total[4] = {Vec::fill(0), Vec::fill(0), Vec::fill(0), Vec::fill(0)};
-  int64_t i = 0;
-  for (; i + 4 <= width; i += 4)
-#pragma GCC unroll 4
-    for (int p = 0; p < 4; ++p) total[p] = total[p] + f(Vec::load(line + (i + p) * kLanes));
-  for (; i < width; ++i) total[0] = total[0] + f(Vec::load(line + i * kLanes));
-  return (total[0] + total[1]) + (total[2] + total[3]);
-}
-
-Moments moments_of(const float* line, int64_t width) {
-  const Vec mean = sum_line(line, width, [](Vec y) { return y; }) * Vec::fill(1.f / static_cast<float>(width));
-  const Vec deviations = sum_line(line, width, [mean](Vec y) { return (y - mean) * (y - mean); });
-  return {mean, deviations, static_cast<float>(width)};
-}
-
 constexpr int64_t kMoments = 3;
 
 struct Work {
@@ -67,6 +35,10 @@ void measure_image(void* context, int64_t task) {
   const BranchedDepthwise& op = work.op;
   const int64_t n = task % op.n;
   const Lanes lanes = lanes_of_vector(op, task / op.n);
+  const auto measure = [&](const float* line) {
+    return moments_of(op.out_w,
+                      [line](int64_t i) __attribute__((always_inline)) { return Vec::load(line + i * kLanes); });
+  };
   const int64_t reach = work.kh + op.stride_h - 1;  // rows from the first one needed to the last new one
   BranchRows branches(op, reach);
   Arena arena(branches.scratch_floats());
@@ -80,11 +52,11 @@ void measure_image(void* context, int64_t task) {
     gathered = max_of(gathered, need);
     for (int b = 0; b < op.branches; ++b) {
       if (r == 0) {  // sums of values around zero keep more digits
-        const Vec shift = moments_of(branches.make(b, 0), op.out_w).mean;
+        const Vec shift = measure(branches.make(b, 0)).mean;
         branches.set_shift(b, Vec::fill(0) - shift);
         shift.store(work.image_moments(task) + kMoments * b * kLanes);
       }
-      const Moments row = moments_of(branches.make(b, r), op.out_w);
+      const Moments row = measure(branches.make(b, r));
       if (r == 0)
         total[b] = row;
       else
@@ -98,24 +70,14 @@ void measure_image(void* context, int64_t task) {
   }
 }
 
-// Joins the images of one branch in order, in double precision.
-void join_images(const Work& work, int64_t vector, int b, float (&mean)[kLanes], float (&variance)[kLanes]) {
+JointMoments join_images(const Work& work, int64_t vector, int b) {
   const BranchedDepthwise& op = work.op;
-  const double pixels = static_cast<double>(op.out_h * op.out_w);
-  double joined[kLanes] = {}, deviations[kLanes] = {};
+  JointMoments joined;
   for (int64_t n = 0; n < op.n; ++n) {
     const float* of_image = work.image_moments(vector * op.n + n) + kMoments * b * kLanes;
-    const double share = 1 / static_cast<double>(n + 1);
-    for (int64_t l = 0; l < kLanes; ++l) {
-      const double delta = static_cast<double>(of_image[l]) + of_image[kLanes + l] - joined[l];
-      joined[l] += delta * share;
-      deviations[l] += of_image[2 * kLanes + l] + delta * delta * (pixels * static_cast<double>(n) * share);
-    }
+    joined.join(of_image + kLanes, of_image, of_image + 2 * kLanes, static_cast<double>(op.out_h * op.out_w));
   }
-  for (int64_t l = 0; l < kLanes; ++l) {
-    mean[l] = static_cast<float>(joined[l]);
-    variance[l] = static_cast<float>(deviations[l] / (pixels * static_cast<double>(op.n)));
-  }
+  return joined;
 }
 
 // Writes the statistics and merges the branches of one vector of channels.
@@ -128,13 +90,12 @@ void merge_branches(void* context, int64_t vector) {
   Vec bias = Vec::fill(0);
   for (int b = 0; b < op.branches; ++b) {
     const Branch& branch = op.branch[b];
-    float mean[kLanes], variance[kLanes];
-    join_images(work, vector, b, mean, variance);
-    Vec::load(mean).store_first(branch.mean + lanes.first, lanes.count);
-    Vec::load(variance).store_first(branch.variance + lanes.first, lanes.count);
+    const JointMoments moments = join_images(work, vector, b);
+    moments.mean().store_first(branch.norm.mean + lanes.first, lanes.count);
+    moments.variance().store_first(branch.norm.variance + lanes.first, lanes.count);
 
-    const Vec scale = norm_scale(branch, lanes).scale;
-    bias = bias + (lanes_of(branch.beta, lanes) - scale * Vec::load(mean));
+    const Vec scale = norm_scale(branch.norm, lanes).scale;
+    bias = bias + (lanes_of(branch.norm.beta, lanes) - scale * moments.mean());
     Arena arena(packed_floats<FloatTaps>(branch.filter));
     const int64_t kh = branch.filter.kh, kw = branch.filter.kw;
     const PackedFilter filter = pack_filter<float, FloatTaps>(branch.filter, lanes.first, lanes.count, 1, 0, arena.at);

@@ -34,8 +34,8 @@ class Gradients {
     const BranchedDepthwise& f = op_.forward;
     Vec beta = Vec::fill(0);
     for (int b = 0; b < f.branches; ++b) {
-      scale_[b] = norm_scale(f.branch[b], lanes).scale;
-      beta = beta + lanes_of(f.branch[b].beta, lanes);
+      scale_[b] = norm_scale(f.branch[b].norm, lanes).scale;
+      beta = beta + lanes_of(f.branch[b].norm.beta, lanes);
     }
     beta_ = beta;
   }
@@ -43,7 +43,7 @@ class Gradients {
   void place(Arena& arena) {
     branches_.place(arena, lanes_);
     for (int b = 0; b < op_.forward.branches; ++b)
-      branches_.set_shift(b, Vec::fill(0) - lanes_of(op_.forward.branch[b].mean, lanes_));
+      branches_.set_shift(b, Vec::fill(0) - lanes_of(op_.forward.branch[b].norm.mean, lanes_));
     line_ = arena.floats(op_.forward.w * kLanes);
     slope_ = arena.floats(op_.forward.w * kLanes);
   }
@@ -115,24 +115,9 @@ void finish_sums(void* context, int64_t vector) {
   const Lanes lanes = work.lanes(vector);
   const float* sums = work.sums.total(vector);
   for (int b = 0; b < f.branches; ++b) {
-    const BranchGradients& to = work.op.gradients[b];
-    Vec::load(sums).store_first(to.beta + lanes.first, lanes.count);
-    (Vec::load(sums + (1 + b) * kLanes) * norm_scale(f.branch[b], lanes).inverse_deviation)
-        .store_first(to.gamma + lanes.first, lanes.count);
+    store_gradients(f.branch[b].norm, lanes, Vec::load(sums), Vec::load(sums + (1 + b) * kLanes),
+                    work.op.gradients[b].norm);
   }
-}
-
-// y_grad = scale * g + slope * (y - mean) + shift
-struct Coefficients {
-  Vec scale, slope, shift;
-};
-
-Coefficients coefficients(const BranchedDepthwiseBackward& op, int b, const Lanes& lanes) {
-  const BranchedDepthwise& f = op.forward;
-  const NormScale norm = norm_scale(f.branch[b], lanes);
-  const Vec share = Vec::fill(-1.f / (static_cast<float>(f.n) * static_cast<float>(f.h * f.w))) * norm.scale;
-  return {norm.scale, share * norm.inverse_deviation * lanes_of(op.gradients[b].gamma, lanes),
-          share * lanes_of(op.gradients[b].beta, lanes)};
 }
 
 // The filter turned by half a turn: what the gradient of x is convolved with.
@@ -167,11 +152,12 @@ class Task {
     }
     Arena arena(floats);
     gradients_.place(arena);
+    const float values = static_cast<float>(f_.n) * static_cast<float>(f_.h * f_.w);
     for (int b = 0; b < f_.branches; ++b) {
       const Branch& branch = f_.branch[b];
       y_grad_[b].place(arena);
       turned_[b] = turned_filter(branch, lanes, arena.floats(packed_floats<FloatTaps>(branch.filter)));
-      at_[b] = coefficients(op_, b, lanes);
+      at_[b] = norm_slope(branch.norm, op_.gradients[b].norm, values, lanes);
       conv_row_[b] = select_conv_row<FloatTaps>(branch.filter, 1);
     }
     out_line_ = arena.floats(line_), other_line_ = arena.floats(line_);
@@ -239,7 +225,7 @@ class Task {
   Gradients gradients_;
   RowRing y_grad_[kMaxBranches];
   PackedFilter turned_[kMaxBranches];
-  Coefficients at_[kMaxBranches];
+  NormSlope at_[kMaxBranches];
   ConvRow conv_row_[kMaxBranches];
   float *out_line_, *other_line_;
 };

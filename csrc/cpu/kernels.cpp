@@ -15,6 +15,8 @@ bool pairs_conv2d(const Conv2d&, const Conv2d&);
 void conv2d_pair(const Conv2d&, const Conv2d&, const Executor&);
 void pooled_linear(const PooledLinear&, const Executor&);
 void pointwise_conv2d_backward(const PointwiseConv2dBackward&, const Executor&);
+void batch_norm(const BatchNorm&, const Executor&);
+void batch_norm_backward(const BatchNormBackward&, const Executor&);
 void branched_depthwise(const BranchedDepthwise&, const Executor&);
 void branched_depthwise_backward(const BranchedDepthwiseBackward&, const Executor&);
 void feed_forward(const FeedForward&, const Executor&);
@@ -42,6 +44,8 @@ const Kernels* FFNET_TABLE_NAME(FFNET_ISA)() {
       FFNET_ISA::conv2d_pair,
       FFNET_ISA::pooled_linear,
       FFNET_ISA::pointwise_conv2d_backward,
+      FFNET_ISA::batch_norm,
+      FFNET_ISA::batch_norm_backward,
       FFNET_ISA::branched_depthwise,
       FFNET_ISA::branched_depthwise_backward,
       FFNET_ISA::feed_forward,

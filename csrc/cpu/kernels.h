@@ -173,6 +173,8 @@ struct PointwiseConv2dBackward {
 };
 
 // training.h
+struct BatchNorm;
+struct BatchNormBackward;
 struct BranchedDepthwise;
 struct BranchedDepthwiseBackward;
 struct FeedForward;
@@ -193,6 +195,8 @@ struct Kernels {
   void (*conv2d_pair)(const Conv2d& first, const Conv2d& second, const Executor&);
   void (*pooled_linear)(const PooledLinear&, const Executor&);
   void (*pointwise_conv2d_backward)(const PointwiseConv2dBackward&, const Executor&);
+  void (*batch_norm)(const BatchNorm&, const Executor&);
+  void (*batch_norm_backward)(const BatchNormBackward&, const Executor&);
   void (*branched_depthwise)(const BranchedDepthwise&, const Executor&);
   void (*branched_depthwise_backward)(const BranchedDepthwiseBackward&, const Executor&);
   void (*feed_forward)(const FeedForward&, const Executor&);

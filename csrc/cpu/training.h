@@ -7,13 +7,20 @@ namespace ffnet {
 
 constexpr int kMaxBranches = 2;
 
-// A depthwise convolution, padded by half its (odd) filter and without bias, and the batch normalisation that follows:
-// (y - mean) * gamma / sqrt(variance + eps) + beta, one element for each output channel.
-struct Branch {
-  Filter filter;
+// (y - mean) * gamma / sqrt(variance + eps) + beta, one element for each channel.
+struct Norm {
   const float *gamma, *beta;
   float eps;
   float *mean, *variance;  // of the batch (biased): the forward pass writes them, the backward pass reads them
+};
+struct NormGradients {
+  float *gamma, *beta;
+};
+
+// A depthwise convolution, padded by half its (odd) filter and without bias, and the normalisation that follows.
+struct Branch {
+  Filter filter;
+  Norm norm;
 };
 
 // out = act(sum of the branches)
@@ -28,9 +35,9 @@ struct BranchedDepthwise {
   Strides out_stride;
 };
 
-// Contiguous [C, 1, kh, kw], [C], [C].
 struct BranchGradients {
-  float *weight, *gamma, *beta;
+  float* weight;  // contiguous [C, 1, kh, kw]
+  NormGradients norm;
 };
 
 // Takes stride 1 and one output per channel.
@@ -44,6 +51,22 @@ struct BranchedDepthwiseBackward {
 };
 
 // Maps from here on are dense and channels-last, [pixels][channels]; weights are [outputs][inputs]; all contiguous.
+
+// out = act(norm(x))
+struct BatchNorm {
+  int64_t pixels, channels;
+  const float* x;
+  Norm norm;
+  Activation activation;
+  float* out;
+};
+
+struct BatchNormBackward {
+  BatchNorm forward;  // out is not read
+  const float* grad;
+  float* x_grad;  // may be null
+  NormGradients gradients;
+};
 
 // out = residual + scale * (project * act(z) + project_bias), z = expand * x + expand_bias
 struct FeedForward {

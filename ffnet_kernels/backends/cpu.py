@@ -8,7 +8,7 @@ import sys
 import torch
 from torch import Tensor
 
-from .. import native
+from .. import autograd, native
 from . import gradients
 
 _ops = torch.ops.ffnet_kernels
@@ -57,19 +57,19 @@ def describe(operator: str, args: tuple) -> str:
 
 
 def depthwise_conv2d(*args) -> Tensor:
-    return _ops.depthwise_conv2d.default(*args)
+    return autograd.call(_ops.depthwise_conv2d.default, *args)
 
 
 def conv2d(*args) -> Tensor:
-    return _ops.conv2d.default(*args)
+    return autograd.call(_ops.conv2d.default, *args)
 
 
 def ffnified_attention(*args) -> Tensor:
-    return _ops.ffnified_attention.default(*args)
+    return autograd.call(_ops.ffnified_attention.default, *args)
 
 
 def channel_mixer(*args) -> Tensor:
-    return _ops.channel_mixer.default(*args)
+    return autograd.call(_ops.channel_mixer.default, *args)
 
 
 def depthwise_conv2d_backward(*call) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -12,12 +13,21 @@ from .activations import ACTIVATE, ACTIVATE_BACKWARD
 from .gradients import Primitives, same_padding
 
 
-def branched_depthwise(x, weights, gammas, betas, eps, stride, activation) -> Tensor:
-    outputs = []
-    for weight, gamma, beta, epsilon in zip(weights, gammas, betas, eps, strict=True):
+def batch_norm(x, gamma, beta, eps, activation) -> Tensor:
+    return ACTIVATE[activation](F.batch_norm(x, None, None, gamma, beta, True, 0.0, eps))
+
+
+def branched_depthwise(
+    x, weight, gamma, beta, other_weight, other_gamma, other_beta, eps, stride, activation
+) -> Tensor:
+    def branch(weight, gamma, beta, eps):
         y = F.conv2d(x, weight, None, tuple(stride), same_padding(weight)[::2], groups=x.shape[1])
-        outputs.append(F.batch_norm(y, None, None, gamma, beta, True, 0.0, epsilon))
-    return ACTIVATE[activation](sum(outputs[1:], outputs[0]))
+        return batch_norm(y, gamma, beta, eps, "none")
+
+    total = branch(weight, gamma, beta, eps[0])
+    if other_weight is not None:
+        total = total + branch(other_weight, other_gamma, other_beta, eps[1])
+    return ACTIVATE[activation](total)
 
 
 def feed_forward(
@@ -31,12 +41,15 @@ def feed_forward(
 
 
 def branched_depthwise_backward(
-    p: Primitives, grad, x, weights, gammas, betas, mean, variance, eps, stride, activation, wants_x
-) -> list[Tensor]:
+    p: Primitives, grad, x, weight, gamma, beta, other_weight, other_gamma, other_beta, mean, variance, eps, stride,
+    activation, wants_x,
+) -> list[Tensor]:  # fmt: skip
     """Gradients of x, where wanted, then of weight, gamma and beta of each branch, on the primitives of a backend.
 
     As ``csrc/cpu/branched_depthwise_backward.cpp``, whose comment has the formulas, for every stride.
     """
+    others = [(other_weight, other_gamma, other_beta)] if other_weight is not None else []
+    weights, gammas, betas = zip((weight, gamma, beta), *others, strict=True)
     deviations = [(v + e).sqrt() for v, e in zip(variance, eps, strict=True)]
     # The convolutions minus their means.
     centred = [p.convolve(x, w, -m, stride, same_padding(w)) for w, m in zip(weights, mean, strict=True)]
@@ -64,18 +77,11 @@ def branched_depthwise_backward(
 
 
 def differentiably(function, grad: Tensor, args: Sequence) -> list[Tensor | None]:
-    """Gradients of ``function(*args)`` with a graph of their own: one for each tensor, those in lists too."""
-    # Aliases keep apart what depends on an argument directly and what depends on it through the incoming gradient.
-    flat: list[Tensor] = []
-
-    def alias(value):
-        if isinstance(value, Tensor):
-            flat.append(value.view_as(value))
-            return flat[-1]
-        return [alias(v) for v in value] if isinstance(value, list | tuple) else value
-
+    """Gradients of ``function(*args)`` with a graph of their own, None for what is no tensor that wants one."""
     with torch.enable_grad():
-        out = function(*[alias(value) for value in args])
-        wanted = [t for t in flat if t.requires_grad]
-        found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True, allow_unused=True))
-    return [next(found) if t.requires_grad else None for t in flat]
+        # Aliases keep apart what depends on an argument directly and what depends on it through the incoming gradient.
+        aliases = [arg.view_as(arg) if isinstance(arg, Tensor) else arg for arg in args]
+        is_wanted = [isinstance(alias, Tensor) and alias.requires_grad for alias in aliases]
+        wanted = list(itertools.compress(aliases, is_wanted))
+        found = iter(torch.autograd.grad(function(*aliases), wanted, grad, create_graph=True, allow_unused=True))
+    return [next(found) if w else None for w in is_wanted]

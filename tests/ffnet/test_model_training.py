@@ -66,7 +66,7 @@ def test_a_step_against_float64(options, native_calls):
     out, expected, eager = step(fast), step(double), step(model)
     assert (out.double() - expected).abs().max() <= error_limit(expected, eager)
     if "cpu" in ffnet_kernels.available_backends():
-        assert set(native_calls) == {"branched_depthwise", "feed_forward"}
+        assert set(native_calls) == {"batch_norm", "branched_depthwise", "feed_forward"}
 
     for of in (gradients, statistics):
         exact = of(double)

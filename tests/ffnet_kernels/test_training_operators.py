@@ -171,6 +171,103 @@ def test_too_few_values_are_refused_as_batch_normalisation_does():
         training.branched_depthwise(random(1, 6, 1, 1), branches(6, (3,)))
 
 
+def norm_layer(channels, **options):
+    norm = nn.BatchNorm2d(channels, **options)
+    with torch.no_grad():
+        norm.weight.copy_(random(channels, seed=10))
+        norm.bias.copy_(random(channels, seed=20))
+    return norm
+
+
+def norm_step(function, x, norm, activation, dtype=torch.float32):
+    """As `step`, of one normalisation."""
+    return step(
+        lambda x, norms, activation: function(x, norms[0], activation), x, nn.ModuleList([norm]), activation, dtype
+    )
+
+
+def plain_norm(x, norm, activation):
+    return fk.backends.activations.ACTIVATE[activation](norm(x))
+
+
+# Chunks of unlike sizes, blocks that end early, and one pixel more than a value needs.
+NORM_SHAPES = {**SHAPES, "chunks": (3, 35, 54, 62), "two values": (2, 3, 1, 1)}
+
+
+@parity.needs_native
+@parity.every_isa
+@pytest.mark.parametrize("activation", checks.ACTIVATIONS)
+@pytest.mark.parametrize("shape", NORM_SHAPES.values(), ids=NORM_SHAPES)
+def test_batch_norm(activation, shape, isa):
+    norm, x = norm_layer(shape[1]), random(*shape) + 0.5
+    expected, statistics, counts = norm_step(plain_norm, x, norm, activation, torch.float64)
+    eager, eager_statistics, _ = norm_step(plain_norm, x, norm, activation)
+    for formats in (torch.contiguous_format, torch.channels_last):
+        laid_out = x.contiguous(memory_format=formats)
+        with parity.selected_isa(isa), parity.poisoned_outputs(), fk.use_backend("cpu"):
+            found, own_statistics, own_counts = norm_step(training.batch_norm, laid_out, norm, activation)
+        assert_close(found, expected, eager)
+        assert_close(own_statistics, statistics, eager_statistics)
+        assert own_counts == counts
+
+
+@parity.needs_native
+@parity.every_isa
+def test_batch_norm_of_values_far_from_zero(isa):
+    norm, x = norm_layer(16), random(4, 16, 12, 12) + 1000
+    _, statistics, _ = norm_step(plain_norm, x, norm, "none", torch.float64)
+    _, eager, _ = norm_step(plain_norm, x, norm, "none")
+    with parity.selected_isa(isa), fk.use_backend("cpu"):
+        _, found, _ = norm_step(training.batch_norm, x, norm, "none")
+    assert_close(found, statistics, eager)
+
+
+@parity.needs_native
+def test_batch_norm_shows_what_is_not_a_number():
+    norm = norm_layer(5)
+    for value in (float("nan"), float("inf")):
+        x = random(2, 5, 6, 6)
+        x[1, 2, 3, 3] = value
+        found, expected = training.batch_norm(x, copy.deepcopy(norm)), copy.deepcopy(norm)(x)
+        torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+@parity.needs_native
+def test_batch_norm_gives_only_the_gradients_that_are_wanted():
+    norm, x = norm_layer(7), random(2, 7, 5, 6)
+    grad = random(2, 7, 5, 6, seed=3)
+    found = torch.autograd.grad(training.batch_norm(x, norm, "gelu"), list(norm.parameters()), grad)
+    expected = torch.autograd.grad(plain_norm(x, norm, "gelu"), list(norm.parameters()), grad)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    norm.requires_grad_(False)
+    x.requires_grad_()
+    found = torch.autograd.grad(training.batch_norm(x, norm, "gelu"), x, grad)
+    torch.testing.assert_close(found, torch.autograd.grad(plain_norm(x, norm, "gelu"), x, grad), atol=1e-4, rtol=1e-4)
+
+
+NORMS_CALLED_AS_THEY_ARE = {
+    "float64": lambda x, norm: (x.double(), norm.double()),
+    "running statistics": lambda x, norm: (x, norm.eval()),
+    "not affine": lambda x, norm: (x, nn.BatchNorm2d(6, affine=False)),
+    "another normalisation": lambda x, norm: (x, nn.GroupNorm(2, 6)),
+}
+
+
+@pytest.mark.parametrize("change", NORMS_CALLED_AS_THEY_ARE.values(), ids=NORMS_CALLED_AS_THEY_ARE)
+def test_other_norms_are_called_as_they_are(change, monkeypatch):
+    x, norm = change(random(2, 6, 7, 7), norm_layer(6))
+    monkeypatch.setattr(training, "_ops", None)  # no native call
+    torch.testing.assert_close(training.batch_norm(x, norm, "gelu"), plain_norm(x, copy.deepcopy(norm), "gelu"))
+
+
+def test_hooks_of_a_norm_see_it(monkeypatch):
+    norm, seen = norm_layer(6), []
+    monkeypatch.setattr(training, "_ops", None)
+    norm.register_forward_hook(lambda *_: seen.append("norm"))
+    training.batch_norm(random(2, 6, 7, 7), norm)
+    assert seen == ["norm"]
+
+
 def feed_forward_arguments(shape, hidden, outputs, full):
     channels = shape[1]
     x = random(*shape, seed=1)
@@ -228,6 +325,7 @@ def test_the_same_bits_on_any_number_of_threads(isa):
             with parity.selected_isa(isa), fk.use_backend("cpu"):
                 found.append(
                     step(training.branched_depthwise, x, layers, "gelu")[0]
+                    + norm_step(training.batch_norm, x, norm_layer(40), "gelu")[0]
                     + run_feed_forward(training.feed_forward, arguments, "gelu")
                 )
     finally:
@@ -251,6 +349,11 @@ def test_second_derivatives():
         own, x_own = copy.deepcopy(layers).to(dtype), x.detach().to(dtype or torch.float32)
         found.append(twice(lambda f=function, o=own, v=x_own: f(v, o, "gelu"), [x_own, *own.parameters()]))
     assert_close(*found)
+    norm, found = norm_layer(8), []
+    for function, dtype in ((training.batch_norm, None), (plain_norm, torch.float64), (plain_norm, torch.float32)):
+        own, x_own = copy.deepcopy(norm).to(dtype), x.detach().to(dtype or torch.float32)
+        found.append(twice(lambda f=function, o=own, v=x_own: f(v, o, "gelu"), [x_own, *own.parameters()]))
+    assert_close(*found)
     arguments, found = feed_forward_arguments((3, 8, 9, 9), 20, 8, True), []
     for function, dtype in (
         (training.feed_forward, torch.float32),
@@ -266,12 +369,18 @@ def test_second_derivatives():
 def test_registration():
     ops = torch.ops.ffnet_kernels_training
     x, vector = random(2, 8, 5, 5).contiguous(memory_format=torch.channels_last), random(8, seed=1).abs()
-    branch = ([random(8, 1, 3, 3)], [vector], [vector], [1e-5])
     test = {"test_utils": ("test_schema", "test_faketensor")}
-    _, mean, variance = ops.branched_depthwise(x, *branch, [1, 1], "gelu")
-    torch.library.opcheck(ops.branched_depthwise.default, (x, *branch, [1, 1], "gelu"), **test)
+    one = (random(8, 1, 3, 3), vector, vector)
+    for branches, eps in (((*one, *one), [1e-5, 1e-5]), ((*one, None, None, None), [1e-5])):
+        _, mean, variance = ops.branched_depthwise(x, *branches, eps, [1, 1], "gelu")
+        torch.library.opcheck(ops.branched_depthwise.default, (x, *branches, eps, [1, 1], "gelu"), **test)
+        torch.library.opcheck(
+            ops.branched_depthwise_backward.default, (x, x, *branches, mean, variance, eps, "gelu", True), **test
+        )
+    _, mean, variance = ops.batch_norm(x, vector, vector, 1e-5, "gelu")
+    torch.library.opcheck(ops.batch_norm.default, (x, vector, vector, 1e-5, "gelu"), **test)
     torch.library.opcheck(
-        ops.branched_depthwise_backward.default, (x, x, *branch[:3], mean, variance, branch[3], "gelu", True), **test
+        ops.batch_norm_backward.default, (x, x, vector, vector, mean, variance, 1e-5, "gelu", False), **test
     )
     weight = random(8, 8)
     torch.library.opcheck(ops.feed_forward.default, (x, weight, vector, weight, vector, "gelu", vector, x), **test)
@@ -285,11 +394,20 @@ def test_raw_operators_refuse_what_they_cannot_read():
     ops = torch.ops.ffnet_kernels_training
     x, vector, weight = random(2, 8, 5, 5), random(8), random(8, 1, 3, 3)
     with pytest.raises(RuntimeError, match="odd"):
-        ops.branched_depthwise(x, [random(8, 1, 2, 2)], [vector], [vector], [0.1], [1, 1], "none")
+        ops.branched_depthwise(x, random(8, 1, 2, 2), vector, vector, None, None, None, [0.1], [1, 1], "none")
     with pytest.raises(RuntimeError, match="gamma"):
-        ops.branched_depthwise(x, [weight], [random(7)], [vector], [0.1], [1, 1], "none")
-    with pytest.raises(RuntimeError, match="branches"):
-        ops.branched_depthwise(x, [weight] * 3, [vector] * 3, [vector] * 3, [0.1] * 3, [1, 1], "none")
+        ops.branched_depthwise(x, weight, random(7), vector, None, None, None, [0.1], [1, 1], "none")
+    for eps, others in (
+        ([0.1] * 2, (None, None, None)),
+        ([0.1], (weight, vector, vector)),
+        ([0.1], (None, vector, None)),
+    ):
+        with pytest.raises(RuntimeError, match="branches"):
+            ops.branched_depthwise(x, weight, vector, vector, *others, eps, [1, 1], "none")
+    with pytest.raises(RuntimeError, match="channels-last"):
+        ops.batch_norm(x, vector, vector, 0.1, "none")
+    with pytest.raises(RuntimeError, match="gamma"):
+        ops.batch_norm(x.contiguous(memory_format=torch.channels_last), random(7), vector, 0.1, "none")
     matrix = random(8, 8)
     with pytest.raises(RuntimeError, match="channels-last"):
         ops.feed_forward(x, matrix, vector, matrix, vector, "gelu", vector, None)
