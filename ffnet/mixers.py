@@ -204,7 +204,7 @@ class ResidualMixer(nn.Module):
         self.training_kernels = False
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training_kernels and self.training and not training.is_hooked(*self.main.modules()):
+        if self.training_kernels and self.training and not training.is_hooked(self.main, *self.main.children()):
             return self.training_forward(x)
         if not self.kernels_enabled:
             y = self.main(x)

@@ -19,8 +19,9 @@ def register(library: torch.library.Library, name: str, differentiate: Callable,
     torch.library.register_autograd(f"{library.ns}::{name}", differentiate, setup_context=setup_context, lib=library)
     operator = getattr(getattr(torch.ops, library.ns), name).default
 
-    def forward(ctx, *args):  # as setup_context of its own, it would cost a look at the signature in every call
-        output = operator(*args)
+    def forward(ctx, *args):  # with setup_context as a method of its own, every call would look at its signature
+        with torch._C._AutoDispatchBelowAutograd():
+            output = operator(*args)
         setup_context(ctx, args, output)
         return output
 

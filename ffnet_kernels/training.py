@@ -181,20 +181,20 @@ def _norm_applies(norm: nn.Module, x: Tensor, channels: int, pixels: int) -> boo
     )
 
 
-@torch.no_grad()
 def _track(norms: Sequence[nn.BatchNorm2d], mean: Tensor, variance: Tensor, count: int) -> None:
     """Moves running statistics as the layers would, by those of a batch: ``[layers, C]``, the variance biased."""
     unbiased = variance * (count / (count - 1))
     for norm, batch_mean, batch_variance in zip(norms, mean, unbiased, strict=True):
-        if not norm.track_running_stats or norm.running_mean is None or norm.running_var is None:
+        running_mean, running_var, factor = norm.running_mean, norm.running_var, norm.momentum
+        if not norm.track_running_stats or running_mean is None or running_var is None:
             continue
-        factor = norm.momentum
         if norm.num_batches_tracked is not None:
             norm.num_batches_tracked.add_(1)
             if factor is None:
                 factor = 1.0 / float(norm.num_batches_tracked)
-        norm.running_mean.lerp_(batch_mean.to(norm.running_mean.dtype), factor or 0.0)
-        norm.running_var.lerp_(batch_variance.to(norm.running_var.dtype), factor or 0.0)
+        if running_mean.dtype != mean.dtype:
+            batch_mean, batch_variance = batch_mean.to(running_mean.dtype), batch_variance.to(running_mean.dtype)
+        torch._foreach_lerp_([running_mean, running_var], [batch_mean, batch_variance], factor or 0.0)
 
 
 def _channels_last(x: Tensor) -> Tensor:
