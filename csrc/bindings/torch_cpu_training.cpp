@@ -143,8 +143,9 @@ struct Branches {
                     "ffnet_kernels (cpu): stride must be two numbers, each 1 or 2");
     ffnet::BranchedDepthwise op{};
     op.n = x.size(0), op.channels = x.size(1), op.h = x.size(2), op.w = x.size(3);
-    STD_TORCH_CHECK(op.n > 0 && op.channels > 0 && op.h > 0 && op.w > 0 && outputs() > 0 && outputs() % op.channels == 0,
-                    "ffnet_kernels (cpu): x must not be empty, a weight must have a multiple of its channels");
+    STD_TORCH_CHECK(
+        op.n > 0 && op.channels > 0 && op.h > 0 && op.w > 0 && outputs() > 0 && outputs() % op.channels == 0,
+        "ffnet_kernels (cpu): x must not be empty, a weight must have a multiple of its channels");
     op.multiplier = outputs() / op.channels;
     op.stride_h = stride[0], op.stride_w = stride[1];
     op.out_h = (op.h - 1) / op.stride_h + 1, op.out_w = (op.w - 1) / op.stride_w + 1;
@@ -157,11 +158,13 @@ struct Branches {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> branched_depthwise(
-    const Tensor& x, const Tensor& weight, const Tensor& gamma, const Tensor& beta,
-    const std::optional<Tensor>& other_weight, const std::optional<Tensor>& other_gamma,
-    const std::optional<Tensor>& other_beta, const std::vector<double>& eps, const std::vector<int64_t>& stride,
-    const std::string& activation) {
+std::tuple<Tensor, Tensor, Tensor> branched_depthwise(const Tensor& x, const Tensor& weight, const Tensor& gamma,
+                                                      const Tensor& beta, const std::optional<Tensor>& other_weight,
+                                                      const std::optional<Tensor>& other_gamma,
+                                                      const std::optional<Tensor>& other_beta,
+                                                      const std::vector<double>& eps,
+                                                      const std::vector<int64_t>& stride,
+                                                      const std::string& activation) {
   const Branches branches{weight, gamma, beta, other_weight, other_gamma, other_beta, eps};
   const std::vector<int64_t> size{branches.count(), branches.outputs()};
   Tensor mean = empty(x, size), variance = empty(x, size);
@@ -173,11 +176,13 @@ std::tuple<Tensor, Tensor, Tensor> branched_depthwise(
 }
 
 // The gradient of x, if wanted, then weight, gamma and beta of each branch.
-std::vector<Tensor> branched_depthwise_backward(
-    const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& gamma, const Tensor& beta,
-    const std::optional<Tensor>& other_weight, const std::optional<Tensor>& other_gamma,
-    const std::optional<Tensor>& other_beta, const Tensor& mean, const Tensor& variance, const std::vector<double>& eps,
-    const std::string& activation, bool wants_x) {
+std::vector<Tensor> branched_depthwise_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
+                                                const Tensor& gamma, const Tensor& beta,
+                                                const std::optional<Tensor>& other_weight,
+                                                const std::optional<Tensor>& other_gamma,
+                                                const std::optional<Tensor>& other_beta, const Tensor& mean,
+                                                const Tensor& variance, const std::vector<double>& eps,
+                                                const std::string& activation, bool wants_x) {
   check_float_cpu(grad, "grad", 4);
   const Branches branches{weight, gamma, beta, other_weight, other_gamma, other_beta, eps};
   const int64_t outputs = branches.outputs();
