@@ -114,13 +114,18 @@ class ConvBN(FoldableConv):
         """The layer and an activation, by the names of ``ffnet_kernels``."""
         if not (self.training_kernels and self.training):
             return ACTIVATE[activation](self.bn(self.c(x)))
-        if self.c.groups > 1:
+        if self._is_depthwise():
             return training.branched_depthwise(x, [(self.c, self.bn)], activation)
         return training.batch_norm(pointwise(self.c, x), self.bn, activation)
 
     def enable_training_kernels(self) -> str | None:
         self.training_kernels = True
-        return "conv2d + batch_norm" if self.c.groups == 1 else "branched_depthwise"
+        if self._is_depthwise():
+            return "branched_depthwise"
+        return "conv2d + batch_norm" if is_pointwise(self.c) else "batch_norm"
+
+    def _is_depthwise(self) -> bool:
+        return self.c.groups == self.c.in_channels > 1
 
     def template(self) -> nn.Conv2d:
         return self.c

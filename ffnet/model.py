@@ -64,11 +64,14 @@ class Stem(nn.Sequential):
         return ffnet_kernels.conv2d(x, second.weight, second.bias, stride=2, padding=1)
 
     def _forward_as_trained(self, x: Tensor) -> Tensor:
-        first, activation, second = self
+        first, activation = self[0], self[1]
         with_activation = type(first) is ConvBN and first.training_kernels and is_gelu(activation)
         if not with_activation or not self.training or training.is_hooked(first, activation):
             return super().forward(x)
-        return second(first(x, activation="gelu"))
+        x = first(x, activation="gelu")
+        for module in list(self)[2:]:
+            x = module(x)
+        return x
 
     def add_kernel_layers(self, layers: sequence.Layers) -> bool:
         if not self.kernels_enabled:

@@ -185,7 +185,9 @@ def _define(
     torch.library.register_fake(forward_name, lambda *args: empty_output(*operator.infer(*args)), lib=library)
     torch.library.register_fake(backward_name, lambda *call: [torch.empty_like(t) for t in wanted(*call)], lib=library)
     autograd.register(library, operator.name, differentiate, setup_context)
-    autograd.register(library, f"{operator.name}_backward", differentiate_backward, setup_backward_context)
+    torch.library.register_autograd(
+        backward_name, differentiate_backward, setup_context=setup_backward_context, lib=library
+    )
 
 
 LIBRARY = torch.library.Library("ffnet_kernels", "DEF")

@@ -41,7 +41,12 @@ def batch_norm(x: Tensor, norm: nn.Module, activation: str = "none") -> Tensor:
         return ACTIVATE[activation](norm(x))
     layer: Any = norm
     out, mean, variance = autograd.call(
-        _ops.batch_norm.default, _channels_last(x), layer.weight, layer.bias, layer.eps, activation
+        _ops.batch_norm.default,
+        _channels_last(x),
+        layer.weight.contiguous(),
+        layer.bias.contiguous(),
+        layer.eps,
+        activation,
     )
     _track([layer], mean[None], variance[None], x.numel() // x.shape[1])
     return out
@@ -67,7 +72,9 @@ def branched_depthwise(x: Tensor, branches: Sequence[Branch], activation: str = 
         return ACTIVATE[activation](sum(outputs[1:], outputs[0]))
     convs: list = [conv for conv, _ in branches]
     norms: list = [norm for _, norm in branches]
-    parameters: list = [p for conv, norm in branches for p in (conv.weight, norm.weight, norm.bias)]
+    parameters: list = []
+    for conv, norm in zip(convs, norms, strict=True):
+        parameters += (conv.weight, norm.weight.contiguous(), norm.bias.contiguous())
     parameters += [None] * (6 - len(parameters))
     out, mean, variance = autograd.call(
         _ops.branched_depthwise.default, x, *parameters, [norm.eps for norm in norms], convs[0].stride, activation
@@ -174,7 +181,8 @@ def _norm_applies(norm: nn.Module, x: Tensor, channels: int, pixels: int) -> boo
         and norm.training
         and norm.weight is not None
         and norm.bias is not None
-        and (norm.weight.dtype, norm.weight.device) == (x.dtype, x.device)
+        and all((t.dtype, t.device) == (x.dtype, x.device) for t in (norm.weight, norm.bias))
+        and norm.eps > 0
         and norm.num_features == channels
         and pixels > 1  # of one, it takes no statistics
         and not is_hooked(norm)
@@ -182,7 +190,10 @@ def _norm_applies(norm: nn.Module, x: Tensor, channels: int, pixels: int) -> boo
 
 
 def _track(norms: Sequence[nn.BatchNorm2d], mean: Tensor, variance: Tensor, count: int) -> None:
-    """Moves running statistics as the layers would, by those of a batch: ``[layers, C]``, the variance biased."""
+    """Moves running statistics as the layers would, by those of a batch: ``[layers, C]``, the variance biased.
+
+    The operators mark them as not differentiable, so no graph is kept here.
+    """
     unbiased = variance * (count / (count - 1))
     for norm, batch_mean, batch_variance in zip(norms, mean, unbiased, strict=True):
         running_mean, running_var, factor = norm.running_mean, norm.running_var, norm.momentum
@@ -192,9 +203,10 @@ def _track(norms: Sequence[nn.BatchNorm2d], mean: Tensor, variance: Tensor, coun
             norm.num_batches_tracked.add_(1)
             if factor is None:
                 factor = 1.0 / float(norm.num_batches_tracked)
-        if running_mean.dtype != mean.dtype:
-            batch_mean, batch_variance = batch_mean.to(running_mean.dtype), batch_variance.to(running_mean.dtype)
-        torch._foreach_lerp_([running_mean, running_var], [batch_mean, batch_variance], factor or 0.0)
+        moved, towards = [running_mean, running_var], [batch_mean, batch_variance]
+        if {running_mean.dtype, running_var.dtype} != {mean.dtype}:
+            towards = [batch.to(running.dtype) for batch, running in zip(towards, moved, strict=True)]
+        torch._foreach_lerp_(moved, towards, factor or 0.0)
 
 
 def _channels_last(x: Tensor) -> Tensor:

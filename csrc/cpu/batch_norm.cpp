@@ -32,7 +32,7 @@ class Work {
   }
   int64_t first_pixel(int64_t chunk) const { return chunk * norm.pixels / chunks; }
   float* part(int64_t chunk, int64_t vector) const { return parts_.data + (chunk * vectors + vector) * 2 * kLanes; }
-  // Forward: scale and shift of the result; backward: slope and shift of the gradient.
+  // Forward: scale of the result; backward: slope and shift of the gradient.
   float* total(int64_t vector) const { return part(chunks, vector); }
 
   // f(first pixel, pixels, vector, whether the block is the chunk's first)
@@ -84,9 +84,7 @@ void finish_statistics(void* context, int64_t vector) {
   }
   moments.mean().store_first(norm.mean + lanes.first, lanes.count);
   moments.variance().store_first(norm.variance + lanes.first, lanes.count);
-  const Vec scale = norm_scale(norm, lanes).scale;
-  scale.store(work.total(vector));
-  (lanes_of(norm.beta, lanes) - scale * moments.mean()).store(work.total(vector) + kLanes);
+  norm_scale(norm, lanes).scale.store(work.total(vector));
 }
 
 void apply(void* context, int64_t chunk) {
@@ -97,13 +95,16 @@ void apply(void* context, int64_t chunk) {
     const Lanes lanes = work.lanes(v);
     const int64_t at = first * op.channels + lanes.first;
     const Column x{op.x + at, op.channels, lanes.count};
-    const Vec scale = Vec::load(work.total(v)), shift = Vec::load(work.total(v) + kLanes);
+    const Vec mean = lanes_of(op.norm.mean, lanes), scale = Vec::load(work.total(v)),
+              beta = lanes_of(op.norm.beta, lanes);
+    // Not x * scale + (beta - mean * scale), which would cancel where means are large.
+    const auto normalised = [&](int64_t i) { return fma(x(i) - mean, scale, beta); };
     float* out = op.out + at;
     if (op.activation == Activation::none) {
-      for (int64_t i = 0; i < pixels; ++i) store_lanes(fma(x(i), scale, shift), out + i * op.channels, lanes.count);
+      for (int64_t i = 0; i < pixels; ++i) store_lanes(normalised(i), out + i * op.channels, lanes.count);
       return;
     }
-    for (int64_t i = 0; i < pixels; ++i) fma(x(i), scale, shift).store(line + i * kLanes);
+    for (int64_t i = 0; i < pixels; ++i) normalised(i).store(line + i * kLanes);
     activate_row(line, kLanes, pixels, op.activation);
     for (int64_t i = 0; i < pixels; ++i) store_lanes(Vec::load(line + i * kLanes), out + i * op.channels, lanes.count);
   });

@@ -70,7 +70,6 @@ void mix_pixels(const ChannelMixer& op, const Strip& strip, float* panels, int64
       const T* image = static_cast<const T*>(op.x) + n * op.x_stride.n;
       Rows<T, Taps> input(image, op.x_stride, op.h, op.w, lanes, in_first, in_last, gathered, asks);
       for (int64_t r = first; r < last; ++r, line += op.w * kLanes) {
-        input.need(r - op.pad_top + kh);
         const PackedFilter placed = input.window(r - op.pad_top, filter, rows);
         if (used_in_place) prefetch_row(input[r + 1 - op.pad_top + kh - 1], input.pixel(), 0, op.w);
         conv_row({rows, input.pixel(), op.w}, placed, {line, kLanes, 0, op.w});

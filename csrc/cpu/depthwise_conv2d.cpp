@@ -105,7 +105,6 @@ class DepthwiseTask {
 
   void place(Column<T, Taps>& column, int64_t r, T* out_row) const {
     const int64_t top = r * op_.stride_h - op_.pad_top;
-    column.input.need(top + op_.filter.kh);
     column.placed = column.input.window(top, column.filter, column.in_rows);
     column.next = stays_in_place<T>(column.input_lanes, op_.x_stride, op_.w)
                       ? column.input[top + op_.stride_h + op_.filter.kh - 1]

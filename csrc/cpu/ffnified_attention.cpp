@@ -150,7 +150,6 @@ class AttentionTask {
     int64_t made = mid_first_;  // middle rows [mid_first_, made) have been computed
     for (int64_t r = first_; r < last_; ++r) {
       for (const int64_t need = min_of(op_.h, r - op_.value_pad_top + op_.value.kh); made < need; ++made) {
-        query.need(made - op_.key_pad_top + op_.key.kh);
         const PackedFilter placed = query.window(made - op_.key_pad_top, column.key, key_rows_);
         if (used_in_place) prefetch_row(query[made + 1 - op_.key_pad_top + op_.key.kh - 1], query.pixel(), 0, op_.w);
         conv_key_({key_rows_, query.pixel(), op_.w}, placed, {ring.row(made), kLanes, 0, op_.w});

@@ -172,8 +172,11 @@ FFNET_INLINE bool stays_in_place(const Lanes& lanes, const Strides& stride, int6
 }
 
 // Whether the maps of a call are too large to find in cache. Then every store would wait for its line, unless that was
-// asked for ahead; elsewhere asking costs a few percent.
-inline bool outgrows_cache(int64_t elements, int64_t element_bytes) { return elements * element_bytes > 11 << 20; }
+// asked for ahead; elsewhere asking costs a few percent. The two met there on a Zen 5 that shares its L3 with others.
+inline bool outgrows_cache(int64_t elements, int64_t element_bytes) {
+  constexpr int64_t kCacheBytes = 11 << 20;
+  return elements * element_bytes > kCacheBytes;
+}
 
 // Asks for pixels [first, last) of a row that will be needed one row later; a vector of channels of a channels-last map
 // is one cache line of each pixel, a pattern that hardware prefetchers do not follow.

@@ -4,9 +4,7 @@
 // are added in order: the result does not depend on the number of threads.
 #pragma once
 
-#include <cstdlib>
-#include <new>
-
+#include "buffer.h"
 #include "tiling.h"
 
 namespace ffnet::FFNET_ISA {
@@ -60,26 +58,20 @@ class GradientTiling {
   int64_t images_, height_, vectors_, strips_, chunks_;
 };
 
-// `floats` sums of each task. No standard container: its functions, compiled for this instruction set, could be linked
-// into the baseline.
+// `floats` sums of each task.
 class PartialSums {
  public:
   PartialSums(const GradientTiling& tiling, int64_t floats)
-      : vectors_(tiling.vectors()), chunks_(tiling.chunks()), floats_(floats) {
-    const size_t bytes = static_cast<size_t>(tiling.tasks() * floats) * sizeof(float);
-    if (bytes && !(data_ = static_cast<float*>(std::malloc(bytes)))) throw std::bad_alloc();
-  }
-  PartialSums(const PartialSums&) = delete;
-  ~PartialSums() { std::free(data_); }
+      : vectors_(tiling.vectors()), chunks_(tiling.chunks()), floats_(floats), data_(tiling.tasks() * floats) {}
   // The sums of a task, zeroed.
   float* start(int64_t task) const {
-    float* sums = data_ + task * floats_;
+    float* sums = data_.data + task * floats_;
     for (int64_t i = 0; i < floats_; ++i) sums[i] = 0;
     return sums;
   }
   // Those of all chunks of a vector of channels, added.
   float* total(int64_t vector) const {
-    float* sums = data_ + vector * floats_;
+    float* sums = data_.data + vector * floats_;
     for (int64_t i = 0; i < floats_; i += kLanes) {
       Vec total = Vec::load(sums + i);
       for (int64_t chunk = 1; chunk < chunks_; ++chunk)
@@ -90,8 +82,8 @@ class PartialSums {
   }
 
  private:
-  float* data_ = nullptr;
   int64_t vectors_, chunks_, floats_;
+  Buffer data_;
 };
 
 }  // namespace ffnet::FFNET_ISA

@@ -11,11 +11,8 @@ struct Block {
   int64_t first_row, rows, first_column, columns;
 };
 
-// Rows of A that are taken together, so many that a panel of C stays in L1 beside what it is made of.
-constexpr int64_t kTogether = 8 * kProductRows;
-
 // C = bias + A * B, handed block by block to finish(Block, floats). A's rows are `stride` floats apart; `bias` has a
-// whole number of panels, or is null. A piece of a panel of B stays in L1 while all rows pass.
+// whole number of panels, or is null.
 template <class Finish>
 FFNET_INLINE void multiply(const float* a, int64_t stride, int64_t rows, const PackedWeight& b, const float* bias,
                            const Finish& finish) {

@@ -42,7 +42,7 @@ class PointwiseWgradSum {
   using Self = PointwiseWgradSum;
   // The sums of a tile stay in L2 while its pixels pass.
   static constexpr int64_t kTileOutputs = 8 * kProductRows, kTileInputs = 10 * kPanel;
-  static constexpr int64_t kDepth = 256;  // of the pixels at hand: a panel of them is a third of an L1
+  static constexpr int64_t kDepth = 256;  // of the pixels at hand: a panel of them is in L1 for the most part
   static constexpr int64_t kTasks = 16, kPartPixels = 256;
 
   int64_t part_floats() const { return outputs_ * (inputs_ + 1); }

@@ -92,8 +92,8 @@ class Rows {
   }
 
   Rows() = default;
-  // `height` is the whole image's. Where `ahead`, rows are gathered when they are needed, and asked for before: their
-  // lines come from memory while others are computed.
+  // `height` is the whole image's. Where `ahead`, rows are gathered when a window reaches them, and asked for before:
+  // their lines come from memory while others are computed.
   Rows(const T* image, const Strides& stride, int64_t height, int64_t width, const Lanes& lanes, int64_t first,
        int64_t last, float* scratch, bool ahead)
       : map_{image, stride, lanes, height, width},
@@ -110,24 +110,15 @@ class Rows {
     }
   }
   int64_t pixel() const { return pixel_; }
-  // Makes the rows before `last` available, those there are.
-  void need(int64_t last) {
-    const int64_t end = min_of(last_, ceil_div(last, Taps::rows));
-    if (gathered_ >= end) return;
-    gather(end);
-    constexpr int64_t kLine = 64 / sizeof(T);
-    if (map_.lanes.first % kLine != 0) return;  // the vector before has asked for these lines
-    for (int64_t r = end * Taps::rows; r < min_of(map_.height, min_of(last_, end + 1) * Taps::rows); ++r)
-      prefetch_row(map_.image + r * map_.stride.h + map_.lanes.first, map_.stride.w, 0, map_.width);
-  }
   // Group of Taps::rows rows; null outside.
   const float* operator[](int64_t group) const {
     return group >= first_ && group < last_ ? base_ + (group - base_row_) * row_ : nullptr;
   }
   // Points at the groups that a filter reaches whose first row is `top`, and returns the filter for where that row lies
-  // in its group.
-  PackedFilter window(int64_t top, const PackedFilter& filter, const float** rows) const {
+  // in its group. Of an even filter the last group may hold zero taps only: it must be there all the same.
+  PackedFilter window(int64_t top, const PackedFilter& filter, const float** rows) {
     const int64_t group = floor_div(top, Taps::rows);
+    if (gathered_ < last_ && gathered_ < group + filter.kh) gather_ahead(group + filter.kh);
     for (int g = 0; g < filter.kh; ++g) rows[g] = (*this)[group + g];
     return filter.starting_at(top - group * Taps::rows);
   }
@@ -143,11 +134,22 @@ class Rows {
   static bool usable(const Lanes& lanes, const Strides& stride, int64_t width) {
     return Taps::rows == 1 && stays_in_place<T>(lanes, stride, width);
   }
+  // Groups before `end`.
   void gather(int64_t end) {
     if (gathered_ >= end) return;
     Pack<Taps>::template rows<T>(map_.image, map_.stride, gathered_ * Taps::rows, min_of(map_.height, end * Taps::rows),
                                  map_.height, map_.width, map_.lanes, scratch_ + (gathered_ - first_) * row_);
     gathered_ = end;
+  }
+  // The same, and asks for the group after them: once for the two vectors that share its lines.
+  void gather_ahead(int64_t end) {
+    end = min_of(end, last_);
+    gather(end);
+    constexpr int64_t kLine = 64 / sizeof(T);
+    const int64_t channel = map_.lanes.first / map_.lanes.multiplier;
+    if (channel % kLine != 0) return;
+    for (int64_t r = end * Taps::rows; r < min_of(map_.height, min_of(last_, end + 1) * Taps::rows); ++r)
+      prefetch_row(map_.image + r * map_.stride.h + channel, map_.stride.w, 0, map_.width);
   }
 
   Map map_{};

@@ -169,3 +169,32 @@ def test_other_dtypes_are_the_plain_model():
     torch.testing.assert_close(step(fast), step(model))
     for own, other in zip(fast.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(own.grad, other.grad)
+
+
+def test_a_stem_of_other_layers_runs_as_written():
+    model = small_ffnet()
+    model.patch_embed.append(torch.nn.ReLU())
+    fast, x = ffnet_kernels.optimize(model), batch()[0]
+    out = fast.patch_embed(x)
+    assert out.min() == 0
+    torch.testing.assert_close(out, model.patch_embed(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("layer", "operators"),
+    [
+        (ffnet.layers.ConvBN(8, 16), "conv2d + batch_norm"),
+        (ffnet.layers.ConvBN(8, 16, 3, stride=2), "batch_norm"),
+        (ffnet.layers.ConvBN(8, 16, 3, groups=2), "batch_norm"),
+        (ffnet.layers.ConvBN(8, 16, 3, groups=8), "branched_depthwise"),
+        (ffnet.layers.BNConv(8, 16), "batch_norm + conv2d"),
+    ],
+)
+def test_layers_name_the_operators_that_run(layer, operators, native_calls, monkeypatch):
+    assert layer.enable_training_kernels() == operators
+    dense = []
+    conv2d = ffnet_kernels.conv2d
+    monkeypatch.setattr(ffnet_kernels, "conv2d", lambda *args: dense.append("conv2d") or conv2d(*args))
+    layer(torch.randn(2, 8, 6, 6))
+    if "cpu" in ffnet_kernels.available_backends():
+        assert sorted(dense + native_calls) == sorted(operators.split(" + "))

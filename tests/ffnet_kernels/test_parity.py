@@ -7,6 +7,8 @@ from examples import example
 from hypothesis import given
 from hypothesis import strategies as st
 
+import ffnet_kernels as fk
+
 pytestmark = parity.needs_native
 layouts = st.sampled_from(parity.LAYOUTS)
 subsets = st.one_of(st.none(), st.sets(st.integers(0, 7)))
@@ -61,3 +63,21 @@ def test_large_maps_with_strides(dtype):
             "depthwise_conv2d", shape=shape, layout="channels_last", dtype=dtype, multiplier=multiplier, **geometry
         )
         parity.check(case)
+
+
+@parity.every_isa
+@pytest.mark.parametrize("kernel", [(4, 4), (2, 2), (6, 3), (3, 3)])
+@pytest.mark.parametrize("operator", parity.OPERATORS)
+def test_large_maps_do_not_show_what_ran_before(operator, kernel, isa):
+    """Rows that were not gathered would be those of an earlier call: pairs of an even filter reach one row further."""
+    case = example(operator, shape=LARGE, kernel=kernel, layout="channels_last", dtype=torch.bfloat16)
+    threads, found = torch.get_num_threads(), []
+    try:
+        torch.set_num_threads(1)
+        with parity.selected_isa(isa), fk.use_backend("cpu"):
+            for before in (0.0, float("nan")):
+                fk.depthwise_conv2d(torch.full((1, 64, 200, 200), before), torch.ones(64, 1, 3, 3))
+                found.append(case.run())
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*found)

@@ -5,10 +5,11 @@ import copy
 import parity
 import pytest
 import torch
+import torch.utils._python_dispatch
 from torch import nn
 
 import ffnet_kernels as fk
-from ffnet_kernels import checks, training
+from ffnet_kernels import autograd, checks, training
 from ffnet_kernels.selftest import error_limit
 
 BRANCHES = {
@@ -215,11 +216,12 @@ def test_batch_norm(activation, shape, isa):
 @parity.every_isa
 def test_batch_norm_of_values_far_from_zero(isa):
     norm, x = norm_layer(16), random(4, 16, 12, 12) + 1000
-    _, statistics, _ = norm_step(plain_norm, x, norm, "none", torch.float64)
-    _, eager, _ = norm_step(plain_norm, x, norm, "none")
+    expected, statistics, _ = norm_step(plain_norm, x, norm, "none", torch.float64)
+    eager, eager_statistics, _ = norm_step(plain_norm, x, norm, "none")
     with parity.selected_isa(isa), fk.use_backend("cpu"):
-        _, found, _ = norm_step(training.batch_norm, x, norm, "none")
-    assert_close(found, statistics, eager)
+        found, own_statistics, _ = norm_step(training.batch_norm, x, norm, "none")
+    assert_close(own_statistics, statistics, eager_statistics)
+    assert_close(found, expected, eager)
 
 
 @parity.needs_native
@@ -230,6 +232,30 @@ def test_batch_norm_shows_what_is_not_a_number():
         x[1, 2, 3, 3] = value
         found, expected = training.batch_norm(x, copy.deepcopy(norm)), copy.deepcopy(norm)(x)
         torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+@parity.needs_native
+@pytest.mark.parametrize("options", [{"momentum": None}, {"momentum": 0.3}, {"track_running_stats": False}])
+def test_running_statistics_of_a_norm_as_configured(options):
+    norm = norm_layer(6, **options)
+    twin = copy.deepcopy(norm)
+    for seed in range(3):
+        x = random(2, 6, 7, 7, seed=seed)
+        training.batch_norm(x, norm)
+        twin(x)
+    for (name, own), other in zip(norm.named_buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(own, other, msg=name)
+
+
+@parity.needs_native
+def test_parameters_of_a_norm_in_any_layout():
+    norm, x = norm_layer(7), random(2, 7, 5, 6)
+    with torch.no_grad():
+        norm.weight = nn.Parameter(random(7, 2)[:, 0])
+        norm.bias = nn.Parameter(random(1).expand(7))
+    torch.testing.assert_close(training.batch_norm(x, norm, "gelu"), plain_norm(x, norm, "gelu"))
+    conv = nn.Conv2d(7, 7, 3, 1, 1, groups=7, bias=False)
+    torch.testing.assert_close(training.branched_depthwise(x, [(conv, norm)]), norm(conv(x)))
 
 
 @parity.needs_native
@@ -422,3 +448,27 @@ def test_wrong_arguments_are_named():
     x = random(2, 8, 5, 5)
     with pytest.raises(ValueError, match="project_weight"):
         training.feed_forward(x, random(6, 8), None, random(8, 7), None)
+
+
+@parity.needs_native
+def test_the_short_way_to_gradients_is_taken_in_eager_mode_only():
+    operator = torch.ops.ffnet_kernels.conv2d.default
+    x, weight = random(2, 8, 5, 5).requires_grad_(), random(4, 8, 1, 1, seed=1).requires_grad_()
+    args = (x, weight, None, [1, 1], [0, 0, 0, 0], "gelu")
+    short, registered = autograd.call(operator, *args), operator(*args)
+    assert type(short.grad_fn) is not type(registered.grad_fn)
+    found, expected = (torch.autograd.grad(out.square().sum(), (x, weight)) for out in (short, registered))
+    assert all(map(torch.equal, found, expected))
+    with torch.no_grad():
+        assert autograd.call(operator, *args).grad_fn is None
+
+    class Names(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    names = []
+    with Names():
+        watched = autograd.call(operator, *args)
+    assert names == ["ffnet_kernels.conv2d.default"]
+    assert type(watched.grad_fn) is type(registered.grad_fn)
