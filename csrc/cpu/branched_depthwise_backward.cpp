@@ -259,7 +259,7 @@ void branched_depthwise_backward(const BranchedDepthwiseBackward& op, const Exec
   Work work{op, tiling, sums, weights};
   executor.run(tiling.tasks(), sum_gradients, &work);
   executor.run(tiling.vectors(), finish_sums, &work);
-  executor.run(tiling.tasks(), run_task, &work);
+  tiling.run(executor, f.x_stride.c == 1 ? vectors_in_line(Storage::float32) : 1, run_task, &work);
   executor.run(tiling.vectors(), finish_weights, &work);
 }
 

@@ -148,9 +148,8 @@ void depthwise_conv2d(const DepthwiseConv2d& op, const Executor& executor) {
   const bool partial = op.channels * op.multiplier % kLanes != 0;  // the last vector is gathered whatever the layout
   const int64_t strip = ceil_div(longest_strip(gathered || partial, op.w, op.h, op.filter.kh), op.stride_h);
   const int64_t vectors = ceil_div(op.channels * op.multiplier, kLanes);
-  // Two vectors of a 16-bit channels-last map share a cache line.
-  const bool shared_lines = op.x_stride.c == 1 && op.storage != Storage::float32;
-  const int64_t group = shared_lines ? min_of(2, vectors) : group_size(gathered, op.filter.kh * op.w * kLanes, vectors);
+  const int64_t in_line = op.x_stride.c == 1 ? min_of(vectors_in_line(op.storage), vectors) : 1;
+  const int64_t group = max_of(in_line, group_size(gathered, op.filter.kh * op.w * kLanes, vectors));
   const Tiling tiling = tile(vectors, group, op.n, op.out_h, 1, strip, executor.threads);
   run_storage<DepthwiseTask>(op, share_filters(tiling, op.out_w, executor.threads), executor);
 }

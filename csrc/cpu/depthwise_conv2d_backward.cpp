@@ -224,7 +224,7 @@ void depthwise_conv2d_backward(const DepthwiseConv2dBackward& op, const Executor
             op.x_grad ? ceil_div(op.filter.kh - 1, op.stride_h) : 0};
   with_storage(op.storage, [&](auto element) {
     using T = decltype(element);
-    tiling.run(executor, sizeof(T) < sizeof(float) && op.x_stride.c == 1, run_task<T>, &work);
+    tiling.run(executor, op.x_stride.c == 1 ? vectors_in_line(op.storage) : 1, run_task<T>, &work);
     if (wants_filter) executor.run(tiling.vectors(), finish_task<T>, &work);
   });
 }

@@ -211,10 +211,8 @@ void ffnified_attention(const FfnifiedAttention& op, const Executor& executor) {
   const bool gathered = op.query_stride.c != 1 || op.channels % kLanes != 0 || op.storage != Storage::float32 ||
                         !spreads(op.query_stride.w, op.w);
   const int64_t strip = longest_strip(gathered, op.w, op.h, op.key.kh + op.value.kh);
-  // Two vectors of a 16-bit channels-last map share a cache line.
   const int64_t vectors = ceil_div(op.channels, kLanes);
-  const bool shared_lines = op.query_stride.c == 1 && op.storage != Storage::float32;
-  const int64_t group = shared_lines ? min_of(2, vectors) : 1;
+  const int64_t group = op.query_stride.c == 1 ? min_of(vectors_in_line(op.storage), vectors) : 1;
   const Tiling tiling = tile(vectors, group, op.n, op.h, halo, strip, executor.threads);
   run_storage<AttentionTask>(op, share_filters(tiling, op.w, executor.threads), executor);
 }

@@ -236,7 +236,7 @@ void ffnified_attention_backward(const FfnifiedAttentionBackward& op, const Exec
             Reach(op.value, op.value_pad_top)};
   with_storage(op.storage, [&](auto element) {
     using T = decltype(element);
-    tiling.run(executor, sizeof(T) < sizeof(float) && op.query_stride.c == 1, run_task<T>, &work);
+    tiling.run(executor, op.query_stride.c == 1 ? vectors_in_line(op.storage) : 1, run_task<T>, &work);
     executor.run(tiling.vectors(), finish_task<T>, &work);
   });
 }

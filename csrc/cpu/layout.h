@@ -171,6 +171,12 @@ FFNET_INLINE bool stays_in_place(const Lanes& lanes, const Strides& stride, int6
   return in_place<T>(lanes, stride.c) && spreads(stride.w, width);
 }
 
+// How many neighbouring vectors of channels share a cache line of a channels-last map. One thread makes them: of two
+// threads each would take the line away from the other.
+inline int64_t vectors_in_line(Storage storage) {
+  return max_of(1, 64 / (kLanes * (storage == Storage::float32 ? 4 : 2)));
+}
+
 // Whether the maps of a call are too large to find in cache. Then every store would wait for its line, unless that was
 // asked for ahead; elsewhere asking costs a few percent. The two met there on a Zen 5 that shares its L3 with others.
 inline bool outgrows_cache(int64_t elements, int64_t element_bytes) {

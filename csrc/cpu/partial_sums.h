@@ -24,24 +24,22 @@ class GradientTiling {
   int64_t tasks() const { return vectors_ * chunks_; }
   // Neighbouring vectors of a chunk follow each other: they share the pages and lines of channels-last maps.
   int64_t vector(int64_t task) const { return task % vectors_; }
-  // Runs body(context, task) for all tasks; where `paired`, a thread takes two neighbouring vectors of channels one
-  // after the other: of channels-last maps of 16 bits they share cache lines, which two threads would take away from
-  // each other.
-  void run(const Executor& executor, bool paired, void (*body)(void*, int64_t), void* context) const {
-    if (!paired) return executor.run(tasks(), body, context);
-    struct Pairs {
-      int64_t vectors;
+  // Runs body(context, task) for all tasks; a thread takes `together` neighbouring vectors of channels one after the
+  // other (vectors_in_line).
+  void run(const Executor& executor, int64_t together, void (*body)(void*, int64_t), void* context) const {
+    struct Groups {
+      int64_t vectors, together;
       void (*body)(void*, int64_t);
       void* context;
-    } pairs{vectors_, body, context};
-    const auto run_pair = [](void* all, int64_t index) {
-      const auto& pairs = *static_cast<const Pairs*>(all);
-      const int64_t in_chunk = ceil_div(pairs.vectors, 2), vector = index % in_chunk * 2;
-      const int64_t task = index / in_chunk * pairs.vectors + vector;
-      pairs.body(pairs.context, task);
-      if (vector + 1 < pairs.vectors) pairs.body(pairs.context, task + 1);
+    } groups{vectors_, together, body, context};
+    const auto run_group = [](void* all, int64_t index) {
+      const auto& groups = *static_cast<const Groups*>(all);
+      const int64_t in_chunk = ceil_div(groups.vectors, groups.together), first = index % in_chunk * groups.together;
+      const int64_t task = index / in_chunk * groups.vectors;
+      for (int64_t v = first; v < min_of(groups.vectors, first + groups.together); ++v)
+        groups.body(groups.context, task + v);
     };
-    executor.run(chunks_ * ceil_div(vectors_, 2), run_pair, &pairs);
+    executor.run(chunks_ * ceil_div(vectors_, together), run_group, &groups);
   }
   // f(image, first row, last row, whether the task goes on with the next image) for the strips of a task.
   template <class F>

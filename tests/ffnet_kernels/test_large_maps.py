@@ -29,16 +29,15 @@ def test_large_maps_with_strides(dtype):
         parity.check(case)
 
 
-@parity.every_isa
-@pytest.mark.parametrize("kernel", [(4, 4), (2, 2), (6, 3), (3, 3)])
+@pytest.mark.parametrize("kernel", [(4, 4), (6, 3)])
 @pytest.mark.parametrize("operator", parity.OPERATORS)
-def test_large_maps_do_not_show_what_ran_before(operator, kernel, isa):
+def test_large_maps_do_not_show_what_ran_before(operator, kernel):
     """Rows that were not gathered would be those of an earlier call: pairs of an even filter reach one row further."""
     case = example(operator, shape=LARGE, kernel=kernel, layout="channels_last", dtype=torch.bfloat16)
     threads, found = torch.get_num_threads(), []
     try:
         torch.set_num_threads(1)
-        with parity.selected_isa(isa), fk.use_backend("cpu"):
+        with fk.use_backend("cpu"):
             for before in (0.0, float("nan")):
                 fk.depthwise_conv2d(torch.full((1, 64, 200, 200), before), torch.ones(64, 1, 3, 3))
                 found.append(case.run())
