@@ -1,7 +1,7 @@
 """How operators get their gradients: known to torch's dispatcher, and by a shorter way in eager mode.
 
-What ``torch.library.register_autograd`` makes goes through the dispatcher and some twenty frames of Python twice in a
-training step, which shows where layers take a millisecond. An ``autograd.Function`` of the same two functions does not.
+What ``torch.library.register_autograd`` makes goes through the dispatcher and many frames of Python, forward and
+backward, which shows where layers are small. An ``autograd.Function`` of the same two functions does not.
 """
 
 from __future__ import annotations
