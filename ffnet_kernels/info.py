@@ -17,7 +17,7 @@ ENVIRONMENT = {
     "FFNET_CUDA_ARCHS": "architectures of the CUDA library when it is built, such as 80,90; none for no library",
     "FFNET_KERNELS_BACKEND": "backend of all calls: auto, reference, cpu, triton or cuda",
     "FFNET_KERNELS_CUDA_HOST": "library of the CUDA kernels compiled for the processor, for tests",
-    "FFNET_KERNELS_ISA": "instruction set of the CPU kernels: baseline, avx2, avx512 or avx512bf16",
+    "FFNET_KERNELS_ISA": "best instruction set of the CPU kernels: baseline, avx2, avx512 or avx512bf16",
     "FFNET_KERNELS_LIBRARY_DIR": "folder of the native libraries, in place of the package's own",
 }
 

@@ -60,7 +60,10 @@ def _cpu_library() -> ctypes.CDLL:
 
 @functools.cache
 def usable_isas() -> tuple[str, ...]:
-    """The instruction sets that the CPU library holds and this processor runs, slowest first; none without it."""
+    """The instruction sets that the CPU library holds and this processor runs, slowest first; none without it.
+
+    ``FFNET_KERNELS_ISA`` makes the processor pass for one that has nothing better than the named one.
+    """
     if cpu_library_error() is not None:
         return ()
     names = (_cpu_library().ffnet_cpu_usable_isa(ctypes.c_size_t(index)) for index in itertools.count())
@@ -91,6 +94,12 @@ def lanes() -> int:
 def is_unrolled(kh: int, kw: int) -> bool:
     """Whether filters of this size have code of their own in it."""
     return bool(_cpu_library().ffnet_cpu_is_unrolled(ctypes.c_int64(kh), ctypes.c_int64(kw)))
+
+
+def poison_scratch(wanted: bool) -> None:
+    """For tests: whether the CPU kernels' scratch is full of NaN before they write it. Without the library, nothing."""
+    if cpu_library_error() is None:
+        _cpu_library().ffnet_cpu_poison_scratch(ctypes.c_int(wanted))
 
 
 @functools.cache

@@ -19,16 +19,20 @@ FFNET_EXPORT int ffnet_cpu_select_isa(const char* isa, char* reason, size_t size
   }
 }
 
-// The name of an instruction set that this build holds and this processor runs, slowest first; null beyond the last.
+// The name of an instruction set that select_isa takes, slowest first; null beyond the last. Once
+// ffnet_cpu_select_isa has answered 0, as all that follows.
 FFNET_EXPORT const char* ffnet_cpu_usable_isa(size_t index) {
   const auto& usable = ffnet::usable_kernels();
   return index < usable.size() ? usable[index]->isa : nullptr;
 }
 
-// Of the instruction set that calls use, once ffnet_cpu_select_isa has answered 0: its name, the channels that one
-// vector of it holds, and whether filters of a size have code of their own.
+// Of the instruction set that calls use: its name, the channels that one vector of it holds, and whether filters of a
+// size have code of their own.
 FFNET_EXPORT const char* ffnet_cpu_isa() { return ffnet::active_kernels().isa; }
 FFNET_EXPORT int ffnet_cpu_lanes() { return ffnet::active_kernels().lanes; }
 FFNET_EXPORT int ffnet_cpu_is_unrolled(int64_t kh, int64_t kw) { return ffnet::active_kernels().is_unrolled(kh, kw); }
+
+// For tests: whether scratch is handed out full of NaN.
+FFNET_EXPORT void ffnet_cpu_poison_scratch(int wanted) { ffnet::poison_scratch(wanted != 0); }
 
 }  // extern "C"

@@ -31,7 +31,8 @@ inline Storage storage(const Tensor& map) {
   switch (map.scalar_type()) {
     case ScalarType::BFloat16: return Storage::bfloat16;
     case ScalarType::Half: return Storage::float16;
-    default: return Storage::float32;
+    case ScalarType::Float: return Storage::float32;
+    default: STD_TORCH_CHECK(false, "ffnet_kernels (cpu): takes float32, bfloat16 and float16");
   }
 }
 

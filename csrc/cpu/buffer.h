@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <new>
 
+#include "kernels.h"
 #include "simd.h"
 
 namespace ffnet::FFNET_ISA {
@@ -17,6 +18,7 @@ class Buffer {
   explicit Buffer(int64_t floats) : block_(std::malloc(static_cast<size_t>(floats) * sizeof(float) + kLine)) {
     if (!block_) throw std::bad_alloc();
     data = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(block_) + kLine - 1) / kLine * kLine);
+    poison(data, static_cast<size_t>(floats));
   }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;

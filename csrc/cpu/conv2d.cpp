@@ -276,7 +276,16 @@ void conv2d(const Conv2d& given, const Executor& executor) {
                [&](auto element) { Convolution<decltype(element), FloatTaps>(op, executor.threads).run(executor); });
 }
 
+// The rows of the first are read by the second as they were made: in the maps' own elements, one or two a tap.
+bool pairs_conv2d(const Conv2d& first, const Conv2d& second) {
+  constexpr int64_t kImageChannels = 4;  // rows that two tasks need are made twice, which must be cheap
+  if (first.channels > kImageChannels || second.kh * second.kw == 1 || first.storage != second.storage) return false;
+  return second.storage == Storage::float32 ||
+         (second.storage == Storage::bfloat16 && kPairs && second.channels % 2 == 0);
+}
+
 void conv2d_pair(const Conv2d& first, const Conv2d& second, const Executor& executor) {
+  if (!pairs_conv2d(first, second)) throw std::invalid_argument("conv2d_pair: not a pair that pairs_conv2d takes");
   const auto run = [&](auto element, auto taps) {
     using Pass = Convolution<decltype(element), decltype(taps)>;
     Pass before(first, executor.threads);
@@ -286,13 +295,6 @@ void conv2d_pair(const Conv2d& first, const Conv2d& second, const Executor& exec
   if (second.storage == Storage::bfloat16) return run(BFloat16(), PairTaps());
 #endif
   run(float(), FloatTaps());
-}
-
-bool pairs_conv2d(const Conv2d& first, const Conv2d& second) {
-  constexpr int64_t kImageChannels = 4;  // rows that two tasks need are made twice, which must be cheap
-  if (first.channels > kImageChannels || second.kh * second.kw == 1) return false;
-  return second.storage == Storage::float32 ||
-         (second.storage == Storage::bfloat16 && kPairs && second.channels % 2 == 0);
 }
 
 }  // namespace ffnet::FFNET_ISA

@@ -191,6 +191,7 @@ struct Kernels {
   void (*channel_mixer)(const ChannelMixer&, const Executor&);
   void (*conv2d)(const Conv2d&, const Executor&);
   // Two in a row, where it can and pays; x and its strides of the second are not looked at, nor is out of the first.
+  // conv2d_pair throws std::invalid_argument for what pairs_conv2d refuses.
   bool (*pairs_conv2d)(const Conv2d& first, const Conv2d& second);
   void (*conv2d_pair)(const Conv2d& first, const Conv2d& second, const Executor&);
   void (*pooled_linear)(const PooledLinear&, const Executor&);
@@ -213,5 +214,8 @@ const Kernels* avx512bf16_kernels();
 // Scratch of at least `floats` floats, 64-byte aligned, owned by the calling thread and reused between calls.
 // Throws std::bad_alloc.
 float* thread_scratch(size_t floats);
+
+// Called with all scratch before its first use: NaN in it, where tests ask for that, shows what is read unwritten.
+void poison(float* scratch, size_t floats);
 
 }  // namespace ffnet

@@ -1,6 +1,8 @@
 // Moving maps between their strided layout in memory and rows of vectors of channels.
 #pragma once
 
+#include <stdexcept>
+
 #include "kernels.h"
 #include "storage.h"
 #include "transpose.h"
@@ -19,7 +21,7 @@ FFNET_INLINE Vec load_lanes(const float* from, int64_t n) {
 }
 FFNET_INLINE void store_lanes(Vec x, float* to, int64_t n) { n == kLanes ? x.store(to) : x.store_first(to, n); }
 
-// f of an element of the type that maps and weights are stored as.
+// f of an element of the type that maps and weights are stored as. Throws std::invalid_argument for any other.
 template <class F>
 void with_storage(Storage storage, const F& f) {
   switch (storage) {
@@ -27,6 +29,7 @@ void with_storage(Storage storage, const F& f) {
     case Storage::bfloat16: return f(BFloat16());
     case Storage::float16: return f(Float16());
   }
+  throw std::invalid_argument("with_storage: no such storage type");
 }
 
 // Which channels a vector holds: lane l is channel (first + l) / multiplier of the map; lanes past `count` are zero.

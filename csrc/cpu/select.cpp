@@ -1,7 +1,9 @@
 #include "select.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <limits>
 #include <memory>
 #include <new>
 #include <stdexcept>
@@ -9,6 +11,7 @@
 namespace ffnet {
 namespace {
 
+// What this build holds and this processor runs.
 std::vector<const Kernels*> detect() {
   std::vector<const Kernels*> usable{baseline_kernels()};
 #if defined(FFNET_HAVE_X86_KERNELS)
@@ -24,22 +27,26 @@ std::vector<const Kernels*> detect() {
   return usable;
 }
 
-const Kernels* find(const std::string& isa, const char* origin) {
+size_t find(const std::vector<const Kernels*>& usable, const std::string& isa, const char* origin) {
   std::string names;
-  for (const Kernels* kernels : usable_kernels()) {
-    if (isa == kernels->isa) return kernels;
-    names += (names.empty() ? "" : ", ") + std::string(kernels->isa);
+  for (size_t i = 0; i < usable.size(); ++i) {
+    if (isa == usable[i]->isa) return i;
+    names += (i ? ", " : "") + std::string(usable[i]->isa);
   }
   throw std::invalid_argument(std::string(origin) + " names the instruction set '" + isa +
                               "', but this build and processor run: " + names);
 }
 
-const Kernels* default_kernels() {
-  const char* name = std::getenv("FFNET_KERNELS_ISA");
-  return name && *name ? find(name, "FFNET_KERNELS_ISA") : usable_kernels().back();
+// With FFNET_KERNELS_ISA the processor passes for one that has nothing better.
+std::vector<const Kernels*> detect_up_to_limit() {
+  std::vector<const Kernels*> usable = detect();
+  const char* limit = std::getenv("FFNET_KERNELS_ISA");
+  if (limit && *limit) usable.resize(find(usable, limit, "FFNET_KERNELS_ISA") + 1);
+  return usable;
 }
 
 std::atomic<const Kernels*> active{nullptr};
+std::atomic<bool> poisoned{false};
 
 struct Free {
   void operator()(float* p) const { std::free(p); }
@@ -48,18 +55,26 @@ struct Free {
 }  // namespace
 
 const std::vector<const Kernels*>& usable_kernels() {
-  static const std::vector<const Kernels*> usable = detect();
+  static const std::vector<const Kernels*> usable = detect_up_to_limit();
   return usable;
 }
 
 const Kernels& active_kernels() {
   const Kernels* kernels = active.load(std::memory_order_relaxed);
-  if (!kernels) active.store(kernels = default_kernels(), std::memory_order_relaxed);
+  if (!kernels) active.store(kernels = usable_kernels().back(), std::memory_order_relaxed);
   return *kernels;
 }
 
 void select_isa(const std::string& isa) {
-  active.store(isa.empty() ? default_kernels() : find(isa, "select_isa"), std::memory_order_relaxed);
+  const auto& usable = usable_kernels();
+  active.store(isa.empty() ? usable.back() : usable[find(usable, isa, "select_isa")], std::memory_order_relaxed);
+}
+
+void poison_scratch(bool wanted) { poisoned.store(wanted, std::memory_order_relaxed); }
+
+void poison(float* scratch, size_t floats) {
+  if (poisoned.load(std::memory_order_relaxed))
+    std::fill_n(scratch, floats, std::numeric_limits<float>::quiet_NaN());
 }
 
 float* thread_scratch(size_t floats) {
@@ -73,6 +88,7 @@ float* thread_scratch(size_t floats) {
     if (!buffer) throw std::bad_alloc();
     capacity = bytes / sizeof(float);
   }
+  poison(buffer.get(), floats);
   return buffer.get();
 }
 

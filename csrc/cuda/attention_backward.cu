@@ -118,10 +118,10 @@ void attention_backward(const Attention& call, const AttentionGradients& gradien
   bool aligned = true;
   for (const Plane& plane : {p.query, p.gradient, p.query_grad, p.hidden, p.hidden_grad}) aligned &= plane.unit == 16;
   with_stream_kernel(
-      call.dtype, std::max(call.key.kh, call.value.kh), p.shape, aligned, [&](auto type, auto k, auto windows) {
+      call.dtype, std::max(call.key.kh, call.value.kh), p.shape, aligned, [&](auto element, auto k, auto windows) {
         constexpr Windows kWindows =
             windows() == Windows::alone ? Windows::aligned : windows();  // fewer kernels to compile
-        launch("attention_backward_kernel", attention_backward_kernel<typename decltype(type)::Type, k(), kWindows>,
+        launch("attention_backward_kernel", attention_backward_kernel<decltype(element), k(), kWindows>,
                stream_grid<k()>(p.split, p.channels, 2), p, device.stream);
       });
 }

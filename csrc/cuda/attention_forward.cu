@@ -115,8 +115,8 @@ void attention_forward(const Attention& call, const Device& device) {
   p.activation = activation_parameters(call.activation);
   const bool aligned = p.query.unit == 16 && p.out.unit == 16 && (!p.residual.data || p.residual.unit == 16);
   with_stream_kernel(
-      call.dtype, std::max(call.key.kh, call.value.kh), p.shape, aligned, [&](auto type, auto k, auto windows) {
-        launch("attention_forward_kernel", attention_forward_kernel<typename decltype(type)::Type, k(), windows()>,
+      call.dtype, std::max(call.key.kh, call.value.kh), p.shape, aligned, [&](auto element, auto k, auto windows) {
+        launch("attention_forward_kernel", attention_forward_kernel<decltype(element), k(), windows()>,
                stream_grid<k()>(p.split, p.channels, p.residual.data ? 2 : 1), p, device.stream);
       });
 }

@@ -8,6 +8,7 @@
 // reads is multiplied with the matrices of all results it takes part in.
 #include "activation.h"
 #include "band.h"
+#include "storage.h"
 
 namespace ffnet {
 namespace {
@@ -182,14 +183,11 @@ void run(Parameters p, Dtype dtype, int64_t channels, const Device& device) {
   grid.y = channels;
   grid.threads = kBandedWarps * kWarp;
   grid.shared_bytes = size_t{8} * p.outputs_a_channel * p.rows.taps * pairs * kWarp;
-  const auto start = [&](auto kernel) { launch("banded_kernel", kernel, grid, p, device.stream); };
-  const bool half = dtype == Dtype::float16;
-  if (pairs == 1)
-    start(half ? banded_kernel<Half, 1> : banded_kernel<BFloat16, 1>);
-  else if (pairs == 2)
-    start(half ? banded_kernel<Half, 2> : banded_kernel<BFloat16, 2>);
-  else
-    start(half ? banded_kernel<Half, 3> : banded_kernel<BFloat16, 3>);
+  with_16_bit_storage(dtype, [&](auto element) {
+    using T = decltype(element);
+    const auto kernel = pairs == 1 ? banded_kernel<T, 1> : pairs == 2 ? banded_kernel<T, 2> : banded_kernel<T, 3>;
+    launch("banded_kernel", kernel, grid, p, device.stream);
+  });
 }
 
 }  // namespace

@@ -10,6 +10,7 @@
 #include "activation.h"
 #include "channel_mixer_tiles.h"
 #include "dispatch.h"
+#include "storage.h"
 
 namespace ffnet {
 namespace {
@@ -275,7 +276,7 @@ void channel_mixer_forward(const ChannelMixer& call, const Device& device) {
   p.project_bias = call.project_bias, p.scale = call.scale;
   p.activation = activation_parameters(call.activation);
   p.hidden = call.hidden;
-  (call.dtype == Dtype::float16 ? start_mixer<Half> : start_mixer<BFloat16>)(p, last, device);
+  with_16_bit_storage(call.dtype, [&](auto element) { start_mixer<decltype(element)>(p, last, device); });
 }
 
 }  // namespace ffnet

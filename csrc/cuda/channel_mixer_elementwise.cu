@@ -5,6 +5,7 @@
 #include "activation.h"
 #include "channel_mixer.h"
 #include "device.h"
+#include "storage.h"
 
 namespace ffnet {
 namespace {
@@ -136,11 +137,7 @@ void start(const char* name, const DenseMaps& maps, Parameters p, const Device& 
 
 template <class Operation>
 void start(const char* name, const DenseMaps& maps, const Parameters& p, const Device& device) {
-  switch (maps.dtype) {
-    case Dtype::float32: return start<Operation, float>(name, maps, p, device);
-    case Dtype::float16: return start<Operation, Half>(name, maps, p, device);
-    case Dtype::bfloat16: return start<Operation, BFloat16>(name, maps, p, device);
-  }
+  with_storage(maps.dtype, [&](auto element) { start<Operation, decltype(element)>(name, maps, p, device); });
 }
 
 }  // namespace

@@ -104,10 +104,10 @@ void run(const Convolution& call, const PlanarMap& x, const PlanarMap& out, cons
   p.activation = activation_parameters(activation);
   constexpr bool kBackward = EPILOGUE == Epilogue::activation_backward;
   const bool aligned = p.x.unit == 16 && p.out.unit == 16 && (!kBackward || p.gradient.unit == 16);
-  with_stream_kernel(call.dtype, filter.kh, p.shape, aligned, [&](auto type, auto k, auto windows) {
+  with_stream_kernel(call.dtype, filter.kh, p.shape, aligned, [&](auto element, auto k, auto windows) {
     // The backward kernel is compiled with neighbours only: fewer kernels.
     constexpr Windows kWindows = kBackward && windows() == Windows::alone ? Windows::aligned : windows();
-    launch("depthwise_stream_kernel", depthwise_stream_kernel<typename decltype(type)::Type, k(), kWindows, EPILOGUE>,
+    launch("depthwise_stream_kernel", depthwise_stream_kernel<decltype(element), k(), kWindows, EPILOGUE>,
            stream_grid<k()>(p.split, p.channels, kBackward ? 2 : 1), p, device.stream);
   });
 }

@@ -6,6 +6,7 @@
 // [kx][lane's channel][channel][ky]; wide and high ones pass through it in stages.
 #include "activation.h"
 #include "direct.h"
+#include "storage.h"
 
 namespace ffnet {
 namespace {
@@ -234,11 +235,8 @@ void start_for_dtype(const Convolution& c, const Map& from, const Map& to, int s
   Plan plan{call, c.n, stride_h, channels_innermost(from, to)};
   const bool pairs = c.multiplier == 1 && pairs_of_channels(from, c.channels) && pairs_of_channels(to, c.channels) &&
                      (!call.gradient.data || pairs_of_channels(c.gradient, c.channels));
-  switch (c.dtype) {
-    case Dtype::float32: return start_for_filter<float, 1>(plan, device);
-    case Dtype::float16: return start_for_layout<Half>(plan, pairs, device);
-    case Dtype::bfloat16: return start_for_layout<BFloat16>(plan, pairs, device);
-  }
+  if (c.dtype == Dtype::float32) return start_for_filter<float, 1>(plan, device);
+  with_16_bit_storage(c.dtype, [&](auto element) { start_for_layout<decltype(element)>(plan, pairs, device); });
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 // keeps the tile's sums of its channels in registers while it goes over positions: it reads the strip of the gradient
 // once, and for each tap column a column of the input.
 #include "direct.h"
+#include "storage.h"
 
 namespace ffnet {
 namespace {
@@ -189,11 +190,11 @@ int64_t direct_wgrad_splits(const Convolution& call, const Device& device) {
 
 void direct_wgrad(const Convolution& call, float* partials, const Device& device) {
   if (call.dtype == Dtype::float32) return start_for_filter<float, 1>(call, partials, device);
-  const bool half = call.dtype == Dtype::float16;
-  if (channels_in_pairs(call))
-    half ? start_for_filter<Half, 2>(call, partials, device) : start_for_filter<BFloat16, 2>(call, partials, device);
-  else
-    half ? start_for_filter<Half, 1>(call, partials, device) : start_for_filter<BFloat16, 1>(call, partials, device);
+  with_16_bit_storage(call.dtype, [&](auto element) {
+    using T = decltype(element);
+    channels_in_pairs(call) ? start_for_filter<T, 2>(call, partials, device)
+                            : start_for_filter<T, 1>(call, partials, device);
+  });
 }
 
 }  // namespace ffnet

@@ -1,6 +1,6 @@
 // The second stage of the filters' gradients: partial sums are added up in a fixed order, so results do not vary.
 #include "device.h"
-#include "kernels.h"
+#include "storage.h"
 
 namespace ffnet {
 namespace {
@@ -72,11 +72,7 @@ void run(const FilterGradients& call, const Device& device) {
 }  // namespace
 
 void finish_filter_gradients(const FilterGradients& call, const Device& device) {
-  switch (call.dtype) {
-    case Dtype::float32: return run<float>(call, device);
-    case Dtype::float16: return run<Half>(call, device);
-    case Dtype::bfloat16: return run<BFloat16>(call, device);
-  }
+  with_storage(call.dtype, [&](auto element) { run<decltype(element)>(call, device); });
 }
 
 }  // namespace ffnet

@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "band.h"
+#include "storage.h"
 
 namespace ffnet {
 
@@ -169,11 +170,6 @@ class LaneWindows {
 
 #endif  // FFNET_HAS_SM80
 
-template <class T>
-struct TypeTag {
-  using Type = T;
-};
-
 // What the lanes know of the windows when a kernel is compiled.
 enum class Windows {
   alone,    // aligned planes one window wide: there are no neighbours
@@ -181,24 +177,23 @@ enum class Windows {
   any,
 };
 
-// Calls `body(type, rows of the filter, windows)` with the leanest kernel that fits, as types.
+// Calls `body(element, rows of the filter, windows)` with the leanest kernel that fits, as types.
 template <class Body>
 void with_stream_kernel(Dtype dtype, int kernel_rows, const PanelShape& shape, bool aligned, const Body& body) {
-  const auto with_rows = [&](auto type, auto windows) {
+  const auto with_rows = [&](auto element, auto windows) {
     if (kernel_rows <= 3)
-      body(type, std::integral_constant<int, 3>{}, windows);
+      body(element, std::integral_constant<int, 3>{}, windows);
     else
-      body(type, std::integral_constant<int, 7>{}, windows);
+      body(element, std::integral_constant<int, 7>{}, windows);
   };
-  const auto with_halo = [&](auto type) {
+  with_16_bit_storage(dtype, [&](auto element) {
     if (!aligned)
-      with_rows(type, std::integral_constant<Windows, Windows::any>{});
+      with_rows(element, std::integral_constant<Windows, Windows::any>{});
     else if (shape.windows > 1)
-      with_rows(type, std::integral_constant<Windows, Windows::aligned>{});
+      with_rows(element, std::integral_constant<Windows, Windows::aligned>{});
     else
-      with_rows(type, std::integral_constant<Windows, Windows::alone>{});
-  };
-  dtype == Dtype::float16 ? with_halo(TypeTag<Half>{}) : with_halo(TypeTag<BFloat16>{});
+      with_rows(element, std::integral_constant<Windows, Windows::alone>{});
+  });
 }
 
 }  // namespace ffnet

@@ -7,6 +7,7 @@
 // a ring.
 #include "device.h"
 #include "panel.h"
+#include "storage.h"
 
 namespace ffnet {
 namespace {
@@ -209,9 +210,9 @@ void wgrad(const Convolution& call, float* partials, const Device& device) {
     grid.x = (p.channels * p.row_groups * p.splits + kWgradWarps - 1) / kWgradWarps;
     grid.threads = kWgradWarps * kWarp;
     grid.shared_bytes = size_t{kWgradWarps} * tile.kBytes;
-    const auto start = [&](auto kernel) { launch("wgrad_kernel", kernel, grid, p, device.stream); };
-    call.dtype == Dtype::float16 ? start(wgrad_kernel<Half, rows(), columns()>)
-                                 : start(wgrad_kernel<BFloat16, rows(), columns()>);
+    with_16_bit_storage(call.dtype, [&](auto element) {
+      launch("wgrad_kernel", wgrad_kernel<decltype(element), rows(), columns()>, grid, p, device.stream);
+    });
   });
 }
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import patience
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -104,11 +105,7 @@ def sanitizer_environment() -> dict[str, str]:
 
 def run_tests(library: Path, *arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
     """pytest in a process of its own, on another build of the kernels."""
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *arguments],
-        cwd=ROOT,
-        env={**os.environ, **(environment or {}), "FFNET_KERNELS_LIBRARY_DIR": str(library)},
-        capture_output=True,
-        text=True,
-        timeout=570,
+    environment = {**os.environ, **(environment or {}), "FFNET_KERNELS_LIBRARY_DIR": str(library)}
+    return patience.run(
+        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *arguments], cwd=ROOT, env=environment
     )

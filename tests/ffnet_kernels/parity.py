@@ -86,14 +86,16 @@ def selected_isa(isa: str | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def poisoned_outputs() -> Iterator[None]:
-    """Fills with NaN whatever torch allocates, so that an element that is not written shows."""
+def poisoned_memory() -> Iterator[None]:
+    """Fills with NaN whatever torch allocates, and the scratch of CPU kernels: what is not written shows."""
     before, filling = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+    native.poison_scratch(True)
     try:
         yield
     finally:
+        native.poison_scratch(False)
         torch.use_deterministic_algorithms(before)
         torch.utils.deterministic.fill_uninitialized_memory = filling
 
@@ -209,7 +211,7 @@ def check(case: Case, backend: str = "cpu") -> None:
     expected, eager = reference_of(operator, args)
     limit = limit_of(operator, args, expected, eager)
     for isa in variants(backend):
-        with selected_isa(isa), poisoned_outputs(), fk.use_backend(backend):
+        with selected_isa(isa), poisoned_memory(), fk.use_backend(backend):
             out = case.run()
         assert out.shape == expected.shape
         assert out.dtype == eager.dtype
@@ -251,7 +253,7 @@ def check_gradients(
             unlucky = [max(a, b) for a, b in zip(unlucky, errors, strict=True)]
     share = max((relative_error(plain, exact) for plain, exact in zip(eager, expected, strict=True)), default=0)
     for isa in variants(backend):
-        with selected_isa(isa), poisoned_outputs():
+        with selected_isa(isa), poisoned_memory():
             got = backward_of(backend, case.operator)(*call)
         assert len(got) == len(expected)
         for i, (result, exact, plain) in enumerate(zip(got, expected, eager, strict=True)):

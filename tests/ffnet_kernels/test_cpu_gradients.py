@@ -57,7 +57,7 @@ def test_laid_out_as_the_fakes_say(operator, layout, batch):
 
 def input_gradients(x: Tensor, grad: Tensor, activation: str, isa: str | None) -> Tensor:
     """A 1×1 filter of ones: the incoming gradient times the derivative of the activation."""
-    with parity.selected_isa(isa), parity.poisoned_outputs():
+    with parity.selected_isa(isa), parity.poisoned_memory():
         weight = torch.ones(x.shape[1], 1, 1, 1)
         call = (grad, x, weight, None, (1, 1), (0, 0, 0, 0), activation, [True, False, False])
         return cpu.depthwise_conv2d_backward(*call)[0]

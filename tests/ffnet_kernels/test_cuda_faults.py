@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import native_build
+import patience
 import pytest
 
 pytestmark = pytest.mark.sanitize
@@ -45,13 +46,8 @@ check("wgrad", example("depthwise_conv2d", **half, activation="none"), True)
 
 
 def run(library, code: str, environment: dict[str, str], *command: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [*command, sys.executable, "-c", CHECK + code],
-        env={**os.environ, **environment, "FFNET_KERNELS_CUDA_HOST": str(library), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    environment = {**os.environ, **environment, "FFNET_KERNELS_CUDA_HOST": str(library), "OMP_NUM_THREADS": "1"}
+    return patience.run([*command, sys.executable, "-c", CHECK + code], env=environment)
 
 
 def run_with_threads_watched(library, code: str) -> tuple[subprocess.CompletedProcess, list[str]]:

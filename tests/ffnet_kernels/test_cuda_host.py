@@ -23,7 +23,7 @@ SPECIAL = (math.nan, math.inf, -math.inf)
 def computed(case) -> list[torch.Tensor]:
     """The result and all gradients."""
     args = case.checked()
-    with fk.use_backend("cuda"), parity.poisoned_outputs():
+    with fk.use_backend("cuda"), parity.poisoned_memory():
         out = case.run()
         mask = [args[i] is not None for i in parity.OPERATORS_BY_NAME[case.operator].tensors]
         grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
@@ -105,7 +105,7 @@ def test_planted_in_the_map_on_tensor_cores(operator, shape, kernel, special, dt
     for _ in range(2 if operator == "ffnified_attention" else 1):
         allowed = seen_by_windows(allowed, *reach(kernel))
     assert allowed[bad].all()
-    with machine(multiprocessors=multiprocessors), fk.use_backend("cuda"), parity.poisoned_outputs():
+    with machine(multiprocessors=multiprocessors), fk.use_backend("cuda"), parity.poisoned_memory():
         got = ~case.run().isfinite()
     assert got[bad].all()
     assert allowed[got].all()

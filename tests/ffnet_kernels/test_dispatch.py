@@ -6,6 +6,7 @@ import sys
 import threading
 
 import parity
+import patience
 import pytest
 import torch
 from examples import example
@@ -141,9 +142,7 @@ def test_a_forced_backend_that_does_not_take_the_call(operator):
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
-    )
+    return patience.run([sys.executable, "-c", code], env={**os.environ, **environment})
 
 
 WHICH = """
@@ -192,13 +191,13 @@ def test_a_bad_isa_in_the_environment_is_the_reason_why_there_are_no_kernels():
 
 
 def test_a_decorated_function_may_overlap_with_itself_in_threads():
-    both_inside, first_is_out = threading.Barrier(2, timeout=10), threading.Event()
+    both_inside, first_is_out = threading.Barrier(2, timeout=patience.LIMIT), threading.Event()
     after = {}
 
     @fk.use_backend("auto")
     def overlapping(leave_last):
         both_inside.wait()
-        assert not leave_last or first_is_out.wait(10)
+        assert not leave_last or first_is_out.wait(patience.LIMIT)
 
     def first():
         overlapping(leave_last=False)

@@ -10,6 +10,7 @@ import sys
 
 import native_build
 import parity
+import patience
 import pytest
 import torch
 
@@ -20,13 +21,8 @@ from ffnet_kernels.backends import cpu
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     """Without the kernels that only tests run on the processor."""
-    return subprocess.run(
-        [sys.executable, *arguments],
-        env={**os.environ, "TRITON_INTERPRET": "0", "FFNET_KERNELS_CUDA_HOST": "", **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    unset = {"TRITON_INTERPRET": "0", "FFNET_KERNELS_CUDA_HOST": ""}
+    return patience.run([sys.executable, *arguments], env={**os.environ, **unset, **environment})
 
 
 @pytest.fixture

@@ -1,9 +1,9 @@
 """The native code under sanitizers, and proofs that the tests see planted faults."""
 
 import os
-import subprocess
 import sys
 
+import patience
 import pytest
 from native_build import ROOT, build_with_fault, run_tests, sanitizer_environment
 
@@ -34,7 +34,8 @@ BACKWARD_FAULTS = {
 def test_parity_under_sanitizers(tmp_path):
     environment = sanitizer_environment()
     build = [sys.executable, str(ROOT / "csrc" / "build.py"), "--sanitize", "--out", str(tmp_path)]
-    subprocess.run(build, check=True, capture_output=True, timeout=500)
+    built = patience.run(build)
+    assert built.returncode == 0, built.stderr[-3000:]
     result = run_tests(tmp_path, PARITY, QUICK, environment=environment)
     assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
     assert "6 passed" in result.stdout
@@ -51,14 +52,8 @@ import torch, ffnet_kernels as fk
 with fk.use_backend("cpu"):
     fk.depthwise_conv2d(torch.ones(1, 3, 40, 40), torch.ones(3, 1, 5, 5))
 """
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env={**os.environ, **environment, "FFNET_KERNELS_LIBRARY_DIR": str(library)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    environment = {**os.environ, **environment, "FFNET_KERNELS_LIBRARY_DIR": str(library)}
+    result = patience.run([sys.executable, "-c", code], cwd=ROOT, env=environment)
     assert result.returncode == 99, result.stderr[-3000:]
     assert "AddressSanitizer: heap-buffer-overflow" in result.stderr
     assert "csrc/cpu/layout.h" in result.stderr  # where rows are gathered

@@ -29,7 +29,7 @@ every_activation = pytest.mark.parametrize("activation", checks.ACTIVATIONS)
 
 
 def run(case, isa):
-    with parity.selected_isa(isa), fk.use_backend("cpu"), parity.poisoned_outputs():
+    with parity.selected_isa(isa), fk.use_backend("cpu"), parity.poisoned_memory():
         return case.run()
 
 

@@ -10,6 +10,7 @@ from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 
 import parity
+import patience
 import pytest
 import torch
 from sequence_cases import calls, layers_of_a_sequential, one_by_one, optimized_sequential, tiny
@@ -274,7 +275,7 @@ def test_threads_share_a_model():
     model, x = fk.optimize(tiny()), torch.randn(1, 3, 32, 32)
     with torch.no_grad():
         expected = model(x)
-    barrier, interval = threading.Barrier(6, timeout=30), sys.getswitchinterval()
+    barrier, interval = threading.Barrier(6, timeout=patience.LIMIT), sys.getswitchinterval()
 
     def work(_):
         same = True

@@ -82,7 +82,7 @@ def test_branched_depthwise(options, activation, shape, isa):
     x = parity.laid_out(shape, "channels_last", torch.Generator().manual_seed(1)) + 0.5
     expected, statistics, counts = step(plain, x, layers, activation, torch.float64)
     eager, eager_statistics, _ = step(plain, x, layers, activation)
-    with parity.selected_isa(isa), parity.poisoned_outputs(), fk.use_backend("cpu"):
+    with parity.selected_isa(isa), parity.poisoned_memory(), fk.use_backend("cpu"):
         found, own_statistics, own_counts = step(training.branched_depthwise, x, layers, activation)
     assert_close(found, expected, eager)
     assert_close(own_statistics, statistics, eager_statistics)
@@ -205,7 +205,7 @@ def test_batch_norm(activation, shape, isa):
     eager, eager_statistics, _ = norm_step(plain_norm, x, norm, activation)
     for formats in (torch.contiguous_format, torch.channels_last):
         laid_out = x.contiguous(memory_format=formats)
-        with parity.selected_isa(isa), parity.poisoned_outputs(), fk.use_backend("cpu"):
+        with parity.selected_isa(isa), parity.poisoned_memory(), fk.use_backend("cpu"):
             found, own_statistics, own_counts = norm_step(training.batch_norm, laid_out, norm, activation)
         assert_close(found, expected, eager)
         assert_close(own_statistics, statistics, eager_statistics)
@@ -325,7 +325,7 @@ def test_feed_forward(shape, hidden, outputs, full, isa):
     expected = run_feed_forward(fk.backends.training.feed_forward, arguments, "gelu", torch.float64)
     eager = run_feed_forward(fk.backends.training.feed_forward, arguments, "gelu")
     for formats in ({}, {"memory_format": torch.channels_last}):
-        with parity.selected_isa(isa), parity.poisoned_outputs(), fk.use_backend("cpu"):
+        with parity.selected_isa(isa), parity.poisoned_memory(), fk.use_backend("cpu"):
             found = run_feed_forward(training.feed_forward, arguments, "gelu", **formats)
         assert_close(found, expected, eager)
 

@@ -14,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 import parity
+import patience
 import pytest
 from native_build import load_builder
 
@@ -33,20 +34,8 @@ def build(out, work, cuda):
 
 
 def command(*arguments: str | Path, cwd: Path, **environment: str) -> str:
-    result = subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        cwd=cwd,
-        env={
-            **os.environ,
-            "FFNET_KERNELS_CUDA_HOST": "",
-            "FFNET_KERNELS_LIBRARY_DIR": "",
-            "TRITON_INTERPRET": "0",
-            **environment,
-        },
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    unset = {"FFNET_KERNELS_CUDA_HOST": "", "FFNET_KERNELS_LIBRARY_DIR": "", "TRITON_INTERPRET": "0"}
+    result = patience.run([sys.executable, *map(str, arguments)], cwd=cwd, env={**os.environ, **unset, **environment})
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
