@@ -16,7 +16,7 @@ from ffnet_kernels.backends.activations import ACTIVATE
 
 from .peers import OURS
 from .programs import Unsupported
-from .work import OperatorWork, Program, _channels_innermost, _is_filter
+from .work import OperatorWork, Program, channels_innermost, is_filter
 
 BACKENDS = ("cuda", "triton")
 EAGER_NCHW, EAGER, CUDNN_NCHW, CUDNN, COMPILED, COPY = (
@@ -48,7 +48,7 @@ class OnBackend:
         program, backend = work.plain(self.layout), dispatch.BACKENDS[self.backend]
         args = program.inputs[0]
         if self.stored and self.layout == "channels_last":
-            args = tuple(_channels_innermost(a) if _is_filter(a) else a for a in args)
+            args = tuple(channels_innermost(a) if is_filter(a) else a for a in args)
         detail = backend.describe(work.operator, args)
         return replace(program, function=getattr(backend, work.operator), inputs=[args], detail=detail)
 

@@ -100,14 +100,14 @@ def laid_out(arguments: dict[str, Any], layout: str) -> dict[str, Any]:
     }
 
 
-def _is_filter(value: Any) -> bool:
+def is_filter(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() == 4 and value.shape[1] == 1
 
 
 def too_large_for_onednn(arguments: dict[str, Any]) -> bool:
     """Whether oneDNN would compile code for minutes, to run the call once."""
     return any(
-        _is_filter(v) and v.element_size() == 2 and v[0].numel() > MOST_TAPS_IN_16_BITS for v in arguments.values()
+        is_filter(v) and v.element_size() == 2 and v[0].numel() > MOST_TAPS_IN_16_BITS for v in arguments.values()
     )
 
 

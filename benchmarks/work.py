@@ -23,7 +23,7 @@ from .programs import (
     CpuWork,
     Program,
     Unsupported,
-    _is_filter,
+    is_filter,
     laid_out,
     too_large_for_onednn,
     without_onednn,
@@ -60,7 +60,7 @@ class OperatorWork:
     def fused(self) -> Program:
         # Filters with their channels next to each other, as ffnet_kernels.optimize stores them.
         arguments = {
-            name: _channels_innermost(value) if _is_filter(value) else value
+            name: channels_innermost(value) if is_filter(value) else value
             for name, value in laid_out(self.arguments, self.layout).items()
         }
         decision = ffnet_kernels.explain(self.operator, **arguments)
@@ -224,5 +224,5 @@ def _layer_work(case: LayerCase) -> ModelWork:
     return ModelWork(ffnet.reparameterize(layer).to(dtype), [batch.to(dtype)])
 
 
-def _channels_innermost(weight: Tensor) -> Tensor:
+def channels_innermost(weight: Tensor) -> Tensor:
     return weight.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)

@@ -58,7 +58,7 @@ def depthwise_conv2d(
             (x, weight, bias, strides, pads, activation),
             (x, weight, bias, stride, padding, activation),
         )
-    x, weight, bias = _autocast(x, weight, bias)
+    x, weight, bias = autocast(x, weight, bias)
     args = checks.depthwise_conv2d(x, weight, bias, stride, padding, activation)
     return dispatch.select("depthwise_conv2d", args).depthwise_conv2d(*args)
 
@@ -92,7 +92,7 @@ def conv2d(
         return _at_once(
             "conv2d", (x, weight, bias, strides, pads, activation), (x, weight, bias, stride, padding, activation)
         )
-    x, weight, bias = _autocast(x, weight, bias)
+    x, weight, bias = autocast(x, weight, bias)
     args = checks.conv2d(x, weight, bias, stride, padding, activation)
     return dispatch.select("conv2d", args).conv2d(*args)
 
@@ -128,7 +128,7 @@ def ffnified_attention(
     filters = (key, value) if residual is None else (key, value, residual)
     if dispatch.is_plain_cpu_call("ffnified_attention", query, filters, (key_bias, value_bias, scale)):
         return _at_once("ffnified_attention", call, call)
-    query, key, key_bias, value, value_bias, scale, residual = _autocast(
+    query, key, key_bias, value, value_bias, scale, residual = autocast(
         query, key, key_bias, value, value_bias, scale, residual
     )
     args = checks.ffnified_attention(query, key, key_bias, value, value_bias, activation, scale, residual)
@@ -175,7 +175,7 @@ def channel_mixer(
     )
     if dispatch.is_plain_cpu_call("channel_mixer", x, weights, (bias, expand_bias, project_bias, scale)):
         return _at_once("channel_mixer", call, call)
-    x, weight, bias, expand_weight, expand_bias, project_weight, project_bias, scale, residual = _autocast(
+    x, weight, bias, expand_weight, expand_bias, project_weight, project_bias, scale, residual = autocast(
         x, weight, bias, expand_weight, expand_bias, project_weight, project_bias, scale, residual
     )
     args = checks.channel_mixer(
@@ -215,10 +215,10 @@ def explain(operator: str | Callable[..., Tensor], *args, **kwargs) -> dispatch.
         raise ValueError(f"explain: expected one of {', '.join(_PUBLIC)}, got {operator!r}")
     bound = inspect.signature(_PUBLIC[name]).bind(*args, **kwargs)
     bound.apply_defaults()
-    return dispatch.decide(name, getattr(checks, name)(*_autocast(*bound.arguments.values())))
+    return dispatch.decide(name, getattr(checks, name)(*autocast(*bound.arguments.values())))
 
 
-def _autocast(x, *others) -> tuple:
+def autocast(x, *others) -> tuple:
     """Under autocast, tensors in its dtype but for float64, as convolutions do it."""
     if not isinstance(x, Tensor):
         return (x, *others)

@@ -109,7 +109,7 @@ def feed_forward(
     Returns:
         ``[N, O, H, W]``.
     """
-    x, expand_weight, expand_bias, project_weight, project_bias, scale, residual = functional._autocast(
+    x, expand_weight, expand_bias, project_weight, project_bias, scale, residual = functional.autocast(
         x, expand_weight, expand_bias, project_weight, project_bias, scale, residual
     )
     args = checks.feed_forward(x, expand_weight, expand_bias, project_weight, project_bias, activation, scale, residual)

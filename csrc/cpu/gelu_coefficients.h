@@ -1,4 +1,4 @@
-// Written by fit_gelu.py: do not edit.
+// Written by tools/fit_cpu_gelu.py: do not edit.
 #pragma once
 
 namespace ffnet::gelu_coefficients {

@@ -39,7 +39,7 @@ FFNET_DEVICE float derivative_exact(Activation activation, float x) {
 // ---- 16-bit storage ----
 //
 // The smooth activations are x·σ(u) with u = x·P(x²), P of degree 5: exact for SiLU and the tanh form of GELU. For GELU
-// itself P is fitted (fit_gelu.py): the error is below 2^-12 of the value wherever float16 has its full precision, half
+// itself P is fitted (tools/fit_cuda_gelu.py): the error is below 2^-12 of the value wherever float16 has its full precision, half
 // of what rounding the result costs.
 
 struct ActivationParameters {

@@ -1,7 +1,7 @@
 """Fits the coefficients of GELU(x) = x/2 + |x| H(|x|), H(t) = erf(t / sqrt 2) / 2, and of its derivative
 GELU'(x) = 1/2 + sign(x) G(|x|), G(t) = H(t) + t phi(t), and writes gelu_coefficients.h.
 
-    python csrc/cpu/fit_gelu.py          # rewrites the header, prints the errors it reached
+    python tools/fit_cpu_gelu.py          # rewrites the header, prints the errors it reached
 
 Two forms of H, for t = |x|; of G the table only:
   table     16 segments centred on k * WIDTH, a polynomial of degree 5 in the distance to the centre (AVX-512: one
@@ -106,7 +106,7 @@ def main() -> None:
     value = evaluate_table(slopes, t)
     print(f"slopes    max |G error| {np.abs(value - slope(t)).max():.2e}, at 8: {value[-1]}")
     rows, slope_rows = ("\n".join(f"    {{{c_array(row)}}}," for row in part) for part in (table, slopes))
-    header = f"""// Written by fit_gelu.py: do not edit.
+    header = f"""// Written by tools/fit_cpu_gelu.py: do not edit.
 #pragma once
 
 namespace ffnet::gelu_coefficients {{
@@ -130,7 +130,7 @@ constexpr float q[{Q_DEGREE + 1}] = {{{c_array(q)}}};
 
 }}  // namespace ffnet::gelu_coefficients
 """
-    Path(__file__).with_name("gelu_coefficients.h").write_text(header)
+    (Path(__file__).parents[1] / "csrc" / "cpu" / "gelu_coefficients.h").write_text(header)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Fits the polynomial of GELU for 16-bit storage (activation.h): gelu(x) = x·σ(x·P(x²)). Needs numpy.
 
-    python csrc/cuda/fit_gelu.py
+    python tools/fit_cuda_gelu.py
 
 P is chosen for the least relative error of gelu(x) where float16 has full precision (x > -4.4); below, for as little
 in units of float16's smallest number. The fit is a Lawson iteration: weighted least squares of the logit of Φ, with

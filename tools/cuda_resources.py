@@ -1,7 +1,7 @@
 """What the built CUDA kernels take of a multiprocessor, read from their machine code: no GPU is needed.
 
-    python csrc/cuda/resources.py LIBRARY --write docs/cuda-resources.json --markdown docs/cuda-resources.md
-    python csrc/cuda/resources.py LIBRARY --check docs/cuda-resources.json
+    python tools/cuda_resources.py LIBRARY --write docs/cuda-resources.json --markdown docs/cuda-resources.md
+    python tools/cuda_resources.py LIBRARY --check docs/cuda-resources.json
 
 Fails on any kernel with a stack frame or spilled registers; with --check also where a kernel or an architecture is
 missing or new, where a count grew by more than 5 %, and where a kernel is predicted to be slower than its limit.
@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from machine_code import COUNTS, PHASES, RESOURCES, collect
+from cuda_machine_code import COUNTS, PHASES, RESOURCES, collect
 
 GROWTH = 1.05
 NAME = "cuda-resources"  # of the tables in docs/
@@ -233,9 +233,9 @@ def markdown(kernels: dict, nvcc: str) -> str:
     )
     text = f"""# What the CUDA kernels take
 
-Of the machine code that nvcc {nvcc} makes; do not edit. After a change of a kernel, with the library `make` builds:
+Of the machine code that nvcc {nvcc} makes; do not edit. After a change of a kernel, with the library that `make cuda` builds:
 
-    python csrc/cuda/resources.py {library} {arguments}
+    python tools/cuda_resources.py {library} {arguments}
 
 With `--check docs/{NAME}.json` alone it fails where a kernel has a stack frame or spills, where a count has
 grown by more than {GROWTH - 1:.0%}, and where a prediction exceeds its limit. The JSON file has all counts of all architectures.
