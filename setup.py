@@ -3,6 +3,8 @@
 pip install --no-build-isolation .        # with the torch that is installed
 pip install --no-build-isolation -e .     # editable
 make wheel                                # dist/*.whl, for other machines
+
+The native code is made for this machine; csrc/build.py lists the environment variables that say otherwise.
 """
 
 import importlib.util
@@ -15,6 +17,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
+SUITE = "ffnet_benchmarks"  # what the folder benchmarks is installed as: others have packages of that name, too
 
 
 def load_builder():
@@ -72,8 +75,10 @@ setup(
         "ffnet_kernels.backends.triton",
         "ffnet_kernels.lib",
         "ffnet",
-        "benchmarks",
+        SUITE,
     ],
+    package_dir={SUITE: "benchmarks"},
+    include_package_data=False,  # results of record stay in the repository
     package_data={
         "ffnet_kernels": ["py.typed"],
         "ffnet_kernels.backends.triton": ["tuned/*.json"],

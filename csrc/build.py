@@ -7,13 +7,17 @@
 
 A machine that cannot build still gets the record, and the package then runs on its reference.
 
-FFNET_CUDA_ARCHS   architectures of the CUDA library ("80,90"; "" or "none": not built)
+Code is made for this machine, unless these say otherwise:
+
+FFNET_CPU_ISAS     instruction sets of the CPU library: "all", or a list such as "avx2,avx512"; baseline is always there
+FFNET_CUDA_ARCHS   architectures of the CUDA library: "all", "none", or a list such as "80,90"
 CXX, CXXFLAGS, CUDA_HOME, NVCC_APPEND_FLAGS   as everywhere
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -37,6 +41,7 @@ try:
         requested_architectures,
         source_commit,
         torch_paths,
+        wanted_isas,
     )
 finally:
     sys.path.remove(str(CSRC))
@@ -44,6 +49,7 @@ finally:
 CPU_LIBRARY, CUDA_LIBRARY = "libffnet_kernels_cpu.so", "libffnet_kernels_cuda.so"
 HOST_CUDA_LIBRARY = "libffnet_kernels_cuda_host.so"
 TORCH_TARGET_VERSION = (2, 11)
+WRONG_REQUEST = 2  # the exit code for an environment variable that asks for what there is not; 1: what cannot be built
 
 AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"]
 # Per instruction set: nothing for the baseline, so that it runs on any processor of the architecture.
@@ -53,11 +59,14 @@ ISA_FLAGS = {
     "avx512": AVX512_FLAGS,
     "avx512bf16": [*AVX512_FLAGS, "-mavx512bf16"],
 }
+# What takes longest comes first, or one core would be left with it at the end. (conv_row_pairs.cpp is empty but for
+# avx512bf16.)
 KERNEL_SOURCES = [
-    "kernels.cpp", "conv_row.cpp", "product.cpp", "depthwise_conv2d.cpp", "depthwise_conv2d_backward.cpp",
-    "ffnified_attention.cpp", "ffnified_attention_backward.cpp", "channel_mixer.cpp", "conv2d.cpp",
-    "pointwise_conv2d.cpp", "pointwise_conv2d_backward.cpp", "pooled_linear.cpp", "branched_depthwise.cpp",
-    "branched_depthwise_backward.cpp", "batch_norm.cpp", "feed_forward.cpp", "peak.cpp",
+    "conv_row.cpp", "wgrad_row.cpp", "conv_row_pairs.cpp", "product.cpp", "channel_mixer.cpp", "conv2d.cpp",
+    "depthwise_conv2d.cpp", "depthwise_conv2d_backward.cpp", "ffnified_attention.cpp",
+    "ffnified_attention_backward.cpp", "pointwise_conv2d.cpp", "pointwise_conv2d_backward.cpp", "pooled_linear.cpp",
+    "branched_depthwise.cpp", "branched_depthwise_backward.cpp", "batch_norm.cpp", "feed_forward.cpp", "peak.cpp",
+    "kernels.cpp",
 ]  # fmt: skip
 COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra"]
 CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
@@ -72,8 +81,9 @@ SANITIZE_FLAGS = [
 SANITIZE_THREAD_FLAGS = ["-fsanitize=thread", "-fno-omit-frame-pointer", "-g", "-O1"]
 
 
-def isas() -> list[str]:
-    return list(ISA_FLAGS) if platform.machine().lower() in ("x86_64", "amd64") else ["baseline"]
+def isas(compiler: list[str]) -> list[str]:
+    known = list(ISA_FLAGS) if platform.machine().lower() in ("x86_64", "amd64") else ["baseline"]
+    return wanted_isas(compiler, CSRC / "cpu" / "processor.h", known)
 
 
 def target_version_flag() -> str:
@@ -92,17 +102,19 @@ def plan(ninja: Ninja, out: Path, compiler: list[str], sanitize: bool) -> dict[s
     include, library, torch_version = torch_paths(TORCH_TARGET_VERSION)
     extra = [*shlex.split(os.environ.get("CXXFLAGS", "")), *(SANITIZE_FLAGS if sanitize else [])]
     common = [*COMMON_FLAGS, *extra]
-    if len(isas()) > 1:
-        common.append("-DFFNET_HAVE_X86_KERNELS")
+    built = isas(compiler)
 
     def compile_one(source: Path, name: str, flags: list[str]) -> Path:
         return compile_step(ninja, [*compiler, *common, *flags], source, name)
 
-    objects = [compile_one(CSRC / "cpu" / "select.cpp", "select", [])]
-    for isa in isas():
-        for source in KERNEL_SOURCES:
+    objects = []
+    for source in KERNEL_SOURCES:
+        for isa in built:
             flags = [*KERNEL_FLAGS, *ISA_FLAGS[isa]]
             objects.append(compile_one(CSRC / "cpu" / source, f"{isa}_{Path(source).stem}", flags))
+    tables = ",".join(f"{isa}_kernels" for isa in built)
+    objects.append(compile_one(CSRC / "cpu" / "select.cpp", "select", [f"-DFFNET_TABLES={tables}"]))
+    objects.append(compile_one(CSRC / "cpu" / "scratch.cpp", "scratch", []))
     objects.append(compile_one(CSRC / "bindings" / "c_interface.cpp", "c_interface", []))
     binding_flags = ["-isystem", str(include), target_version_flag()]
     for name in ("torch_cpu", "torch_cpu_sequence", "torch_cpu_backward", "torch_cpu_training"):
@@ -119,7 +131,7 @@ def plan(ninja: Ninja, out: Path, compiler: list[str], sanitize: bool) -> dict[s
         "torch_target_version": ".".join(map(str, TORCH_TARGET_VERSION)),
         "compiler": " ".join(compiler) + " " + compiler_version(compiler),
         "flags": " ".join([*common, *KERNEL_FLAGS]),
-        "isas": {isa: " ".join(ISA_FLAGS[isa]) for isa in isas()},
+        "isas": {isa: " ".join(ISA_FLAGS[isa]) for isa in built},
         "libraries": [CPU_LIBRARY],
         "commit": source_commit(CSRC),
         "missing": {},
@@ -200,11 +212,17 @@ def build_host_cuda(out: Path, work: Path, sanitizer: list[str], verbose: bool) 
     ninja.run(verbose)
 
 
+def fingerprint(library: Path) -> dict[str, object]:
+    """What ffnet_kernels/native.py knows a library by before it loads it: one that was cut short ends the process."""
+    content = library.read_bytes()
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
 def build(out: Path, work: Path, *, sanitize: bool = False, cuda: bool = False, verbose: bool = False) -> str | None:
     """Builds into `out` with intermediate files in `work`; returns None, or why there is no native library.
 
     A CUDA library that cannot be built is no reason to fail: the record says why. What the caller did wrong is raised:
-    ImportError where torch is missing, ValueError for a wrong FFNET_CUDA_ARCHS.
+    ImportError where torch is missing, ValueError for a wrong FFNET_CPU_ISAS or FFNET_CUDA_ARCHS.
     """
     out, work = out.resolve(), work.resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -227,6 +245,7 @@ def build(out: Path, work: Path, *, sanitize: bool = False, cuda: bool = False, 
             record["libraries"] = [*record["libraries"], CUDA_LIBRARY]
         else:
             record["missing"] = {**record["missing"], CUDA_LIBRARY: why}
+    record["files"] = {name: fingerprint(out / name) for name in record.get("libraries", [])}
     (out / "build_record.json").write_text(json.dumps(record, indent=2) + "\n")
     return reason
 
@@ -254,10 +273,16 @@ def main() -> None:
             build_host_cuda(out, work, sanitizer, options.verbose)
             return
         reason = build(out, work, sanitize=options.sanitize, cuda=not options.sanitize, verbose=options.verbose)
-    except (CannotBuild, ValueError) as error:
+    except CannotBuild as error:
         sys.exit(f"ffnet-kernels: {error}")
+    except ValueError as error:
+        print(f"ffnet-kernels: {error}", file=sys.stderr)
+        sys.exit(WRONG_REQUEST)
     if reason:
         sys.exit(f"ffnet-kernels: no native kernels: {reason}")
+    missing = json.loads((out / "build_record.json").read_text())["missing"].get(CUDA_LIBRARY)
+    if missing and requested_architectures():
+        sys.exit(f"ffnet-kernels: no CUDA kernels: {missing}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,7 +27,7 @@ class CannotBuild(Exception):
 
 @dataclass
 class Ninja:
-    """Collects edges and runs them."""
+    """Collects edges and runs them, saying on stderr how far it is."""
 
     directory: Path
     edges: list[str] = field(default_factory=list)
@@ -42,13 +44,23 @@ class Ninja:
     def run(self, verbose: bool) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         (self.directory / "build.ninja").write_text("\n".join(self.edges))
-        result = subprocess.run(
-            [find_ninja(), "-C", str(self.directory), *(["-v"] if verbose else [])], capture_output=True, text=True
-        )
-        if verbose or result.returncode:
-            print(result.stdout, result.stderr, sep="\n", file=sys.stderr)
-        if result.returncode:
-            raise CannotBuild(f"compilation failed: {_first_error(result.stdout)}")
+        command = [find_ninja(), "-C", str(self.directory), *(["-v"] if verbose else [])]
+        in_place = sys.stderr.isatty() and not verbose
+        log = []
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                log.append(line)
+                step = re.match(r"\[\d+/\d+\]", line)
+                if verbose or step:
+                    print(f"\r{line.rstrip():79.79}" if in_place else line.rstrip(), end="" if in_place else "\n",
+                          file=sys.stderr, flush=True)  # fmt: skip
+        if in_place and log:
+            print(file=sys.stderr)
+        if process.returncode:
+            if not verbose:
+                print("".join(log), file=sys.stderr)
+            raise CannotBuild(f"compilation failed: {_first_error(''.join(log))}")
 
 
 def _escape(path: Path) -> str:
@@ -76,17 +88,51 @@ def find_compiler() -> list[str]:
     """The C++ compiler of $CXX, else c++ or g++ on the path, that really compiles a program."""
     named = os.environ.get("CXX")
     candidates = [shlex.split(named)] if named else [[c] for c in ("c++", "g++", "clang++") if shutil.which(c)]
-    with tempfile.TemporaryDirectory() as scratch:
-        source = Path(scratch, "probe.cpp")
-        source.write_text("#include <vector>\nint main() { return static_cast<int>(std::vector<int>(0).size()); }\n")
-        for command in candidates:
-            try:
-                probe = subprocess.run([*command, str(source), "-o", f"{scratch}/probe"], capture_output=True)
-            except OSError:
-                continue
-            if probe.returncode == 0 and Path(scratch, "probe").exists():
+    source = "#include <vector>\nint main() { return static_cast<int>(std::vector<int>(0).size()); }\n"
+    for command in candidates:
+        with compiled(command, source) as program:
+            if program is not None:
                 return command
     raise CannotBuild(f"no working C++ compiler ({'CXX=' + named if named else 'looked for c++, g++, clang++'})")
+
+
+@contextlib.contextmanager
+def compiled(compiler: list[str], source: str) -> Iterator[Path | None]:
+    """The program of a source, for as long as the context; None where it does not compile."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path, program = Path(scratch, "probe.cpp"), Path(scratch, "probe")
+        path.write_text(source)
+        try:
+            done = subprocess.run([*compiler, str(path), "-o", str(program)], capture_output=True)
+        except OSError:
+            yield None
+        else:
+            yield program if done.returncode == 0 and program.exists() else None
+
+
+def wanted_isas(compiler: list[str], header: Path, known: list[str]) -> list[str]:
+    """Those of `known` that $FFNET_CPU_ISAS names ("all", or a list), else those that this processor runs.
+
+    `header` is cpu/processor.h, which knows. Where no program runs, as when the compiler is for other machines: all.
+
+    Raises:
+        ValueError: for a list with anything else in it.
+    """
+    text = os.environ.get("FFNET_CPU_ISAS", "").strip()
+    words = set(re.split(r"[\s,;]+", text.lower().strip(" ,;")))
+    if text:
+        if words != {"all"} and not words <= set(known):
+            raise ValueError(f"FFNET_CPU_ISAS={text!r} is neither 'all' nor a list of {', '.join(known)}")
+        return [isa for isa in known if words == {"all"} or isa == "baseline" or isa in words]
+    asks = "\n".join(f'  if (ffnet::processor_runs("{isa}")) std::puts("{isa}");' for isa in known)
+    with compiled(compiler, f'#include <cstdio>\n#include "{header}"\nint main() {{\n{asks}\n}}\n') as program:
+        if program is None:
+            return known
+        try:
+            answer = subprocess.run([program], capture_output=True, text=True, check=True).stdout.split()
+        except (OSError, subprocess.CalledProcessError):
+            return known
+    return [isa for isa in known if isa in answer]
 
 
 def compiler_version(compiler: list[str]) -> str:
@@ -122,20 +168,32 @@ class Nvcc:
 
 
 def requested_architectures() -> list[int] | None:
-    """The numbers in $FFNET_CUDA_ARCHS; an empty list for no CUDA library, None where the variable is not set."""
-    text = os.environ.get("FFNET_CUDA_ARCHS")
-    if text is None:
-        return None
-    words = [] if text.strip().lower() == "none" else re.split(r"[\s,;]+", text.strip(" ,;"))
-    if any(word and not re.fullmatch(r"\d{2,3}", word) for word in words):
-        raise ValueError(f"FFNET_CUDA_ARCHS={text!r} is not a list of architectures such as '80,90', nor 'none'")
-    return sorted({int(word) for word in words if word})
+    """The numbers in $FFNET_CUDA_ARCHS; an empty list for no CUDA library, None where nothing is asked for."""
+    text = os.environ.get("FFNET_CUDA_ARCHS", "").strip()
+    if text.lower() in ("", "all", "none"):
+        return {"": None, "all": CUDA_ARCHITECTURES, "none": []}[text.lower()]
+    words = re.split(r"[\s,;]+", text.strip(" ,;"))
+    if not all(re.fullmatch(r"\d{2,3}", word) for word in words):
+        raise ValueError(f"FFNET_CUDA_ARCHS={text!r} is neither 'all' nor 'none' nor a list such as '80,90'")
+    return sorted({int(word) for word in words})
+
+
+def present_architectures() -> list[int]:
+    """Those of the GPUs that torch finds in this machine: a torch without CUDA could not load the library."""
+    import torch
+
+    capabilities = (torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count()))
+    return sorted({10 * major + minor for major, minor in capabilities})
 
 
 def find_nvcc(compiler: list[str]) -> Nvcc:
-    """The nvcc of $CUDA_HOME, else of the path, else of /usr/local/cuda, with `compiler` for the code of the host."""
+    """The nvcc of $CUDA_HOME, else of the path, else of /usr/local/cuda, with `compiler` for the code of the host, and
+    the architectures: those that were asked for, else those of this machine's GPUs."""
     requested = requested_architectures()
-    if requested == []:
+    wanted = present_architectures() if requested is None else requested
+    if requested is None and not wanted:
+        raise CannotBuild("torch finds no GPU here to build it for (FFNET_CUDA_ARCHS=all builds it for other machines)")
+    if not wanted:
         raise CannotBuild(f"left out by FFNET_CUDA_ARCHS={os.environ['FFNET_CUDA_ARCHS']!r}")
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     places = [f"{home}/bin/nvcc"] if home else [shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
@@ -150,15 +208,20 @@ def find_nvcc(compiler: list[str]) -> Nvcc:
         dryrun = _output(*command, "--dryrun", "-x", "cu", "-c", "probe.cu")
     except (OSError, subprocess.CalledProcessError) as error:
         raise CannotBuild(f"{found} does not work: {(getattr(error, 'output', None) or str(error)).strip()}") from None
-    unknown = sorted(set(requested or []) - set(known))
-    if unknown or not known:
+    if requested is None or requested is CUDA_ARCHITECTURES:  # those of them that this nvcc can build for
+        oldest = CUDA_ARCHITECTURES[0]
+        able = [architecture for architecture in wanted if architecture in known and architecture >= oldest]
+        if not able:
+            raise CannotBuild(f"{found} cannot build for any of {wanted}, only for {known} from {oldest} on")
+        wanted = able
+    if unknown := sorted(set(wanted) - set(known)):
         raise ValueError(f"FFNET_CUDA_ARCHS: {found} cannot build for {unknown}, only for {known}")
     return Nvcc(
         command=command,
         version=version[1] if version else "unknown",
         includes=re.findall(r'-I([^"\s]+)', _variable(dryrun, "INCLUDES")),
         libraries=re.findall(r'-L([^"\s]+)', _variable(dryrun, "LIBRARIES")),
-        architectures=requested or [number for number in CUDA_ARCHITECTURES if number in known],
+        architectures=wanted,
     )
 
 

@@ -14,7 +14,8 @@ from . import dispatch, native
 
 #: Every environment variable that is read; the README's table is checked against it.
 ENVIRONMENT = {
-    "FFNET_CUDA_ARCHS": "architectures of the CUDA library when it is built, such as 80,90; none for no library",
+    "FFNET_CPU_ISAS": "instruction sets of the CPU library when it is built: all, or a list such as avx2,avx512",
+    "FFNET_CUDA_ARCHS": "architectures of the CUDA library when it is built: all, none, or a list such as 80,90",
     "FFNET_KERNELS_BACKEND": "backend of all calls: auto, reference, cpu, triton or cuda",
     "FFNET_KERNELS_CUDA_HOST": "library of the CUDA kernels compiled for the processor, for tests",
     "FFNET_KERNELS_ISA": "best instruction set of the CPU kernels: baseline, avx2, avx512 or avx512bf16",
@@ -38,6 +39,7 @@ def info() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "isa": native.isa() if loaded else None,
         "usable_isas": list(native.usable_isas()),
+        "unbuilt_isas": list(native.unbuilt_isas()),
         "backends": {
             name: "available" if name in usable else f"unavailable: {dispatch.why_unavailable(name)}"
             for name in dispatch.NAMES[1:]
@@ -53,6 +55,7 @@ def format_info() -> str:
     lines = []
     for name, value in info().items():
         if isinstance(value, dict):
+            value = {key: entry for key, entry in value.items() if key != "files"}  # sizes and hashes are for --json
             lines += [f"{name}:", *(f"  {key:24} {_text(entry)}" for key, entry in value.items())]
         else:
             lines.append(f"{name + ':':16} {_text(value)}")

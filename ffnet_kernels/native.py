@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import importlib.machinery
 import importlib.util
 import itertools
 import json
 import os
+import struct
 import warnings
 from pathlib import Path
 from types import ModuleType
@@ -28,7 +30,10 @@ def library_dir() -> Path:
 def build_record() -> dict:
     """How the libraries were built (compiler, flags, instruction sets, torch), or why they are missing."""
     try:
-        return json.loads((library_dir() / "build_record.json").read_text())
+        record = json.loads((library_dir() / "build_record.json").read_text())
+        if isinstance(record, dict):
+            return record
+        raise ValueError("no build record")
     except (OSError, ValueError):
         reason = f"nothing was built into {library_dir()} (pip install --no-build-isolation . builds)"
         return {"missing": {CPU_LIBRARY: reason, CUDA_LIBRARY: reason}}
@@ -41,6 +46,7 @@ def cpu_library_error() -> str | None:
     if reason is not None:
         return reason
     try:
+        _ = _cpu_library().ffnet_cpu_unbuilt_isa  # the newest of its functions
         select_isa("")  # refuses a wrong FFNET_KERNELS_ISA here, not in the first call
     except AttributeError as error:
         return f"{CPU_LIBRARY} is not of this version of the package: {error}"
@@ -54,7 +60,7 @@ def cpu_library_error() -> str | None:
 def _cpu_library() -> ctypes.CDLL:
     """The C functions of csrc/bindings/c_interface.cpp."""
     library = ctypes.CDLL(str(library_dir() / CPU_LIBRARY))
-    library.ffnet_cpu_usable_isa.restype = library.ffnet_cpu_isa.restype = ctypes.c_char_p
+    library.ffnet_cpu_isa.restype = ctypes.c_char_p
     return library
 
 
@@ -64,10 +70,7 @@ def usable_isas() -> tuple[str, ...]:
 
     ``FFNET_KERNELS_ISA`` makes the processor pass for one that has nothing better than the named one.
     """
-    if cpu_library_error() is not None:
-        return ()
-    names = (_cpu_library().ffnet_cpu_usable_isa(ctypes.c_size_t(index)) for index in itertools.count())
-    return tuple(name.decode() for name in itertools.takewhile(bool, names))
+    return _names("ffnet_cpu_usable_isa")
 
 
 def select_isa(name: str) -> None:
@@ -94,6 +97,21 @@ def lanes() -> int:
 def is_unrolled(kh: int, kw: int) -> bool:
     """Whether filters of this size have code of their own in it."""
     return bool(_cpu_library().ffnet_cpu_is_unrolled(ctypes.c_int64(kh), ctypes.c_int64(kw)))
+
+
+def unbuilt_isas() -> tuple[str, ...]:
+    """Instruction sets that this processor runs and the CPU library does not hold: it was built on another one."""
+    return _names("ffnet_cpu_unbuilt_isa")
+
+
+def _names(function: str) -> tuple[str, ...]:
+    """What a C function answers for 0, 1, ... until there is no more; nothing without the library."""
+    if cpu_library_error() is not None:
+        return ()
+    name_of = getattr(_cpu_library(), function)
+    name_of.restype = ctypes.c_char_p
+    names = (name_of(ctypes.c_size_t(index)) for index in itertools.count())
+    return tuple(name.decode() for name in itertools.takewhile(bool, names))
 
 
 def poison_scratch(wanted: bool) -> None:
@@ -134,18 +152,47 @@ def _load(path: Path) -> str | None:
         again = " (it was built: install the package again)" if path.name in record.get("libraries", ()) else ""
         return record.get("missing", {}).get(path.name, f"{path} is missing{again}")
     try:
-        ctypes.CDLL(str(path))
+        reason = _damage(path)
+        if reason is None:
+            ctypes.CDLL(str(path))
     except OSError as error:
         return f"{path.name} does not load: {error}"
-    return None
+    return reason
+
+
+def _damage(path: Path) -> str | None:
+    """Why a library is not the one that was built, or None: to load one that was cut short would end the process."""
+    content = path.read_bytes()
+    built = build_record().get("files", {}).get(path.name) if path.parent == library_dir() else None
+    what = None
+    if built is not None and len(content) != built["bytes"]:
+        what = f"it has {len(content)} bytes instead of {built['bytes']}"
+    elif built is not None and hashlib.sha256(content).hexdigest() != built["sha256"]:
+        what = "its SHA-256 is not that of the build record"
+    elif len(content) < _elf_bytes(content):
+        what = f"it has {len(content)} bytes instead of {_elf_bytes(content)}"
+    return f"{path.name} is damaged: {what} (install the package again)" if what else None
+
+
+def _elf_bytes(content: bytes) -> int:
+    """The least size of the 64-bit ELF file that begins like this, by its header; 0 for any other file."""
+    if content[:5] != b"\x7fELF\2" or len(content) < 64:
+        return 0
+    order = "<" if content[5] == 1 else ">"
+    programs, sections, program_size, program_count, section_size, section_count = struct.unpack_from(
+        f"{order}32x2Q6x4H", content
+    )
+    return max(programs + program_size * program_count, sections + section_size * section_count)
 
 
 @functools.cache
 def helper() -> ModuleType | None:
     """The pybind11 helper, or None: only the benchmarks ask it, and it loads in the Python that built it alone."""
+    if cpu_library_error() is not None:
+        return None  # loading it would load that library
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
         path = library_dir() / f"_native{suffix}"
-        if path.exists():
+        if path.exists() and _damage(path) is None:
             spec = importlib.util.spec_from_file_location("ffnet_kernels._native", path)
             assert spec is not None
             assert spec.loader is not None

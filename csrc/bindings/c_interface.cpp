@@ -4,6 +4,8 @@
 #include <cstdio>
 #include <exception>
 
+#include "../cpu/processor.h"
+#include "../cpu/scratch.h"
 #include "../cpu/select.h"
 
 extern "C" {
@@ -31,6 +33,13 @@ FFNET_EXPORT const char* ffnet_cpu_usable_isa(size_t index) {
 FFNET_EXPORT const char* ffnet_cpu_isa() { return ffnet::active_kernels().isa; }
 FFNET_EXPORT int ffnet_cpu_lanes() { return ffnet::active_kernels().lanes; }
 FFNET_EXPORT int ffnet_cpu_is_unrolled(int64_t kh, int64_t kw) { return ffnet::active_kernels().is_unrolled(kh, kw); }
+
+// An instruction set that this processor runs and this build does not hold; null beyond the last.
+FFNET_EXPORT const char* ffnet_cpu_unbuilt_isa(size_t index) {
+  for (const char* isa : ffnet::kInstructionSets)
+    if (ffnet::processor_runs(isa) && !ffnet::is_built(isa) && index-- == 0) return isa;
+  return nullptr;
+}
 
 // For tests: whether scratch is handed out full of NaN.
 FFNET_EXPORT void ffnet_cpu_poison_scratch(int wanted) { ffnet::poison_scratch(wanted != 0); }

@@ -8,7 +8,9 @@ PYBIND11_MODULE(_native, m) {
   m.def(
       "multiply_adds",
       [](const std::string& dtype, int64_t rounds) {
-        const auto storage = dtype == "bfloat16" ? ffnet::Storage::bfloat16 : ffnet::Storage::float32;
+        const bool bfloat16 = dtype == "bfloat16";
+        if (!bfloat16 && dtype != "float32") throw pybind11::value_error("dtype: expected float32 or bfloat16");
+        const auto storage = bfloat16 ? ffnet::Storage::bfloat16 : ffnet::Storage::float32;
         const ffnet::Kernels& kernels = ffnet::active_kernels();
         pybind11::gil_scoped_release others_run;
         return kernels.multiply_adds(storage, rounds);

@@ -190,9 +190,9 @@ class Task {
       const Branch& branch = f_.branch[b];
       const int64_t kh = branch.filter.kh, kw = branch.filter.kw;
       for (int64_t r = 0; r < f_.h; r += strip)
-        add_filter_sums<1>({y_grad_[b].window(r), gradients_.x().window(r - pad_top(branch)), min_of(strip, f_.h - r),
-                            1, 0, f_.w, -pad_left(branch), f_.w},
-                           kh, kw, sums);
+        add_filter_sums({y_grad_[b].window(r), gradients_.x().window(r - pad_top(branch)), min_of(strip, f_.h - r), 1,
+                         1, 0, f_.w, -pad_left(branch), f_.w},
+                        kh, kw, sums);
       sums += kh * kw * kLanes;
     }
   }

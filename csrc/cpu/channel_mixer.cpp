@@ -129,7 +129,7 @@ bool MixerTask<T, Taps>::run(int64_t) {
         });
   }
   NanSensor sensor;
-  const PanelOutput<T> to(op, strip.first);
+  const PanelOutput<T> to(op, strip.first, {op.scale, op.residual, op.residual_stride});
   for (int64_t p = 0; p < panels; ++p)
     to.write(out + p * out_panel, p * kPanel, min_of(kPanel, pixels - p * kPanel), sensor);
   return Taps::rows > 1 && sensor.alarmed();

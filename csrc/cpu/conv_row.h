@@ -58,7 +58,7 @@ constexpr int kMaxBlock = Vec::registers == 32 ? 16 : 8;
 // Whether a filter has rows of its own, unrolled; beyond nine rows one running sum would round worse than conv_row_any.
 FFNET_INLINE bool is_unrolled(int64_t kh, int64_t kw) { return kh <= 9 && (kw == 3 || kw == 7); }
 
-// The code for rows of a filter; conv_row.cpp holds it, once for all operators.
+// The code for rows of a filter.
 template <class Taps>
 ConvRow select_conv_row(const Filter& filter, int64_t stride);
 

@@ -97,11 +97,12 @@ class Task {
                            x_.window(u * op_.stride_h - op_.pad_top),
                            v - u,
                            op_.stride_h,
+                           op_.stride_w,
                            0,
                            op_.out_w,
                            -op_.pad_left,
                            op_.w};
-        (op_.stride_w == 1 ? add_filter_sums<1> : add_filter_sums<2>)(run, op_.filter.kh, op_.filter.kw, sums_);
+        add_filter_sums(run, op_.filter.kh, op_.filter.kw, sums_);
       }
       if (op_.filter_grad.bias) add_bias_sum(grad_, u, v, op_.out_w, sums_ + op_.filter.kh * op_.filter.kw * kLanes);
       if (!op_.x_grad) continue;

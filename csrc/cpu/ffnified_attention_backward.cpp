@@ -102,17 +102,17 @@ class Task {
       make_z(n, max_of(middle, hidden));
       gather_grad(n, max_of(end, middle ? min_of(op_.h, middle + v.before) : 0));
       if (op_.value_grad.weight)
-        add_filter_sums<1>(
-            {grad_.window(u), hidden_.window(u - v.before), end - u, 1, 0, op_.w, -op_.value_pad_left, op_.w},
+        add_filter_sums(
+            {grad_.window(u), hidden_.window(u - v.before), end - u, 1, 1, 0, op_.w, -op_.value_pad_left, op_.w},
             op_.value.kh, op_.value.kw, sums_ + work_.value_at());
       if (op_.value_grad.bias) add_bias_sum(grad_, u, end, op_.w, sums_ + work_.value_at() + work_.value_floats());
       if (op_.scale_grad) add_scale_sum(u, end);
       if (!work_.wants_middle()) continue;
       make_middle(n, middle);
       if (op_.key_grad.weight)
-        add_filter_sums<1>(
-            {slope_.window(u), query_.window(u - k.before), end - u, 1, 0, op_.w, -op_.key_pad_left, op_.w}, op_.key.kh,
-            op_.key.kw, sums_);
+        add_filter_sums(
+            {slope_.window(u), query_.window(u - k.before), end - u, 1, 1, 0, op_.w, -op_.key_pad_left, op_.w},
+            op_.key.kh, op_.key.kw, sums_);
       if (op_.key_grad.bias) add_bias_sum(slope_, u, end, op_.w, sums_ + work_.key_floats());
       if (op_.query_grad) make_query_grad(n, u, end);
     }

@@ -103,9 +103,6 @@ struct Conv2d {
   bool channels_inside;  // order of a row: [kh][kw][channels], else [channels][kh][kw]
   const float* bias;     // [outputs] contiguous, may be null
   Activation activation;
-  const float* scale;  // always null, as is the residual
-  const void* residual;
-  Strides residual_stride;
   void* out;
   Strides out_stride;
 };
@@ -205,7 +202,7 @@ struct Kernels {
   int64_t (*multiply_adds)(Storage, int64_t rounds);  // on registers, for benchmarks: how many were done in `rounds`
 };
 
-// Instruction sets, slowest first; null where this build holds none for them.
+// Instruction sets, slowest first; a build holds some of them.
 const Kernels* baseline_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();

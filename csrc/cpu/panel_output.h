@@ -26,18 +26,25 @@ FFNET_INLINE bool is_run(const int64_t* at, int64_t count) {
   return true;
 }
 
+// What becomes of a value on its way into the map; either may be null.
+struct Addend {
+  const float* scale = nullptr;
+  const void* residual = nullptr;
+  Strides residual_stride{};
+};
+
 template <class T>
 class PanelOutput {
  public:
-  // Op has outputs, scale, residual, out and the size of the result; `first_row` is that of the strip.
+  // Op has outputs, out and the size of the result; `first_row` is that of the strip.
   template <class Op>
-  PanelOutput(const Op& op, int64_t first_row)
+  PanelOutput(const Op& op, int64_t first_row, const Addend& addend = {})
       : channels_(op.outputs),
-        scale_(op.scale),
+        scale_(addend.scale),
         out_(static_cast<T*>(op.out)),
-        residual_(static_cast<const T*>(op.residual)),
+        residual_(static_cast<const T*>(addend.residual)),
         out_at_{op.out_stride, op.out_w, op.out_h, first_row},
-        residual_at_{op.residual_stride, op.out_w, op.out_h, first_row} {}
+        residual_at_{addend.residual_stride, op.out_w, op.out_h, first_row} {}
 
   // A panel whose first pixel is the strip's pixel `first`, and of which `count` exist.
   void write(const float* panel, int64_t first, int64_t count, NanSensor& sensor) const {

@@ -3,54 +3,44 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
-#include <limits>
-#include <memory>
-#include <new>
 #include <stdexcept>
+
+#include "processor.h"
 
 namespace ffnet {
 namespace {
 
-// What this build holds and this processor runs.
+// What this build holds, slowest first.
+constexpr const Kernels* (*kTables[])() = {FFNET_TABLES};
+
+// Of that, what this processor runs.
 std::vector<const Kernels*> detect() {
-  std::vector<const Kernels*> usable{baseline_kernels()};
-#if defined(FFNET_HAVE_X86_KERNELS)
-  __builtin_cpu_init();  // asks XGETBV too: registers the operating system does not save do not count
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-    usable.push_back(avx2_kernels());
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq")) {
-    usable.push_back(avx512_kernels());
-    if (__builtin_cpu_supports("avx512bf16")) usable.push_back(avx512bf16_kernels());
-  }
-#endif
+  std::vector<const Kernels*> usable;
+  for (const auto table : kTables)
+    if (processor_runs(table()->isa)) usable.push_back(table());
   return usable;
 }
 
-size_t find(const std::vector<const Kernels*>& usable, const std::string& isa, const char* origin) {
-  std::string names;
-  for (size_t i = 0; i < usable.size(); ++i) {
-    if (isa == usable[i]->isa) return i;
-    names += (i ? ", " : "") + std::string(usable[i]->isa);
-  }
-  throw std::invalid_argument(std::string(origin) + " names the instruction set '" + isa +
-                              "', but this build and processor run: " + names);
+[[noreturn]] void refuse(const std::string& origin, const std::string& isa, const std::string& names) {
+  throw std::invalid_argument(origin + " names the instruction set '" + isa + "', but there are: " + names);
 }
 
 // With FFNET_KERNELS_ISA the processor passes for one that has nothing better.
 std::vector<const Kernels*> detect_up_to_limit() {
-  std::vector<const Kernels*> usable = detect();
   const char* limit = std::getenv("FFNET_KERNELS_ISA");
-  if (limit && *limit) usable.resize(find(usable, limit, "FFNET_KERNELS_ISA") + 1);
-  return usable;
+  if (!limit || !*limit) return detect();
+  std::string names;
+  for (const char* isa : kInstructionSets) {
+    names += (names.empty() ? "" : ", ") + std::string(isa);
+    if (std::strcmp(isa, limit) != 0) continue;
+    std::vector<const Kernels*> usable = detect();
+    while (!usable.empty() && is_better(usable.back()->isa, limit)) usable.pop_back();
+    return usable;
+  }
+  refuse("FFNET_KERNELS_ISA", limit, names);
 }
 
 std::atomic<const Kernels*> active{nullptr};
-std::atomic<bool> poisoned{false};
-
-struct Free {
-  void operator()(float* p) const { std::free(p); }
-};
 
 }  // namespace
 
@@ -66,30 +56,18 @@ const Kernels& active_kernels() {
 }
 
 void select_isa(const std::string& isa) {
-  const auto& usable = usable_kernels();
-  active.store(isa.empty() ? usable.back() : usable[find(usable, isa, "select_isa")], std::memory_order_relaxed);
-}
-
-void poison_scratch(bool wanted) { poisoned.store(wanted, std::memory_order_relaxed); }
-
-void poison(float* scratch, size_t floats) {
-  if (poisoned.load(std::memory_order_relaxed))
-    std::fill_n(scratch, floats, std::numeric_limits<float>::quiet_NaN());
-}
-
-float* thread_scratch(size_t floats) {
-  static thread_local std::unique_ptr<float, Free> buffer;
-  static thread_local size_t capacity = 0;
-  if (floats > capacity) {
-    buffer.reset();
-    capacity = 0;
-    const size_t bytes = (floats * sizeof(float) + 4095) / 4096 * 4096;
-    buffer.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
-    if (!buffer) throw std::bad_alloc();
-    capacity = bytes / sizeof(float);
+  const Kernels* chosen = isa.empty() ? usable_kernels().back() : nullptr;
+  std::string names;
+  for (const Kernels* kernels : usable_kernels()) {
+    names += (names.empty() ? "" : ", ") + std::string(kernels->isa);
+    if (isa == kernels->isa) chosen = kernels;
   }
-  poison(buffer.get(), floats);
-  return buffer.get();
+  if (!chosen) refuse("select_isa", isa, names);
+  active.store(chosen, std::memory_order_relaxed);
+}
+
+bool is_built(const std::string& isa) {
+  return std::any_of(std::begin(kTables), std::end(kTables), [&](auto table) { return isa == table()->isa; });
 }
 
 }  // namespace ffnet

@@ -58,7 +58,7 @@ def build_with_fault(folder: Path, source: str, line: str, faulty: str, *, sanit
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 copy.write_text(text)
     builder = load_builder(folder / "csrc")
-    builder.ISA_FLAGS = {"baseline": []}
+    builder.isas = lambda compiler: ["baseline"]
     assert builder.build(folder / "lib", folder / "work", sanitize=sanitize) is None
     return folder / "lib"
 

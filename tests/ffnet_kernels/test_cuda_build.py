@@ -14,7 +14,7 @@ import pytest
 from ffnet_kernels import native
 
 ROOT = native_build.ROOT
-RESOURCES = ROOT / "csrc" / "cuda" / "resources.py"
+RESOURCES = ROOT / "tools" / "cuda_resources.py"
 TABLE = ROOT / "docs" / "cuda-resources.json"
 
 # A loop with an FFMA and a store a pass, and a kernel that does nothing; one whose array, indexed at run time, lies in
@@ -47,10 +47,13 @@ def builder():
 
 @pytest.fixture(scope="module")
 def nvcc(builder):
-    try:
-        return builder.find_nvcc(native_build.compiler())
-    except builder.CannotBuild as reason:
-        pytest.skip(str(reason))
+    """For all architectures."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FFNET_CUDA_ARCHS", "all")
+        try:
+            return builder.find_nvcc(native_build.compiler())
+        except builder.CannotBuild as reason:
+            pytest.skip(str(reason))
 
 
 @pytest.fixture(scope="module")
@@ -289,7 +292,7 @@ f0 BRA 110
 
 
 def test_the_main_loop_is_split_into_phases(resources):
-    code = sys.modules["machine_code"]
+    code = sys.modules["cuda_machine_code"]
     instructions = []
     for line in STREAM.split("\n")[1:-1]:
         address, name, target = re.fullmatch(r"(\w+) ([@\w.]+) ?(\w*)", line).groups()
@@ -384,7 +387,15 @@ def test_a_main_loop_that_is_read_wrongly_is_found(resources, phase):
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("80,90", [80, 90]), ("90 80;80", [80, 90]), (" 120, ", [120]), ("none", []), ("", []), (None, None)],
+    [
+        ("80,90", [80, 90]),
+        ("90 80;80", [80, 90]),
+        (" 120, ", [120]),
+        ("all", [75, 80, 90, 100, 120]),
+        ("none", []),
+        ("", None),
+        (None, None),
+    ],
 )
 def test_architectures(builder, monkeypatch, text, expected):
     monkeypatch.delenv("FFNET_CUDA_ARCHS", raising=False)
@@ -397,8 +408,8 @@ def test_architectures(builder, monkeypatch, text, expected):
 def test_wrong_architectures_are_told(tmp_path, text):
     command = [sys.executable, str(ROOT / "csrc" / "build.py"), "--out", str(tmp_path)]
     result = subprocess.run(command, env={"FFNET_CUDA_ARCHS": text}, capture_output=True, text=True)
-    assert result.returncode == 1
-    message = f"ffnet-kernels: FFNET_CUDA_ARCHS={text!r} is not a list of architectures such as '80,90', nor 'none'"
+    assert result.returncode == 2
+    message = f"ffnet-kernels: FFNET_CUDA_ARCHS={text!r} is neither 'all' nor 'none' nor a list such as '80,90'"
     assert result.stderr.strip() == message
     assert list(tmp_path.glob("*.so")) == []
 
@@ -409,12 +420,26 @@ def test_an_architecture_that_nvcc_lacks_is_told(builder, nvcc, monkeypatch):
         builder.find_nvcc(native_build.compiler())
 
 
-def test_default_architectures_are_one_of_each_major(nvcc, builder, monkeypatch):
-    monkeypatch.delenv("FFNET_CUDA_ARCHS", raising=False)
-    default = builder.find_nvcc(native_build.compiler())
-    majors = [architecture // 10 for architecture in default.architectures]
+def test_all_architectures_are_one_of_each_major(nvcc, monkeypatch):
+    majors = [architecture // 10 for architecture in nvcc.architectures]
     assert majors == sorted(set(majors))
-    assert default.target_flags()[-1].endswith(f"code=compute_{default.architectures[-1]}")
+    assert nvcc.target_flags()[-1].endswith(f"code=compute_{nvcc.architectures[-1]}")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "expected"),
+    [([(9, 0), (9, 0)], [90]), ([(12, 0), (8, 0)], [80, 120]), ([(3, 5), (9, 0)], [90]), ([(3, 5)], None), ([], None)],
+)
+def test_unless_asked_it_is_built_for_the_gpus_that_are_here(nvcc, builder, monkeypatch, gpus, expected):
+    monkeypatch.delenv("FFNET_CUDA_ARCHS", raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: len(gpus))
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda index: gpus[index])
+    if expected is not None:
+        assert builder.find_nvcc(native_build.compiler()).architectures == expected
+        return
+    reason = r"cannot build for any of \[35\]" if gpus else "torch finds no GPU here to build it for"
+    with pytest.raises(builder.CannotBuild, match=reason):
+        builder.find_nvcc(native_build.compiler())
 
 
 @pytest.fixture
@@ -432,7 +457,7 @@ def small_build(tmp_path, monkeypatch):
 
     native_build.compiler()
     monkeypatch.setattr(builder, "plan", plan)
-    monkeypatch.delenv("FFNET_CUDA_ARCHS", raising=False)
+    monkeypatch.setenv("FFNET_CUDA_ARCHS", "90")
     (tmp_path / "csrc" / "cuda" / "kernel.cu").write_text("__global__ void kernel() { this is no C++ }\n")
     return builder, tmp_path
 

@@ -154,7 +154,11 @@ print(fk.explain("depthwise_conv2d", torch.ones(1, 4, 8, 8), torch.ones(4, 1, 3,
 @parity.needs_native
 @pytest.mark.parametrize("isa", parity.ISAS)
 def test_environment_isa(isa):
-    assert f"-> cpu ({isa}," in run(WHICH, FFNET_KERNELS_ISA=isa).stdout
+    code = "from ffnet_kernels import native; print(*native.usable_isas())"
+    answer = run(f"{WHICH}\n{code}", FFNET_KERNELS_ISA=isa).stdout
+    assert f"-> cpu ({isa}," in answer
+    as_if_there_were_no_better = parity.ISAS[: parity.ISAS.index(isa) + 1]
+    assert answer.splitlines()[-1].split() == as_if_there_were_no_better
 
 
 def test_environment_backend():
@@ -182,7 +186,9 @@ def test_a_bad_isa_in_the_environment_is_the_reason_why_there_are_no_kernels():
     code = "from ffnet_kernels import dispatch\nprint(dispatch.why_unavailable('cpu'))\n" + WHICH
     result = run(code, FFNET_KERNELS_ISA="sse9")
     reason = result.stdout.splitlines()[0]
-    assert reason.startswith("FFNET_KERNELS_ISA names the instruction set 'sse9', but this build and processor run: ")
+    assert reason.startswith(
+        "FFNET_KERNELS_ISA names the instruction set 'sse9', but there are: baseline, avx2, avx512"
+    )
     assert all(isa in reason for isa in parity.ISAS)
     assert "-> reference" in result.stdout
     forced = run(WHICH, FFNET_KERNELS_ISA="sse9", FFNET_KERNELS_BACKEND="cpu")
