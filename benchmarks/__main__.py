@@ -9,6 +9,7 @@ from .heap import restart_with_plain_heap
 
 #: What each command does, and the module whose ``main(arguments)`` does it.
 COMMANDS = {
+    "demo": ("classify photographs with every way to run a model, and time them side by side", "demo"),
     "run": ("measure a suite beside its peers", "run"),
     "report": ("tables and charts of results", "report_files"),
     "compare": ("say which cases changed between two results", "compare"),
@@ -17,7 +18,7 @@ COMMANDS = {
     "tables": ("write the README's tables from the results of record, or check them", "tables"),
     "gpu": ("everything there is to check and measure on a GPU", "gpu"),
 }
-USAGE = "usage: python -m benchmarks COMMAND [OPTION ...]\n\n" + "\n".join(
+USAGE = f"usage: python -m {__package__} COMMAND [OPTION ...]\n\n" + "\n".join(
     f"  {name:9} {text}" for name, (text, _) in COMMANDS.items()
 )
 

@@ -239,7 +239,7 @@ def _verdict(size: float, significant: bool) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Returns 0; 1 where something became significantly slower, 2 where results cannot be read or compared."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks compare", description="Says what changed between two results."
+        prog=f"python -m {__package__} compare", description="Says what changed between two results."
     )
     parser.add_argument("before", type=Path, metavar="BEFORE.json")
     parser.add_argument("after", type=Path, metavar="AFTER.json")

@@ -162,7 +162,7 @@ def _kind(case: Case) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns 0; 2 where parts cannot be read or do not belong together."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks goals", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog=f"python -m {__package__} goals", description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="+", type=Path, metavar="PART.json", help="a later one replaces equal cases")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all parts into this one")
     options = parser.parse_args(argv)

@@ -318,6 +318,9 @@ def merged(folder: Path, header: dict[str, Any], device: torch.device) -> Result
 def main(argv: list[str] | None = None) -> int:
     """Returns 0; 1 where something failed, 2 where there is no GPU, 130 after Ctrl-C."""
     options = _parser().parse_args(argv)
+    if not (ROOT / "csrc" / "build.py").exists():
+        print("benchmarks gpu: builds, checks and measures a source tree; this package is installed", file=sys.stderr)
+        return 2
     if not torch.cuda.is_available():
         print("benchmarks gpu: there is no GPU", file=sys.stderr)
         return 2
@@ -357,11 +360,11 @@ def _restart(options: argparse.Namespace, seconds: float, error: Exception) -> N
     print(f"benchmarks gpu: starting again after {what}", flush=True)
     arguments = ["--budget", f"{max(0.0, seconds):.0f}", "--work", options.work, "--out", options.out]
     arguments += ["--filter", options.filter, *(word for name in options.only for word in ("--only", name))]
-    os.execv(sys.executable, [sys.executable, "-m", "benchmarks", "gpu", *map(str, arguments)])
+    os.execv(sys.executable, [sys.executable, "-m", str(__package__), "gpu", *map(str, arguments)])
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks gpu", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog=f"python -m {__package__} gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--only", action="append", choices=PARTS, default=[], help="this part; may be repeated")
     parser.add_argument("--filter", default="", metavar="TEXT", help="only steps with this text in their name")
     parser.add_argument("--again", action="store_true", help="forget what these parts have done before")

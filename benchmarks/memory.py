@@ -51,7 +51,9 @@ def measure(case: Case, contender: str) -> dict[str, int]:
 def in_fresh_process(case: int, contender: str, threads: int) -> dict[str, Any]:
     """As `measure`, or {"error": why not}."""
     arguments = ["--one", str(case), contender, "--threads", str(threads)]
-    done = subprocess.run([sys.executable, "-m", "benchmarks", "memory", *arguments], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", str(__package__), "memory", *arguments], capture_output=True, text=True
+    )
     if done.returncode != 0:
         return {"error": next(reversed(done.stderr.strip().splitlines()), f"exit code {done.returncode}")}
     return json.loads(done.stdout.splitlines()[-1])
@@ -75,7 +77,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns 0; 1 where something could not be measured."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks memory", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog=f"python -m {__package__} memory", description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, metavar="N", help="threads (default: torch's)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     parser.add_argument("--one", nargs=2, metavar=("CASE", "CONTENDER"), help=argparse.SUPPRESS)

@@ -56,7 +56,7 @@ def _drawn(chart: _Chart, folder: Path, line: str) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns 0; 2 where results cannot be read or do not belong together."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks report", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog=f"python -m {__package__} report", description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="+", type=Path, metavar="RESULTS.json", help="a later one replaces equal cases")
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="write report.md and charts there, in place of printing"

@@ -109,7 +109,7 @@ def _kept(folder: Path | None, resume: bool) -> Result | None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks run",
+        prog=f"python -m {__package__} run",
         description="Measures operators, layers, models and training steps beside plain PyTorch and other runtimes.",
         epilog=f"Suites: {', '.join(SUITES)}. Peers: {', '.join(name for name in CONTENDERS if name != OURS)}.",
     )

@@ -128,7 +128,7 @@ def made(table: Table, folder: Path) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Returns 0; 1 where ``--check`` found a table that is not what its results say, 2 where something is missing."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks tables", description="Writes the README's tables from the results of record."
+        prog=f"python -m {__package__} tables", description="Writes the README's tables from the results of record."
     )
     parser.add_argument("--check", action="store_true", help="change nothing, and say what would change")
     options = parser.parse_args(argv)
@@ -145,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
             with replacing(path) as temporary:
                 temporary.write_text(texts[path])
     if stale and options.check:
-        print("python -m benchmarks tables writes them", file=sys.stderr)
+        print(f"python -m {__package__} tables writes them", file=sys.stderr)
         return 1
     return 0
 

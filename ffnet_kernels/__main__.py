@@ -1,4 +1,4 @@
-"""``python -m ffnet_kernels info | selftest | tune | aot | traffic``."""
+"""``ffnet-kernels demo | bench | info | selftest | tune | aot | traffic``, or ``python -m ffnet_kernels``."""
 
 from __future__ import annotations
 
@@ -12,14 +12,33 @@ from pathlib import Path
 
 import torch
 
-from . import dispatch
+from . import dispatch, suite
 from .info import format_info, info
 from .selftest import BACKENDS, Check, selftest
 
+#: What `bench` runs where it is given no command: minutes.
+QUICK_BENCH = ["run", "--quick", "--passes", "1"]
+
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m ffnet_kernels", description="Inspect and check the kernels.")
+    arguments = sys.argv[1:] if argv is None else argv
+    return suite.interruptible("ffnet-kernels", lambda: _run(arguments, may_restart=argv is None))
+
+
+def _run(arguments: list[str], may_restart: bool) -> int:
+    if arguments[:1] == ["demo"]:
+        return suite.run("ffnet-kernels demo", arguments, may_restart=may_restart)
+    if arguments[:1] == ["bench"]:
+        given = arguments[1:]
+        if not given or (given[0].startswith("-") and given[0] not in ("-h", "--help")):
+            given = QUICK_BENCH + given
+        return suite.run("ffnet-kernels bench", given, may_restart=may_restart)
+    parser = argparse.ArgumentParser(prog="ffnet-kernels", description="Try, measure, inspect and check the kernels.")
     commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("demo", help="FFNet on photographs, with plain PyTorch beside it")
+    commands.add_parser(
+        "bench", help="the quick benchmark suite, with its options; or another of its commands (bench --help)"
+    )
     show = commands.add_parser("info", help="versions, instruction sets, libraries, backends and why any is missing")
     show.add_argument("--json", action="store_true", help="as JSON")
     check = commands.add_parser("selftest", help="check every built kernel against the float64 reference")
@@ -34,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     ahead.add_argument("--dtypes", default="bf16,fp16,fp32", help="default: %(default)s")
     ahead.add_argument("--architectures", default="80,90,100", help="of NVIDIA; default: %(default)s")
     commands.add_parser("traffic", help="count the bytes that the Triton kernels move, interpreted on the CPU")
-    options = parser.parse_args(argv)
+    options = parser.parse_args(arguments)
     if options.command == "info":
         print(json.dumps(info(), indent=2) if options.json else format_info())
         return 0

@@ -105,7 +105,8 @@ def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as exit_:
         main([command, "--help"])
     assert exit_.value.code == 0
-    assert f"usage: python -m benchmarks {command}" in capsys.readouterr().out
+    program = "ffnet" if command == "demo" else "python -m benchmarks"
+    assert f"usage: {program} {command}" in capsys.readouterr().out
 
 
 def test_charts(tmp_path):

@@ -1,11 +1,11 @@
 """The runner, its results and its reports, on toy work with a fake clock."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import mmap
 import threading
-import time
 from dataclasses import dataclass, field
 
 import pytest
@@ -106,13 +106,30 @@ def test_a_long_case_ends_early_but_not_at_once(clock):
     assert len(row.measurements[0].samples_ms) == runner.LEAST_SAMPLES
 
 
-def test_threads_that_still_spin_are_waited_for():
-    end = time.perf_counter() + 0.05
-    spinning = threading.Thread(target=lambda: [None for _ in iter(lambda: time.perf_counter() < end, False)])
-    spinning.start()
-    waited = sampling.wait_until_quiet()
-    assert waited is False or time.perf_counter() >= end  # another process may keep the thread from its core
-    spinning.join()
+@pytest.mark.parametrize("answers", [[False, False], [True, False, True, False, False], [None]])
+def test_threads_that_still_spin_are_waited_for(monkeypatch, answers):
+    looks = iter(answers)
+    monkeypatch.setattr(sampling, "_other_threads_running", lambda: next(looks))
+    monkeypatch.setattr(sampling, "LONGEST_WAIT", math.inf)
+    assert sampling.wait_until_quiet()
+    assert list(looks) == []
+
+
+def test_threads_that_never_rest_are_not_waited_for(monkeypatch):
+    monkeypatch.setattr(sampling, "_other_threads_running", lambda: True)
+    monkeypatch.setattr(sampling, "LONGEST_WAIT", 0.01)
+    assert not sampling.wait_until_quiet()
+
+
+def test_a_running_thread_is_seen():
+    """Also while others take its core: it runs as long as it waits for nothing else."""
+    work = threading.Thread(target=hashlib.pbkdf2_hmac, args=("sha256", b"", b"", 1_000_000))  # without Python's lock
+    work.start()
+    seen = False
+    while work.is_alive() and not seen:
+        seen = sampling._other_threads_running() is not False
+    work.join()
+    assert seen
 
 
 def test_page_faults_are_counted():

@@ -74,9 +74,9 @@ def test_without_scikit_learn(tmp_path, monkeypatch, capsys):
 
 
 def test_without_pillow(tmp_path, monkeypatch, capsys):
-    for module in ("ffnet.demo", "ffnet.preprocess"):
+    for module in ("benchmarks.demo", "ffnet.preprocess"):
         monkeypatch.delitem(sys.modules, module, raising=False)
-    monkeypatch.delattr("ffnet.demo", raising=False)
+    monkeypatch.delattr("benchmarks.demo", raising=False)
     monkeypatch.setitem(sys.modules, "PIL", None)
     assert demo(tmp_path) == 2
     assert "ffnet-kernels[demo]" in capsys.readouterr().err

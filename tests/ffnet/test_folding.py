@@ -30,9 +30,9 @@ def models():
     ("name", "size"),
     [
         ("ffnet_1", (256, 256)),
-        ("ffnet_1", (224, 320)),
-        ("ffnet_3", (256, 256)),
-        ("ffnet_3", (224, 320)),
+        pytest.param("ffnet_1", (224, 320), marks=pytest.mark.long),
+        pytest.param("ffnet_3", (256, 256), marks=pytest.mark.long),
+        pytest.param("ffnet_3", (224, 320), marks=pytest.mark.long),
         ("ffnet_2", (224, 320)),
         ("ffnet_4", (224, 320)),
         ("ffnet_2", (33, 1)),

@@ -1,7 +1,8 @@
-"""The demo: photographs through every way to run a model, side by side. ``python -m ffnet demo --help``."""
+"""The demo: photographs through every way to run a model, side by side. ``ffnet demo --help``."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import sys
 import tempfile
@@ -13,18 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.cases import ModelCase
-from benchmarks.chart import ChartError, latency_chart
-from benchmarks.machine import machine, machine_line
-from benchmarks.peers import OURS, AsTrained, Contender, Eager, Ours, TorchCompile
-from benchmarks.report import busy_text, error_text, ratio_text
-from benchmarks.results import Result, write_json
-from benchmarks.runner import Outcome, Runner
-from benchmarks.text import markdown
-from benchmarks.work import ModelWork
+from ffnet import FFNet, create_model, list_models, load_checkpoint
+from ffnet.preprocess import load_image, preprocess
+from ffnet_kernels import native
 
-from . import FFNet, create_model, load_checkpoint
-from .preprocess import load_image, preprocess
+from .cases import ModelCase
+from .chart import ChartError, latency_chart
+from .machine import machine, machine_line
+from .peers import OURS, AsTrained, Contender, Eager, Ours, TorchCompile
+from .report import busy_text, error_text, ratio_text
+from .results import Result, Row, write_json
+from .runner import Outcome, Runner
+from .text import markdown
+from .work import ModelWork
 
 SEED = 0
 TOP = 5
@@ -37,10 +39,10 @@ class DemoError(Exception):
 
 @dataclass(frozen=True)
 class Settings:
-    """What to run; see ``python -m ffnet demo --help``."""
+    """What to run; see ``ffnet demo --help``."""
 
     model: str = "ffnet_1"
-    images: Sequence[Path] = ()
+    image: Sequence[Path] = ()
     checkpoint: Path | None = None
     labels: Path | None = None
     size: int | None = None
@@ -66,7 +68,7 @@ def run(settings: Settings) -> Result:
         torch.set_num_threads(settings.threads)
     model = _model(settings)
     labels = _labels(settings, model)
-    images = list(settings.images) or _own_photographs()
+    images = list(settings.image) or _own_photographs()
     photographs = torch.stack([_photograph(path, model, settings.size) for path in images])
 
     dtype: torch.dtype = getattr(torch, settings.dtype)
@@ -83,6 +85,7 @@ def run(settings: Settings) -> Result:
     write_json(result, json_path)
     print(f"\nwrote {json_path}")
     _draw(outcome, settings.output / "latency.png", result)
+    print(f"\n{closing(outcome.row)}")
     return result
 
 
@@ -214,9 +217,85 @@ def _text(result: Result, settings: Settings) -> str:
     return "\n\n".join(parts)
 
 
+def closing(row: Row) -> str:
+    """What the table says of ours, and what to run next."""
+    command = "make bench" if __package__ == "benchmarks" else "ffnet-kernels bench"
+    upcoming = f"Next: `{command}` measures every operator beside its peers, in minutes."
+    if reason := native.cpu_library_error():
+        return (
+            f"There are no kernels here, so plain PyTorch ran as ours, too: {reason} (`ffnet-kernels info` says more)."
+        )
+    ours = row.measurement(OURS)
+    if ours is None:
+        reason = next((m.reason for m in row.measurements if m.contender == OURS), None)
+        return f"Ours did not run: {reason} (`ffnet-kernels info` says more)."
+    others = (m.contender for m in row.measurements if m is not ours)
+    ratios = {name: ratio for name in others if (ratio := row.ratio(name, OURS)) is not None}
+    if not ratios:
+        return upcoming
+    best = min(ratios, key=lambda name: ratios[name])
+    ratio = ratios[best]
+    compared = f"is {ratio:.2f} times as fast as" if ratio >= 1 else f"takes {1 / ratio:.2f} times as long as"
+    numbers = "with the same numbers up to rounding" if ours.passed else "but with WRONG numbers"
+    return f"With ffnet_kernels this model {compared} the best of the others, {best}, {numbers}. {upcoming}"
+
+
 def _draw(outcome: Outcome, path: Path, result: Result) -> None:
     try:
         latency_chart(outcome.row, path, f"{outcome.row.case}\n{machine_line(result.machine)}")
         print(f"wrote {path}")
     except ChartError as error:
         print(f"no chart: {error}", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    demo = argparse.ArgumentParser(
+        prog="ffnet demo",
+        description="Classifies photographs with plain PyTorch, torch.compile and ffnet_kernels, and compares their "
+        "latency, their error against float64 and their five best classes.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    demo.add_argument("--model", default="ffnet_1", help=f"one of {', '.join(list_models())}")
+    demo.add_argument(
+        "--image", nargs="+", type=Path, default=[], metavar="PATH", help="photographs (none: two of scikit-learn's)"
+    )
+    demo.add_argument("--checkpoint", type=Path, metavar="PATH", help="trained weights (none: random ones)")
+    demo.add_argument("--labels", type=Path, metavar="PATH", help="names of the classes, one a line")
+    demo.add_argument("--size", type=_size, metavar="N", help="height and width of the input (none: the model's own)")
+    demo.add_argument("--batch", type=_positive, default=1, metavar="N", help="photographs a call")
+    demo.add_argument("--dtype", choices=("float32", "bfloat16", "float64"), default="float32", help="of the model")
+    demo.add_argument("--threads", type=_positive, metavar="N", help="threads (none: torch's own)")
+    demo.add_argument("--samples", type=_positive, default=20, metavar="N", help="time samples of each contender")
+    demo.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile as a contender"
+    )
+    demo.add_argument("--output", type=Path, default=Path("demo"), metavar="DIR", help="folder of the results")
+    demo.add_argument("--json", type=Path, metavar="FILE", help="the results as data (none: demo.json in the folder)")
+    return demo
+
+
+def _positive(text: str) -> int:
+    number = int(text) if text.isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+    return number
+
+
+def _size(text: str) -> int:
+    size = _positive(text)
+    if size < 32:
+        raise argparse.ArgumentTypeError(f"expected at least 32, the stride of the models, got {size}")
+    return size
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns 0, or 2 with one line on stderr where the options ask for something that is not there."""
+    options = _parser().parse_args(argv)
+    try:
+        if options.json is not None and options.json.is_dir():
+            raise DemoError(f"--json {options.json}: is a folder")
+        run(Settings(**{**vars(options), "image": tuple(options.image)}))
+    except DemoError as error:
+        print(f"ffnet demo: {error}", file=sys.stderr)
+        return 2
+    return 0
