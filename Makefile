@@ -1,49 +1,67 @@
-# make demo          FFNet-1 on photographs: plain PyTorch against the kernels
-# make test          all tests, lint and types among them
+# make demo          FFNet-1 on photographs: plain PyTorch against the kernels; two minutes, most of it the build
+# make test          the tests to run at every change, lint and types among them: minutes
+# make test-all      all tests, sanitizers, every instruction set and GPU architecture among them: half an hour
 # make lint          lint and types only
 # make bench         the quick benchmark suite, minutes: tables, report and charts in build/bench
+# make cuda          the CUDA kernels for every GPU, or those of FFNET_CUDA_ARCHS; `make demo` makes those of this machine's
 # make gpu           on a GPU: checks and benchmarks of the CUDA and Triton kernels, Triton's tiles measured
 # make wheel         dist/*.whl, for any Python and any torch from 2.11 on; CUDA kernels in it where there is an nvcc
 # make sdist         dist/*.tar.gz, the sources
 # make compat        that wheel in environments of several versions of torch, one for CUDA, made once (no GPU needed)
 #
-# Each makes .venv if there is none (versions: requirements.txt) and builds. On a machine that has torch and no network,
-# `make demo CURRENT=1` uses the interpreter PYTHON as it is.
+# Each makes .venv if there is none (versions: requirements*.txt) and builds for this machine when the sources changed; what
+# `make cuda` or `make test-all` built for others goes then. On a machine that has torch and no network, `make demo
+# CURRENT=1` uses the interpreter PYTHON as it is.
 
 PYTHON ?= python3
 VENV ?= .venv
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu') csrc/build.py csrc/toolchain.py setup.py pyproject.toml
 COMPAT_TORCH ?= 2.13.0 2.14.1 newest
+FOR_EVERY_GPU := FFNET_CUDA_ARCHS='$(or $(FFNET_CUDA_ARCHS),all)'
+FOR_EVERY_MACHINE := FFNET_CPU_ISAS='$(or $(FFNET_CPU_ISAS),all)' $(FOR_EVERY_GPU)
 
 ifdef CURRENT
 RUN := $(PYTHON)
 READY := build/.current
+TOOLS :=
 else
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
+TOOLS := $(VENV)/.tools
 endif
+# A process a core, where pytest-xdist is there.
+PYTEST = $(RUN) -m pytest $$($(RUN) -c "import xdist; print('-n auto --maxprocesses 8 --dist loadscope \
+--no-loadscope-reorder')" 2>/dev/null)
+BUILD := $(RUN) csrc/build.py --out ffnet_kernels/lib --work build/native
 
-.PHONY: demo test lint bench gpu wheel sdist compat clean
+.PHONY: demo test test-all lint bench cuda gpu wheel sdist compat clean
 demo: $(READY)
-	$(RUN) -m ffnet demo $(ARGS)
+	@$(RUN) -m ffnet demo $(ARGS)
 
-test: $(READY) build/cuda_host/.built
-	$(RUN) -m pytest $(ARGS)
+test: $(READY) $(TOOLS) build/cuda_host/.built
+	$(PYTEST) -m "not long" --hypothesis-profile quick $(ARGS)
 
-lint: $(READY)
+test-all: $(READY) $(TOOLS) build/cuda_host/.built
+	$(FOR_EVERY_MACHINE) $(BUILD) || [ $$? -eq 1 ]
+	$(PYTEST) $(ARGS)
+
+lint: $(READY) $(TOOLS)
 	@$(RUN) -c "import ruff, mypy" 2>/dev/null || { echo "lint: ruff or mypy is not installed, skipped"; exit 0; }; \
 	$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m mypy
 
 bench: $(READY)
 	$(RUN) -m benchmarks run --quick --passes 1 --out build/bench $(ARGS)
 
+cuda: $(READY)
+	$(FOR_EVERY_GPU) $(BUILD)
+
 gpu: $(READY)
 	$(RUN) -m benchmarks gpu $(ARGS)
 
 # What an earlier wheel was made of goes, but for the objects in build/native.
-wheel: $(READY)
+wheel: $(READY) $(TOOLS)
 	rm -rf build/lib* build/bdist* build/wheel
-	$(RUN) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
+	$(FOR_EVERY_MACHINE) $(RUN) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
 	$(RUN) tools/wheel.py build/wheel dist
 
 sdist: $(READY)
@@ -54,23 +72,36 @@ compat: wheel
 
 # The CUDA kernels for the processor. Without them their tests skip, which says why.
 build/cuda_host/.built: $(READY) $(SOURCES)
-	mkdir -p $(@D)
+	@mkdir -p $(@D)
+	@echo "building the CUDA kernels for the processor, for tests"
 	@$(RUN) csrc/build.py --host-cuda --out $(@D) --work $(@D)/objects && touch $@ || \
 	{ rm -f $(@D)/*.so; echo "the tests run without the CUDA kernels for the processor"; }
 
+# What pip warns of is shown where it fails. Compiling all to bytecode would take longer than installing it.
+LOG = build/install$(@F).log
+INSTALL = mkdir -p build; $(VENV)/bin/python -m pip install --disable-pip-version-check --no-compile -r $(1) \
+2> $(LOG) && touch $@ || { cat $(LOG); exit 1; }
+
 $(VENV)/.packages: requirements.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --upgrade pip
-	$(VENV)/bin/python -m pip install --quiet -r requirements.txt
-	touch $@
+	@$(call INSTALL,requirements.txt)
 
+$(VENV)/.tools: requirements-dev.txt $(VENV)/.packages | $(VENV)/.ready
+	@$(call INSTALL,requirements-dev.txt)
+
+# Built before pip builds it once more from the same objects: pip hides how far it is. Where it cannot be built (1), the
+# package runs on its reference; anything else is a request that is wrong.
 $(VENV)/.ready: $(VENV)/.packages $(SOURCES)
-	$(VENV)/bin/python -m pip install --quiet --no-build-isolation --no-deps -e .
-	touch $@
+	@echo "building the kernels for this machine"
+	@$(BUILD) || [ $$? -eq 1 ]
+	@mkdir -p build
+	@$(RUN) -m pip install --disable-pip-version-check --no-build-isolation --no-deps -e . > $(LOG) 2>&1 \
+	|| { cat $(LOG); exit 1; }
+	@touch $@
 
 build/.current: $(SOURCES)
-	mkdir -p build
-	$(PYTHON) csrc/build.py --out ffnet_kernels/lib --work build/native && touch $@ || echo "running on the reference"
+	@mkdir -p build
+	@$(BUILD) && touch $@ || { [ $$? -eq 1 ] && echo "running on the reference"; }
 
 clean:
 	rm -rf build dist *.egg-info $(VENV)/.ready ffnet_kernels/lib/*.so ffnet_kernels/lib/build_record.json

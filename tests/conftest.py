@@ -4,6 +4,10 @@ import os
 import sys
 from pathlib import Path
 
+# Idle threads sleep: on cores that others use they would keep waiting for the ones that do not run. Read by OpenMP when
+# torch loads it, here and in the processes that tests start.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
@@ -20,13 +24,13 @@ if not torch.cuda.is_available():
 _COMMON = {"derandomize": True, "database": None, "deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 _ONCE = [Phase.explicit, Phase.generate]  # a failing case is repeated as it is; "thorough" shrinks it first
 settings.register_profile("standard", max_examples=100, phases=_ONCE, **_COMMON)
-settings.register_profile("quick", max_examples=20, phases=_ONCE, **_COMMON)  # under sanitizers, which are slow
+settings.register_profile("quick", max_examples=20, phases=_ONCE, **_COMMON)  # `make test`, and under sanitizers
 settings.register_profile("thorough", max_examples=3000, **{**_COMMON, "derandomize": False})
 settings.load_profile("standard")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "sanitize: builds the native code with sanitizers and runs tests under them")
+    config.addinivalue_line("markers", "long: not run by `make test`, but by `make test-all`")
 
 
 @pytest.fixture(scope="session")

@@ -114,34 +114,67 @@ def avx(disassembly: str) -> list[str]:
     return found
 
 
-@needs("objdump")
-@needs_library  # there is a compiler where there is a library
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="other processors have no AVX")
-def test_portable_objects_hold_no_avx(tmp_path):
+def foreign_weak_functions(listing: str) -> list[str]:
+    """What the linker may take from any object, outside the namespaces of instruction sets, in what `nm` prints."""
+    weak = re.findall(r"^\S+ [WVu] (.*)$", listing, re.MULTILINE)
+    return [name for name in weak if not re.match(r"_Z[A-Z]*?NK?5ffnet\d+avx|DW\.ref\.", name)]
+
+
+def test_the_rule_of_weak_functions_can_fail():
+    inline, own = "_ZNKSt6vectorIfSaIfEE4sizeEv", "_ZN5ffnet4avx23runIfEEvl"  # std::vector<float>::size(), avx2::run
+    assert foreign_weak_functions(f"00 W {inline}\n00 W {own}\n00 T f\n") == [inline]
+
+
+@pytest.fixture(scope="module")
+def kernel_objects(tmp_path_factory) -> dict[str, list[Path]]:
+    """Of the portable kernels, with what is compiled like them, and of those for AVX2."""
+    work = tmp_path_factory.mktemp("objects")
     code = f"""
 import sys; sys.path.insert(0, {str(CSRC)!r})
 import subprocess, pathlib, build
-work = pathlib.Path({str(tmp_path)!r})
+work = pathlib.Path({str(work)!r})
 ninja = build.Ninja(work)
 build.plan(ninja, work, build.find_compiler(), False)
 (work / "build.ninja").write_text("\\n".join(ninja.edges))
-objects = [f"{{work}}/baseline_{{pathlib.Path(s).stem}}.o" for s in build.KERNEL_SOURCES] + [f"{{work}}/select.o"]
-one_with = f"{{work}}/avx2_depthwise_conv2d.o"
-subprocess.run([build.find_ninja(), "-C", str(work), *objects, one_with], check=True, stdout=subprocess.DEVNULL)
-print("\\n".join([*objects, one_with]))
+names = [f"{{isa}}_{{pathlib.Path(s).stem}}" for isa in ("baseline", "avx2") for s in build.KERNEL_SOURCES]
+objects = [f"{{work}}/{{name}}.o" for name in [*names, "select"]]
+subprocess.run([build.find_ninja(), "-C", str(work), *objects], check=True, stdout=subprocess.DEVNULL)
 """
-    built = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    environment = {**os.environ, "FFNET_CPU_ISAS": "all"}
+    built = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
-    *portable, with_avx = built.stdout.split()
+    with_avx = sorted(work.glob("avx2_*.o"))
+    return {"portable": sorted(set(work.glob("*.o")) - set(with_avx)), "avx2": with_avx}
 
-    def instructions(path: str) -> list[str]:
-        command = ["objdump", "-d", "--no-show-raw-insn", path]
+
+needs_x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="other processors have no AVX")
+
+
+@pytest.mark.long
+@needs("objdump")
+@needs_library  # there is a compiler where there is a library
+@needs_x86
+def test_portable_objects_hold_no_avx(kernel_objects):
+    def instructions(path: Path) -> list[str]:
+        command = ["objdump", "-d", "--no-show-raw-insn", str(path)]
         return avx(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
-    assert len(portable) >= 4
-    for path in portable:
+    assert len(kernel_objects["portable"]) >= 4
+    for path in kernel_objects["portable"]:
         assert not instructions(path), path
-    assert instructions(with_avx), "the check itself finds AVX where it is"
+    assert instructions(kernel_objects["avx2"][0]), "the check itself finds AVX where it is"
+
+
+@pytest.mark.long
+@needs("nm")
+@needs_library
+@needs_x86
+def test_nothing_of_other_processors_can_be_linked_into_the_portable_path(kernel_objects):
+    for path in kernel_objects["avx2"]:
+        command = ["nm", "--defined-only", str(path)]
+        assert not foreign_weak_functions(subprocess.run(command, capture_output=True, text=True, check=True).stdout), (
+            path
+        )
 
 
 def imported(source: Path) -> set[str]:
@@ -156,11 +189,14 @@ def test_the_kernels_know_no_model():
     sources = list((ROOT / "ffnet_kernels").rglob("*.py"))
     assert any("torch" in imported(source) for source in sources)
     for source in sources:
-        assert not imported(source) & {"ffnet", "benchmarks", "tests", "timm"}, source
+        # suite.py finds the benchmarks by name when a command asks for them.
+        assert not imported(source) & {"ffnet", "benchmarks", "ffnet_benchmarks", "tests", "timm"}, source
+        assert "ffnet_benchmarks" not in source.read_text() or source.name == "suite.py", source
 
 
 def test_importing_the_models_loads_no_benchmark():
-    code = "import sys, ffnet; print(sorted({'benchmarks', 'matplotlib', 'timm', 'PIL'} & sys.modules.keys()))"
+    others = {"benchmarks", "ffnet_benchmarks", "matplotlib", "timm", "PIL"}
+    code = f"import sys, ffnet; print(sorted({others} & sys.modules.keys()))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 

@@ -11,7 +11,7 @@ import patience
 import pytest
 from native_build import ROOT, compiler, load_builder, runtime_library
 
-pytestmark = [pytest.mark.sanitize, parity.needs_native]
+pytestmark = [pytest.mark.long, parity.needs_native]
 
 MAIN = Path(__file__).with_name("cpu_races.cpp")
 #: Operators in the dtypes that they take; two convolutions in a row take bfloat16 where it has instructions.

@@ -9,7 +9,7 @@ import native_build
 import patience
 import pytest
 
-pytestmark = pytest.mark.sanitize
+pytestmark = pytest.mark.long
 
 CHECK = f"""
 import sys

@@ -15,6 +15,7 @@ from ffnet_kernels.backends.triton import configs, launch
 pytestmark = triton_cases.needs_interpreter
 
 CASES = [(operator, name) for operator, cases in triton_cases.OPTIONS.items() for name in cases]
+LONG = [pytest.param(*case, marks=[] if "3x3" in case[1] else pytest.mark.long) for case in CASES]
 SMALL = {"shape": (1, 3, 4, 5), "kernel": (3, 3)}
 
 
@@ -24,7 +25,7 @@ def check(case, **options):
     parity.check_gradients(case, "triton", **options)
 
 
-@pytest.mark.parametrize(("operator", "name"), CASES)
+@pytest.mark.parametrize(("operator", "name"), LONG)
 def test_case(operator, name):
     case, layout = triton_cases.made(operator, triton_cases.OPTIONS[operator][name])
     check(case, layout=layout)
@@ -76,18 +77,21 @@ def test_the_cases_reach_every_variant_of_every_kernel():
             assert found[kernel][argument] >= values, f"{kernel}: {argument}"
 
 
+@pytest.mark.long
 @settings(max_examples=12)
 @given(case=parity.depthwise_cases(triton_cases.SIZES))
 def test_drawn_depthwise_conv2d(case):
     check(case)
 
 
+@pytest.mark.long
 @settings(max_examples=12)
 @given(case=parity.attention_cases(triton_cases.PAIRS))
 def test_drawn_ffnified_attention(case):
     check(case)
 
 
+@pytest.mark.long
 @settings(max_examples=12)
 @given(case=parity.channel_mixer_cases(triton_cases.SIZES))
 def test_drawn_channel_mixer(case):
@@ -111,6 +115,7 @@ def test_some_gradients_alone(operator, options, wanted):
     parity.check_gradients(example(operator, **SMALL, **options), "triton", wanted=wanted)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("operator", "options"),
     [

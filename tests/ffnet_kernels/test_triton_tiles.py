@@ -10,7 +10,7 @@ from examples import example
 
 from ffnet_kernels.backends.triton import configs
 
-pytestmark = triton_cases.needs_interpreter
+pytestmark = [pytest.mark.long, triton_cases.needs_interpreter]
 
 CONVOLUTION = {"kernel": (3, 3), "activation": "none"}
 MATRICES = {"shape": (1, 17, 4, 33), "kernel": (1, 1), "hidden": 70}

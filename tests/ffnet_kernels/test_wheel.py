@@ -22,6 +22,7 @@ from ffnet_kernels import native
 
 pytest.importorskip("setuptools", minversion="77")  # of which the package is built, not of what it runs on
 pytest.importorskip("pip")
+pytestmark = pytest.mark.long
 
 ROOT = Path(__file__).parents[2]
 UNSET = ("FFNET_KERNELS_CUDA_HOST", "FFNET_KERNELS_LIBRARY_DIR")

@@ -1,0 +1,39 @@
+"""The quick tests once more as on processors that have less than this one."""
+
+import platform
+import re
+
+import parity
+import pytest
+from native_build import ROOT, run_tests
+
+from ffnet_kernels import native
+
+pytestmark = [
+    pytest.mark.long,
+    parity.needs_native,
+    pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="has one instruction set"),
+]
+
+#: What our kernels, torch's and oneDNN's are to take the processor for.
+MACHINES = {
+    "avx2": {"FFNET_KERNELS_ISA": "avx2", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
+    "baseline": {"FFNET_KERNELS_ISA": "baseline", "ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"},
+}
+#: Kernels of GPUs are the same on all of them.
+FILES = [
+    str(path)
+    for folder in ("ffnet_kernels", "ffnet")
+    for path in sorted((ROOT / "tests" / folder).glob("test_*.py"))
+    if not any(word in path.name for word in ("cuda", "triton", "tune", "machines"))
+]
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_as_on_a_processor_that_has_less(machine):
+    if machine not in parity.ISAS:
+        pytest.skip(f"this processor has no {machine}")
+    arguments = ("-m", "not long", "--hypothesis-profile=quick", *FILES)
+    result = run_tests(native.library_dir(), *arguments, environment=MACHINES[machine])
+    assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
+    assert not re.search(r"no tests ran|\b0 passed", result.stdout)
