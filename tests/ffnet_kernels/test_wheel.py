@@ -131,7 +131,7 @@ def test_the_wheel(wheel):
     assert {"ffnet_kernels/py.typed", "ffnet/py.typed"} <= set(names)
     assert {f"ffnet_kernels/lib/{name}" for name in record["libraries"]} <= set(names)
     assert {"commit", "compiler", "flags", "isas", "torch"} <= record.keys()
-    assert {name.split("/")[0].split("-")[0] for name in names} == {"ffnet_kernels", "ffnet", "benchmarks"}
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"ffnet_kernels", "ffnet", "ffnet_benchmarks"}
     assert f"{about.removesuffix('METADATA')}licenses/LICENSE" in names
     assert "\nLicense-Expression: MIT\n" in metadata
     assert "\nRequires-Python: >=3.10\n" in metadata
