@@ -15,8 +15,11 @@ pytestmark = parity.needs_native
 BACKWARD = ("depthwise_conv2d", "ffnified_attention")
 
 
+LARGE = pytest.param((31, 5), marks=pytest.mark.long)
+
+
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
-@pytest.mark.parametrize("kernel", [(3, 3), (7, 7), (31, 5), (4, 1)])
+@pytest.mark.parametrize("kernel", [(3, 3), (7, 7), LARGE, (4, 1)])
 @pytest.mark.parametrize("options", [{}, {"value_kernel": (9, 2)}, {"value_kernel": (2, 31)}])
 def test_strips_and_bands_of_the_token_mixer(layout, kernel, options):
     """Few tall images are cut into strips; a map of more rows than a band has moves through the rings."""
@@ -25,7 +28,7 @@ def test_strips_and_bands_of_the_token_mixer(layout, kernel, options):
 
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
-@pytest.mark.parametrize("kernel", [(3, 3), (7, 7), (31, 5), (4, 1), (1, 2)])
+@pytest.mark.parametrize("kernel", [(3, 3), (7, 7), LARGE, (4, 1), (1, 2)])
 @pytest.mark.parametrize("stride", [1, 2, (2, 1), (1, 2)])
 @pytest.mark.parametrize("padding", ["same", "valid", (31, 2)])
 def test_strips_and_bands_of_a_convolution(layout, kernel, stride, padding):

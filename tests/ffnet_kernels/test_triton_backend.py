@@ -191,6 +191,7 @@ def test_explain_in_one_thread_lets_the_kernels_of_another_run():
     torch.testing.assert_close(out[0], expected)
 
 
+@pytest.mark.long
 @interpreted
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
 @pytest.mark.parametrize("new", [False, True], ids=["old flag", "new flag"])
