@@ -50,6 +50,17 @@ def pointwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
     return ffnet_kernels.conv2d(x, conv.weight, conv.bias)
 
 
+def is_as_written(part: nn.Module) -> bool:
+    """Whether calling a layer does what its class says, and a normalisation uses running statistics."""
+    if training.is_hooked(part) or "forward" in vars(part):
+        return False
+    if isinstance(part, nn.modules.batchnorm._BatchNorm):
+        return type(part) is nn.BatchNorm2d and not part.training and part.affine and part.running_var is not None
+    if isinstance(part, nn.Conv2d):
+        return type(part) is nn.Conv2d and part.padding_mode == "zeros" and "_conv_forward" not in vars(part)
+    return True
+
+
 class FoldableConv(nn.Module, ABC):
     """A layer that equals one biased convolution once its normalisation uses running statistics."""
 
@@ -61,6 +72,11 @@ class FoldableConv(nn.Module, ABC):
         Layers with hooks are still called. Returns the operator's name, or None where there is none for this layer.
         """
         return None
+
+    def is_as_written(self) -> bool:
+        """Whether its parts compute what `folded` takes them to: none is hooked, patched, parametrised or of a class
+        derived from another, and normalisations use running statistics."""
+        return all(is_as_written(part) for part in self.modules())
 
     @abstractmethod
     def template(self) -> nn.Conv2d:

@@ -19,7 +19,7 @@ import ffnet_kernels
 from ffnet_kernels import training
 from ffnet_kernels.sequence import Layers
 
-from .layers import BranchedDepthwise, ConvBN, DropPath, is_pointwise, pointwise, widen
+from .layers import BranchedDepthwise, ConvBN, DropPath, is_as_written, is_pointwise, pointwise, widen
 
 __all__ = [
     "AttentionScores",
@@ -206,7 +206,7 @@ class ResidualMixer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.training_kernels and self.training and not training.is_hooked(self.main, *self.main.children()):
             return self.training_forward(x)
-        if not self.kernels_enabled:
+        if not self.kernels_enabled or not self._is_as_written():
             y = self.main(x)
             return x + self.drop_path(y if self.layer_scale is None else y * self.layer_scale)
         if self.drop_path.active:
@@ -222,9 +222,17 @@ class ResidualMixer(nn.Module):
         if type(self) not in (TokenMixer, ChannelMixer) or "fused_forward" in self.__dict__:
             return False
         main: Any = self.main
-        for module in (main, self.drop_path):
-            layers.watch(module, called=False)
+        if not all(layers.watch(part) for part in self._parts()) or not self.kernels_apply():
+            return False
         return self.kernels_enabled and not self.drop_path.active and self._add_kernel_layers(layers, main)
+
+    def _parts(self) -> tuple[nn.Module, ...]:
+        """What the fused operator stands for."""
+        return self.main, *self.main.children(), self.drop_path
+
+    def _is_as_written(self) -> bool:
+        """Whether the fused operator computes what the parts do now: they may have been changed since."""
+        return self.kernels_apply() and all(map(is_as_written, self._parts()))
 
     def _add_kernel_layers(self, layers: Layers, main: MetaMixer) -> bool:
         return False
@@ -237,8 +245,8 @@ class ResidualMixer(nn.Module):
         """Lets the fused operator of `ffnet_kernels` run this mixer from now on, if it can.
 
         It can where the parts concerned are plain biased convolutions, so everywhere after `ffnet.reparameterize`.
-        Submodules, parameters and state dict stay as they are, but the parts that the operator replaces are no longer
-        called: hooks on them do not fire.
+        Submodules, parameters and state dict stay as they are. The parts that the operator replaces are no longer
+        called, unless they are changed or hooked: then they run.
 
         Returns:
             The operator's name, or None where it does not apply; nothing is changed then.
@@ -308,7 +316,7 @@ class TokenMixer(ResidualMixer):
 
     def _add_kernel_layers(self, layers: Layers, main: MetaMixer) -> bool:
         query, key, value = main.part("query"), main.part("interaction"), main.part("aggregation")
-        if not layers.watch(query) or not is_pointwise(query):
+        if not is_pointwise(query):
             return False
         layers.ffnified_attention(
             *layers.parameters(key, "weight", "bias"),

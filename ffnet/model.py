@@ -20,7 +20,7 @@ from ffnet_kernels import sequence, training
 
 from .checkpoint import load_checkpoint
 from .folding import reparameterize
-from .layers import BranchedDepthwise, ConvBN, LayerNorm2d, SkipConv, norm_as_affine, widen
+from .layers import BranchedDepthwise, ConvBN, FoldableConv, LayerNorm2d, SkipConv, is_as_written, norm_as_affine, widen
 from .mixers import ChannelMixer, TokenMixer, conv_ffn_mixer, ffnified_attention_mixer, is_gelu
 
 __all__ = ["FFNet", "create_model", "ffnet_1", "ffnet_2", "ffnet_3", "ffnet_4", "list_models"]
@@ -47,13 +47,25 @@ class Stem(nn.Sequential):
 
     def enable_kernels(self) -> str | None:
         """As `ResidualMixer.enable_kernels`: convolutions with their activation by ``ffnet_kernels.conv2d``."""
-        if not all(type(self[i]) is nn.Conv2d and self[i].bias is not None for i in (0, 2)):
+        if not self._is_as_written():
             return None
         self.kernels_enabled = True
         return "conv2d"
 
+    def _is_as_written(self) -> bool:
+        """Whether the operators compute what the layers do now: they may have been changed since."""
+        if len(self) != 3 or not is_gelu(self[1]) or not all(map(is_as_written, self)):
+            return False
+        geometry = ((3, 3), (2, 2), (1, 1), (1, 1), 1)
+        return all(
+            type(conv) is nn.Conv2d
+            and conv.bias is not None
+            and (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups) == geometry
+            for conv in (self[0], self[2])
+        )
+
     def forward(self, x: Tensor) -> Tensor:
-        if not self.kernels_enabled:
+        if not self.kernels_enabled or not self._is_as_written():
             return self._forward_as_trained(x)
         out = sequence.run(self, x)
         if out is not None:
@@ -74,7 +86,7 @@ class Stem(nn.Sequential):
         return x
 
     def add_kernel_layers(self, layers: sequence.Layers) -> bool:
-        if not self.kernels_enabled:
+        if not self.kernels_enabled or not all(map(layers.watch, self)) or not self._is_as_written():
             return False
         first: Any = self[0]
         second: Any = self[2]
@@ -332,10 +344,13 @@ class FFNet(nn.Module):
         """The copy of this model on which ``ffnet_kernels.optimize`` enables the fused operators.
 
         Reparameterised in eval mode (without the extra folds: the operators scale for nothing, and the final norm stays
-        usable); in training mode a plain copy, in which the mixers that need batch statistics
-        keep their layers.
+        usable). In training mode a plain copy, in which the mixers that need batch statistics keep their layers; so,
+        too, where a layer that would be folded does more than its class says.
         """
-        return copy.deepcopy(self) if self.training else reparameterize(self, extra_folds=False)
+        layers = (layer for layer in self.modules() if isinstance(layer, FoldableConv))
+        if self.training or not all(layer.is_as_written() for layer in layers):
+            return copy.deepcopy(self)
+        return reparameterize(self, extra_folds=False)
 
     @torch.no_grad()
     def fold_extras(self) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from .backends.activations import ACTIVATE
 from .checks import ACTIVATIONS
 from .functional import channel_mixer, conv2d, depthwise_conv2d, ffnified_attention
 from .sequence import Layers
@@ -39,16 +40,38 @@ class _Operated(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         if input.dim() == 3:
             return self.forward(input[None])[0]
+        if not (self._is_computable() and self._fits(input)):
+            return ACTIVATE[self.activation](super().forward(input))  # or its error
         return _OPERATORS[self.operator](
             input, self.weight, self.bias,
             stride=self.stride, padding=self.padding, activation=self.activation,  # type: ignore[arg-type]
         )  # fmt: skip
 
+    def _fits(self, input: Tensor) -> bool:
+        """Whether a map is one for this layer; plain PyTorch says in its own words what is wrong with another."""
+        weight = self.weight
+        like = input.dtype == weight.dtype or torch.is_autocast_enabled(input.device.type)
+        return (
+            input.dim() == 4
+            and input.shape[1] == self.groups * weight.shape[1]
+            and like
+            and input.device == weight.device
+            and input.is_floating_point()
+        )
+
+    def _is_computable(self) -> bool:
+        """Whether the operator computes the layer as it is now: users may have changed what was given to it."""
+        raise NotImplementedError
+
+    def _add(self, layers: Layers, *tensors, **options) -> None:
+        raise NotImplementedError
+
     def add_kernel_layers(self, layers: Layers) -> bool:
         """What :class:`ffnet_kernels.sequence.Sequence` asks instead of calling ``forward``; so below."""
-        add = layers.conv2d if self.operator == "conv2d" else layers.depthwise_conv2d
+        if not self._is_computable():
+            return False
         weight, bias = layers.parameters(self, "weight", "bias")
-        add(weight, bias, stride=self.stride, padding=self.padding, activation=self.activation)
+        self._add(layers, weight, bias, stride=self.stride, padding=self.padding, activation=self.activation)
         return True
 
     def extra_repr(self) -> str:
@@ -111,6 +134,12 @@ class DepthwiseConv2d(_Operated):
         """Whether ``conv`` is a depthwise convolution that the operator computes."""
         return type(conv) is nn.Conv2d and _computable(conv)
 
+    def _is_computable(self) -> bool:
+        return _computable(self)
+
+    def _add(self, layers: Layers, *tensors, **options) -> None:
+        layers.depthwise_conv2d(*tensors, channels=self.groups, **options)
+
 
 class Conv2d(_Operated):
     """A dense ``nn.Conv2d`` that runs on :func:`ffnet_kernels.conv2d`, made by :meth:`from_conv`."""
@@ -127,6 +156,12 @@ class Conv2d(_Operated):
             and _plain(conv)
         )
 
+    def _is_computable(self) -> bool:
+        return self.groups == 1 and _plain(self)
+
+    def _add(self, layers: Layers, *tensors, **options) -> None:
+        layers.conv2d(*tensors, **options)
+
 
 def _check_activation(activation: str) -> None:
     if activation not in ACTIVATIONS:
@@ -134,20 +169,30 @@ def _check_activation(activation: str) -> None:
 
 
 def _computable(conv: nn.Conv2d) -> bool:
-    return (
-        conv.groups == conv.in_channels
-        and conv.out_channels in (conv.in_channels, 2 * conv.in_channels)
-        and _plain(conv)
-    )
+    return _plain(conv) and conv.weight.shape[1] == 1 and conv.weight.shape[0] in (conv.groups, 2 * conv.groups)
 
 
 def _plain(conv: nn.Conv2d) -> bool:
+    """Whether a convolution has nothing that no operator takes; its attributes may hold whatever users put there."""
+    stride = _integers(conv.stride)
     return (
-        conv.dilation == (1, 1)
-        and set(conv.stride) <= {1, 2}
+        _integers(conv.dilation) in ((1, 1), (1,))
+        and stride is not None
+        and set(stride) <= {1, 2}
         and conv.padding_mode == "zeros"
-        and (not isinstance(conv.padding, str) or conv.padding == "valid" or conv.stride == (1, 1))
+        and (
+            (conv.padding == "same" and set(stride) == {1})
+            or conv.padding == "valid"
+            or (not isinstance(conv.padding, str) and _integers(conv.padding) is not None)
+        )
+        and "_conv_forward" not in vars(conv)
     )
+
+
+def _integers(value: object) -> tuple[int, ...] | None:
+    """An integer or a pair of them as a tuple; None for anything else, numpy's integers included."""
+    values = value if isinstance(value, tuple | list) else (value,)
+    return tuple(values) if len(values) <= 2 and all(type(v) is int for v in values) else None
 
 
 def _layer_scale(channels: int, value: float | None, factory: dict) -> nn.Parameter | None:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 
 from .dispatch import available_backends
 from .modules import ChannelMixer, Conv2d, DepthwiseConv2d, FFNifiedAttention
@@ -66,9 +67,8 @@ def optimize(model: nn.Module) -> nn.Module:
 
 def _ready(module: nn.Module) -> nn.Module:
     """The module with every part that can prepare itself replaced by what it prepares."""
-    kernel_ready = getattr(module, "kernel_ready", None)
-    if callable(kernel_ready):
-        return kernel_ready()
+    if hasattr(type(module), "kernel_ready"):  # of its class: a wrapper may hand on what it is asked for
+        return module.kernel_ready()  # type: ignore[operator]
     for name, child in module.named_children():
         if (ready := _ready(child)) is not child:
             module.register_module(name, ready)
@@ -81,14 +81,13 @@ def _replace(model: nn.Module) -> list[Replacement]:
     for path, module in model.named_modules():
         if module in on_operators:
             continue
-        enable = getattr(module, "enable_kernels", None)
-        operator = enable() if callable(enable) else None
+        operator = module.enable_kernels() if hasattr(type(module), "enable_kernels") else None
         if operator is not None:
             replacements.append(Replacement(path, operator))
             on_operators.update(module.modules())
     for path, module in model.named_modules():
-        enable = getattr(module, "enable_training_kernels", None)
-        operator = enable() if model.training and callable(enable) else None
+        enabled = model.training and hasattr(type(module), "enable_training_kernels")
+        operator = module.enable_training_kernels() if enabled else None
         if operator is not None:
             replacements.append(Replacement(path, operator))
     homes = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
@@ -242,6 +241,8 @@ def _lay_out(model: nn.Module) -> None:
     innermost = available_backends() != ("reference",)
     for module in model.modules():
         filters: list[Tensor] = []
+        if isinstance(module, nn.Conv2d) and is_lazy(module.weight):
+            continue
         if isinstance(module, nn.Conv2d) and innermost and module.weight.shape[1] == 1:
             filters = [module.weight]
         elif isinstance(module, nn.Conv2d):

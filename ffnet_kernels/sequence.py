@@ -46,6 +46,8 @@ class Layers:
         self.numbers: list[int] = []
         self.eps = 0.0
         self.refused = False
+        self.inputs: int | None = None  # channels of the map that goes in
+        self._channels: int | None = None  # of the map so far
         self._modules: list[nn.Module] = []
         self._attributes: list[dict] = []  # of these modules
         # By name of a registry, such as "_modules", the attributes of the modules whose entries in it matter.
@@ -56,10 +58,22 @@ class Layers:
     def __len__(self) -> int:
         return len(self.numbers) // (3 + len(_NO_GEOMETRY))
 
+    def takes(self, x: Tensor) -> bool:
+        """Whether the first layer is one for as many channels; the native operator would take some others, too."""
+        return x.shape[1] == self.inputs
+
+    def _follow(self, inputs: int, outputs: int) -> None:
+        if self._channels is None:
+            self.inputs = inputs
+        self.refused |= self._channels not in (None, inputs)
+        self._channels = outputs
+
     def conv2d(self, weight, bias, *, stride=1, padding=0, activation: str = "none") -> None:
+        self._follow(weight.shape[1], weight.shape[0])
         self._convolution(_CONV2D, weight, bias, stride, padding, activation)
 
-    def depthwise_conv2d(self, weight, bias, *, stride=1, padding=0, activation: str = "none") -> None:
+    def depthwise_conv2d(self, weight, bias, *, channels: int, stride=1, padding=0, activation: str = "none") -> None:
+        self._follow(channels, weight.shape[0])
         self._convolution(_DEPTHWISE_CONV2D, weight, bias, stride, padding, activation)
 
     def _convolution(self, kind: int, weight, bias, stride, padding, activation: str) -> None:
@@ -72,6 +86,7 @@ class Layers:
     ) -> None:
         """``projection``: weight ``[C, C, 1, 1]`` and bias of the 1×1 convolution that makes the query, if any.
         ``residual``: whether the layer adds what came into it."""
+        self._follow(key.shape[0], key.shape[0])
         self.tensors += (*projection, key, key_bias, value, value_bias, scale)
         self.numbers += (_FFNIFIED_ATTENTION, _ACTIVATION[activation], residual, *_NO_GEOMETRY)
 
@@ -79,6 +94,7 @@ class Layers:
         self, weight, bias, expand_weight, expand_bias, project_weight, project_bias, scale, *,
         activation: str, residual: bool,
     ) -> None:  # fmt: skip
+        self._follow(weight.shape[0], project_weight.shape[0])
         self.tensors += (weight, bias, expand_weight, expand_bias, project_weight, project_bias, scale)
         self.numbers += (_CHANNEL_MIXER, _ACTIVATION[activation], residual, *_NO_GEOMETRY)
 
@@ -87,6 +103,7 @@ class Layers:
 
         ``norm``: weight, bias, running mean and variance of a batch normalisation; ``eps`` is its own.
         """
+        self._follow(weight.shape[1], weight.shape[0])
         self.tensors += (*norm, weight, bias)
         self.numbers += (_POOLED_LINEAR, _ACTIVATION["none"], False, *_NO_GEOMETRY)
         self.eps = eps
@@ -202,10 +219,11 @@ def run(module: Any, x: Tensor) -> Tensor | None:
     if layers is None or not layers.are_current():
         layers = Layers()
         layers.watch(module, called=False)
-        layers.refused = not module.add_kernel_layers(layers) or not layers.numbers
+        added = module.add_kernel_layers(layers)  # which may refuse by itself
+        layers.refused |= not added or not layers.numbers
         layers.remember()
         collected.layers = layers  # whole: other threads may be in the same call
-    if layers.refused:
+    if layers.refused or not layers.takes(x):
         return None
     try:
         return layers.run(x)

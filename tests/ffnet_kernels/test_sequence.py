@@ -286,13 +286,13 @@ def test_a_derived_model_runs_its_own_methods():
 @pytest.mark.parametrize(
     ("x", "message"),
     [
-        (torch.ones(2, 5, 8, 8), "shape"),
-        (torch.ones(2, 6, 8, 8, dtype=torch.bfloat16), "dtype"),
-        (torch.ones(8, 8), "dimension|[Ee]xpected"),
+        (torch.ones(2, 5, 8, 8), "to have 6 channels, but got 5"),
+        (torch.ones(2, 6, 8, 8, dtype=torch.bfloat16), "should be the same"),
+        (torch.ones(8, 8), "[Ee]xpected 3D .* or 4D"),
     ],
 )
-def test_what_is_wrong_is_said_as_by_the_layers(optimized, x, message):
-    with torch.no_grad(), pytest.raises((ValueError, RuntimeError), match=message):
+def test_what_is_wrong_is_said_as_by_plain_pytorch(optimized, x, message):
+    with torch.no_grad(), pytest.raises(RuntimeError, match=message):
         optimized(x)
 
 
