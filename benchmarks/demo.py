@@ -25,7 +25,7 @@ from .peers import OURS, AsTrained, Contender, Eager, Ours, TorchCompile
 from .report import busy_text, error_text, ratio_text
 from .results import Result, Row, write_json
 from .runner import Outcome, Runner
-from .text import markdown
+from .text import markdown, positive
 from .work import ModelWork
 
 SEED = 0
@@ -262,10 +262,10 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--checkpoint", type=Path, metavar="PATH", help="trained weights (none: random ones)")
     demo.add_argument("--labels", type=Path, metavar="PATH", help="names of the classes, one a line")
     demo.add_argument("--size", type=_size, metavar="N", help="height and width of the input (none: the model's own)")
-    demo.add_argument("--batch", type=_positive, default=1, metavar="N", help="photographs a call")
+    demo.add_argument("--batch", type=positive, default=1, metavar="N", help="photographs a call")
     demo.add_argument("--dtype", choices=("float32", "bfloat16", "float64"), default="float32", help="of the model")
-    demo.add_argument("--threads", type=_positive, metavar="N", help="threads (none: torch's own)")
-    demo.add_argument("--samples", type=_positive, default=20, metavar="N", help="time samples of each contender")
+    demo.add_argument("--threads", type=positive, metavar="N", help="threads (none: torch's own)")
+    demo.add_argument("--samples", type=positive, default=20, metavar="N", help="time samples of each contender")
     demo.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile as a contender"
     )
@@ -274,15 +274,8 @@ def _parser() -> argparse.ArgumentParser:
     return demo
 
 
-def _positive(text: str) -> int:
-    number = int(text) if text.isdecimal() else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
-    return number
-
-
 def _size(text: str) -> int:
-    size = _positive(text)
+    size = positive(text)
     if size < 32:
         raise argparse.ArgumentTypeError(f"expected at least 32, the stride of the models, got {size}")
     return size

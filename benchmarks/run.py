@@ -18,6 +18,7 @@ from .report_files import write_report
 from .results import Result, different, write_json
 from .runner import DEFAULT_SAMPLES, DEFAULT_SECONDS, LEAST_SAMPLES, Runner, run_cases
 from .suites import DEFAULT_SUITES, SUITES, suite
+from .text import positive
 
 RESULTS = "results.json"
 #: The second comes minutes after the first: what disturbed one half of the samples spared the other.
@@ -133,22 +134,22 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME,NAME",
         help=f"contenders beside ours, or 'all' (default: {','.join(DEFAULT_CONTENDERS[1:])}; suite 'record': by case)",
     )
-    parser.add_argument("--threads", type=_positive, metavar="N", help="threads (default: torch's)")
+    parser.add_argument("--threads", type=positive, metavar="N", help="threads (default: torch's)")
     parser.add_argument(
         "--samples",
-        type=_positive,
+        type=positive,
         metavar="N",
         help=f"per contender (default: {DEFAULT_SAMPLES}; suite 'record': {goals.SAMPLES})",
     )
     parser.add_argument(
         "--passes",
-        type=_positive,
+        type=positive,
         metavar="N",
         help=f"go through all cases so often, taking a part of the samples (default: {DEFAULT_PASSES}; 'record': 1)",
     )
     parser.add_argument(
         "--seconds",
-        type=_positive,
+        type=positive,
         default=DEFAULT_SECONDS,
         metavar="N",
         help=f"a case ends after them if each pass has {LEAST_SAMPLES} samples (default: %(default)s)",
@@ -165,13 +166,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser
-
-
-def _positive(text: str) -> int:
-    number = int(text) if text.isdecimal() else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
-    return number
 
 
 def _names(text: str, known: tuple[str, ...]) -> tuple[str, ...]:

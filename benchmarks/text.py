@@ -1,8 +1,17 @@
-"""Tables that read as text and render as Markdown."""
+"""Text in and out: numbers of options; tables that read as text and render as Markdown."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
+
+
+def positive(text: str) -> int:
+    """An option's integer, 1 or more. Raises argparse's error for anything else."""
+    number = int(text) if text.isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+    return number
 
 
 def markdown(headers: Sequence[str], lines: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:

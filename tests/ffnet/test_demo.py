@@ -8,6 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.demo import closing
+from benchmarks.results import Measurement, Row
 from ffnet import create_model
 from ffnet.__main__ import main
 from ffnet.preprocess import load_image, preprocess
@@ -41,12 +43,35 @@ def test_demo_on_its_own_photographs(tmp_path, capsys):
     text = capsys.readouterr().out
     for part in ("as trained", "china.jpg", "flower.jpg", "5/5", "weights are random", "mean nothing"):
         assert part in text
+    assert text.splitlines()[-1].endswith("Next: `make bench` measures every operator beside its peers, in minutes.")
     result = json.loads((tmp_path / "out" / "demo.json").read_text())
     measurements = result["rows"][0]["measurements"]
     assert [m["contender"] for m in measurements] == ["ours", "eager nchw", "eager channels-last", "as trained"]
     assert all(m["passed"] for m in measurements)
     assert all(len(p["top"]) == 5 and p["agreement"]["ours"] == 5 for p in result["extra"]["predictions"])
     assert (tmp_path / "out" / "latency.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("ours", "passed", "expected"),
+    [
+        ((1.0, 2.0), True, "is 1.50 times as fast as the best of the others, b, with the same numbers"),
+        ((3.0, 6.0), True, "takes 2.00 times as long as the best of the others, b, with the same numbers"),
+        ((1.0, 2.0), False, "b, but with WRONG numbers"),
+        ((), True, "Ours did not run: no luck"),
+    ],
+)
+def test_the_last_sentence_says_what_the_table_says(monkeypatch, ours, passed, expected):
+    """Ratios are medians of the rounds', as in the table."""
+    monkeypatch.setattr("ffnet_kernels.native.cpu_library_error", lambda: None)
+    measurements = (
+        Measurement("ours", samples_ms=ours, passed=passed, reason=None if ours else "no luck"),
+        Measurement("a", samples_ms=(4.0, 4.0), passed=True),
+        Measurement("b", samples_ms=(1.5, 3.0), passed=True),
+    )
+    assert expected in closing(Row("case", 1, 1, measurements))
+    monkeypatch.setattr("ffnet_kernels.native.cpu_library_error", lambda: "no compiler")
+    assert closing(Row("case", 1, 1, measurements)).startswith("There are no kernels here")
 
 
 def test_demo_with_a_checkpoint_labels_and_a_batch(tmp_path, picture, capsys):
