@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from . import dispatch, native
+from . import native
+from .backends import choice
 
 #: Every environment variable that is read; the README's table is checked against it.
 ENVIRONMENT = {
@@ -28,7 +29,7 @@ def info() -> dict[str, Any]:
 
     ``python -m ffnet_kernels info`` prints it.
     """
-    usable = dispatch.available_backends()
+    usable = choice.available_backends()
     loaded = native.cpu_library_error() is None
     return {
         "ffnet_kernels": _version("ffnet-kernels"),
@@ -41,8 +42,8 @@ def info() -> dict[str, Any]:
         "usable_isas": list(native.usable_isas()),
         "unbuilt_isas": list(native.unbuilt_isas()),
         "backends": {
-            name: "available" if name in usable else f"unavailable: {dispatch.why_unavailable(name)}"
-            for name in dispatch.NAMES[1:]
+            name: "available" if name in usable else f"unavailable: {choice.why_unavailable(name)}"
+            for name in choice.NAMES[1:]
         },
         "libraries": [str(path) for path in _libraries()],
         "build": native.build_record(),

@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import dispatch, native, operators
-from .backends import reference, triton
+from . import native
+from .backends import choice, triton
+from .backends.maps import same_padding
+from .ops._operator import OPERATORS, Operator
 
 #: What there is to check.
-BACKENDS = tuple(name for name in dispatch.BACKENDS if name != "reference")
+BACKENDS = tuple(name for name in choice.BACKENDS if name != "reference")
 FEW = 64  # elements
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -44,8 +46,8 @@ class Case(NamedTuple):
     layouts: tuple[str, ...] = tuple(LAYOUTS)
 
     @property
-    def spec(self) -> operators.Operator:
-        return next(operator for operator in operators.OPERATORS if operator.name == self.operator)
+    def spec(self) -> Operator:
+        return OPERATORS[self.operator]
 
     def laid_out(self, layout: str) -> tuple:
         """Its arguments with the maps among them in a layout."""
@@ -93,11 +95,11 @@ def selftest(
         BackendError: where the backend is not available on this machine.
     """
     if backend is None:
-        chosen = [name for name in dispatch.available_backends() if name in BACKENDS and not _is_for_tests(name)]
+        chosen = [name for name in choice.available_backends() if name in BACKENDS and not _is_for_tests(name)]
     elif backend not in BACKENDS:
         raise ValueError(f"selftest: expected one of {', '.join(BACKENDS)}, got {backend!r}")
-    elif (reason := dispatch.why_unavailable(backend)) is not None:
-        raise dispatch.BackendError(f"backend '{backend}' is not available: {reason}")
+    elif (reason := choice.why_unavailable(backend)) is not None:
+        raise choice.BackendError(f"backend '{backend}' is not available: {reason}")
     else:
         chosen = [backend]
     checks = []
@@ -115,7 +117,7 @@ def _is_for_tests(backend: str) -> bool:
 
 
 def _checks(backend: str, text: str) -> Iterator[Check]:
-    place, module, in_turn = _place(backend), dispatch.BACKENDS[backend], backend == "cuda" and _is_for_tests(backend)
+    place, in_turn = _place(backend), backend == "cuda" and _is_for_tests(backend)
     for number, case in enumerate(cases()):
         if text not in case.name:
             continue
@@ -123,12 +125,12 @@ def _checks(backend: str, text: str) -> Iterator[Check]:
         for dtype in [place.dtypes[number % len(place.dtypes)]] if in_turn else place.dtypes:
             args = moved(case.args, device=place.device, dtype=dtype)
             # Sums of few hundred terms that cancel would say more of their order than of the kernel.
-            grad = incoming_gradient(getattr(reference, case.operator)(*args), mean=1.0)
+            grad = incoming_gradient(case.spec.reference(*args), mean=1.0)
             expected = _expected(case, args, grad)
             for layout, (variant, selected) in itertools.product(case.layouts, place.variants):
                 placed = moved(case.laid_out(layout), device=place.device, dtype=dtype)
                 with selected(), poisoned_memory():
-                    results = _results(module, case, placed, _laid_out(grad, layout))
+                    results = _results(backend, case, placed, _laid_out(grad, layout))
                 for one, result in zip(expected, results, strict=True):
                     title = f"{one.name} {layout} {str(dtype).removeprefix('torch.')}"
                     error = _largest(result.double() - one.exact)
@@ -146,10 +148,9 @@ class _Expected(NamedTuple):
 
 
 def _expected(case: Case, args: tuple, grad: Tensor) -> list[_Expected]:
-    arguments = [argument.split()[-1] for argument in case.spec.arguments.split(", ")]
-    names = [case.name, *(f"gradient of {arguments[i]} of {case.name}" for i in _wanted(case, args))]
-    exact = _results(reference, case, moved(args, dtype=torch.float64), grad.double())
-    eager = _results(reference, case, args, grad)
+    names = [case.name, *(f"gradient of {case.spec.names[i]} of {case.name}" for i in _wanted(case, args))]
+    exact = _results("reference", case, moved(args, dtype=torch.float64), grad.double())
+    eager = _results("reference", case, args, grad)
     errors = [_largest(plain.double() - result) for plain, result in zip(eager, exact, strict=True)]
     # A result of a few elements would judge by plain PyTorch's luck: its share of error is that of the call's worst.
     share = max(error / _largest(result) for error, result in zip(errors, exact, strict=True))
@@ -164,11 +165,10 @@ def _largest(values: Tensor) -> float:
     return values.abs().max().item()
 
 
-def _results(backend: Any, case: Case, args: tuple, grad: Tensor) -> list[Tensor]:
+def _results(backend: str, case: Case, args: tuple, grad: Tensor) -> list[Tensor]:
     """The output, and the wanted gradients for an incoming one."""
     mask = [i in _wanted(case, args) for i in case.spec.tensors]
-    forward, backward = getattr(backend, case.operator), getattr(backend, f"{case.operator}_backward")
-    return [forward(*args), *backward(grad, *args, mask)]
+    return [case.spec.on(backend, *args), *case.spec.backward_on(backend, grad, *args, mask)]
 
 
 def _wanted(case: Case, args: tuple) -> list[int]:
@@ -251,7 +251,7 @@ def _convolution(
 ) -> Case:
     x, weight, bias = _random(generator, shape), *_filter(generator, shape[1] * multiplier, kernel)
     activation = ("none", "gelu", "gelu_tanh", "relu", "silu")[(kernel + stride) % 5]
-    args = (x, weight, bias, (stride, stride), reference.same_padding(weight), activation)
+    args = (x, weight, bias, (stride, stride), same_padding(weight), activation)
     name = f"depthwise_conv2d k={kernel} s={stride} m={multiplier} {_text(shape)} {activation}"
     return Case(name, "depthwise_conv2d", args, **how)
 

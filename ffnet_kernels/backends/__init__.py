@@ -1,8 +1,9 @@
-"""How operators run, one module a backend.
+"""How operators run, one module a backend; :mod:`.choice` chooses among them.
 
-A backend is a module with, besides a function for each operator it knows (same arguments as the schema; the reference
-runs the others):
+A backend is a module with
 
+``OPERATORS``
+    the names of those it has kernels for; it need not have all (the reference takes every call and has no such list);
 ``unavailable() -> str | None``
     why it cannot run at all on this machine, or None;
 ``refusal(operator, args) -> str | None``
@@ -11,4 +12,7 @@ runs the others):
     why plain PyTorch was measured to be faster at this call, or None; only the chooser asks;
 ``describe(operator, args) -> str``
     which variant it would run, for ``explain``.
+
+Gradients are composed of a backend's primitives, where it has no kernel for all of one: ``convolve``, ``activated``,
+``activation_backward``, ``convolve_backward`` and ``scaled_filter_gradients`` as in :mod:`.reference`.
 """

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import functools
-import sys
-
 import torch
 from torch import Tensor
 
-from .. import autograd, native
-from . import gradients
+from .. import native
 
+NAME = "cpu"
 _ops = torch.ops.ffnet_kernels
 
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+#: Not gained from on maps that suit plain PyTorch: see `slower`.
+_DEPTHWISE = ("depthwise_conv2d", "ffnified_attention", "channel_mixer")
+#: Of training steps; in float32 only.
+_TRAINING = ("batch_norm", "branched_depthwise", "feed_forward")
+#: Whose gradient has no kernel of its own: its depthwise part has.
+COMPOSED = ("channel_mixer",)
+OPERATORS = frozenset((*_DEPTHWISE, *_TRAINING, "conv2d"))
 
 
 def unavailable() -> str | None:
@@ -24,15 +28,15 @@ def refusal(operator: str, args: tuple) -> str | None:
     x = args[0]
     if x.device.type != "cpu":
         return f"takes CPU tensors, got {x.device}"
+    if operator in _TRAINING and (x.dtype != torch.float32 or x.numel() == 0):
+        return f"takes float32 maps that are not empty, got {x.dtype} of the shape {list(x.shape)}"
     if x.dtype not in DTYPES:
         return f"takes float32, bfloat16 and float16, got {x.dtype}"
-    if operator == "depthwise_conv2d_backward" and args[2].shape[0] > 2 * args[1].shape[1]:
-        return f"takes one or two outputs per channel, got {args[2].shape[0]} for {args[1].shape[1]} channels"
     return None
 
 
 def slower(operator: str, args: tuple) -> str | None:
-    return None if operator in ("conv2d", "sequence") else slower_map(args[0])
+    return slower_map(args[0]) if operator in _DEPTHWISE else None
 
 
 def slower_map(x: Tensor) -> str | None:
@@ -56,30 +60,6 @@ def describe(operator: str, args: tuple) -> str:
     return f"{native.isa()}, {native.lanes()} channels a vector; {rows}, {source}"
 
 
-def depthwise_conv2d(*args) -> Tensor:
-    return autograd.call(_ops.depthwise_conv2d.default, *args)
-
-
-def conv2d(*args) -> Tensor:
-    return autograd.call(_ops.conv2d.default, *args)
-
-
-def ffnified_attention(*args) -> Tensor:
-    return autograd.call(_ops.ffnified_attention.default, *args)
-
-
-def channel_mixer(*args) -> Tensor:
-    return autograd.call(_ops.channel_mixer.default, *args)
-
-
-def depthwise_conv2d_backward(*call) -> list[Tensor]:
-    return _ops.depthwise_conv2d_backward.default(*call)
-
-
-def ffnified_attention_backward(*call) -> list[Tensor]:
-    return _ops.ffnified_attention_backward.default(*call)
-
-
 def convolve(x, weight, bias, stride, padding) -> Tensor:
     return _ops.depthwise_conv2d.default(x, weight, bias, stride, padding, "none")
 
@@ -89,6 +69,3 @@ def convolve_backward(grad, x, weight, stride, padding, mask) -> list:
     bias = weight[:, 0, 0, 0] if mask[2] else None  # any of that shape: the gradient does not depend on it
     grads = iter(_ops.depthwise_conv2d_backward.default(grad, x, weight, bias, stride, padding, "none", mask))
     return [next(grads) if wanted else None for wanted in mask]
-
-
-channel_mixer_backward = functools.partial(gradients.channel_mixer_backward, sys.modules[__name__])

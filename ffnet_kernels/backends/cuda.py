@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import functools
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import native
-from ..formats import empty_output, suggests_channels_last
 from . import reference
-from .gradients import same_padding
+from .maps import empty_output, same_padding, suggests_channels_last
 
+NAME = "cuda"
 _ops = torch.ops.ffnet_kernels_cuda
+OPERATORS = ("depthwise_conv2d", "ffnified_attention", "channel_mixer")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OLDEST = (7, 5)
 _MOST, _MOST_PIXELS = 2**28, 2**30
@@ -72,48 +74,35 @@ def describe(operator: str, args: tuple) -> str:
     return f"depthwise on {depthwise}; {products}"
 
 
-def run_forward(operator: str, out: Tensor, args: tuple) -> Tensor:
+def run_forward(operator: Any, out: Tensor, args: tuple) -> Tensor:
     """What the library does not register itself: the channel mixer, and every call that it refuses."""
-    if operator != "channel_mixer" or refusal(operator, args) is not None or unavailable() is not None:
-        return out.copy_(getattr(reference, operator)(*args))
+    if operator.name != "channel_mixer" or refusal(operator.name, args) is not None or unavailable() is not None:
+        return out.copy_(operator.reference(*args))
     x, weight, bias, *pointwise = args
     mixed = convolve(x, weight, bias, (1, 1), same_padding(weight))
     return _pointwise_forward(out, mixed, *pointwise)
 
 
-def run_backward(operator: str, call: tuple) -> list[Tensor]:
-    """The wanted gradients of a call, as the operators' backward schemas have them."""
-    if refusal(operator, call) is not None or unavailable() is not None:
-        return getattr(reference, f"{operator}_backward")(*call)
-    return getattr(sys.modules[__name__], f"_{operator}_backward")(*call)
-
-
-def depthwise_conv2d(*args) -> Tensor:
-    return _ops.depthwise_conv2d.default(*args)
-
-
-def ffnified_attention(*args) -> Tensor:
-    return _ops.ffnified_attention.default(*args)
-
-
-def channel_mixer(*args) -> Tensor:
-    return _ops.channel_mixer.default(*args)
-
-
-def depthwise_conv2d_backward(*call) -> list[Tensor]:
-    return _ops.depthwise_conv2d_backward.default(*call)
-
-
-def ffnified_attention_backward(*call) -> list[Tensor]:
-    return _ops.ffnified_attention_backward.default(*call)
-
-
-def channel_mixer_backward(*call) -> list[Tensor]:
-    return _ops.channel_mixer_backward.default(*call)
+def run_backward(operator: Any, call: tuple) -> list:
+    """The gradients of a call, None where one is not wanted; ``operator`` is an ``ops.Operator``."""
+    if refusal(operator.name, call) is not None or unavailable() is not None:
+        return operator.defined.gradient(reference, *call)
+    if operator.name == "channel_mixer":
+        return _channel_mixer_backward(*call)
+    return operator.defined.gradient(sys.modules[__name__], *call)
 
 
 def convolve(x, weight, bias, stride, padding) -> Tensor:
-    return _ops.depthwise_conv2d.default(x, weight, bias, stride, padding, "none")
+    return activated(x, weight, bias, stride, padding, "none")
+
+
+def activated(x, weight, bias, stride, padding, activation) -> Tensor:
+    return _ops.depthwise_conv2d.default(x, weight, bias, stride, padding, activation)
+
+
+def activation_backward(grad, x, weight, bias, stride, padding, activation) -> Tensor:
+    """The gradient of the convolution's result, from that of its activation."""
+    return _ops.depthwise_conv2d_activation_backward.default(grad, x, weight, bias, stride, padding, activation)
 
 
 def convolve_backward(grad, x, weight, stride, padding, mask) -> list:
@@ -125,6 +114,19 @@ def convolve_backward(grad, x, weight, stride, padding, mask) -> list:
         wanted = _ops.depthwise_conv2d_wgrad.default(grad, x, weight.shape[2:], stride, padding)
         grads[1:] = [g if m else None for g, m in zip(wanted, mask[1:], strict=True)]
     return grads
+
+
+def scaled_filter_gradients(grad, x, weight, bias, scale, padding, mask) -> list:
+    """Gradients of weight, bias and scale of ``scale · (DW(x; weight) + bias)``."""
+    grads = _ops.ffnified_attention_value_grads.default(grad, x, weight, bias, scale)
+    return [g if wanted else None for g, wanted in zip(grads, mask, strict=True)]
+
+
+def attention_maps(grad, query, key, key_bias, value, activation, scale) -> list[Tensor] | None:
+    """In one kernel, where it fits: see :func:`ffnet_kernels.ops.ffnified_attention.gradient`."""
+    if not _ops.ffnified_attention_dgrad_takes(grad, query, key, value):
+        return None
+    return _ops.ffnified_attention_dgrad.default(grad, query, key, key_bias, value, activation, scale)
 
 
 def _pointwise_forward(
@@ -156,63 +158,19 @@ def _map_like(x: Tensor, channels: int) -> Tensor:
     return empty_output((x.shape[0], channels, *x.shape[2:]), (x,))
 
 
-def _depthwise_conv2d_backward(grad, x, weight, bias, stride, padding, activation, mask) -> list[Tensor]:
-    if activation != "none":
-        grad = _ops.depthwise_conv2d_activation_backward.default(grad, x, weight, bias, stride, padding, activation)
-    return _wanted(convolve_backward(grad, x, weight, stride, padding, mask), mask)
-
-
-def _ffnified_attention_backward(
-    grad, query, key, key_bias, value, value_bias, activation, scale, residual, mask
-) -> list[Tensor]:
-    key_pads, value_pads = same_padding(key), same_padding(value)
-    query_grad = hidden = None
-    if any(mask[:3]) and _ops.ffnified_attention_dgrad_takes(grad, query, key, value):
-        maps = _ops.ffnified_attention_dgrad.default(grad, query, key, key_bias, value, activation, scale)
-        query_grad, hidden, hidden_grad = maps
-    else:  # the same maps by a kernel each
-        if any(mask[3:6]):
-            hidden = _ops.depthwise_conv2d.default(query, key, key_bias, (1, 1), key_pads, activation)
-        if any(mask[:3]):
-            scaled = grad if scale is None else grad * scale[:, None, None]
-            hidden_grad = _ops.depthwise_conv2d_dgrad.default(scaled, value, query, (1, 1), value_pads)
-            hidden_grad = _ops.depthwise_conv2d_activation_backward.default(
-                hidden_grad, query, key, key_bias, (1, 1), key_pads, activation
-            )
-        if mask[0]:
-            query_grad = _ops.depthwise_conv2d_dgrad.default(hidden_grad, key, query, (1, 1), key_pads)
-    grads: list[Tensor | None] = [query_grad, None, None, None, None, None, grad]
-    if mask[1] or mask[2]:
-        grads[1:3] = _ops.depthwise_conv2d_wgrad.default(hidden_grad, query, key.shape[2:], (1, 1), key_pads)
-    if any(mask[3:6]):
-        grads[3:6] = _ops.ffnified_attention_value_grads.default(grad, hidden, value, value_bias, scale)
-    return _wanted(grads, mask)
-
-
 def _channel_mixer_backward(
-    grad,
-    x,
-    weight,
-    bias,
-    expand_weight,
-    expand_bias,
-    project_weight,
-    project_bias,
-    activation,
-    scale,
-    residual,
-    mask,
-) -> list[Tensor]:
+    grad, x, weight, bias, expand_weight, expand_bias, project_weight, project_bias, activation, scale, residual, mask
+) -> list:
     """torch multiplies; the activation and its derivative are one pass over the hidden map and its gradient."""
     pads = same_padding(weight)
     mixed = convolve(x, weight, bias, (1, 1), pads)
     last = suggests_channels_last(mixed)
     grad = grad.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
     hidden = _product(expand_weight, mixed, _map_like(mixed, expand_weight.shape[0]))
-    scaled = grad if scale is None else grad * scale[:, None, None]
+    scaled = reference.scaled(grad, scale)
     hidden_grad = _product(project_weight.T, scaled, torch.empty_like(hidden))
     _ops.activation_backward_.default(hidden, expand_bias, hidden_grad, activation)
-    grads: list[Tensor | None] = [None] * 9
+    grads: list[Tensor | None] = [None] * 8
     if mask[5] or mask[6]:
         grads[5:7] = _pointwise_wgrad(scaled, hidden)
     if mask[7]:
@@ -224,8 +182,7 @@ def _channel_mixer_backward(
     if any(mask[:3]):
         mixed_grad = _product(expand_weight.T, hidden_grad, torch.empty_like(mixed))
         grads[:3] = convolve_backward(mixed_grad, x, weight, (1, 1), pads, mask[:3])
-    grads[8] = grad
-    return _wanted(grads, mask)
+    return grads
 
 
 def _pointwise_wgrad(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -235,7 +192,3 @@ def _pointwise_wgrad(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     else:
         product = grad.transpose(0, 1).flatten(1) @ x.transpose(0, 1).flatten(1).T
     return product, grad.sum((0, 2, 3))
-
-
-def _wanted(grads: list[Tensor | None], mask) -> list[Tensor]:
-    return [g for g, wanted in zip(grads, mask, strict=True) if wanted and g is not None]

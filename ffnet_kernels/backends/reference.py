@@ -1,20 +1,18 @@
-"""The meaning of every operator, in plain PyTorch: what all backends are tested against, and what runs where none can.
+"""Plain PyTorch: what the meaning and the gradients of operators are written in, and what runs where no kernel can.
 
-Forward and backward are compositions of differentiable ``aten`` operators: any device, any dtype up to float64, any
-order of derivative, exportable. Arguments are those of the schemas in ``operators.py``, already checked.
+Compositions of differentiable ``aten`` operators: any device, any dtype up to float64, any order of derivative,
+exportable. The operators themselves are in :mod:`ffnet_kernels.ops`.
 """
 
 from __future__ import annotations
-
-import sys
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import gradients
 from .activations import ACTIVATE, ACTIVATE_BACKWARD
-from .gradients import same_padding
+
+NAME = "reference"
 
 
 def unavailable() -> str | None:
@@ -33,39 +31,6 @@ def describe(operator: str, args: tuple) -> str:
     return "plain PyTorch operators"
 
 
-def depthwise_conv2d(x, weight, bias, stride, padding, activation) -> Tensor:
-    return ACTIVATE[activation](convolve(x, weight, bias, stride, padding))
-
-
-def ffnified_attention(query, key, key_bias, value, value_bias, activation, scale, residual) -> Tensor:
-    hidden = ACTIVATE[activation](convolve(query, key, key_bias, (1, 1), same_padding(key)))
-    return _finish(convolve(hidden, value, value_bias, (1, 1), same_padding(value)), scale, residual)
-
-
-def channel_mixer(
-    x, weight, bias, expand_weight, expand_bias, project_weight, project_bias, activation, scale, residual
-) -> Tensor:
-    mixed = convolve(x, weight, bias, (1, 1), same_padding(weight))
-    hidden = ACTIVATE[activation](F.conv2d(mixed, expand_weight[:, :, None, None], expand_bias))
-    return _finish(F.conv2d(hidden, project_weight[:, :, None, None], project_bias), scale, residual)
-
-
-def conv2d(x, weight, bias, stride, padding, activation) -> Tensor:
-    return ACTIVATE[activation](convolve(x, weight, bias, stride, padding, groups=1))
-
-
-def conv2d_backward(grad, x, weight, bias, stride, padding, activation, mask) -> list[Tensor]:
-    if activation != "none":
-        grad = ACTIVATE_BACKWARD[activation](grad, convolve(x, weight, bias, stride, padding, groups=1))
-    grads = convolve_backward(grad, x, weight, stride, padding, mask, groups=1)
-    return [g for g, wanted in zip(grads, mask, strict=True) if wanted]
-
-
-depthwise_conv2d_backward, ffnified_attention_backward, channel_mixer_backward = gradients.backward_passes(
-    sys.modules[__name__]
-)
-
-
 def convolve(x, weight, bias, stride, padding, groups=None) -> Tensor:
     """Depthwise unless told otherwise.
 
@@ -77,24 +42,24 @@ def convolve(x, weight, bias, stride, padding, groups=None) -> Tensor:
     return F.conv2d(x, weight, bias, tuple(stride), (top, left), groups=x.shape[1] if groups is None else groups)
 
 
+def activated(x, weight, bias, stride, padding, activation) -> Tensor:
+    return ACTIVATE[activation](convolve(x, weight, bias, stride, padding))
+
+
+def activation_backward(grad, x, weight, bias, stride, padding, activation, groups=None) -> Tensor:
+    """The gradient of the convolution's result, from that of its activation."""
+    return ACTIVATE_BACKWARD[activation](grad, convolve(x, weight, bias, stride, padding, groups))
+
+
 def convolve_backward(grad, x, weight, stride, padding, mask, groups=None) -> list:
     """Gradients of x, weight and bias; None where the mask says that one is not wanted."""
     top, bottom, left, right = padding
     uneven = top != bottom or left != right
     padded, sides = (F.pad(x, (left, right, top, bottom)), [0, 0]) if uneven else (x, [top, left])
+    groups = x.shape[1] if groups is None else groups
     grads = list(
         torch.ops.aten.convolution_backward(
-            grad,
-            padded,
-            weight,
-            [weight.shape[0]],
-            list(stride),
-            sides,
-            [1, 1],
-            False,
-            [0, 0],
-            x.shape[1] if groups is None else groups,
-            list(mask),
+            grad, padded, weight, [weight.shape[0]], list(stride), sides, [1, 1], False, [0, 0], groups, list(mask)
         )
     )
     if uneven and mask[0]:
@@ -102,7 +67,27 @@ def convolve_backward(grad, x, weight, stride, padding, mask, groups=None) -> li
     return grads
 
 
-def _finish(out: Tensor, scale: Tensor | None, residual: Tensor | None) -> Tensor:
-    if scale is not None:
-        out = out * scale[:, None, None]
+def scaled_filter_gradients(grad, x, weight, bias, scale, padding, mask) -> list:
+    """Gradients of weight, bias and scale of ``scale · (DW(x; weight) + bias)``, None where one is not wanted."""
+    grad_scale = (grad * convolve(x, weight, bias, (1, 1), padding)).sum((0, 2, 3)) if mask[2] else None
+    return [*convolve_backward(scaled(grad, scale), x, weight, (1, 1), padding, (False, *mask[:2]))[1:], grad_scale]
+
+
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The 1×1 convolution by a matrix."""
+    return F.conv2d(x, weight[:, :, None, None], bias)
+
+
+def pointwise_backward(grad, x, weight, mask) -> list:
+    """Gradients of x, weight and bias, as from :func:`convolve_backward`."""
+    grads = convolve_backward(grad, x, weight[:, :, None, None], (1, 1), (0, 0, 0, 0), mask, groups=1)
+    return [grads[0], grads[1].flatten(1) if mask[1] else None, grads[2]]
+
+
+def scaled(map: Tensor, scale: Tensor | None) -> Tensor:
+    return map if scale is None else map * scale[:, None, None]
+
+
+def scaled_residual(out: Tensor, scale: Tensor | None, residual: Tensor | None) -> Tensor:
+    out = scaled(out, scale)
     return out if residual is None else residual + out

@@ -20,10 +20,12 @@ from .launch import INTERPRETED, recording
 
 logger = logging.getLogger("ffnet_kernels")
 
+NAME = "triton"
 OLDEST = (3, 5)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MOST_PIXELS = 2**31 - 2**10
 _HOSTS = {"depthwise_conv2d": "depthwise", "ffnified_attention": "attention", "channel_mixer": "mixer"}
+OPERATORS = tuple(_HOSTS)
 _DEVICES = ("cuda", "xpu")
 _HOW_TO_INTERPRET = "TRITON_INTERPRET=1 in the environment runs the kernels on CPU tensors, slowly, for tests"
 
@@ -79,22 +81,23 @@ def describe(operator: str, args: tuple) -> str:
         return "Triton does not import; plain PyTorch operators"
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, recording() as launches:
         fakes = tuple(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args)
-        module.forward(getattr(reference, operator)(*fakes), *fakes)
+        module.forward(getattr(torch.ops.ffnet_kernels_triton, operator).default(*fakes), *fakes)
     return "; ".join(map(str, launches))
 
 
-def run_forward(operator: str, out: Tensor, args: tuple) -> Tensor:
-    """Computes a checked call into ``out``."""
-    module = _module(operator)
-    return out.copy_(getattr(reference, operator)(*args)) if module is None else module.forward(out, *args)
+def run_forward(operator: Any, out: Tensor, args: tuple) -> Tensor:
+    """Computes a checked call of an ``ops.Operator`` into ``out``."""
+    module = _module(operator.name)
+    return out.copy_(operator.reference(*args)) if module is None else module.forward(out, *args)
 
 
-def run_backward(operator: str, call: tuple) -> list[Tensor]:
-    """The wanted gradients of a call, as the operators' backward schemas have them."""
-    module = _module(operator)
+def run_backward(operator: Any, call: tuple) -> list:
+    """The gradients of a call, None where one is not wanted."""
+    module = _module(operator.name)
     if module is None:
-        return getattr(reference, f"{operator}_backward")(*call)
-    return module.backward(*call)
+        return operator.defined.gradient(reference, *call)
+    grads = module.backward(*call)
+    return operator.defined.gradient(_module("depthwise_conv2d"), *call) if grads is None else grads
 
 
 @functools.cache
@@ -109,27 +112,3 @@ def _module(operator: str) -> Any:
     except ImportError as error:
         logger.warning("Triton does not import, plain PyTorch runs in its place: %s", error)
         return None
-
-
-def depthwise_conv2d(*args) -> Tensor:
-    return torch.ops.ffnet_kernels_triton.depthwise_conv2d.default(*args)
-
-
-def ffnified_attention(*args) -> Tensor:
-    return torch.ops.ffnet_kernels_triton.ffnified_attention.default(*args)
-
-
-def channel_mixer(*args) -> Tensor:
-    return torch.ops.ffnet_kernels_triton.channel_mixer.default(*args)
-
-
-def depthwise_conv2d_backward(*call) -> list[Tensor]:
-    return torch.ops.ffnet_kernels_triton.depthwise_conv2d_backward.default(*call)
-
-
-def ffnified_attention_backward(*call) -> list[Tensor]:
-    return torch.ops.ffnet_kernels_triton.ffnified_attention_backward.default(*call)
-
-
-def channel_mixer_backward(*call) -> list[Tensor]:
-    return torch.ops.ffnet_kernels_triton.channel_mixer_backward.default(*call)

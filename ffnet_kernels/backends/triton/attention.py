@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import configs, depthwise
+from . import configs
 from .attention_kernels import ffnified_attention_backward_kernel, ffnified_attention_forward_kernel
 from .configs import Shape
-from .depthwise import convolve, convolve_backward, filter_gradients, filters, sum_partials
+from .depthwise import convolve, filter_gradients, filters, sum_partials
 from .launch import launch, maps, vectors
 
 #: Filter heights of the fused kernels. A taller filter would recompute more of the middle map than it saves traffic:
@@ -43,14 +43,10 @@ def forward(out, query, key, key_bias, value, value_bias, activation: str, scale
 
 def backward(
     grad, query, key, key_bias, value, value_bias, activation: str, scale, residual, mask
-) -> list[Tensor]:  # fmt: skip
-    """The wanted gradients, in the order of the tensor arguments; that of the residual is ``grad`` itself."""
-    grads = _fused_backward if fused(key, value) else _composed_backward
-    found: list[Tensor | None] = [*grads(grad, query, key, key_bias, value, value_bias, activation, scale, mask), grad]
-    return [g for g, m in zip(found, mask, strict=True) if m and g is not None]
-
-
-def _fused_backward(grad, query, key, key_bias, value, value_bias, activation, scale, mask) -> list[Tensor | None]:
+) -> list[Tensor | None] | None:
+    """The gradients of all tensors but the residual, by one kernel; None where it takes convolutions one by one."""
+    if not fused(key, value):
+        return None
     kernel_height, kernel_width = key.shape[2:]
     shape = Shape.of("attention_backward", query, query.shape, kernel_height)
     tile = configs.choose(shape, query.device)
@@ -67,25 +63,5 @@ def _fused_backward(grad, query, key, key_bias, value, value_bias, activation, s
         HALO=tile.rows < shape.height, **share, **tile.blocks(),
     )  # fmt: skip
     key_grads = filter_gradients(sum_partials(partials[0]), key, mask[1:3])
-    value_grads = filter_gradients(
-        sum_partials(partials[1]), value, mask[3:5], bias=value_bias, scale=scale, wants_scale=mask[5]
-    )
-    return [grad_query, *key_grads, *value_grads, *([] if mask[5] else [None])]
-
-
-def _composed_backward(grad, query, key, key_bias, value, value_bias, activation, scale, mask) -> list[Tensor | None]:
-    """Of filters that are not fused: convolutions one after the other, the middle map and its gradient in memory."""
-    (top, bottom, left, right), value_pads = (depthwise.same_padding(w) for w in (key, value))
-    hidden = convolve(torch.empty_like(query), query, key, key_bias, top=top, left=left, activation=activation)
-    scaled = grad if scale is None else grad * scale[:, None, None]
-    grad_hidden = convolve_backward(scaled, hidden, value, (1, 1), value_pads, (True, False, False))[0]
-    value_grads: list[Tensor | None] = [None, None, None]
-    if any(mask[3:6]):
-        sums = depthwise.weight_sums(grad, hidden, value, (1, 1), value_pads)
-        value_grads = filter_gradients(sums, value, mask[3:5], bias=value_bias, scale=scale, wants_scale=mask[5])
-    grad_before = convolve(
-        torch.empty_like(query), query, key, key_bias, top=top, left=left, activation=activation,
-        derivative=True, other=grad_hidden,
-    )  # fmt: skip
-    key_grads = convolve_backward(grad_before, query, key, (1, 1), (top, bottom, left, right), mask[:3])
-    return [*key_grads, *value_grads, *([] if len(value_grads) == 3 else [None])]
+    value_grads = filter_gradients(sum_partials(partials[1]), value, mask[3:6], bias=value_bias, scale=scale)
+    return [grad_query, *key_grads, *value_grads]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import gradients
+from ..maps import same_padding as same_padding
 from . import configs
 from .configs import Shape
 from .depthwise_kernels import (
@@ -20,8 +20,6 @@ from .depthwise_kernels import (
 from .launch import launch, maps, vectors
 from .rows import CHUNK
 
-same_padding = gradients.same_padding
-
 
 def forward(out: Tensor, x, weight, bias, stride, padding, activation: str) -> Tensor:
     outputs = weight.shape[0] // x.shape[1]
@@ -31,17 +29,30 @@ def forward(out: Tensor, x, weight, bias, stride, padding, activation: str) -> T
     )  # fmt: skip
 
 
-def backward(grad, x, weight, bias, stride, padding, activation: str, mask) -> list[Tensor]:
-    """The wanted gradients of x, weight and bias."""
+def backward(grad, x, weight, bias, stride, padding, activation: str, mask) -> list[Tensor | None]:
+    """The gradients of x, weight and bias, None where one is not wanted."""
     if activation != "none":
-        outputs = weight.shape[0] // x.shape[1]
-        grad = convolve(
-            torch.empty_like(grad), x, weight, bias, stride=stride, top=padding[0], left=padding[2],
-            activation=activation, derivative=True, outputs=outputs, other=grad,
-        )  # fmt: skip
-    grad_x, grad_weight, grad_bias = convolve_backward(grad, x, weight, stride, padding, mask)
-    wanted = zip((grad_x, grad_weight, grad_bias), mask, strict=True)
-    return [g for g, m in wanted if m and g is not None]
+        grad = activation_backward(grad, x, weight, bias, stride, padding, activation)
+    return convolve_backward(grad, x, weight, stride, padding, mask)
+
+
+def activated(x, weight, bias, stride, padding, activation: str) -> Tensor:
+    """The whole convolution, of one output for each channel and stride 1."""
+    return forward(torch.empty_like(x), x, weight, bias, stride, padding, activation)
+
+
+def activation_backward(grad, x, weight, bias, stride, padding, activation: str) -> Tensor:
+    """The gradient of the convolution's result, from that of its activation."""
+    return convolve(
+        torch.empty_like(grad), x, weight, bias, stride=stride, top=padding[0], left=padding[2],
+        activation=activation, derivative=True, outputs=weight.shape[0] // x.shape[1], other=grad,
+    )  # fmt: skip
+
+
+def scaled_filter_gradients(grad, x, weight, bias, scale, padding, mask) -> list[Tensor | None]:
+    """Gradients of weight, bias and scale of ``scale · (DW(x; weight) + bias)``, None where one is not wanted."""
+    sums = weight_sums(grad, x, weight, (1, 1), padding)
+    return filter_gradients(sums, weight, mask, bias=bias, scale=scale)
 
 
 def filters(x: Tensor, *, mirrored: bool = False, **weights: Tensor) -> dict[str, Any]:
@@ -200,12 +211,13 @@ def sum_partials(partials: Tensor) -> Tensor:
     return sums
 
 
-def filter_gradients(sums, weight, mask, *, bias=None, scale=None, wants_scale=False) -> list[Tensor | None]:
-    """[weight, bias(, scale)] gradients from sums ``[taps + 1, C]``; see the kernel."""
+def filter_gradients(sums, weight, mask, *, bias=None, scale=None) -> list[Tensor | None]:
+    """Gradients of weight and bias, and of scale if the mask says something of it, from sums ``[taps + 1, C]``; see the
+    kernel."""
     channels, _, kernel_height, kernel_width = weight.shape
     grad_weight = torch.empty_like(weight) if mask[0] else None
     grad_bias = weight.new_empty(channels) if mask[1] else None
-    grad_scale = weight.new_empty(channels) if wants_scale else None
+    grad_scale = weight.new_empty(channels) if len(mask) > 2 and mask[2] else None
     block_c = 32
     strides = [None if t is None else (t.stride(0), t.stride(2), t.stride(3)) for t in (weight, grad_weight)]
     launch(
@@ -214,4 +226,4 @@ def filter_gradients(sums, weight, mask, *, bias=None, scale=None, wants_scale=F
         **vectors(bias=bias, scale=scale), grad_bias=grad_bias, grad_scale=grad_scale,
         channels=channels, kernel_height=kernel_height, kernel_width=kernel_width, BLOCK_C=block_c, BLOCK_T=64,
     )  # fmt: skip
-    return [grad_weight, grad_bias, *([grad_scale] if wants_scale else [])]
+    return [grad_weight, grad_bias, grad_scale][: len(mask)]

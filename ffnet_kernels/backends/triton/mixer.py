@@ -119,10 +119,10 @@ def _fused(
 def backward(
     grad, x, weight, bias, expand_weight, expand_bias, project_weight, project_bias, activation: str, scale, residual,
     mask,
-) -> list[Tensor]:  # fmt: skip
-    """The wanted gradients, in the order of the tensor arguments; that of the residual is ``grad`` itself."""
+) -> list[Tensor | None]:  # fmt: skip
+    """The gradients of all tensors but the residual, None where one is not wanted."""
     hidden, channels = expand_weight.shape
-    grad_map, grad = grad, even(grad)
+    grad = even(grad)
     mixed = _mixed(x, weight, bias)
     middle, grad_before = _map_like(x, hidden), _map_like(x, hidden)
     scaled = project_weight if scale is None else project_weight * scale[:, None]
@@ -150,8 +150,7 @@ def backward(
         project = pointwise_gradients(
             grad, middle, project_weight, mask[5:8], bias=project_bias, scale=scale,
         )  # fmt: skip
-    found = [*first, *expand, *project, grad_map]
-    return [g for g, m in zip(found, mask, strict=True) if m and g is not None]
+    return [*first, *expand, *project]
 
 
 def pointwise_gradients(grad, x, weight, mask, *, bias=None, scale=None) -> list[Tensor | None]:

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ... import operators
+from ...ops._operator import OPERATORS
 from .. import triton as backend
 from . import configs
 from .launch import INTERPRETED, options, recording
@@ -85,22 +85,21 @@ class Call(NamedTuple):
 
 def start(operator: str, result: Tensor, args: tuple, *, backward: bool) -> None:
     """Starts the kernels of a call into ``result``, or those of all gradients, ``result`` being the incoming one."""
+    spec = OPERATORS[operator]
     if not backward:
-        backend.run_forward(operator, result, args)
+        backend.run_forward(spec, result, args)
         return
-    spec = next(o for o in operators.OPERATORS if o.name == operator)
     mask = [isinstance(args[i], Tensor) and i != spec.residual for i in spec.tensors]
-    backend.run_backward(operator, (result, *args, mask))
+    backend.run_backward(spec, (result, *args, mask))
 
 
 def calls(quick: bool = False) -> list[Call]:
     """Every call that is tuned, the most telling ones first; ``quick``: bfloat16 and the largest batch only."""
     dtypes, batches = (DTYPES[:1], BATCHES[:1]) if quick else (DTYPES, BATCHES)
-    names = [operator.name for operator in operators.OPERATORS]
     return [
         Call(name, batch, channels, size, kernel, dtype, last, backward)
         for dtype, batch, (channels, size, kernel), name, last, backward in itertools.product(
-            dtypes, batches, STAGES, names, (True, False), (False, True)
+            dtypes, batches, STAGES, backend.OPERATORS, (True, False), (False, True)
         )
     ]
 

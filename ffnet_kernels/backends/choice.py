@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .backends import cpu, cuda, reference, triton
+from . import cpu, cuda, reference, triton
 
 logger = logging.getLogger("ffnet_kernels")
 
@@ -81,7 +81,7 @@ def why_unavailable(name: str) -> str | None:
 def select(operator: str, args: tuple) -> ModuleType:
     """The backend that runs this call. Raises BackendError where a forced one does not take it."""
     forced = _state.forced
-    if not torch.compiler.is_compiling() and _transformed():
+    if not torch.compiler.is_compiling() and is_transformed():
         if forced not in ("auto", "reference"):
             raise BackendError(
                 f"{operator}: backend '{forced}' takes no forward-mode derivative and no torch.func transform"
@@ -91,7 +91,8 @@ def select(operator: str, args: tuple) -> ModuleType:
         if torch.compiler.is_exporting():
             return reference  # an exported program holds plain aten operators and runs anywhere
         for backend in _AVAILABLE:
-            if _refusal(backend, operator, args) is None and backend.slower(operator, args) is None:
+            takes = backend is reference or (operator in backend.OPERATORS and backend.refusal(operator, args) is None)
+            if takes and backend.slower(operator, args) is None:
                 return backend
     if forced not in BACKENDS or BACKENDS[forced] not in _AVAILABLE:  # only the environment forces unchecked
         _check_name(forced, "FFNET_KERNELS_BACKEND")
@@ -100,42 +101,32 @@ def select(operator: str, args: tuple) -> ModuleType:
     reason = _refusal(backend, operator, args)
     if reason is None:
         return backend
-    if operator.endswith("_backward") or not hasattr(backend, operator):
+    if not _has(backend, operator):
         return reference  # a backend may hold some kernels only
     raise BackendError(f"{operator}: backend '{forced}' does not take this call: {reason}")
 
 
-def is_plain_cpu_call(operator: str, x: Any, weights: tuple, vectors: tuple) -> bool:
-    """Whether `select` would choose the CPU kernels, if the arguments are right: a short cut for eager inference.
+def prefers(backend: ModuleType, operator: str, args: tuple) -> bool:
+    """Whether `select` would choose a backend; a forced one that does not take the call is no error."""
+    if _state.forced != "auto" and _refusal(backend, operator, args) is not None:
+        return False
+    return select(operator, args) is backend
 
-    Args:
-        operator: its name.
-        x: its map.
-        weights: tensors of four dimensions, or of two.
-        vectors: one-dimensional tensors or None.
-    """
-    return (
-        type(x) is torch.Tensor
-        and x.is_cpu
-        and x.dim() == 4
-        and x.dtype in cpu.DTYPES
-        and _state.forced == "auto"
-        and cpu in _AVAILABLE
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cpu")
-        and not _transformed()
-        and all(isinstance(w, torch.Tensor) and w.is_cpu and w.dim() in (2, 4) for w in weights)
-        and all(v is None or (isinstance(v, torch.Tensor) and v.is_cpu and v.dim() == 1) for v in vectors)
-        and cpu.slower(operator, (x,)) is None
-    )
+
+def prefers_cpu() -> bool:
+    """Whether the choice is free, and there are CPU kernels."""
+    return _state.forced == "auto" and cpu in _AVAILABLE
+
+
+def _has(backend: ModuleType, operator: str) -> bool:
+    return backend is reference or operator in backend.OPERATORS
 
 
 def _refusal(backend: ModuleType, operator: str, args: tuple) -> str | None:
-    return backend.refusal(operator, args) if hasattr(backend, operator) else "has no kernel for it"
+    return backend.refusal(operator, args) if _has(backend, operator) else "has no kernel for it"
 
 
-def _transformed() -> bool:
+def is_transformed() -> bool:
     """Whether forward-mode differentiation or a torch.func transform is at work, which only aten operators know."""
     return torch.autograd.forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 

@@ -1,4 +1,4 @@
-"""Memory formats of maps, as torch's convolutions have them."""
+"""Maps as torch's convolutions make them: their memory format, and their padding."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+
+def same_padding(weight: Tensor) -> tuple[int, int, int, int]:
+    """(top, bottom, left, right) that keep a map's size: kernel - 1 in all, the odd one at the end, as torch does."""
+    kh, kw = int(weight.shape[2]), int(weight.shape[3])  # never symbolic: convolution takes plain numbers
+    return (kh - 1) // 2, kh // 2, (kw - 1) // 2, kw // 2
 
 
 def suggests_channels_last(x: Tensor) -> bool:

@@ -1,0 +1,299 @@
+"""What all operators share: how torch's dispatcher knows them, how a call runs, how they get their gradients.
+
+``torch.ops.ffnet_kernels.<operator>`` runs a native kernel where its library has registered one for the device, else
+the reference; ``torch.ops.ffnet_kernels_triton.<operator>`` and ``torch.ops.ffnet_kernels_cuda.<operator>`` are the
+same operators on Triton and CUDA kernels, and ``torch.ops.ffnet_kernels_training`` has those of training steps.
+
+Gradients come from kernels, by an operator of their own, ``<operator>_backward``. Where they are to be differentiated
+again, and in transforms of functions, plain PyTorch differentiates the operator's reference instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import choice, cpu, cuda, reference, triton
+from ._arguments import autocast
+
+LIBRARIES = {
+    name: torch.library.Library(name, "DEF")
+    for name in ("ffnet_kernels", "ffnet_kernels_triton", "ffnet_kernels_cuda", "ffnet_kernels_training")
+}
+# Two convolutions, such as those of a stem, without a map between them: for programs, which run below autograd.
+_CONVOLUTION = "Tensor {0}weight, Tensor? {0}bias, int[2] {0}stride, int[4] {0}padding, str {0}activation"
+LIBRARIES["ffnet_kernels"].define(
+    f"conv2d_pair(Tensor x, {_CONVOLUTION.format('')}, {_CONVOLUTION.format('next_')}) -> Tensor"
+)
+
+
+class Operator:
+    """An operator of one result, whose backward operator returns the gradients that a mask asks for.
+
+    Its module has, of arguments as in the schema unless said otherwise,
+
+    ``checked``: these, or an error, from those of the public function;
+    ``spelled``: the same for the CPU's kernel, and quickly, of arguments that are right;
+    ``reference``: its meaning, in plain PyTorch;
+    ``empty``: its uninitialised result, in the shape and layout of a kernel's;
+    ``gradient``: on a backend's primitives, for ``(primitives, grad, *args, mask)``: the gradients of all tensors but
+    the residual, None where the mask does not ask for one.
+    """
+
+    def __init__(self, module: str, arguments: str, *, weights: tuple[str, ...] = (), parallel: bool = False) -> None:
+        """Makes the operator of a module known to torch.
+
+        Args:
+            module: its name, of which the last part is the operator's.
+            arguments: as the schema has them. Tensors among them may need a gradient; ``residual``, which is added to
+                the result, is the last of these.
+            weights: names of the weights of its convolutions, for counting their work.
+            parallel: whether these convolve the same map; else, each the result of the one before.
+        """
+        self.name = module.rpartition(".")[2]
+        self.defined: Any = sys.modules[module]
+        self.arguments, self.weights, self.parallel = arguments, weights, parallel
+        kinds, self.names = zip(*(argument.split() for argument in arguments.split(", ")), strict=True)
+        self.tensors = tuple(i for i, kind in enumerate(kinds) if kind.startswith("Tensor"))
+        self.residual = self.names.index("residual") if "residual" in self.names else None
+        #: The operators of the backends that have kernels for it.
+        self.overloads: dict[str, Any] = {}
+        self.reference: Callable[..., Tensor] = self.defined.reference
+        self.register()
+        OPERATORS[self.name] = self
+
+    def run(self, *arguments: Any) -> Tensor:
+        """The result for arguments of the public function."""
+        if is_plain_cpu_call(arguments[0]) and cpu.slower(self.name, arguments) is None:
+            # The kernel checks its arguments itself. What is wrong, if anything is, those below say in better words.
+            try:
+                return call(self.overloads["cpu"], *self.defined.spelled(*arguments))
+            except _WRONG_ARGUMENTS:
+                pass
+        checked = self.defined.checked(*autocast(*arguments))
+        return self.on(choice.select(self.name, checked).NAME, *checked)
+
+    def on(self, backend: str, *checked: Any) -> Any:
+        """The result on a backend, for arguments as the schema has them."""
+        overload = self.overloads.get(backend)
+        return self.reference(*checked) if overload is None else call(overload, *checked)
+
+    def backward_on(self, backend: str, *call: Any) -> list[Tensor]:
+        """The wanted gradients on a backend, for a call as the backward operator's schema has it."""
+        overload = self.overloads.get(backend)
+        return self._fallback_gradients(reference, call) if overload is None else backward_of(overload)(*call)
+
+    def register(self) -> None:
+        self.define(LIBRARIES["ffnet_kernels"], cpu)
+        for backend in (triton, cuda):
+            if self.name in backend.OPERATORS:
+                self.define(LIBRARIES[f"ffnet_kernels_{backend.NAME}"], backend)
+
+    def define(self, library: torch.library.Library, backend: Any) -> None:
+        """The operator and its backward in a namespace."""
+        backward = f"{self.name}_backward(Tensor grad, {self.arguments}, bool[] mask) -> Tensor[]"
+        overload = self._declare(library, f"{self.name}({self.arguments}) -> Tensor", self._fake)
+        self._declare(library, backward, lambda *call: [torch.empty_like(t) for t in self._wanted(call)])
+        # What the CPU library's kernel of the backward hands on: calls that it does not take.
+        library.define(backward.replace("_backward(", "_backward_composed(", 1))
+
+        def run(*args):
+            out = self.defined.empty(*args)
+            return out.copy_(self.reference(*args)) if backend is cpu else backend.run_forward(self, out, args)
+
+        # Where no native kernel is registered for a device.
+        library.impl(self.name, run, "CompositeExplicitAutograd")
+        for name in (f"{self.name}_backward", f"{self.name}_backward_composed"):
+            library.impl(name, lambda *call: self._fallback_gradients(backend, call), "CompositeExplicitAutograd")
+        self._make_differentiable(library, overload, _wanted_gradients)
+        self.overloads.setdefault(backend.NAME, overload)
+
+    def _declare(self, library: torch.library.Library, schema: str, fake: Callable[..., Any]) -> Any:
+        name = schema.partition("(")[0]
+        library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
+        return getattr(getattr(torch.ops, library.ns), name).default
+
+    def _fake(self, *args: Any) -> Tensor:
+        if len(devices := {args[i].device for i in self.tensors if args[i] is not None}) > 1:
+            raise ValueError(f"{self.name}: expected tensors on one device, got {', '.join(sorted(map(str, devices)))}")
+        return self.defined.empty(*args)
+
+    def _wanted(self, call: tuple) -> list[Tensor]:
+        """The tensors whose gradients a call of the backward operator asks for."""
+        return [call[i + 1] for i in itertools.compress(self.tensors, call[-1])]
+
+    def _fallback_gradients(self, backend: Any, call: tuple) -> list[Tensor]:
+        """The wanted gradients where no native kernel gives them."""
+        grad, *args, mask = call
+        if backend is not cpu and backend is not reference:
+            found = backend.run_backward(self, call)
+        else:
+            composed = backend is cpu and self.name in cpu.COMPOSED and choice.prefers(cpu, self.name, tuple(args))
+            found = self.defined.gradient(cpu if composed else reference, *call)
+        gradients = itertools.compress([*found, grad], mask)
+        return [_as_laid_out(g, t, grad) for g, t in zip(gradients, self._wanted(call), strict=True)]
+
+    def _make_differentiable(self, library: torch.library.Library, overload: Any, kernel_gradients: Callable) -> None:
+        """By the dispatcher, and by the short way of `call`; the latter is why this is written for speed.
+
+        ``kernel_gradients(backward, grad, args, kept, mask)``: the gradients of all tensors but the residual, where
+        wanted, by the backward operator. ``kept`` are the results after the first.
+        """
+        backward, arity, tensors, residual = backward_of(overload), len(self.names), self.tensors, self.residual
+        kept = slice(len(tensors), len(tensors) + len(overload._schema.returns) - 1)
+        others = [i for i in range(arity) if i not in tensors]
+        stored = [tensors.index(i) if i in tensors else kept.stop + others.index(i) for i in range(arity)]
+        found_at = [tensors.index(i) if i in tensors and i != residual else 0 for i in range(arity)]
+        is_batched = torch._C._functorch.is_legacy_batchedtensor  # in a vectorised Jacobian
+
+        def setup_context(ctx, inputs, output):
+            saved = [inputs[i] for i in tensors]
+            if isinstance(output, tuple):
+                saved += output[1:]
+                ctx.mark_non_differentiable(*output[1:])
+            ctx.save_for_backward(*saved)
+            ctx.others = [inputs[i] for i in others]
+            ctx.set_materialize_grads(False)
+
+        def differentiate(ctx, grad, *_of_kept):
+            if grad is None:
+                return (None,) * arity
+            store, needed = (*ctx.saved_tensors, *ctx.others), ctx.needs_input_grad
+            args = [store[i] for i in stored]
+            if torch.is_grad_enabled() or is_batched(grad) or choice.is_transformed():
+                return _gradients_of(self.reference, grad, args, needed)
+            mask = [needed[i] for i in tensors]
+            if residual is not None:
+                mask[-1] = False
+            found = kernel_gradients(backward, grad, args, store[kept], mask) if any(mask) else [None] * arity
+            result = [found[i] if n else None for i, n in zip(found_at, needed, strict=True)]
+            if residual is not None and needed[residual]:
+                result[residual] = grad
+            return tuple(result)
+
+        torch.library.register_autograd(overload, differentiate, setup_context=setup_context, lib=library)
+        _DIFFERENTIATED[overload] = differentiate, setup_context
+
+
+class TrainingOperator(Operator):
+    """An operator on the CPU alone, whose kernel also returns what its backward operator wants to know.
+
+    Its module has ``reference`` and ``empty`` (of all results), and
+
+    ``empty_gradients``: as ``empty``, of the backward operator;
+    ``kernel_gradients``: see `Operator._make_differentiable`.
+    """
+
+    def __init__(self, module: str, arguments: str, *, results: str, backward_arguments: str, **weights: Any) -> None:
+        """As an `Operator`'s.
+
+        Args:
+            results: of the schema.
+            backward_arguments: of the backward operator, between the incoming gradient and ``wants_x``, which tells
+                whether the first of the gradients is wanted; all others always are.
+        """
+        self.results, self.backward_arguments = results, backward_arguments
+        super().__init__(module, arguments, **weights)
+
+    def register(self) -> None:
+        library = LIBRARIES["ffnet_kernels_training"]
+        backward = f"{self.name}_backward(Tensor grad, {self.backward_arguments}, bool wants_x) -> Tensor[]"
+        overload = self._declare(library, f"{self.name}({self.arguments}) -> ({self.results})", self.defined.empty)
+        self._declare(library, backward, self.defined.empty_gradients)
+        self._make_differentiable(library, overload, self.defined.kernel_gradients)
+        self.overloads["cpu"] = overload
+
+
+#: What a kernel, or the way to it, raises for them; no other exception is taken for one, such as what saving a tensor
+#: raises to end the second forward pass of `torch.utils.checkpoint`.
+_WRONG_ARGUMENTS = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
+#: By name.
+OPERATORS: dict[str, Operator] = {}
+#: By overload, its gradient and what keeps the tensors for it.
+_DIFFERENTIATED: dict[Any, tuple[Callable, Callable]] = {}
+
+
+def is_eager() -> bool:
+    """Whether calls simply run, one by one: nothing compiles, traces, transforms or watches them."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._is_tracing()
+        or choice.is_transformed()
+    )
+
+
+def is_plain_cpu_call(x: Any) -> bool:
+    """Whether operators on x, a map, simply run on the CPU kernels: what short cuts of eager calls have to ask."""
+    return (
+        type(x) is Tensor
+        and x.is_cpu
+        and x.dim() == 4
+        and x.dtype in cpu.DTYPES
+        and is_eager()
+        and choice.prefers_cpu()
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def call(overload: Any, *args: Any) -> Any:
+    """``overload(*args)``, of an operator above.
+
+    What ``torch.library.register_autograd`` makes goes through the dispatcher and many frames of Python, forward and
+    backward, which shows where layers are small. In eager mode an ``autograd.Function`` does the same without.
+    """
+    if torch.is_grad_enabled() and is_eager():
+        return _function(overload).apply(*args)
+    return overload(*args)
+
+
+@functools.cache
+def _function(overload: Any) -> Any:
+    differentiate, setup_context = _DIFFERENTIATED[overload]
+
+    def forward(ctx, *args):  # with setup_context as a method of its own, every call would look at its signature
+        with torch._C._AutoDispatchBelowAutograd():
+            output = overload(*args)
+        setup_context(ctx, args, output)
+        return output
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(differentiate)}
+    return type(overload.name().rpartition("::")[2], (torch.autograd.Function,), methods)
+
+
+def backward_of(overload: Any) -> Any:
+    """The backward operator of an operator, in its namespace."""
+    namespace, name = overload.name().split("::")
+    return getattr(getattr(torch.ops, namespace), f"{name}_backward").default
+
+
+def _gradients_of(function: Callable[..., Tensor], grad: Tensor, args: list, needed: tuple) -> tuple:
+    """Of the arguments that need one, with a graph of their own in a backward pass that makes one."""
+    create_graph, device = torch.is_grad_enabled(), grad.device.type
+    autocasts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    # The arguments have the dtypes of the forward pass, whatever the backward pass stands in.
+    with torch.enable_grad(), torch.autocast(device, enabled=False) if autocasts else contextlib.nullcontext():
+        # Aliases keep apart what depends on an argument directly and what depends on it through the incoming gradient.
+        args = [arg.view_as(arg) if isinstance(arg, Tensor) else arg for arg in args]
+        wanted = list(itertools.compress(args, needed))
+        found = iter(torch.autograd.grad(function(*args), wanted, grad, create_graph=create_graph, allow_unused=True))
+    return tuple(next(found) if n else None for n in needed)
+
+
+def _wanted_gradients(backward: Any, grad: Tensor, args: list, kept: tuple, mask: list[bool]) -> list[Tensor | None]:
+    found = iter(backward(grad, *args, mask))
+    return [next(found) if wanted else None for wanted in mask]
+
+
+def _as_laid_out(grad: Tensor, like: Tensor, incoming: Tensor) -> Tensor:
+    """In the strides that the fake announces, and never the incoming gradient itself."""
+    out = torch.empty_like(like)
+    return grad if grad is not incoming and grad.stride() == out.stride() else out.copy_(grad)

@@ -1,0 +1,78 @@
+"""Depthwise convolution with its activation."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..backends import reference as plain
+from ..backends.activations import ACTIVATE
+from ..backends.maps import empty_output
+from . import _arguments
+from ._operator import Operator
+
+
+def depthwise_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: str | int | tuple[int, int] = "same",
+    activation: str = "none",
+) -> Tensor:
+    """Depthwise convolution with its activation: ``act(DW(x; weight) + bias)``.
+
+    Args:
+        x: ``[N, C, H, W]``.
+        weight: ``[C, 1, kh, kw]`` or, for two outputs per input channel, ``[2·C, 1, kh, kw]``.
+        bias: ``[C]`` (or ``[2·C]``) or None.
+        stride: 1 or 2, or a pair of them.
+        padding: zeros around the map: ``"same"`` (``kernel - 1`` in all, for an even kernel the odd one at the bottom
+            and right; stride 2 then halves, rounding up), ``"valid"`` (none), or pixels on each side.
+        activation: ``"none"``, ``"gelu"`` (erf), ``"gelu_tanh"``, ``"relu"`` or ``"silu"``.
+
+    Returns:
+        ``[N, C or 2·C, H', W']``.
+    """
+    return OPERATOR.run(x, weight, bias, stride, padding, activation)
+
+
+def checked(x, weight, bias, stride, padding, activation) -> tuple:
+    _arguments.check_map("x", x)
+    _arguments.check_filter("weight", weight, x)
+    channels, outputs = x.shape[1], weight.shape[0]
+    if outputs != channels and outputs != 2 * channels:
+        raise ValueError(
+            f"weight: expected {channels} or {2 * channels} filters (1 or 2 for each of x's {channels} channels), "
+            f"got {outputs} (shape {list(weight.shape)})"
+        )
+    bias = _arguments.channel_vector("bias", bias, outputs, x)
+    strides, pads = _arguments.geometry(x, weight, stride, padding)
+    _arguments.check_activation(activation)
+    return x, weight, bias, strides, pads, activation
+
+
+spelled = _arguments.spelled_convolution
+
+
+def reference(x, weight, bias, stride, padding, activation) -> Tensor:
+    return ACTIVATE[activation](plain.convolve(x, weight, bias, stride, padding))
+
+
+def empty(x, weight, bias, stride, padding, activation) -> Tensor:
+    height = (x.shape[2] + padding[0] + padding[1] - weight.shape[2]) // stride[0] + 1
+    width = (x.shape[3] + padding[2] + padding[3] - weight.shape[3]) // stride[1] + 1
+    return empty_output((x.shape[0], weight.shape[0], height, width), (x, weight))
+
+
+def gradient(p, grad, x, weight, bias, stride, padding, activation, mask) -> list:
+    if activation != "none":
+        grad = p.activation_backward(grad, x, weight, bias, stride, padding, activation)
+    return p.convolve_backward(grad, x, weight, stride, padding, mask)
+
+
+OPERATOR = Operator(
+    __name__,
+    "Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[4] padding, str activation",
+    weights=("weight",),
+)
