@@ -3,6 +3,7 @@
 # make test-all      all tests, sanitizers, every instruction set and GPU architecture among them: half an hour
 # make lint          lint and types only
 # make bench         the quick benchmark suite, minutes: tables, report and charts in build/bench
+# make timm          a table of timm's models, plain and optimised, in an environment made once (5.5 GB) in build/timm
 # make cuda          the CUDA kernels for every GPU, or those of FFNET_CUDA_ARCHS; `make demo` makes those of this machine's
 # make gpu           on a GPU: checks and benchmarks of the CUDA and Triton kernels, Triton's tiles measured
 # make wheel         dist/*.whl, for any Python and any torch from 2.11 on; CUDA kernels in it where there is an nvcc
@@ -17,6 +18,7 @@ PYTHON ?= python3
 VENV ?= .venv
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu') csrc/build.py csrc/toolchain.py setup.py pyproject.toml
 COMPAT_TORCH ?= 2.13.0 2.14.1 newest
+TIMM_PACKAGES := timm==1.0.31 torch==2.14.1 torchvision==0.29.1
 FOR_EVERY_GPU := FFNET_CUDA_ARCHS='$(or $(FFNET_CUDA_ARCHS),all)'
 FOR_EVERY_MACHINE := FFNET_CPU_ISAS='$(or $(FFNET_CPU_ISAS),all)' $(FOR_EVERY_GPU)
 
@@ -34,7 +36,7 @@ PYTEST = $(RUN) -m pytest $$($(RUN) -c "import xdist; print('-n auto --maxproces
 --no-loadscope-reorder')" 2>/dev/null)
 BUILD := $(RUN) csrc/build.py --out ffnet_kernels/lib --work build/native
 
-.PHONY: demo test test-all lint bench cuda gpu wheel sdist compat clean
+.PHONY: demo test test-all lint bench timm cuda gpu wheel sdist compat clean
 demo: $(READY)
 	@$(RUN) -m ffnet demo $(ARGS)
 
@@ -51,6 +53,9 @@ lint: $(READY) $(TOOLS)
 
 bench: $(READY)
 	$(RUN) -m benchmarks run --quick --passes 1 --out build/bench $(ARGS)
+
+timm: $(READY) build/timm/.ready
+	build/timm/bin/python -m benchmarks timm --out build/timm.json $(ARGS)
 
 cuda: $(READY)
 	$(FOR_EVERY_GPU) $(BUILD)
@@ -85,6 +90,11 @@ INSTALL = mkdir -p build; $(VENV)/bin/python -m pip install --disable-pip-versio
 $(VENV)/.packages: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	@$(call INSTALL,requirements.txt)
+
+# torchvision, which timm imports, is made for one version of torch; the kernels are loaded from this tree.
+build/timm/.ready:
+	$(PYTHON) -m venv build/timm
+	build/timm/bin/python -m pip install --disable-pip-version-check --no-compile $(TIMM_PACKAGES) && touch $@
 
 $(VENV)/.tools: requirements-dev.txt $(VENV)/.packages | $(VENV)/.ready
 	@$(call INSTALL,requirements-dev.txt)

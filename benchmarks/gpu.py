@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 
 import ffnet_kernels
-from ffnet_kernels import dispatch
+from ffnet_kernels.backends import choice
 from ffnet_kernels.backends.triton import configs, tune
 from ffnet_kernels.selftest import cases as selftest_cases
 from ffnet_kernels.selftest import moved
@@ -93,7 +93,7 @@ def _info() -> dict[str, Any]:
 
 def _if_available(backend: str, steps: Callable[[], Iterator[Step]]) -> Iterator[Step]:
     """The steps, or one that says why the backend cannot run them."""
-    reason = dispatch.why_unavailable(backend)
+    reason = choice.why_unavailable(backend)
     if reason is None:
         yield from steps()
     else:
@@ -126,10 +126,9 @@ def start_selftest_case(name: str) -> None:
     """Its Triton kernels, forward and backward, without data."""
     operator, args = selftest_work("triton")[name]
     args = moved(args, device="meta")
-    spec = next(o for o in ffnet_kernels.operators.OPERATORS if o.name == operator)
+    spec = ffnet_kernels.ops.OPERATORS[operator]
     for backward in (False, True):
-        result = ffnet_kernels.operators.empty_output(*spec.infer(*args))
-        tune.start(operator, result, args, backward=backward)
+        tune.start(operator, spec.defined.empty(*args), args, backward=backward)
 
 
 def _check_on(backend: str, device: torch.device, operator: str, args: tuple) -> dict[str, Any]:

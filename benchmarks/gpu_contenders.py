@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,9 +11,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from ffnet_kernels import dispatch
-from ffnet_kernels.backends import reference
+from ffnet_kernels.backends import choice, reference
 from ffnet_kernels.backends.activations import ACTIVATE
+from ffnet_kernels.ops import OPERATORS
 
 from .peers import OURS
 from .programs import Unsupported
@@ -42,15 +43,16 @@ class OnBackend:
         return f"{self.backend} {self.layout.replace('_', '-')}"
 
     def unavailable(self) -> str | None:
-        return dispatch.why_unavailable(self.backend)
+        return choice.why_unavailable(self.backend)
 
     def prepare(self, work: Any) -> Program:
-        program, backend = work.plain(self.layout), dispatch.BACKENDS[self.backend]
+        program, backend = work.plain(self.layout), choice.BACKENDS[self.backend]
         args = program.inputs[0]
         if self.stored and self.layout == "channels_last":
             args = tuple(channels_innermost(a) if is_filter(a) else a for a in args)
         detail = backend.describe(work.operator, args)
-        return replace(program, function=getattr(backend, work.operator), inputs=[args], detail=detail)
+        function = functools.partial(OPERATORS[work.operator].on, self.backend)
+        return replace(program, function=function, inputs=[args], detail=detail)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from ffnet_kernels import dispatch, native
+from ffnet_kernels import native
+from ffnet_kernels.backends import choice
 
 ROOT = Path(__file__).resolve().parents[1]
 SANITIZER = "compute-sanitizer"
@@ -81,7 +82,7 @@ def built_architectures(folder: Path) -> list[int]:
 def sanitize(tool: str, text: str, seconds: float) -> dict[str, Any] | None:
     """A row: whether the CUDA kernels pass the self-test's cases with this text in their names without a finding of the
     sanitizer; None where time was up."""
-    reason = dispatch.why_unavailable("cuda") or why_no_sanitizer()
+    reason = choice.why_unavailable("cuda") or why_no_sanitizer()
     if reason is not None:
         return {"passed": True, "skipped": reason}
     begun = time.monotonic()

@@ -98,12 +98,14 @@ class Runner:
         samples: per contender and case.
         seconds: after which a case ends with `LEAST_SAMPLES`, or as many as there are by then.
         timer: seconds; another one is for tests.
+        sample_seconds: calls of a sample take at least as long together.
     """
 
     contenders: Sequence[Contender]
     samples: int = DEFAULT_SAMPLES
     seconds: float = math.inf
     timer: Callable[[], float] = time.perf_counter
+    sample_seconds: float = MIN_SAMPLE_SECONDS
 
     def run(self, case: Counted, work: CpuWork) -> Outcome:
         """One case. A contender that fails is kept, with the reason."""
@@ -199,7 +201,7 @@ class Runner:
         while total < WARM_UP_SECONDS:
             seconds = max(self._time(entry.program, 1), 1e-9)
             fastest, total = min(fastest, seconds), total + seconds
-        entry.repeats = max(1, math.ceil(MIN_SAMPLE_SECONDS / fastest))
+        entry.repeats = max(1, math.ceil(self.sample_seconds / fastest))
         entry.untimed = 0 if fastest > LONG_SECONDS else math.ceil(UNTIMED_SECONDS / fastest)
 
     def _time(self, program: Program, repeats: int) -> float:

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 import ffnet
 import ffnet_kernels
-from ffnet_kernels import checks
-from ffnet_kernels.backends import reference
 from ffnet_kernels.selftest import error_limit
 
+from . import reference
 from .cases import OPERATORS, Case, LayerCase, ModelCase, OperatorCase, TrainingCase
 from .programs import (
     MEMORY_FORMATS,
@@ -52,13 +51,13 @@ class OperatorWork:
         return next(v.dtype for v in self.arguments.values() if isinstance(v, Tensor))
 
     def plain(self, layout: str) -> Program:
-        function, arguments = getattr(reference, self.operator), self._checked(laid_out(self.arguments, layout))
+        function, arguments = reference.function(self.operator), self._checked(laid_out(self.arguments, layout))
         if too_large_for_onednn(self.arguments):
             return Program(without_onednn(function), [arguments], layout, "without oneDNN")
         return Program(function, [arguments], layout)
 
     def fused(self) -> Program:
-        # Filters with their channels next to each other, as ffnet_kernels.optimize stores them.
+        # Filters with their channels next to each other, where kernels need not move them in every call.
         arguments = {
             name: channels_innermost(value) if is_filter(value) else value
             for name, value in laid_out(self.arguments, self.layout).items()
@@ -79,13 +78,13 @@ class OperatorWork:
 
     def expected(self) -> Tensor:
         double = {name: v.double() if isinstance(v, Tensor) else v for name, v in self.arguments.items()}
-        return getattr(reference, self.operator)(*self._checked(double))
+        return reference.function(self.operator)(*self._checked(double))
 
     def error_limit(self, expected: Tensor, eager: Tensor) -> float:
         return error_limit(expected, eager)
 
     def _checked(self, arguments: dict[str, Any]) -> tuple:
-        return getattr(checks, self.operator)(**arguments)
+        return reference.checked(self.operator, arguments)
 
 
 class _Call(nn.Module):
@@ -93,7 +92,7 @@ class _Call(nn.Module):
 
     def __init__(self, operator: str, arguments: tuple, maps: list[Tensor]):
         super().__init__()
-        self.function = getattr(reference, operator)
+        self.function = reference.function(operator)
         self.arguments = arguments
         self.places = [next(i for i, a in enumerate(arguments) if a is one) for one in maps]
 
@@ -121,8 +120,10 @@ class ModelWork:
         return self._program(ffnet.reparameterize(self.model), layout)
 
     def fused(self) -> Program:
-        model = ffnet_kernels.optimize(self.model)
-        return Program(model, self._inputs(self.layout), self.layout)
+        # Outside inference mode, as users do it: what is made there are tensors of another kind.
+        with torch.inference_mode(False), torch.no_grad():
+            model = copy.deepcopy(self.model).to(memory_format=MEMORY_FORMATS[self.layout])  # type: ignore[call-overload]
+            return Program(ffnet_kernels.optimize(model), self._inputs(self.layout), self.layout)
 
     def as_trained(self, layout: str) -> Program:
         return self._program(copy.deepcopy(self.model), layout)

@@ -53,6 +53,7 @@ def check_model() -> None:
         expected, logits = model(images), fk.optimize(model)(images)
     error = ((logits - expected).abs().max() / expected.abs().max()).item()
     assert error < 1e-4, error
+    assert any(row.is_fused for row in fk.report(model).rows), fk.report(model)
     print(f"an optimised FFNet-1 differs by {error:.1e} of the largest logit")
 
 

@@ -7,14 +7,15 @@ import time
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_processes, gpu_report, gpu_timing
+from benchmarks import gpu, gpu_processes, gpu_report
 from benchmarks.cases import OperatorCase
 from benchmarks.gpu_contenders import COMPILED, COPY, EAGER, EAGER_NCHW
 from benchmarks.results import Measurement, Result, Row
-from ffnet_kernels import dispatch
-from ffnet_kernels.backends import triton
+from ffnet_kernels import ops
+from ffnet_kernels.backends import choice
 from ffnet_kernels.backends.triton import INTERPRETED, configs, tune
 from ffnet_kernels.backends.triton.launch import recording
+from ffnet_kernels.ops._operator import Operator
 
 pytest.importorskip("triton")
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1: there is a real GPU")
@@ -234,7 +235,7 @@ def test_the_predictions_of_the_repository_are_found():
 
 def test_steps_have_names_of_their_own(monkeypatch):
     monkeypatch.setattr(configs, "device_name", lambda device: "fake")
-    monkeypatch.setattr(dispatch, "why_unavailable", lambda name: None)
+    monkeypatch.setattr(choice, "why_unavailable", lambda name: None)
     steps = {name: [step.name for step in part(session())] for name, part in gpu.PARTS.items()}
     for names in (*steps.values(), steps["headline"] + steps["bench"]):
         assert len(names) == len(set(names)) > 0
@@ -253,7 +254,7 @@ def test_steps_have_names_of_their_own(monkeypatch):
 
 
 def test_a_backend_that_is_not_there_is_one_skipped_step(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(dispatch, "why_unavailable", lambda name: f"no {name} here")
+    monkeypatch.setattr(choice, "why_unavailable", lambda name: f"no {name} here")
     for part in ("selftest-cuda", "parity-cuda", "selftest-triton", "parity-triton"):
         name = part.split("-")[1]
         gpu.run_part(part, session(), tmp_path / f"{part}.json", HEADER)
@@ -299,8 +300,8 @@ def test_parity(operator):
 @interpreted
 @pytest.mark.parametrize("fault", ["output", "gradient", "not written"])
 def test_parity_finds_a_fault(fault, monkeypatch):
-    def faulty(x, weight, bias, *rest):
-        out = gpu_timing.reference.depthwise_conv2d(x, weight, bias, *rest)
+    def faulty(self, backend, x, weight, bias, *rest):
+        out = ops.depthwise_conv2d.reference(x, weight, bias, *rest)
         if fault == "output":
             return out + 0.01
         return (
@@ -309,7 +310,7 @@ def test_parity_finds_a_fault(fault, monkeypatch):
             else out + 0.01 * (bias - bias.detach()).view(-1, 1, 1)
         )
 
-    monkeypatch.setattr(triton, "depthwise_conv2d", faulty)
+    monkeypatch.setattr(Operator, "on", faulty)
     assert not gpu.check_parity("triton", OperatorCase("depthwise_conv2d", 1, 4, 4, 3), CPU)["passed"]
 
 

@@ -12,7 +12,8 @@ import torch
 
 from benchmarks import gpu_processes
 from benchmarks.cases import OPERATORS
-from ffnet_kernels import dispatch, native
+from ffnet_kernels import native
+from ffnet_kernels.backends import choice
 from ffnet_kernels.selftest import cases
 
 CPU = torch.device("cpu")
@@ -74,7 +75,7 @@ def test_why_there_is_no_library(builder, monkeypatch):
 @pytest.fixture
 def sanitizer(tmp_path, monkeypatch):
     """A command in the sanitizer's place: its script."""
-    monkeypatch.setattr(dispatch, "why_unavailable", lambda name: None)
+    monkeypatch.setattr(choice, "why_unavailable", lambda name: None)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     script = tmp_path / gpu_processes.SANITIZER
 
@@ -109,13 +110,13 @@ def test_the_sanitizer_is_stopped_in_time(sanitizer, tmp_path, monkeypatch):
 
 
 def test_without_the_sanitizer(monkeypatch, tmp_path):
-    monkeypatch.setattr(dispatch, "why_unavailable", lambda name: None)
+    monkeypatch.setattr(choice, "why_unavailable", lambda name: None)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     assert gpu_processes.sanitize("memcheck", "k=3 ", 1000) == {
         "passed": True, "skipped": "compute-sanitizer is not there (looked on the path and in CUDA's folder)"
     }  # fmt: skip
-    monkeypatch.setattr(dispatch, "why_unavailable", lambda name: f"no {name}")
+    monkeypatch.setattr(choice, "why_unavailable", lambda name: f"no {name}")
     assert gpu_processes.sanitize("memcheck", "k=3 ", 1000)["skipped"] == "no cuda"
 
 

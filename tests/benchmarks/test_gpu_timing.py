@@ -13,8 +13,7 @@ from benchmarks.gpu_contenders import COMPILED, COPY, CUDNN_NCHW, EAGER, EAGER_N
 from benchmarks.peers import OURS
 from benchmarks.work import ModelWork, build
 from ffnet import create_model
-from ffnet_kernels import dispatch
-from ffnet_kernels.backends import reference
+from ffnet_kernels.backends import choice, reference
 from ffnet_kernels.backends.triton import INTERPRETED
 
 pytest.importorskip("triton")
@@ -44,8 +43,8 @@ class NoCompiler:
 @pytest.mark.parametrize("backward", [False, True])
 def test_a_row_of_an_operator(backward, monkeypatch):
     monkeypatch.setattr(gpu_timing, "TorchCompile", NoCompiler)
-    monkeypatch.setattr(dispatch, "why_unavailable", lambda name: None)
-    monkeypatch.setitem(dispatch.BACKENDS, "cuda", reference)  # in its place; that of Triton runs interpreted
+    monkeypatch.setattr(choice, "why_unavailable", lambda name: None)
+    monkeypatch.setitem(choice.BACKENDS, "cuda", reference)  # in its place; that of Triton runs interpreted
     case = OperatorCase("depthwise_conv2d", 1, 4, 4, 3, dtype="bfloat16")
     row = gpu_timing.operator_row(case, CPU, clock, backward=backward, samples=2)
     by_name = {m.contender: m for m in row.measurements}
@@ -63,7 +62,7 @@ def test_a_row_of_an_operator(backward, monkeypatch):
 @interpreted
 def test_a_backend_that_is_not_there_is_not_timed(monkeypatch):
     monkeypatch.setattr(gpu_timing, "TorchCompile", NoCompiler)
-    monkeypatch.setattr(dispatch, "why_unavailable", lambda name: "no" if name == "cuda" else None)
+    monkeypatch.setattr(choice, "why_unavailable", lambda name: "no" if name == "cuda" else None)
     row = gpu_timing.operator_row(OperatorCase("depthwise_conv2d", 1, 2, 4, 3), CPU, clock, backward=False, samples=1)
     assert [m.contender for m in row.measurements][:3] == ["triton nchw", "triton channels-last", EAGER_NCHW]
 

@@ -1,0 +1,228 @@
+"""Models of timm that hold depthwise convolutions, plain and optimised, in both layouts: ``python -m benchmarks timm``.
+
+Each model runs in a process of its own, so that one that fails takes nothing with it: random weights, eval mode,
+float32, batch 1, at the size of its input that timm names. The four contenders are timed by turns (`runner`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.metadata
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import ffnet
+import ffnet_kernels
+from ffnet_kernels.selftest import error_limit
+
+from . import progress
+from .machine import machine
+from .peers import CONTENDERS
+from .programs import MEMORY_FORMATS, Program
+from .results import Result, write_json
+from .runner import Runner
+from .text import positive
+from .timm_report import EAGER, OPTIMIZED, agrees, failures, report
+from .work import SEED, ModelWork
+
+MODELS = (
+    "mobilenetv1_100", "mobilenetv2_050", "mobilenetv2_100", "mobilenetv3_small_100", "mobilenetv3_large_100",
+    "mobilenetv4_conv_small", "mobilenetv4_conv_medium", "mobilenetv4_conv_large", "mobilenetv4_hybrid_medium",
+    "mobilenet_edgetpu_v2_xs", "efficientnet_b0", "efficientnet_b1", "efficientnet_lite0", "tf_efficientnet_lite0",
+    "tf_efficientnet_lite1", "tf_efficientnetv2_b0", "mnasnet_100", "semnasnet_100", "fbnetc_100", "fbnetv3_b",
+    "spnasnet_100", "hardcorenas_a", "lcnet_050", "lcnet_100", "tinynet_a", "tinynet_c", "mixnet_s", "mixnet_m",
+    "rexnet_100", "ghostnet_100", "ghostnetv2_100", "repghostnet_100", "hgnetv2_b0", "xception41",
+    "convnext_atto", "convnext_atto_ols", "convnext_femto", "convnext_pico", "convnext_nano", "convnext_tiny",
+    "convnextv2_atto", "convnextv2_nano", "inception_next_atto", "inception_next_tiny", "rdnet_tiny", "starnet_s1",
+    "starnet_s2", "mambaout_femto", "mambaout_kobe", "repvit_m0_9", "repvit_m1", "mobileone_s0", "mobileone_s1",
+    "fastvit_t8", "fastvit_t12", "fastvit_sa12", "edgenext_xx_small", "edgenext_small", "efficientformerv2_s0",
+    "efficientformerv2_s1", "efficientvit_b0", "efficientvit_b1", "efficientvit_m0", "shvit_s1", "swiftformer_xs",
+    "mobilevit_xxs", "mobilevitv2_050", "mobilevitv2_100", "convformer_s18", "caformer_s18", "focalnet_tiny_srf",
+    "coatnet_pico_rw_224", "maxvit_pico_rw_256", "tiny_vit_5m_224", "pvt_v2_b0", "coat_lite_tiny",
+    "xcit_nano_12_p16_224", "davit_tiny", "gcvit_xxtiny",
+)  # fmt: skip
+SAMPLES, SAMPLE_SECONDS = 9, 0.03
+#: After which a case on a busy machine ends with fewer samples.
+CASE_SECONDS = 60
+#: After which a model's process counts as one that hangs.
+LONGEST = 600.0
+
+
+@dataclass(frozen=True)
+class TimmCase:
+    """A forward pass of a model on one image, on so many threads."""
+
+    model: str
+    size: int
+    threads: int
+    flops: int
+    bytes: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.model} {self.size}x{self.size} b1 {self.threads} thread{'s' * (self.threads > 1)}"
+
+
+class TimmWork(ModelWork):
+    """A model as timm makes it; nothing in it is folded for plain PyTorch."""
+
+    def plain(self, layout: str) -> Program:
+        return self.as_trained(layout)
+
+    def optimized(self, layout: str) -> Program:
+        # Outside inference mode, as users do it: what is made there are tensors of another kind.
+        with torch.inference_mode(False), torch.no_grad():
+            model = copy.deepcopy(self.model).to(memory_format=MEMORY_FORMATS[layout])  # type: ignore[call-overload]
+            return Program(ffnet_kernels.optimize(model), self._inputs(layout), layout)
+
+    def error_limit(self, expected: Tensor, eager: Tensor) -> float:
+        # Where rounding is amplified, it is luck which layout fares better.
+        other = self.plain("channels_last").outputs()
+        return max(error_limit(expected, eager), error_limit(expected, other))
+
+
+@dataclass(frozen=True)
+class Optimized:
+    """``ffnet_kernels.optimize`` of a model whose maps come in a layout."""
+
+    name: str
+    layout: str
+
+    def unavailable(self) -> str | None:
+        return None
+
+    def prepare(self, work: TimmWork) -> Program:
+        return work.optimized(self.layout)
+
+
+def build(name: str) -> TimmWork:
+    """The model and its input, the same in every run."""
+    import timm
+
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(SEED)
+        model = timm.create_model(name, pretrained=False).eval()
+        image = torch.randn(1, *model.pretrained_cfg["input_size"])
+        randomize(model, image)
+    return TimmWork(model, [image])
+
+
+def randomize(model: nn.Module, image: Tensor) -> None:
+    """Gives norms, biases and layer scales values as if trained: a fresh model has ones and zeros there, and scales of
+    1e-6, which would hide what is folded wrongly.
+
+    A batch norm divides by about the root mean square of the map that comes in. The statistics of the map itself would
+    blow up small differences between its places and faint channels, and every rounding with them, layer by layer.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.numel() == max(parameter.shape, default=1):  # a number a channel
+            if name.endswith(("bias", "beta", "shift")):
+                parameter.normal_(0, 0.1)
+            else:
+                parameter.uniform_(0.5, 1.5)
+
+    def settle(norm: nn.Module, inputs: tuple[Tensor]) -> None:
+        square = inputs[0].square().mean()
+        norm.running_mean.normal_().mul_(0.1 * square.sqrt())  # type: ignore[operator]
+        norm.running_var.uniform_(0.5, 1.5).mul_(square)  # type: ignore[operator]
+
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    hooks = [norm.register_forward_pre_hook(settle) for norm in norms]
+    model(image)
+    for hook in hooks:
+        hook.remove()
+
+
+def measure(name: str, threads: Sequence[int], samples: int) -> Result:
+    """A model in this very process, a row a number of threads."""
+    work = build(name)
+    (image,) = work.batches
+    flops = 2 * ffnet.count_macs(work.model, tuple(image.shape[1:]))  # type: ignore[arg-type]
+    moved = 4 * (ffnet.count_parameters(work.model) + image.numel())
+    ours = [Optimized(contender, layout) for contender, layout in zip(OPTIMIZED, MEMORY_FORMATS, strict=True)]
+    runner = Runner(
+        [*(CONTENDERS[contender] for contender in EAGER), *ours], samples, CASE_SECONDS, sample_seconds=SAMPLE_SECONDS
+    )
+    result = Result(machine())
+    for number in threads:
+        torch.set_num_threads(number)
+        result.rows.append(runner.run(TimmCase(name, image.shape[-1], number, flops, moved), work).row)
+    return result
+
+
+def in_fresh_process(name: str, options: argparse.Namespace) -> Result | str:
+    """As `measure`, or why not."""
+    threads = ",".join(map(str, options.threads))
+    arguments = ["--one", name, "--threads", threads, "--samples", str(options.samples)]
+    command = [sys.executable, "-m", str(__package__), "timm", *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST)
+    except subprocess.TimeoutExpired:
+        return f"took longer than {LONGEST:.0f} s"
+    if done.returncode != 0:
+        return f"exit code {done.returncode}: {next(reversed(done.stderr.strip().splitlines()), '')}"
+    return Result.from_plain(json.loads(done.stdout.splitlines()[-1]))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns 0; 1 where a model failed or was wrong, 2 where there is no timm, 130 after Ctrl-C."""
+    options = _parser().parse_args(argv)
+    try:
+        version = importlib.metadata.version("timm")
+    except importlib.metadata.PackageNotFoundError:
+        print("benchmarks timm: timm is not installed; `make timm` makes an environment that has it", file=sys.stderr)
+        return 2
+    if options.one:
+        print(json.dumps(measure(options.one, options.threads, options.samples).to_plain()))
+        return 0
+    here = {**machine(), "threads": " and ".join(map(str, options.threads))}
+    result = Result(here, extra={"timm": version, "failed": {}})
+    try:
+        with progress.bar(len(options.models), "models", leave=True) as bar:
+            for name in options.models:
+                bar.set_description_str(name)
+                measured = in_fresh_process(name, options)
+                if isinstance(measured, str):
+                    result.extra["failed"][name] = measured
+                else:
+                    result.rows += measured.rows
+                if options.out:
+                    write_json(result, options.out)
+                bar.update()
+    except KeyboardInterrupt:
+        result.interrupted = True
+    print(report(result))
+    if options.out:
+        write_json(result, options.out)
+        print(f"\nwrote {options.out}")
+    if result.interrupted:
+        return progress.INTERRUPTED
+    return int(bool(failures(result)) or not all(map(agrees, result.rows)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"python -m {__package__} timm", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--models", type=_names, default=MODELS, metavar="NAME,NAME", help=f"of timm (default: {len(MODELS)} of them)"
+    )
+    parser.add_argument("--threads", type=_numbers, default=(1, 2), metavar="N,N", help="one table each (default: 1,2)")
+    parser.add_argument("--samples", type=positive, default=SAMPLES, metavar="N", help="a contender (%(default)s)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the results there, after every model")
+    parser.add_argument("--one", metavar="MODEL", help=argparse.SUPPRESS)
+    return parser
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(positive(number.strip()) for number in text.split(",")))
