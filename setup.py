@@ -74,6 +74,7 @@ setup(
         "ffnet_kernels.backends",
         "ffnet_kernels.backends.triton",
         "ffnet_kernels.lib",
+        "ffnet_kernels.ops",
         "ffnet",
         SUITE,
     ],

@@ -64,7 +64,7 @@ ISA_FLAGS = {
 KERNEL_SOURCES = [
     "conv_row.cpp", "wgrad_row.cpp", "conv_row_pairs.cpp", "product.cpp", "channel_mixer.cpp", "conv2d.cpp",
     "depthwise_conv2d.cpp", "depthwise_conv2d_backward.cpp", "ffnified_attention.cpp",
-    "ffnified_attention_backward.cpp", "pointwise_conv2d.cpp", "pointwise_conv2d_backward.cpp", "pooled_linear.cpp",
+    "ffnified_attention_backward.cpp", "pointwise_conv2d.cpp", "pointwise_conv2d_backward.cpp",
     "branched_depthwise.cpp", "branched_depthwise_backward.cpp", "batch_norm.cpp", "feed_forward.cpp", "peak.cpp",
     "kernels.cpp",
 ]  # fmt: skip
@@ -117,7 +117,7 @@ def plan(ninja: Ninja, out: Path, compiler: list[str], sanitize: bool) -> dict[s
     objects.append(compile_one(CSRC / "cpu" / "scratch.cpp", "scratch", []))
     objects.append(compile_one(CSRC / "bindings" / "c_interface.cpp", "c_interface", []))
     binding_flags = ["-isystem", str(include), target_version_flag()]
-    for name in ("torch_cpu", "torch_cpu_sequence", "torch_cpu_backward", "torch_cpu_training"):
+    for name in ("torch_cpu", "torch_cpu_backward", "torch_cpu_training"):
         objects.append(compile_one(CSRC / "bindings" / f"{name}.cpp", name, binding_flags))
     link = [*compiler, "-shared", *extra]
     cpu_library = ninja.add(

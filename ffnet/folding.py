@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import copy
-from typing import Protocol, TypeVar, overload, runtime_checkable
+from typing import TypeVar, overload
 
 import torch
 from torch import nn
 
 from .layers import FoldableConv
+from .mixers import ResidualMixer
+from .model import FFNet
 
 __all__ = ["reparameterize"]
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
-
-
-@runtime_checkable
-class FoldsExtras(Protocol):
-    """A module that can fold, in place and after its children, something into a convolution or the head."""
-
-    def fold_extras(self) -> None: ...
 
 
 @overload
@@ -52,8 +47,10 @@ def reparameterize(model: nn.Module, *, extra_folds: bool = True) -> nn.Module:
     fused = _fused(copy.deepcopy(model))
     if extra_folds:
         for module in fused.modules():
-            if isinstance(module, FoldsExtras):
-                module.fold_extras()
+            if isinstance(module, ResidualMixer):
+                module.fold_layer_scale()
+            elif isinstance(module, FFNet):
+                module.fold_norm()
     return fused
 
 

@@ -1,8 +1,7 @@
 """Layers of FFNet: convolutions with batch normalisation that fold into one convolution for inference.
 
 Child names (``c``, ``bn``, ``conv``, ``conv1``) are those of the published checkpoints. ``forward`` is the
-training-time form; `FoldableConv.fused` gives the inference-time form, one biased convolution. After
-`enable_training_kernels`, operators of ``ffnet_kernels.training`` compute the former while the layer trains.
+training-time form; `FoldableConv.fused` gives the inference-time form, one biased convolution.
 """
 
 from __future__ import annotations
@@ -13,10 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-import ffnet_kernels
-from ffnet_kernels import training
-from ffnet_kernels.backends.activations import ACTIVATE
 
 __all__ = ["BNConv", "BranchedDepthwise", "ConvBN", "DropPath", "FoldableConv", "LayerNorm2d", "SkipConv"]
 
@@ -33,50 +28,8 @@ def norm_as_affine(bn: Any) -> tuple[Tensor, Tensor]:
     return scale, widen(bn.bias) - widen(bn.running_mean) * scale
 
 
-def is_pointwise(conv: Any) -> bool:
-    """Whether the layer is a plain 1×1 convolution."""
-    return (
-        type(conv) is nn.Conv2d
-        and conv.kernel_size == conv.stride == conv.dilation == (1, 1)
-        and conv.groups == 1
-        and conv.padding in ((0, 0), "same", "valid")
-    )
-
-
-def pointwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """A plain 1×1 convolution through its operator, unless a hook waits for the layer to be called."""
-    if not is_pointwise(conv) or training.is_hooked(conv):
-        return conv(x)
-    return ffnet_kernels.conv2d(x, conv.weight, conv.bias)
-
-
-def is_as_written(part: nn.Module) -> bool:
-    """Whether calling a layer does what its class says, and a normalisation uses running statistics."""
-    if training.is_hooked(part) or "forward" in vars(part):
-        return False
-    if isinstance(part, nn.modules.batchnorm._BatchNorm):
-        return type(part) is nn.BatchNorm2d and not part.training and part.affine and part.running_var is not None
-    if isinstance(part, nn.Conv2d):
-        return type(part) is nn.Conv2d and part.padding_mode == "zeros" and "_conv_forward" not in vars(part)
-    return True
-
-
 class FoldableConv(nn.Module, ABC):
     """A layer that equals one biased convolution once its normalisation uses running statistics."""
-
-    training_kernels = False
-
-    def enable_training_kernels(self) -> str | None:
-        """Lets operators of ``ffnet_kernels.training`` run this layer in training mode from now on, where it can.
-
-        Layers with hooks are still called. Returns the operator's name, or None where there is none for this layer.
-        """
-        return None
-
-    def is_as_written(self) -> bool:
-        """Whether its parts compute what `folded` takes them to: none is hooked, patched, parametrised or of a class
-        derived from another, and normalisations use running statistics."""
-        return all(is_as_written(part) for part in self.modules())
 
     @abstractmethod
     def template(self) -> nn.Conv2d:
@@ -126,22 +79,8 @@ class ConvBN(FoldableConv):
         )
         self.bn = nn.BatchNorm2d(out_channels, **factory)
 
-    def forward(self, x: Tensor, activation: str = "none") -> Tensor:
-        """The layer and an activation, by the names of ``ffnet_kernels``."""
-        if not (self.training_kernels and self.training):
-            return ACTIVATE[activation](self.bn(self.c(x)))
-        if self._is_depthwise():
-            return training.branched_depthwise(x, [(self.c, self.bn)], activation)
-        return training.batch_norm(pointwise(self.c, x), self.bn, activation)
-
-    def enable_training_kernels(self) -> str | None:
-        self.training_kernels = True
-        if self._is_depthwise():
-            return "branched_depthwise"
-        return "conv2d + batch_norm" if is_pointwise(self.c) else "batch_norm"
-
-    def _is_depthwise(self) -> bool:
-        return self.c.groups == self.c.in_channels > 1
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.c(x))
 
     def template(self) -> nn.Conv2d:
         return self.c
@@ -166,13 +105,7 @@ class BNConv(FoldableConv):
         self.c = nn.Conv2d(in_channels, out_channels, 1, bias=False, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (self.training_kernels and self.training):
-            return self.c(self.bn(x))
-        return pointwise(self.c, training.batch_norm(x, self.bn))
-
-    def enable_training_kernels(self) -> str | None:
-        self.training_kernels = True
-        return "batch_norm + conv2d"
+        return self.c(self.bn(x))
 
     def template(self) -> nn.Conv2d:
         return self.c
@@ -233,16 +166,8 @@ class BranchedDepthwise(FoldableConv):
         self.conv = ConvBN(in_channels, out_channels, kernel_size, stride, in_channels, **factory)
         self.conv1 = ConvBN(in_channels, out_channels, small_kernel, stride, in_channels, **factory)
 
-    def forward(self, x: Tensor, activation: str = "none") -> Tensor:
-        """The layer and an activation, by the names of ``ffnet_kernels``, which the operator computes with it."""
-        if self.training_kernels and self.training and not training.is_hooked(self.conv, self.conv1):
-            branches = [(branch.c, branch.bn) for branch in (self.conv, self.conv1)]
-            return training.branched_depthwise(x, branches, activation)
-        return ACTIVATE[activation](self.conv(x) + self.conv1(x))
-
-    def enable_training_kernels(self) -> str | None:
-        self.training_kernels = True
-        return "branched_depthwise"
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) + self.conv1(x)
 
     def template(self) -> nn.Conv2d:
         return self.conv.template()

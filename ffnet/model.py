@@ -5,7 +5,6 @@ Module names follow the published checkpoints, which load unchanged (`ffnet.load
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Mapping, Sequence
 from os import PathLike
@@ -15,13 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as run_checkpointed
 
-import ffnet_kernels
-from ffnet_kernels import sequence, training
-
 from .checkpoint import load_checkpoint
-from .folding import reparameterize
-from .layers import BranchedDepthwise, ConvBN, FoldableConv, LayerNorm2d, SkipConv, is_as_written, norm_as_affine, widen
-from .mixers import ChannelMixer, TokenMixer, conv_ffn_mixer, ffnified_attention_mixer, is_gelu
+from .layers import BranchedDepthwise, ConvBN, LayerNorm2d, SkipConv, norm_as_affine, widen
+from .mixers import ResidualMixer, conv_ffn_mixer, ffnified_attention_mixer
 
 __all__ = ["FFNet", "create_model", "ffnet_1", "ffnet_2", "ffnet_3", "ffnet_4", "list_models"]
 
@@ -43,56 +38,6 @@ class Stem(nn.Sequential):
         super().__init__(
             ConvBN(in_chans, width, 3, stride=2, **factory), nn.GELU(), ConvBN(width, dim, 3, stride=2, **factory)
         )
-        self.kernels_enabled = False
-
-    def enable_kernels(self) -> str | None:
-        """As `ResidualMixer.enable_kernels`: convolutions with their activation by ``ffnet_kernels.conv2d``."""
-        if not self._is_as_written():
-            return None
-        self.kernels_enabled = True
-        return "conv2d"
-
-    def _is_as_written(self) -> bool:
-        """Whether the operators compute what the layers do now: they may have been changed since."""
-        if len(self) != 3 or not is_gelu(self[1]) or not all(map(is_as_written, self)):
-            return False
-        geometry = ((3, 3), (2, 2), (1, 1), (1, 1), 1)
-        return all(
-            type(conv) is nn.Conv2d
-            and conv.bias is not None
-            and (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups) == geometry
-            for conv in (self[0], self[2])
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.kernels_enabled or not self._is_as_written():
-            return self._forward_as_trained(x)
-        out = sequence.run(self, x)
-        if out is not None:
-            return out
-        first: Any = self[0]
-        second: Any = self[2]
-        x = ffnet_kernels.conv2d(x, first.weight, first.bias, stride=2, padding=1, activation="gelu")
-        return ffnet_kernels.conv2d(x, second.weight, second.bias, stride=2, padding=1)
-
-    def _forward_as_trained(self, x: Tensor) -> Tensor:
-        first, activation = self[0], self[1]
-        with_activation = type(first) is ConvBN and first.training_kernels and is_gelu(activation)
-        if not with_activation or not self.training or training.is_hooked(first, activation):
-            return super().forward(x)
-        x = first(x, activation="gelu")
-        for module in list(self)[2:]:
-            x = module(x)
-        return x
-
-    def add_kernel_layers(self, layers: sequence.Layers) -> bool:
-        if not self.kernels_enabled or not all(map(layers.watch, self)) or not self._is_as_written():
-            return False
-        first: Any = self[0]
-        second: Any = self[2]
-        layers.conv2d(*layers.parameters(first, "weight", "bias"), stride=2, padding=1, activation="gelu")
-        layers.conv2d(*layers.parameters(second, "weight", "bias"), stride=2, padding=1)
-        return True
 
 
 class Downsample(nn.Module):
@@ -104,9 +49,6 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(x)
-
-    def add_kernel_layers(self, layers: sequence.Layers) -> bool:
-        return layers.add(self.proj)
 
 
 class Block(nn.Module):
@@ -126,17 +68,14 @@ class Block(nn.Module):
         super().__init__()
         residual = {"layer_scale_init": layer_scale_init, "drop_path": drop_path, **factory}
         self.token_mixer = nn.Sequential(
-            TokenMixer(ffnified_attention_mixer(dim, token_kernel, **factory), dim, **residual)
+            ResidualMixer(ffnified_attention_mixer(dim, token_kernel, **factory), dim, **residual)
         )
         if slot:  # the reference's place for squeeze-and-excitation, which every published model leaves empty
             self.token_mixer.append(nn.Identity())
-        self.channel_mixer = ChannelMixer(conv_ffn_mixer(dim, channel_kernel, expansion, **factory), dim, **residual)
+        self.channel_mixer = ResidualMixer(conv_ffn_mixer(dim, channel_kernel, expansion, **factory), dim, **residual)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.channel_mixer(self.token_mixer(x))
-
-    def add_kernel_layers(self, layers: sequence.Layers) -> bool:
-        return layers.add(self.token_mixer) and layers.add(self.channel_mixer)
 
 
 class FFNet(nn.Module):
@@ -252,7 +191,7 @@ class FFNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Map of the last stage before the final norm: [N, dims[-1], H/32, W/32]."""
-        x = self._forward_stem(x)
+        x = self.patch_embed(x)
         for stage in self.stages:
             x = self._forward_stage(stage, x)
         return x
@@ -271,31 +210,7 @@ class FFNet(nn.Module):
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = sequence.run(self, x)
-        return self.forward_head(self.forward_features(x)) if out is None else out
-
-    def add_kernel_layers(self, layers: sequence.Layers) -> bool:
-        """``forward``, where all parts are on kernels and the head is the usual one: `ffnet_kernels.sequence`."""
-        norm: Any = self.norm
-        head: Any = self.head
-        steps = {"forward_features", "forward_head", "_forward_stem", "_forward_stage"}
-        if type(self) is not FFNet or not steps.isdisjoint(self.__dict__):
-            return False
-        layers.watch(self.stages, called=False)
-        if not all(map(layers.add, (self.patch_embed, *self.stages, self.head_drop))):
-            return False
-        if not all(map(layers.watch, (norm, head))) or norm.training or type(head) is not nn.Linear:
-            return False
-        if any(tensor.dtype != head.weight.dtype for tensor in norm.parameters()):
-            return False
-        if type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats:
-            statistics = layers.parameters(norm, "weight", "bias", "running_mean", "running_var")
-            layers.pooled_linear(*layers.parameters(head, "weight", "bias"), norm=statistics, eps=norm.eps)
-            return True
-        if type(norm) is nn.Identity:
-            layers.pooled_linear(*layers.parameters(head, "weight", "bias"))
-            return True
-        return False
+        return self.forward_head(self.forward_features(x))
 
     def forward_intermediates(
         self,
@@ -331,7 +246,7 @@ class FFNet(nn.Module):
         wanted = _stage_indices(indices, len(self.stages))
         last = len(self.stages) - 1
         intermediates = []
-        x = self._forward_stem(x)
+        x = self.patch_embed(x)
         for i, stage in enumerate(self.stages):
             if stop_early and i > max(wanted, default=-1):
                 break
@@ -340,20 +255,8 @@ class FFNet(nn.Module):
                 intermediates.append(self.norm(x) if norm and i == last else x)
         return intermediates if intermediates_only else (x, intermediates)
 
-    def kernel_ready(self) -> FFNet:
-        """The copy of this model on which ``ffnet_kernels.optimize`` enables the fused operators.
-
-        Reparameterised in eval mode (without the extra folds: the operators scale for nothing, and the final norm stays
-        usable). In training mode a plain copy, in which the mixers that need batch statistics keep their layers; so,
-        too, where a layer that would be folded does more than its class says.
-        """
-        layers = (layer for layer in self.modules() if isinstance(layer, FoldableConv))
-        if self.training or not all(layer.is_as_written() for layer in layers):
-            return copy.deepcopy(self)
-        return reparameterize(self, extra_folds=False)
-
     @torch.no_grad()
-    def fold_extras(self) -> None:
+    def fold_norm(self) -> None:
         """Folds the final batch norm, in place, into the head: being affine, it commutes with the average pool."""
         if not isinstance(self.norm, nn.modules.batchnorm._BatchNorm) or not isinstance(self.head, nn.Linear):
             return
@@ -363,11 +266,6 @@ class FFNet(nn.Module):
         self.head.weight.copy_(weight * scale)
         self.norm = nn.Identity().train(self.training)
         self.norm_folded = True
-
-    def _forward_stem(self, x: Tensor) -> Tensor:
-        if x.ndim != 4 or x.shape[1] != self.in_chans:
-            raise ValueError(f"expected input [N, {self.in_chans}, H, W], got {list(x.shape)}")
-        return self.patch_embed(x)
 
     def _forward_stage(self, stage: nn.Module, x: Tensor) -> Tensor:
         if not (self.grad_checkpointing and torch.is_grad_enabled()):

@@ -1,12 +1,17 @@
 """Fused kernels for large depthwise convolution and FFNet's two mixers, with a plain PyTorch fallback for all."""
 
-from . import operators as operators  # registers torch.ops.ffnet_kernels
-from . import training as training  # ... and torch.ops.ffnet_kernels_training
-from .dispatch import BackendError, available_backends, use_backend
-from .functional import channel_mixer, conv2d, depthwise_conv2d, explain, ffnified_attention
+from . import ops as ops  # registers torch.ops.ffnet_kernels and those of training steps
+from . import training as training
+from .backends.choice import BackendError, available_backends, use_backend
 from .info import info
 from .modules import ChannelMixer, DepthwiseConv2d, FFNifiedAttention
-from .optimize import optimize
+from .ops import explain
+from .ops.channel_mixer import channel_mixer
+from .ops.conv2d import conv2d
+from .ops.depthwise_conv2d import depthwise_conv2d
+from .ops.ffnified_attention import ffnified_attention
+from .optimize import optimize, refresh, restore
+from .report import report
 from .selftest import selftest
 from .warmup import warmup
 
@@ -25,6 +30,9 @@ __all__ = [
     "ffnified_attention",
     "info",
     "optimize",
+    "refresh",
+    "report",
+    "restore",
     "selftest",
     "training",
     "use_backend",

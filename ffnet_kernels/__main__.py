@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from . import dispatch, suite
+from . import suite
+from .backends import choice
 from .info import format_info, info
 from .selftest import BACKENDS, Check, selftest
 
@@ -78,7 +79,7 @@ def _selftest(verbose: bool, backend: str | None, text: str) -> int:
     start = time.perf_counter()
     try:
         checks = selftest(report, backend=backend, text=text)
-    except dispatch.BackendError as error:
+    except choice.BackendError as error:
         print(f"selftest: {error}", file=sys.stderr)
         return 2
     failed = sum(not check.passed for check in checks)
@@ -101,7 +102,7 @@ def _aot(dtypes: list[str], architectures: list[int]) -> int:
 
 def _traffic() -> int:
     """Returns 0; 1 where an operator moves too much, 2 where kernels are not interpreted here."""
-    reason = dispatch.why_unavailable("triton")
+    reason = choice.why_unavailable("triton")
     if reason or os.environ.get("TRITON_INTERPRET") != "1":
         print(f"traffic: {reason or 'set TRITON_INTERPRET=1: it is the interpreter that counts'}", file=sys.stderr)
         return 2
@@ -113,7 +114,7 @@ def _traffic() -> int:
 
 def _tune(quick: bool, again: bool, folder: Path | None) -> int:
     """Returns 0; 1 where it could not go on, 2 where there is nothing to tune, 130 after Ctrl-C."""
-    reason = dispatch.why_unavailable("triton") if torch.cuda.is_available() else "there is no GPU"
+    reason = choice.why_unavailable("triton") if torch.cuda.is_available() else "there is no GPU"
     if reason:
         print(f"tune: {reason}", file=sys.stderr)
         return 2

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from .backends.activations import ACTIVATE
-from .checks import ACTIVATIONS
-from .functional import channel_mixer, conv2d, depthwise_conv2d, ffnified_attention
-from .sequence import Layers
+from .ops._arguments import ACTIVATIONS
+from .ops.channel_mixer import channel_mixer
+from .ops.conv2d import conv2d
+from .ops.depthwise_conv2d import depthwise_conv2d
+from .ops.ffnified_attention import ffnified_attention
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # typing has it from Python 3.11 on
@@ -62,17 +64,6 @@ class _Operated(nn.Conv2d):
     def _is_computable(self) -> bool:
         """Whether the operator computes the layer as it is now: users may have changed what was given to it."""
         raise NotImplementedError
-
-    def _add(self, layers: Layers, *tensors, **options) -> None:
-        raise NotImplementedError
-
-    def add_kernel_layers(self, layers: Layers) -> bool:
-        """What :class:`ffnet_kernels.sequence.Sequence` asks instead of calling ``forward``; so below."""
-        if not self._is_computable():
-            return False
-        weight, bias = layers.parameters(self, "weight", "bias")
-        self._add(layers, weight, bias, stride=self.stride, padding=self.padding, activation=self.activation)
-        return True
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.activation == "none" else f", activation={self.activation}")
@@ -137,9 +128,6 @@ class DepthwiseConv2d(_Operated):
     def _is_computable(self) -> bool:
         return _computable(self)
 
-    def _add(self, layers: Layers, *tensors, **options) -> None:
-        layers.depthwise_conv2d(*tensors, channels=self.groups, **options)
-
 
 class Conv2d(_Operated):
     """A dense ``nn.Conv2d`` that runs on :func:`ffnet_kernels.conv2d`, made by :meth:`from_conv`."""
@@ -158,9 +146,6 @@ class Conv2d(_Operated):
 
     def _is_computable(self) -> bool:
         return self.groups == 1 and _plain(self)
-
-    def _add(self, layers: Layers, *tensors, **options) -> None:
-        layers.conv2d(*tensors, **options)
 
 
 def _check_activation(activation: str) -> None:
@@ -246,11 +231,6 @@ class FFNifiedAttention(nn.Module):
             activation=self.activation, scale=self.scale, residual=residual,
         )  # fmt: skip
 
-    def add_kernel_layers(self, layers: Layers) -> bool:
-        tensors = layers.parameters(self, "key", "key_bias", "value", "value_bias", "scale")
-        layers.ffnified_attention(*tensors, activation=self.activation, residual=False)
-        return True
-
     def extra_repr(self) -> str:
         return f"{self.key.shape[0]}, kernel_size={self.key.shape[2]}, activation={self.activation}"
 
@@ -305,13 +285,6 @@ class ChannelMixer(nn.Module):
             x, self.weight, self.bias, self.expand_weight, self.expand_bias, self.project_weight, self.project_bias,
             activation=self.activation, scale=self.scale, residual=residual,
         )  # fmt: skip
-
-    def add_kernel_layers(self, layers: Layers) -> bool:
-        tensors = layers.parameters(
-            self, "weight", "bias", "expand_weight", "expand_bias", "project_weight", "project_bias", "scale"
-        )
-        layers.channel_mixer(*tensors, activation=self.activation, residual=False)
-        return True
 
     def extra_repr(self) -> str:
         hidden, channels = self.expand_weight.shape

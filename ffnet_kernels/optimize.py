@@ -1,255 +1,261 @@
-"""Puts an existing model on the operators."""
+"""Puts a model onto the operators, and leaves it the model it is."""
 
 from __future__ import annotations
 
-import copy
-import inspect
 import logging
-from collections import Counter
-from typing import NamedTuple
+import threading
+import weakref
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, fx, nn
-from torch.nn.parameter import is_lazy
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .dispatch import available_backends
-from .modules import ChannelMixer, Conv2d, DepthwiseConv2d, FFNifiedAttention
-from .sequence import Layers, Sequence
+from .backends.choice import BackendError
+from .capture import NotCapturable, globally_hooked, is_library
+from .ops._operator import is_eager
+from .program import Program
+from .state import State
 
 logger = logging.getLogger("ffnet_kernels")
 
-_ACTIVATION_NAMES = {nn.ReLU: "relu", nn.SiLU: "silu"}
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+_PLACE = (
+    "_compiled_call_impl"  # where nn.Module itself keeps what its compile() makes; no copy or pickle takes it along
+)
+_MOST_LAYOUTS = 64
+_LEAST_OFTEN = 1024
 
 
-class Replacement(NamedTuple):
-    """One layer that now runs on an operator."""
+def optimize(model: ModuleT) -> ModuleT:
+    """Lets a model run on the operators, in place, and returns it.
 
-    path: str
-    operator: str
+    What the model computes of one map ``[N, C, H, W]`` is made into a program at the first call: layers become
+    operators, batch normalisation, parallel branches and layer scales are folded into weights that the program keeps,
+    and maps are channels-last on the CPU. The program runs where a call is plain eager PyTorch; else, and wherever
+    something cannot be known, the modules run as they are. Calls with gradients have a program of their own, whose
+    operators keep little for the backward pass and fold nothing.
 
+    1. Results are those of the plain model in every later state, to rounding, or its own error is raised. The first
+       call for each shape and layout of the map runs both and compares.
+    2. The model stays itself: modules, classes, parameters, buffers, hooks, state dict and both modes are as they
+       were, and so is what one can do with them. Copies and pickles are plain models: optimize them again. Results
+       have the strides that the plain model gives them.
+    3. What changes later counts: values, parameters, submodules, classes, hooks, patched methods, attributes, modes.
+       PyTorch does not see edits through ``.data``, of tensors made in inference mode, and of their memory by others:
+       where such a weight is folded, call `refresh`.
+    4. No code of the user's runs that would not run without it. Modules of PyTorch, torchvision, timm and ffnet are
+       taken for what they are; a module of any other class is called as it is, and what is below it has its own
+       programs. ``torch.compile(model, backend="ffnet_kernels")`` captures that, too.
+    5. A program takes at most one further copy of the weights that folding changes.
+    6. `report` tells what runs where, and why not; `restore` takes all of it back.
 
-def optimize(model: nn.Module) -> nn.Module:
-    """Returns a copy of ``model`` whose matching layers run on the operators; the model itself is untouched.
-
-    - Depthwise ``nn.Conv2d`` layers become :class:`DepthwiseConv2d`; where an activation module provably follows (the
-      modules around it can be traced, in both modes, and nothing in the model reads the convolution by itself), it is
-      fused: a hook that is put on the convolution later sees the activated map. In eval mode the same holds for 1×1
-      convolutions and those of images, which become :class:`Conv2d`.
-    - A module that defines ``kernel_ready()`` supplies its copy itself (an FFNet in eval mode: reparameterised), and
-      one that defines ``enable_kernels()`` puts itself on an operator and answers its name, or None. Of a model in
-      training mode, one that defines ``enable_training_kernels()`` does the same for its training steps.
-
-    In eval mode the weights of 2-D convolutions become channels-last, and with them the maps; depthwise filters are
-    stored channels innermost where kernels read them. Strides change; values, shapes and the state dict do not.
-    The result trains, saves and loads as the original does. What was replaced is logged at INFO and kept in
-    ``result.kernel_replacements``.
+    ``nn.DataParallel`` is not for optimised models: its replicas would call the original.
 
     Raises:
         TypeError: if ``model`` is no ``nn.Module``.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"optimize: expected an nn.Module, got {type(model).__name__}")
-    model = _ready(copy.deepcopy(model))
-    alone = _class_for(model, model.training)
-    if alone is not None:
-        model = alone.from_conv(model)  # type: ignore[arg-type]
-        replacements = [Replacement("", alone.operator)]
-    else:
-        replacements = _replace(model)
-    if not model.training:
-        _lay_out(model)
-        model = _join(model, {})
-    for replacement in replacements:
-        logger.info("optimize: %s -> %s", replacement.path or "(model)", replacement.operator)
-    model.kernel_replacements = tuple(replacements)  # type: ignore[assignment]
+    require_module(model, "optimize")
+    for module in model.modules():
+        if is_library(type(module)) and module._compiled_call_impl is None and _has_convolution(module):
+            module.__dict__[_PLACE] = Shortcut(module)
     return model
 
 
-def _ready(module: nn.Module) -> nn.Module:
-    """The module with every part that can prepare itself replaced by what it prepares."""
-    if hasattr(type(module), "kernel_ready"):  # of its class: a wrapper may hand on what it is asked for
-        return module.kernel_ready()  # type: ignore[operator]
-    for name, child in module.named_children():
-        if (ready := _ready(child)) is not child:
-            module.register_module(name, ready)
-    return module
+def restore(model: ModuleT) -> ModuleT:
+    """Takes back what `optimize` did to a model, in place, and returns it."""
+    for module, _ in _shortcuts(model, "restore"):
+        del module.__dict__[_PLACE]
+    return model
 
 
-def _replace(model: nn.Module) -> list[Replacement]:
-    replacements = []
-    on_operators: set[nn.Module] = set()  # their children are parameters' homes, never called
-    for path, module in model.named_modules():
-        if module in on_operators:
-            continue
-        operator = module.enable_kernels() if hasattr(type(module), "enable_kernels") else None
-        if operator is not None:
-            replacements.append(Replacement(path, operator))
-            on_operators.update(module.modules())
-    for path, module in model.named_modules():
-        enabled = model.training and hasattr(type(module), "enable_training_kernels")
-        operator = module.enable_training_kernels() if enabled else None
-        if operator is not None:
-            replacements.append(Replacement(path, operator))
-    homes = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
-    replaced: dict[nn.Module, nn.Conv2d] = {}  # a layer with several homes stays one layer
-    for path, module in list(model.named_modules()):
-        if module in on_operators:
-            continue
-        classes = {name: _class_for(child, model.training) for name, child in module._modules.items()}
-        convolutions: dict[str, nn.Conv2d] = {
-            name: child for name, child in module._modules.items() if child is not None and classes[name] is not None
-        }
-        alone = {name: conv for name, conv in convolutions.items() if homes[id(conv)] == 1}
-        fused = _following_activations(model, path, alone) if alone else {}
-        for name, conv in convolutions.items():
-            activation, follower = fused.get(name, ("none", None))
-            if follower is not None and homes[id(module._modules[follower])] > 1:
-                activation, follower = "none", None
-            operated = classes[name]
-            assert operated is not None
-            if conv not in replaced:
-                replaced[conv] = operated.from_conv(conv, activation)
-            module.register_module(name, replaced[conv])
-            if follower is not None:
-                module.register_module(follower, nn.Identity())
-            suffix = "" if follower is None else f" + {activation}"
-            replacements.append(Replacement(f"{path}.{name}".lstrip("."), f"{operated.operator}{suffix}"))
-    return replacements
+def refresh(model: ModuleT) -> ModuleT:
+    """Has all that an optimised model computed from its weights computed anew, and returns the model."""
+    for _, shortcut in _shortcuts(model, "refresh"):
+        for way in shortcut.ways:
+            if way.program is not None:
+                way.program.constants.known = None
+    return model
 
 
-def _join(module: nn.Module, joined: dict[nn.Module, nn.Module]) -> nn.Module:
-    """The module with every outermost ``nn.Sequential`` whose layers can run in one call as a `Sequence`."""
-    if type(module) is nn.Sequential:
-        layers = Layers()
-        if layers.add(module) and len(layers) > 1:
-            return joined.setdefault(module, Sequence.from_sequential(module))
-    for name, child in list(module._modules.items()):
-        if child is not None and (other := _join(child, joined)) is not child:
-            module.register_module(name, other)
-    return module
+def _shortcuts(model: nn.Module, asker: str) -> list[tuple[nn.Module, Shortcut]]:
+    require_module(model, asker)
+    found = ((module, vars(module).get(_PLACE)) for module in model.modules())
+    return [(module, shortcut) for module, shortcut in found if isinstance(shortcut, Shortcut)]
 
 
-def _class_for(module: nn.Module | None, training: bool) -> type[DepthwiseConv2d] | type[Conv2d] | None:
-    """The class on an operator that takes the place of a layer, if there is one."""
-    if module is None:
-        return None
-    if DepthwiseConv2d.takes(module):
-        return DepthwiseConv2d
-    return Conv2d if not training and Conv2d.takes(module) else None
+def require_module(model: Any, asker: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{asker}: expected an nn.Module, got {type(model).__name__}")
 
 
-def _activation_name(module: nn.Module | None) -> str | None:
-    if type(module) is nn.GELU:
-        return "gelu" if module.approximate == "none" else "gelu_tanh"
-    return _ACTIVATION_NAMES.get(type(module))  # type: ignore[arg-type]
+def _has_convolution(module: nn.Module) -> bool:
+    return any(isinstance(m, nn.Conv2d) for m in module.modules())
 
 
-class _Shallow(fx.Tracer):
-    """Traces one module and takes all modules it calls as they are."""
+class _Local(threading.local):
+    """Of a thread: whether modules are to run as written, programs of those below included."""
 
-    proxy_buffer_attributes = True  # forward must not count on real ones
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
+    is_plain = False
 
 
-def _calls(module: nn.Module) -> dict[str, list[fx.Node]] | None:
-    """The modules that ``module.forward`` calls, by path below it; None where tracing cannot tell."""
-    shadow = copy.copy(module)  # tracing runs the user's forward, which may assign attributes
-    for registry in ("_modules", "_parameters", "_buffers"):
-        shadow.__dict__[registry] = dict(module.__dict__[registry])
-    traces = []
-    for training in (False, True):
-        shadow.training = training
-        try:
-            graph = _Shallow().trace(shadow)
-        except Exception as error:  # whatever user code raises on proxies means "cannot tell"
-            logger.debug("optimize: %s cannot be traced, activations in it stay: %s", type(module).__name__, error)
+_local = _Local()
+
+
+class Shortcut:
+    """What an optimised module calls: a program, where one applies, or itself as written."""
+
+    is_program = True
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = weakref.ref(module)
+        self.ways = Way(differentiable=False), Way(differentiable=True)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module: Any = self.module()
+        if _local.is_plain:
+            return module._call_impl(*args, **kwargs)
+        if len(args) == 1 and not kwargs and is_plain_eager(args[0]) and args[0].dim() == 4:
+            way = self.ways[torch.is_grad_enabled()]
+            program = way.current_program(module, args[0])
+            if program is not None and program.takes(args[0]):
+                return way.run(module, program, args[0])
+        return module._call_impl(*args, **kwargs)
+
+
+class Way:
+    """The program of a module with or without gradients, or why there is none, and what is known of its results."""
+
+    def __init__(self, differentiable: bool) -> None:
+        self.differentiable = differentiable
+        self.program: Program | None = None
+        self.refusal: str | None = None
+        self.layouts: dict[tuple, list[tuple]] = {}
+        self.example: Tensor | None = None  # a map as the last one, without data
+        self.lock = threading.Lock()
+        self.patience = self.waiting = 0
+
+    def current_program(self, module: nn.Module, x: Tensor) -> Program | None:
+        """The program of the module as it is now, or None."""
+        program = self.program
+        if program is not None and program.size in (None, x.shape) and program.is_current(module):
+            self.patience, self.refusal = max(self.patience - 1, 0), None
+            return program
+        if self.waiting:
+            self.waiting -= 1
             return None
-        traces.append(graph)
-    if str(traces[0]) != str(traces[1]):
-        return None
-    calls: dict[str, list[fx.Node]] = {}
-    for node in traces[0].nodes:
-        if node.op == "call_module":
-            calls.setdefault(str(node.target), []).append(node)
-    return calls
+        # Made anew ever less often, where that is in vain or the model changes all the time.
+        self.patience = min(2 * self.patience + 1, _LEAST_OFTEN)
+        self.waiting = self.patience - 1
+        with self.lock:
+            try:
+                self.program = Program(module, State(module), x, self.differentiable)
+            except NotCapturable as error:
+                self.refusal = str(error)
+                return None
+            except Exception as error:  # a model that is wrong: its modules say how
+                self.refusal = f"no program can be made of it: {error}"
+                return None
+            self.layouts, self.refusal = {}, None
+            return self.program
+
+    def run(self, module: Any, program: Program, x: Tensor) -> Any:
+        key = (x.shape, x.stride(), *program.weight_strides())
+        strides = self.layouts.get(key)
+        if strides is None:
+            return self.first_run(module, program, x, key)
+        try:
+            out = program.run(x)
+        except BackendError:  # of one that was asked for
+            raise
+        except Exception as error:  # plain modules say in their own words what is wrong with the map
+            result = module._call_impl(x)
+            self.refuse(f"its program failed where the modules do not: {error}")
+            return result
+        return as_laid_out(out, strides)
+
+    def first_run(self, module: Any, program: Program, x: Tensor, key: tuple) -> Any:
+        """Runs the modules, which tells the strides of the result; and, where that has no effect, the program as well,
+        to see whether it computes the same."""
+        _local.is_plain = True
+        try:
+            result = expected = module._call_impl(x)
+        finally:
+            _local.is_plain = False
+        leaves, _ = tree_flatten(expected)
+        if not self.differentiable:
+            try:
+                result = program.run(x)
+                reason = difference(result, expected)
+            except BackendError:
+                raise
+            except Exception as error:
+                reason = str(error)
+            if reason is not None:
+                self.refuse(f"its program is not what the modules are: {reason}")
+                return expected
+        if not all(type(leaf) is Tensor for leaf in leaves) or any(_shares_memory(leaf, x) for leaf in leaves):
+            self.refuse("its result is no tensor of its own")
+            return expected
+        self.example = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+        if len(self.layouts) >= _MOST_LAYOUTS:
+            self.layouts = {}
+        strides = self.layouts[key] = [leaf.stride() for leaf in leaves]
+        return as_laid_out(result, strides)
+
+    def refuse(self, reason: str) -> None:
+        logger.warning("optimize: %s; plain PyTorch runs", reason)
+        self.program, self.refusal, self.patience, self.waiting = None, reason, _LEAST_OFTEN, _LEAST_OFTEN
 
 
-def _named_elsewhere(module: nn.Module, name: str) -> bool:
-    """Whether a method of the module's class other than its constructor and ``forward`` mentions the attribute."""
-    functions = (f for cls in type(module).__mro__ if issubclass(cls, nn.Module) for f in vars(cls).items())
-    return any(
-        name in function.__code__.co_names
-        for method, function in functions
-        if method not in ("__init__", "forward") and inspect.isfunction(function)
+def is_plain_eager(x: Any) -> bool:
+    """Whether a call on x does what it seems to and nothing else: no tracing, transforms, modes or subclasses."""
+    return (
+        type(x) is Tensor
+        and is_eager()  # before all that cannot be compiled
+        and torch._C._len_torch_function_stack() == 0  # before all that a mode would see
+        and x.layout is torch.strided
+        and x.device.type in ("cpu", "cuda")
+        and x.is_floating_point()
+        and not x.is_neg()
+        and not torch.is_autocast_enabled(x.device.type)
+        and torch._C._autograd._top_saved_tensors_default_hooks(False) is None  # of checkpointing, above all
+        and not globally_hooked()
     )
 
 
-def _called_whole(model: nn.Module, path: str) -> bool:
-    """Whether every module around ``path`` calls it, if at all, as a whole and none reaches for its children."""
-    names = path.split(".") if path else []
-    for depth in range(len(names)):
-        calls = _calls(model.get_submodule(".".join(names[:depth])))
-        inside = ".".join(names[depth:]) + "."
-        if calls is None or any(target.startswith(inside) for target in calls):
-            return False
-    return True
+def as_laid_out(out: Any, strides: list[tuple]) -> Any:
+    """A result in the strides that the modules give."""
+    if type(out) is Tensor:
+        return (
+            out
+            if out.stride() == strides[0]
+            else torch.empty_strided(out.shape, strides[0], dtype=out.dtype, device=out.device).copy_(out)
+        )
+    leaves, spec = tree_flatten(out)
+    return tree_unflatten([as_laid_out(leaf, [s]) for leaf, s in zip(leaves, strides, strict=True)], spec)
 
 
-def _following_activations(
-    model: nn.Module, path: str, convolutions: dict[str, nn.Conv2d]
-) -> dict[str, tuple[str, str]]:
-    """Convolution child of the module at ``path`` -> (activation, its child), where tracing shows that in the whole
-    model the one feeds only the other."""
-    module = model.get_submodule(path)
-    children = dict(module.named_children())
-    if not any(_activation_name(child) for child in children.values()):
-        return {}
-    calls = _calls(module)
-    if calls is None or not _called_whole(model, path):
-        return {}
-    found = {}
-    for name, conv in convolutions.items():
-        if len(calls.get(name, ())) != 1 or _observes_output(conv):
-            continue
-        (call,) = calls[name]
-        users = list(call.users)
-        if len(users) != 1 or users[0].op != "call_module" or users[0].args != (call,):
-            continue
-        follower = str(users[0].target)
-        activation = _activation_name(children.get(follower))
-        if activation is None or len(calls[follower]) != 1:
-            continue
-        if _named_elsewhere(module, name) or _named_elsewhere(module, follower):
-            continue
-        if not _observes_output(children[follower]) and not children[follower]._forward_pre_hooks:
-            found[name] = (activation, follower)
-    return found
+def difference(out: Any, expected: Any) -> str | None:
+    """How a program's result differs from the modules', beyond rounding; None if it does not."""
+    leaves, spec = tree_flatten(out)
+    expected_leaves, expected_spec = tree_flatten(expected)
+    if spec != expected_spec or not all(type(leaf) is Tensor for leaf in (*leaves, *expected_leaves)):
+        return "the result has another structure"
+    for a, b in zip(leaves, expected_leaves, strict=True):
+        if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
+            return f"{list(a.shape)} {a.dtype} instead of {list(b.shape)} {b.dtype}"
+        error = (a.double() - b.double()).abs().amax().item() if a.numel() and a.is_floating_point() else 0.0
+        size = b.double().abs().amax().item() if b.numel() else 0.0
+        if error > size * _ROUNDING.get(a.dtype, 0.0):
+            return f"results differ by {error} of {size}"
+    return None
 
 
-def _observes_output(module: nn.Module) -> bool:
-    """Whether a hook sees the module's result or its gradient, which fusing would change or never make."""
-    return bool(module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
+#: What orders of summation may change in a deep network, relative to the largest result; a wrong graph changes more.
+_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
 
 
-def _lay_out(model: nn.Module) -> None:
-    """Channels-last weights of convolutions and, for kernels, depthwise filters with their channels innermost.
-
-    Other parameters are left alone: users may view them.
-    """
-    innermost = available_backends() != ("reference",)
-    for module in model.modules():
-        filters: list[Tensor] = []
-        if isinstance(module, nn.Conv2d) and is_lazy(module.weight):
-            continue
-        if isinstance(module, nn.Conv2d) and innermost and module.weight.shape[1] == 1:
-            filters = [module.weight]
-        elif isinstance(module, nn.Conv2d):
-            module.weight.data = module.weight.data.to(memory_format=torch.channels_last)
-        elif isinstance(module, FFNifiedAttention) and innermost:
-            filters = [module.key, module.value]
-        elif isinstance(module, ChannelMixer) and innermost:
-            filters = [module.weight]
-        for weight in filters:
-            weight.data = weight.data.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
+def _shares_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()

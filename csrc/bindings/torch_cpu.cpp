@@ -1,14 +1,12 @@
 // The CPU kernels as operators of torch's dispatcher, through the LibTorch stable ABI only: this library runs in any
-// torch from TORCH_TARGET_VERSION on. Schemas, fakes and autograd are in ffnet_kernels/operators.py. All that memory
-// safety needs is checked here; ffnet_kernels/checks.py says it to users.
+// torch from TORCH_TARGET_VERSION on. Schemas, fakes and autograd are in ffnet_kernels/ops. All that memory
+// safety needs is checked here; ffnet_kernels/ops/_arguments.py says it to users.
 #include <algorithm>
 #include <array>
-#include <cmath>
 #include <optional>
 #include <string>
 #include <vector>
 
-#include "torch_cpu.h"
 #include "torch_cpu_arguments.h"
 
 namespace ffnet::cpu_operators {
@@ -163,50 +161,26 @@ Tensor conv2d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
   return out;
 }
 
-std::optional<Tensor> conv2d_pair(const Tensor& x, const Conv2dArguments& first, const Conv2dArguments& second) {
+// The second on the result of the first, which is made as the second reads it, where a kernel does that.
+Tensor conv2d_pair(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                   const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                   const std::string& activation, const Tensor& next_weight, const std::optional<Tensor>& next_bias,
+                   const std::vector<int64_t>& next_stride, const std::vector<int64_t>& next_padding,
+                   const std::string& next_activation) {
   check_map(x, "x");
-  Conv2dCall one(x, {x.size(0), x.size(1), x.size(2), x.size(3)}, first.weight, first.bias, first.stride, first.padding,
-                 first.activation);
-  Conv2dCall two(x, {one.op.n, one.op.outputs, one.op.out_h, one.op.out_w}, second.weight, second.bias, second.stride,
-                 second.padding, second.activation);
+  Conv2dCall one(x, {x.size(0), x.size(1), x.size(2), x.size(3)}, weight, bias, stride, padding, activation);
+  Conv2dCall two(x, {one.op.n, one.op.outputs, one.op.out_h, one.op.out_w}, next_weight, next_bias, next_stride,
+                 next_padding, next_activation);
   const Kernels& kernels = active_kernels();
   // What a map of single elements would make of the result's format is the map's to say.
-  if (one.op.n == 0 || one.op.outputs * one.op.out_h * one.op.out_w == 1) return std::nullopt;
-  if (!kernels.pairs_conv2d(one.op, two.op)) return std::nullopt;
-  const bool channels_last = suggests_channels_last(x) || suggests_channels_last(first.weight);
-  Tensor out = two.result(x, channels_last || suggests_channels_last(second.weight));
+  const bool single = one.op.n == 0 || one.op.outputs * one.op.out_h * one.op.out_w == 1;
+  if (single || !kernels.pairs_conv2d(one.op, two.op))
+    return conv2d(conv2d(x, weight, bias, stride, padding, activation), next_weight, next_bias, next_stride,
+                  next_padding, next_activation);
+  const bool channels_last = suggests_channels_last(x) || suggests_channels_last(weight);
+  Tensor out = two.result(x, channels_last || suggests_channels_last(next_weight));
   one.op.x = x.const_data_ptr(), one.op.x_stride = strides(x);
   kernels.conv2d_pair(one.op, two.op, executor());
-  return out;
-}
-
-Tensor pooled_linear(const Tensor& x, const Norm& norm, const Tensor& weight, const std::optional<Tensor>& bias) {
-  check_map(x, "x");
-  const int64_t c = x.size(1);
-  const PointwiseWeight rows(weight, "weight", c, x);
-  STD_TORCH_CHECK(c > 0 && x.size(2) > 0 && x.size(3) > 0, "ffnet_kernels (cpu): x must have channels and pixels");
-  const bool normed = norm.variance.has_value();
-  STD_TORCH_CHECK(
-      normed == norm.weight.has_value() && normed == norm.bias.has_value() && normed == norm.mean.has_value(),
-      "ffnet_kernels (cpu): a normalisation must have all of its tensors or none");
-  const ChannelVector gamma(norm.weight, "norm.weight", c, x), beta(norm.bias, "norm.bias", c, x),
-      mean(norm.mean, "norm.running_mean", c, x), variance(norm.variance, "norm.running_var", c, x),
-      bias_vector(bias, "bias", rows.rows(), x);
-  std::vector<float> affine(normed ? 2 * c : 0);
-  for (int64_t i = 0; normed && i < c; ++i) {
-    const double scale = gamma.data()[i] / std::sqrt(variance.data()[i] + norm.eps);
-    affine[i] = static_cast<float>(scale);
-    affine[c + i] = static_cast<float>(beta.data()[i] - mean.data()[i] * scale);
-  }
-  Tensor out = ::torch::stable::empty({x.size(0), rows.rows()}, x.scalar_type(), std::nullopt, x.device());
-  PooledLinear op{};
-  op.storage = storage(x);
-  op.n = x.size(0), op.channels = c, op.outputs = rows.rows(), op.h = x.size(2), op.w = x.size(3);
-  op.x = x.const_data_ptr(), op.x_stride = strides(x);
-  if (normed) op.scale = affine.data(), op.shift = affine.data() + c;
-  op.weight = rows.data(), op.weight_stride = rows.stride(), op.bias = bias_vector.data();
-  op.out = out.mutable_data_ptr();
-  if (op.n > 0) active_kernels().pooled_linear(op, executor());
   return out;
 }
 
@@ -216,6 +190,7 @@ using namespace ffnet;
 
 STABLE_TORCH_LIBRARY_IMPL(ffnet_kernels, CPU, m) {
   m.impl("conv2d", TORCH_BOX(&cpu_operators::conv2d));
+  m.impl("conv2d_pair", TORCH_BOX(&cpu_operators::conv2d_pair));
   m.impl("depthwise_conv2d", TORCH_BOX(&cpu_operators::depthwise_conv2d));
   m.impl("ffnified_attention", TORCH_BOX(&cpu_operators::ffnified_attention));
   m.impl("channel_mixer", TORCH_BOX(&cpu_operators::channel_mixer));

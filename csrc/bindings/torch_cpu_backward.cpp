@@ -1,5 +1,5 @@
 // The CPU kernels of the backward operators. A call that they do not take goes to <operator>_backward_composed, which
-// ffnet_kernels/operators.py defines.
+// ffnet_kernels/ops/_operator.py defines.
 #include <array>
 #include <memory>
 #include <optional>

@@ -1,4 +1,4 @@
-// The CPU kernels of training steps as operators, for ffnet_kernels/training.py, which checks the arguments; what
+// The CPU kernels of training steps as operators, for ffnet_kernels.training, which checks the arguments; what
 // memory safety needs is checked here again.
 #include <optional>
 #include <string>

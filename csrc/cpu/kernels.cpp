@@ -13,7 +13,6 @@ void channel_mixer(const ChannelMixer&, const Executor&);
 void conv2d(const Conv2d&, const Executor&);
 bool pairs_conv2d(const Conv2d&, const Conv2d&);
 void conv2d_pair(const Conv2d&, const Conv2d&, const Executor&);
-void pooled_linear(const PooledLinear&, const Executor&);
 void pointwise_conv2d_backward(const PointwiseConv2dBackward&, const Executor&);
 void batch_norm(const BatchNorm&, const Executor&);
 void batch_norm_backward(const BatchNormBackward&, const Executor&);
@@ -42,7 +41,6 @@ const Kernels* FFNET_TABLE_NAME(FFNET_ISA)() {
       FFNET_ISA::conv2d,
       FFNET_ISA::pairs_conv2d,
       FFNET_ISA::conv2d_pair,
-      FFNET_ISA::pooled_linear,
       FFNET_ISA::pointwise_conv2d_backward,
       FFNET_ISA::batch_norm,
       FFNET_ISA::batch_norm_backward,

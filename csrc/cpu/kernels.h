@@ -107,19 +107,6 @@ struct Conv2d {
   Strides out_stride;
 };
 
-// out[n, o] = bias[o] + sum_c weight[o, c] * (scale[c] * mean of x[n, c] + shift[c])
-struct PooledLinear {
-  Storage storage;
-  int64_t n, channels, outputs, h, w;
-  const void* x;
-  Strides x_stride;
-  const float *scale, *shift;  // [channels] contiguous, both or none null
-  const void* weight;          // [outputs][channels], rows weight_stride apart
-  int64_t weight_stride;
-  const float* bias;  // [outputs] contiguous, may be null
-  void* out;          // [n][outputs]
-};
-
 // Of a filter [O, 1, kh, kw] and its bias [O] (contiguous); either may be null. Elements are those of the maps.
 struct FilterGrad {
   void* weight;
@@ -191,7 +178,6 @@ struct Kernels {
   // conv2d_pair throws std::invalid_argument for what pairs_conv2d refuses.
   bool (*pairs_conv2d)(const Conv2d& first, const Conv2d& second);
   void (*conv2d_pair)(const Conv2d& first, const Conv2d& second, const Executor&);
-  void (*pooled_linear)(const PooledLinear&, const Executor&);
   void (*pointwise_conv2d_backward)(const PointwiseConv2dBackward&, const Executor&);
   void (*batch_norm)(const BatchNorm&, const Executor&);
   void (*batch_norm_backward)(const BatchNormBackward&, const Executor&);

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,9 +10,8 @@ from torch import nn
 
 import ffnet
 import ffnet_kernels
-from ffnet import mixers
 from ffnet.layers import BranchedDepthwise, ConvBN
-from ffnet.mixers import ChannelMixer, InputDependent, MetaMixer, ResidualMixer, TokenMixer
+from ffnet.mixers import InputDependent, MetaMixer, ResidualMixer
 
 
 def test_frame_composes_its_parts_and_hands_the_input_to_those_that_depend_on_it():
@@ -79,9 +80,8 @@ def test_self_attention_row(batch, height, width, heads, head_dim):
 
 
 def test_self_attention_works_as_a_token_mixer():
-    residual = randomise(TokenMixer(ffnet.self_attention_mixer(4, 2), 4, layer_scale_init=0.1)).double()
+    residual = randomise(ResidualMixer(ffnet.self_attention_mixer(4, 2), 4, layer_scale_init=0.1)).double()
     x = torch.randn(2, 4, 3, 5, dtype=torch.float64)
-    assert residual.enable_kernels() is None
     torch.testing.assert_close(residual(x), x + residual.layer_scale * residual.main(x))
     fused = ffnet.reparameterize(residual)
     assert fused.layer_scale is not None  # its last part is no plain convolution
@@ -93,123 +93,122 @@ def test_self_attention_rejects_heads():
         ffnet.self_attention_mixer(6, 4)
 
 
-def build(wrapper, kernel, **kwargs) -> ResidualMixer:
-    factory = ffnet.ffnified_attention_mixer if wrapper is TokenMixer else ffnet.conv_ffn_mixer
-    return randomise(wrapper(factory(4, kernel), 4, **kwargs))
+MIXERS = {"ffnified_attention": ffnet.ffnified_attention_mixer, "channel_mixer": ffnet.conv_ffn_mixer}
+every_mixer = pytest.mark.parametrize("mixer", MIXERS)
 
 
-@pytest.mark.parametrize("wrapper", [TokenMixer, ChannelMixer])
-def test_residual_with_layer_scale(wrapper):
-    mixer = build(wrapper, 3, layer_scale_init=1e-6).eval()
+def build(mixer, kernel, **kwargs) -> ResidualMixer:
+    return randomise(ResidualMixer(MIXERS[mixer](4, kernel), 4, **kwargs))
+
+
+@every_mixer
+def test_residual_with_layer_scale(mixer):
+    plain = build(mixer, 3)
+    mixer = build(mixer, 3, layer_scale_init=1e-6).eval()
     assert mixer.layer_scale.shape == (4, 1, 1)
     x = torch.randn(2, 4, 5, 5)
     torch.testing.assert_close(mixer(x), x + mixer.layer_scale * mixer.main(x))
-    assert [k for k in build(wrapper, 3).state_dict() if "layer_scale" in k or "drop" in k] == []
+    assert [k for k in plain.state_dict() if "layer_scale" in k or "drop" in k] == []
 
 
 def test_layer_scale_starts_at_the_given_value():
-    mixer = TokenMixer(ffnet.ffnified_attention_mixer(4), 4, layer_scale_init=1e-6)
+    mixer = ResidualMixer(ffnet.ffnified_attention_mixer(4), 4, layer_scale_init=1e-6)
     assert torch.equal(mixer.layer_scale, torch.full((4, 1, 1), 1e-6))
 
 
-@pytest.mark.parametrize("wrapper", [TokenMixer, ChannelMixer])
-def test_drop_path_drops_the_branch_only(wrapper):
-    mixer = build(wrapper, 3, drop_path=0.5).train()
+@every_mixer
+def test_drop_path_drops_the_branch_only(mixer):
+    mixer = build(mixer, 3, drop_path=0.5).train()
     x = torch.randn(64, 4, 3, 3)
     unchanged = (mixer(x) == x).flatten(1).all(1)
     assert 0 < unchanged.sum() < 64
 
 
-class Recorder:
-    """The operators of ffnet_kernels, with a record of the mixers' calls."""
-
-    def __init__(self):
-        self.calls = []
-
-    def __getattr__(self, name):
-        def call(*args, **kwargs):
-            if name != "conv2d":  # the query projection before the mixer
-                self.calls.append((name, kwargs["scale"], kwargs["residual"]))
-            return getattr(ffnet_kernels, name)(*args, **kwargs)
-
-        return call
+def fused(model) -> list[str]:
+    """The operators that an optimised model has run on."""
+    return [row.runs_on for row in ffnet_kernels.report(model).rows if row.is_fused]
 
 
-@pytest.fixture
-def kernels(monkeypatch):
-    recorder = Recorder()
-    monkeypatch.setattr(mixers, "ffnet_kernels", recorder)
-    return recorder
-
-
-@pytest.mark.parametrize("wrapper", [TokenMixer, ChannelMixer])
+@every_mixer
 @pytest.mark.parametrize("kernel", [3, 7])
 @pytest.mark.parametrize("scale", [None, 0.1])
-def test_enabled_kernels_compute_the_same(kernels, wrapper, kernel, scale):
-    mixer = build(wrapper, kernel, layer_scale_init=scale).double().eval()
+@pytest.mark.parametrize("reparameterized", [False, True])
+@torch.no_grad()
+def test_an_optimised_mixer_computes_the_same(mixer, kernel, scale, reparameterized):
+    plain = build(mixer, kernel, layer_scale_init=scale, drop_path=0.5).double().eval()
     x = torch.randn(2, 4, 6, 5, dtype=torch.float64)
-    fused = ffnet.reparameterize(mixer, extra_folds=False)
-    tree, state = str(fused), fused.state_dict()
-    assert fused.enable_kernels() == wrapper.operator
-    assert str(fused) == tree
-    assert all(torch.equal(value, state[key]) for key, value in fused.state_dict().items())
-    assert relative_error(fused(x), mixer(x)) < 1e-13
-    ((operator, used_scale, residual),) = kernels.calls
-    assert operator == wrapper.operator
-    assert used_scale is fused.layer_scale
-    assert residual is x
+    fast = ffnet.reparameterize(plain, extra_folds=False) if reparameterized else copy.deepcopy(plain)
+    tree = str(fast)
+    ffnet_kernels.optimize(fast)
+    for _ in range(2):
+        assert relative_error(fast(x), plain(x)) < 1e-13
+    assert str(fast) == tree
+    assert fused(fast)[-1] == mixer
+    assert len(fused(fast)) == {"ffnified_attention": 2, "channel_mixer": 1}[mixer]
 
 
-@pytest.mark.parametrize("wrapper", [TokenMixer, ChannelMixer])
-def test_drop_path_keeps_the_residual_out_of_the_operator(kernels, wrapper):
-    mixer = ffnet.reparameterize(build(wrapper, 3, drop_path=0.5, layer_scale_init=0.1).train(), extra_folds=False)
-    x = torch.randn(64, 4, 3, 3)
-    with torch.random.fork_rng():
-        expected = mixer(x)
-    mixer.enable_kernels()
-    torch.testing.assert_close(mixer(x), expected)
-    assert kernels.calls[0][2] is None
-    mixer.eval()(x)
-    assert kernels.calls[1][2] is x
+@every_mixer
+@pytest.mark.parametrize("kernel", [3, 7])
+@pytest.mark.parametrize("scale", [None, 0.1])
+@pytest.mark.parametrize("drop_path", [0.0, 0.5])
+@pytest.mark.parametrize("reparameterized", [False, True])
+def test_an_optimised_mixer_trains_the_same(mixer, kernel, scale, drop_path, reparameterized):
+    """From the second step on: in the first the modules run, which tells how results lie in memory."""
+    plain = build(mixer, kernel, layer_scale_init=scale, drop_path=drop_path).train()
+    plain = ffnet.reparameterize(plain, extra_folds=False) if reparameterized else plain
+    fast = ffnet_kernels.optimize(copy.deepcopy(plain))
+    for step in range(3):
+        x = torch.randn(16, 4, 6, 5)
+        outs, states = [], []
+        for model in (plain, fast):
+            torch.manual_seed(step)
+            outs.append(model(x))
+            states.append(torch.get_rng_state())
+            model.zero_grad()
+            outs[-1].square().mean().backward()
+        torch.testing.assert_close(outs[1], outs[0], rtol=1e-4, atol=1e-5)
+        assert torch.equal(*states)
+        for own, other in zip(fast.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(own.grad, other.grad, rtol=1e-3, atol=1e-4)
+    for own, other in zip(fast.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-5)
+    assert fused(fast)
 
 
-def replaced(wrapper, name, module) -> ResidualMixer:
-    mixer = ffnet.reparameterize(build(wrapper, 3))
-    setattr(mixer.main, name, module)
-    return mixer
+def replaced(mixer, name, module) -> ResidualMixer:
+    model = ffnet.reparameterize(build(mixer, 3))
+    setattr(model.main, name, module)
+    return randomise(model)
 
 
 @pytest.mark.parametrize(
-    "mixer",
+    ("make", "operator"),
     [
-        lambda: build(TokenMixer, 7),
-        lambda: build(ChannelMixer, 3),
-        lambda: build(ChannelMixer, 7),
-        lambda: replaced(TokenMixer, "act", nn.GELU("tanh")),
-        lambda: replaced(ChannelMixer, "act", nn.ReLU()),
-        lambda: replaced(TokenMixer, "conv1", nn.Conv2d(4, 4, 3, padding=1, groups=4, bias=False)),
-        lambda: replaced(TokenMixer, "conv1", nn.Conv2d(4, 4, 3, padding=1, groups=2)),
-        lambda: replaced(TokenMixer, "conv1", nn.Conv2d(4, 4, 5, padding=2, groups=4)),
-        lambda: replaced(TokenMixer, "conv2", nn.Conv2d(4, 4, 3, padding=2, dilation=2, groups=4)),
-        lambda: replaced(TokenMixer, "conv2", nn.Conv2d(4, 4, 3, padding=1, groups=4, padding_mode="circular")),
-        lambda: replaced(ChannelMixer, "fc1", nn.Conv2d(4, 12, 1, bias=False)),
-        lambda: replaced(ChannelMixer, "fc2", nn.Conv2d(12, 4, 1, groups=4)),
-        lambda: replaced(ChannelMixer, "conv", nn.Conv2d(4, 4, 3, stride=2, padding=1, groups=4)),
-        lambda: TokenMixer(nn.Identity(), 4),
-        lambda: ChannelMixer(nn.Identity(), 4),
+        (lambda: replaced("ffnified_attention", "act", nn.GELU("tanh")), "ffnified_attention"),
+        (lambda: replaced("channel_mixer", "act", nn.ReLU()), "channel_mixer"),
+        (
+            lambda: replaced("ffnified_attention", "conv1", nn.Conv2d(4, 4, 3, padding=1, groups=4, bias=False)),
+            "ffnified_attention",
+        ),
+        (lambda: replaced("ffnified_attention", "conv1", nn.Conv2d(4, 4, 3, padding=1, groups=2)), None),
+        (lambda: replaced("ffnified_attention", "conv1", nn.Conv2d(4, 4, 5, padding=2, groups=4)), None),
+        (lambda: replaced("ffnified_attention", "conv2", nn.Conv2d(4, 4, 3, padding=2, dilation=2, groups=4)), None),
+        (
+            lambda: replaced(
+                "ffnified_attention", "conv2", nn.Conv2d(4, 4, 3, padding=1, groups=4, padding_mode="circular")
+            ),
+            None,
+        ),
+        (lambda: replaced("channel_mixer", "fc1", nn.Conv2d(4, 12, 1, bias=False)), "channel_mixer"),
+        (lambda: replaced("channel_mixer", "fc2", nn.Conv2d(12, 4, 1, groups=4)), None),
+        (lambda: replaced("channel_mixer", "conv", nn.Conv2d(4, 4, 3, padding=1)), None),
+        (lambda: ResidualMixer(nn.Conv2d(4, 4, 1), 4), None),
     ],
 )
-def test_kernels_stay_off_where_the_operator_does_not_apply(mixer):
-    mixer = mixer().eval()
-    assert mixer.enable_kernels() is None
-    assert not mixer.kernels_enabled
-
-
-def test_plain_token_mixers_take_kernels_while_training(kernels):
-    """Stages 0 and 1 have plain convolutions after a query projection that keeps its batch norm."""
-    mixer = build(TokenMixer, 3).train()
-    x = torch.randn(2, 4, 5, 5)
-    expected = mixer(x)
-    assert mixer.enable_kernels() == "ffnified_attention"
-    torch.testing.assert_close(mixer(x), expected)
-    assert len(kernels.calls) == 1
+@torch.no_grad()
+def test_mixers_of_other_parts(make, operator):
+    plain = make().double().eval()
+    fast, x = ffnet_kernels.optimize(copy.deepcopy(plain)), torch.randn(2, 4, 6, 5, dtype=torch.float64)
+    for _ in range(2):
+        assert relative_error(fast(x), plain(x)) < 1e-13
+    assert [name for name in fused(fast) if name in MIXERS] == ([operator] if operator else [])

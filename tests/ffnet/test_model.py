@@ -8,6 +8,7 @@ from ffnet_testing import randomise, small_ffnet
 from torch import nn
 
 import ffnet
+import ffnet_kernels
 from ffnet.layers import DropPath, LayerNorm2d
 
 # Training-time parameters, fused parameters, multiply-adds of the fused model at 256 and at 384 (in units of 1e6),
@@ -229,10 +230,14 @@ def test_forward_intermediates_rejects_format():
         small_ffnet().forward_intermediates(torch.randn(1, 3, 32, 32), output_fmt="NLC")
 
 
-@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 4, 32, 32), (1, 1, 3, 32, 32)])
-def test_wrong_input_is_named(shape):
-    with pytest.raises(ValueError, match=r"expected input \[N, 3, H, W\], got \["):
-        small_ffnet()(torch.randn(shape))
+@pytest.mark.parametrize("shape", [(1, 4, 32, 32), (1, 1, 3, 32, 32)])
+@pytest.mark.parametrize("optimized", [False, True])
+def test_wrong_input_is_refused_by_the_first_convolution(shape, optimized):
+    model = small_ffnet().eval()
+    if optimized:
+        ffnet_kernels.optimize(model)(torch.randn(1, 3, 32, 32))
+    with pytest.raises(RuntimeError, match=r"to have 3 channels, but got 4|Expected 3D .* or 4D"):
+        model(torch.randn(shape))
 
 
 @pytest.mark.parametrize(
@@ -338,12 +343,13 @@ def test_count_macs_leaves_the_model_alone():
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
-def test_count_macs_sees_through_enabled_kernels():
-    model = ffnet.reparameterize(small_ffnet())
+def test_count_macs_of_an_optimised_model():
+    model = small_ffnet().eval()
     expected = ffnet.count_macs(model)
-    for module in model.modules():
-        if hasattr(module, "enable_kernels"):
-            assert module.enable_kernels()
+    ffnet_kernels.optimize(model)
+    with torch.no_grad():
+        for _ in range(2):
+            model(torch.randn(1, 3, 64, 64))
     assert ffnet.count_macs(model) == expected
 
 

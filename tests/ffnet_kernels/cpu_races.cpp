@@ -217,14 +217,6 @@ Outputs stem(Storage s, const Executor& e) {
   return out;
 }
 
-Outputs head(Storage s, const Executor& e) {
-  Outputs out;
-  kernels->pooled_linear({s, N, C, D, H, W, input<0>(kMap, s), kLast, floats<30>(C), floats<34>(C),
-                            input<36>(D * C, s), C, floats<35>(D), out.add(N * D, s)},
-                           e);
-  return out;
-}
-
 FilterGrad filter_grad(Outputs& out, Storage s) { return {out.add(C * 49, s), 49, 7, 1, out.add(C, s)}; }
 
 Outputs depthwise_backward(Storage s, const Executor& e) {
@@ -334,7 +326,6 @@ constexpr Call kCalls[] = {
     {"channel_mixer", mixer},
     {"conv2d", dense},
     {"conv2d_pair", stem},
-    {"pooled_linear", head},
     {"depthwise_conv2d_backward", depthwise_backward},
     {"ffnified_attention_backward", attention_backward},
     {"pointwise_conv2d_backward", pointwise_backward},

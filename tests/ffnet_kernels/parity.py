@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
@@ -13,10 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import ffnet_kernels as fk
-from ffnet_kernels import checks, dispatch, native
-from ffnet_kernels.backends import reference
-from ffnet_kernels.operators import CONV2D
-from ffnet_kernels.operators import OPERATORS as DEFINITIONS
+from ffnet_kernels import native
+from ffnet_kernels.backends import choice
+from ffnet_kernels.ops import OPERATORS as OPERATORS_BY_NAME
+from ffnet_kernels.ops._arguments import ACTIVATIONS
 from ffnet_kernels.selftest import error_limit as error_limit
 
 _ERROR = native.cpu_library_error()
@@ -26,7 +27,6 @@ ISAS: list[str] = [] if _ERROR else list(native.usable_isas())
 needs_native = pytest.mark.skipif(bool(_ERROR), reason=f"no native CPU kernels: {_ERROR}")
 every_isa = pytest.mark.parametrize("isa", ISAS or [pytest.param(None, marks=needs_native)])
 
-OPERATORS_BY_NAME = {definition.name: definition for definition in DEFINITIONS}
 OPERATORS = ("depthwise_conv2d", "ffnified_attention", "channel_mixer")
 LAYOUTS = (
     "nchw",
@@ -63,7 +63,7 @@ class Case(NamedTuple):
         defaults = {"stride": 1, "padding": "same", "activation": "none"} if names else {}
         if not names:
             defaults = {"activation": "gelu", "scale": None, "residual": None}
-        return getattr(checks, self.operator)(*self.args, **{**defaults, **self.kwargs})
+        return OPERATORS_BY_NAME[self.operator].defined.checked(*self.args, **{**defaults, **self.kwargs})
 
     def run(self) -> Tensor:
         return getattr(fk, self.operator)(*self.args, **self.kwargs)
@@ -176,7 +176,9 @@ def convolutions_in_time(args: tuple, backward: bool = False) -> Iterator[None]:
 
 def reference_of(operator: str, args: tuple) -> tuple:
     """The reference in float64, and in the dtype of the arguments."""
-    run = getattr(reference, operator)
+    definition = OPERATORS_BY_NAME[operator.removesuffix("_backward")]
+    backward = functools.partial(definition.backward_on, "reference")
+    run = backward if operator.endswith("_backward") else definition.reference
     with convolutions_in_time(args, operator.endswith("_backward")):
         return run(*(a.double() if isinstance(a, Tensor) else a for a in args)), run(*args)
 
@@ -203,7 +205,7 @@ def variants(backend: str) -> list[str | None]:
 def check(case: Case, backend: str = "cpu") -> None:
     """Every variant of a backend against the float64 reference, relative to plain PyTorch's own error."""
     operator, args = case.operator, case.checked()
-    if dispatch.BACKENDS[backend].refusal(operator, args) is not None:
+    if choice.BACKENDS[backend].refusal(operator, args) is not None:
         decision = fk.explain(operator, *case.args, **case.kwargs)
         assert decision.backend == "reference"
         assert decision.refused[backend], "a refusal gives its reason"
@@ -236,7 +238,7 @@ def check_gradients(
     args = case.checked()
     out = reference_of(case.operator, args)[1]
     grad = laid_out(out.shape, layout, torch.Generator().manual_seed(0), dtype=out.dtype)
-    places = (CONV2D if case.operator == "conv2d" else OPERATORS_BY_NAME[case.operator]).tensors
+    places = OPERATORS_BY_NAME[case.operator].tensors
     mask = [args[i] is not None and (wanted is None or i in wanted) for i in places]
     call = (grad, *args, mask)
     expected, eager = reference_of(f"{case.operator}_backward", call)
@@ -269,11 +271,8 @@ def check_gradients(
 
 
 def backward_of(backend: str, operator: str) -> Callable[..., list[Tensor]]:
-    """A backend's own gradients of an operator; Triton's are registered in a namespace of their own."""
-    name = f"{operator}_backward"
-    if operator == "conv2d":
-        return torch.ops.ffnet_kernels.conv2d_backward.default
-    return getattr(torch.ops.ffnet_kernels_triton if backend == "triton" else dispatch.BACKENDS[backend], name)
+    """A backend's own gradients of an operator."""
+    return functools.partial(OPERATORS_BY_NAME[operator].backward_on, backend)
 
 
 def relative_error(x: Tensor, exact: Tensor) -> float:
@@ -297,7 +296,7 @@ _sides = st.one_of(st.sampled_from([1, 2, 3, 3, 5, 7, 7, 9, 31]), st.integers(1,
 _kernels = st.one_of(
     _sides.map(lambda k: (k, k)), st.tuples(_sides, _sides), st.sampled_from([(1, 51), (3, 7), (11, 3)])
 )
-_activations = st.sampled_from(checks.ACTIVATIONS)
+_activations = st.sampled_from(ACTIVATIONS)
 
 
 class Sizes(NamedTuple):

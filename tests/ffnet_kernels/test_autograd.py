@@ -2,19 +2,21 @@
 
 import itertools
 
+import operator_calls
 import parity
 import pytest
 import torch
 from examples import example
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils.checkpoint import checkpoint
 
 import ffnet_kernels as fk
-from ffnet_kernels import checks
-from ffnet_kernels.operators import OPERATORS, _define
+from ffnet_kernels.backends import cpu
+from ffnet_kernels.ops._arguments import ACTIVATIONS
 from ffnet_kernels.selftest import error_limit
 
-BY_NAME = {operator.name: operator for operator in OPERATORS}
+BY_NAME = parity.OPERATORS_BY_NAME
 TINY = {"shape": (2, 3, 4, 5), "kernel": (3, 3)}
 DEPTHWISE_OPTIONS = (
     {},
@@ -37,8 +39,8 @@ every_operator = pytest.mark.parametrize("operator", parity.OPERATORS)
 def registered():
     """The operators' registrations in a scratch namespace, where no backend is: their own formulas run."""
     library = torch.library.Library("ffnet_kernels_under_test", "DEF")
-    for operator in OPERATORS:
-        _define(library, operator)
+    for operator in parity.OPERATORS:
+        BY_NAME[operator].define(library, cpu)
     yield torch.ops.ffnet_kernels_under_test
     library._destroy()
 
@@ -69,13 +71,13 @@ def gradients(function, args: tuple, wanted: set[int], seed: int = 1) -> list[Te
 
 @parity.needs_native
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
-@pytest.mark.parametrize("activation", checks.ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @every_case
 def test_gradients_against_float64(operator, options, activation, layout):
     args = example(operator, layout=layout, activation=activation, **{"shape": (2, 19, 9, 11), **options}).checked()
     wanted = set(BY_NAME[operator].tensors)
     double = tuple(a.double() if isinstance(a, Tensor) else a for a in args)
-    run_reference = getattr(fk.dispatch.reference, operator)
+    run_reference = fk.ops.OPERATORS[operator].reference
     expected = gradients(run_reference, double, wanted)
     eager = gradients(run_reference, args, wanted)
     got = gradients(native_operator(operator), args, wanted)
@@ -107,7 +109,7 @@ def test_optional_tensors_may_be_missing(registered, operator):
         args[i] = None
     wanted = set(BY_NAME[operator].tensors) - set(optional)
     got = gradients(getattr(registered, operator), tuple(args), wanted)
-    expected = gradients(getattr(fk.dispatch.reference, operator), tuple(args), wanted)
+    expected = gradients(fk.ops.OPERATORS[operator].reference, tuple(args), wanted)
     for g, e in zip(got, expected, strict=True):
         torch.testing.assert_close(g, e, rtol=1e-12, atol=1e-12)
 
@@ -126,7 +128,7 @@ def test_gradcheck_through_the_public_functions(operator, options):
     assert gradgradcheck(run, tensors, fast_mode=True)
 
 
-@pytest.mark.parametrize("activation", [a for a in checks.ACTIVATIONS if a != "relu"])
+@pytest.mark.parametrize("activation", [a for a in ACTIVATIONS if a != "relu"])
 @every_case
 def test_gradcheck_of_the_registered_formulas(registered, operator, options, activation):
     args = example(operator, dtype=torch.float64, activation=activation, **{**TINY, **options}).checked()
@@ -165,7 +167,7 @@ def test_second_derivatives_through_the_kernels(operator):
         first = torch.autograd.grad(out.square().sum(), tensors, create_graph=True)
         return torch.autograd.grad(sum(g.square().sum() for g in first), tensors)
 
-    run_reference = getattr(fk.dispatch.reference, operator)
+    run_reference = fk.ops.OPERATORS[operator].reference
     expected = penalty(run_reference, tuple(a.double() if isinstance(a, Tensor) else a for a in args))
     eager = penalty(run_reference, args)
     for g, e, f in zip(penalty(native_operator(operator), args), expected, eager, strict=True):
@@ -182,3 +184,13 @@ def test_no_graph_where_no_gradient_is_wanted(operator):
     with torch.inference_mode():
         assert not case.run().requires_grad
     assert case.run().requires_grad
+
+
+@pytest.mark.parametrize("call", operator_calls.calls().values(), ids=operator_calls.calls())
+def test_checkpointing(call):
+    """The second forward pass ends by an exception out of the operator, when all tensors are there again."""
+    found = []
+    for run in (call.ours, lambda *tensors: checkpoint(call.ours, *tensors, use_reentrant=False)):
+        leaves = [t.detach().requires_grad_() for t in call.tensors]
+        found.append(torch.autograd.grad(run(*leaves).square().sum(), leaves))
+    assert all(map(torch.equal, *found))

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import ffnet_kernels as fk
-from ffnet_kernels import checks, dispatch
-from ffnet_kernels.backends import reference
+from ffnet_kernels.backends import cpu, reference
+from ffnet_kernels.ops._arguments import ACTIVATIONS
+from ffnet_kernels.ops._operator import Operator
 
 _kernels = st.sampled_from([(1, 1), (1, 1), (3, 3), (2, 3), (5, 1), (7, 7)])
 
@@ -30,7 +31,7 @@ def cases(draw: st.DrawFn) -> parity.Case:
     layout = draw(st.sampled_from(["nchw", "channels_last", "stepped", "transposed"]))
     weight = parity.laid_out((outputs, channels, *kernel), layout, generator, gain, dtype)
     bias = draw(st.sampled_from([None, torch.randn(outputs, generator=generator).to(dtype)]))
-    activation = draw(st.sampled_from(checks.ACTIVATIONS))
+    activation = draw(st.sampled_from(ACTIVATIONS))
     return parity.Case("conv2d", (x, weight, bias), {"stride": stride, "padding": padding, "activation": activation})
 
 
@@ -63,14 +64,19 @@ def test_gradients():
 @parity.needs_native
 def test_the_dispatcher_knows_it():
     args, options = example(requires_grad=True)
-    torch.library.opcheck(torch.ops.ffnet_kernels.conv2d.default, checks.conv2d(*args, **options))
+    torch.library.opcheck(torch.ops.ffnet_kernels.conv2d.default, fk.ops.conv2d.checked(*args, **options))
 
 
 @pytest.fixture
 def composed(monkeypatch):
-    """The backward operators that were composed, for calls that no kernel takes."""
-    names, select = [], dispatch.select
-    monkeypatch.setattr(dispatch, "select", lambda name, args: names.append(name) or select(name, args))
+    """The operators whose gradients were composed, in calls that no kernel takes."""
+    names, fallback = [], Operator._fallback_gradients
+
+    def recorded(self, backend, call):
+        names.extend([self.name] if backend is cpu else [])
+        return fallback(self, backend, call)
+
+    monkeypatch.setattr(Operator, "_fallback_gradients", recorded)
     return names
 
 
@@ -104,14 +110,14 @@ WITHOUT_KERNEL = {
 @pytest.mark.parametrize("options", WITHOUT_KERNEL.values(), ids=WITHOUT_KERNEL)
 def test_gradients_without_a_kernel(options, composed):
     parity.check_gradients(pointwise((2, 18, 8, 9), 20, **options), layout="channels_last")
-    assert set(composed) == {"conv2d_backward"}
+    assert set(composed) == {"conv2d"}
 
 
 @parity.needs_native
 @pytest.mark.parametrize(("layout", "wanted"), [("nchw", None), ("channels_last", {2})])
 def test_incoming_gradients_and_masks_without_a_kernel(layout, wanted, composed):
     parity.check_gradients(pointwise((2, 18, 8, 9), 20), layout=layout, wanted=wanted)
-    assert set(composed) == {"conv2d_backward"}
+    assert set(composed) == {"conv2d"}
 
 
 @parity.needs_native
@@ -178,7 +184,7 @@ def test_bad_arguments(changes, message):
 @pytest.mark.parametrize("position", [0, 1, 2])
 def test_the_raw_operator_checks_what_it_reads(position):
     args, options = example()
-    call = list(checks.conv2d(*args, **options))
+    call = list(fk.ops.conv2d.checked(*args, **options))
     call[position] = call[position].double()
     with torch.no_grad(), pytest.raises(RuntimeError, match="must be"):
         torch.ops.ffnet_kernels.conv2d.default(*call)
@@ -193,13 +199,19 @@ def test_the_raw_gradients_check_what_they_write(bias):
         torch.ops.ffnet_kernels.conv2d_backward(grad, x, weight, bias, [1, 1], [0] * 4, "none", [True] * 3)
 
 
-def test_optimized_in_eval_mode_only():
-    model = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.GELU(), nn.Conv2d(8, 12, 1), nn.Conv2d(12, 4, 3))
+def test_an_optimised_model():
+    """Which convolutions run on the operator: pointwise ones, and those of few channels in inference."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.GELU(), nn.Conv2d(8, 12, 1), nn.Conv2d(12, 4, 3)).eval()
     x = torch.randn(2, 3, 20, 20)
-    optimized = fk.optimize(model.eval())
-    assert [tuple(r) for r in optimized.kernel_replacements] == [("0", "conv2d + gelu"), ("2", "conv2d")]
-    torch.testing.assert_close(optimized(x), model(x), rtol=1e-5, atol=1e-5)
-    assert fk.optimize(model.train()).kernel_replacements == ()
+    with torch.no_grad():
+        expected = model(x)
+        fk.optimize(model)
+        for _ in range(2):
+            torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+        found = [row[:2] for row in fk.report(model).rows]
+    assert found[1:] == [
+        ("0, 1", "conv2d"), ("2", "conv2d"), ("3", "torch: convolution (neither depthwise nor pointwise)")
+    ]  # fmt: skip
 
 
 def test_a_planted_infinity_stays_where_it_belongs():

@@ -8,8 +8,8 @@ import torch
 from examples import example
 from torch import Tensor
 
-from ffnet_kernels import checks
-from ffnet_kernels.backends import activations, cpu, reference
+from ffnet_kernels.backends import activations
+from ffnet_kernels.ops._arguments import ACTIVATIONS
 
 pytestmark = parity.needs_native
 BACKWARD = ("depthwise_conv2d", "ffnified_attention")
@@ -63,11 +63,11 @@ def input_gradients(x: Tensor, grad: Tensor, activation: str, isa: str | None) -
     with parity.selected_isa(isa), parity.poisoned_memory():
         weight = torch.ones(x.shape[1], 1, 1, 1)
         call = (grad, x, weight, None, (1, 1), (0, 0, 0, 0), activation, [True, False, False])
-        return cpu.depthwise_conv2d_backward(*call)[0]
+        return parity.backward_of("cpu", "depthwise_conv2d")(*call)[0]
 
 
 @parity.every_isa
-@pytest.mark.parametrize("activation", checks.ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_derivatives_of_special_numbers(isa, activation):
     tiny = torch.finfo(torch.float32).tiny
     numbers = [math.nan, math.inf, -math.inf, 0.0, -0.0, tiny, -tiny, tiny / 1024, 1e-20, -1e-20]
@@ -81,7 +81,7 @@ def test_derivatives_of_special_numbers(isa, activation):
 
 
 @parity.every_isa
-@pytest.mark.parametrize("activation", checks.ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_derivatives_over_the_line(isa, activation):
     x = torch.linspace(-12, 12, 48 * 2001).reshape(1, 48, 1, -1)
     derive = activations.ACTIVATE_BACKWARD[activation]
@@ -103,7 +103,7 @@ def test_float64_goes_to_the_reference(operator):
     args = example(operator, dtype=dtype).checked()
     mask = [True] * len(parity.OPERATORS_BY_NAME[operator].tensors)
     call = (torch.randn(args[0].shape).to(dtype), *args, mask)
-    expected = getattr(reference, f"{operator}_backward")(*call)
+    expected = parity.backward_of("reference", operator)(*call)
     for got, exact in zip(getattr(torch.ops.ffnet_kernels, f"{operator}_backward")(*call), expected, strict=True):
         assert torch.equal(got, exact)
 
@@ -111,7 +111,7 @@ def test_float64_goes_to_the_reference(operator):
 def test_four_outputs_a_channel_go_to_the_reference():
     x, weight = torch.randn(2, 3, 8, 8), torch.randn(12, 1, 3, 3)
     call = (torch.randn(2, 12, 8, 8), x, weight, None, (1, 1), (1, 1, 1, 1), "none", [True, True, False])
-    expected = reference.depthwise_conv2d_backward(*call)
+    expected = parity.backward_of("reference", "depthwise_conv2d")(*call)
     for got, exact in zip(torch.ops.ffnet_kernels.depthwise_conv2d_backward(*call), expected, strict=True):
         assert torch.equal(got, exact)
 
@@ -123,7 +123,7 @@ def test_huge_and_tiny_gradients():
             grad = torch.randn(args[0].shape, generator=torch.Generator().manual_seed(1)) * gain
             call = (grad, *args, [True] * len(parity.OPERATORS_BY_NAME[operator].tensors))
             expected, eager = parity.reference_of(f"{operator}_backward", call)
-            for got, exact, plain in zip(getattr(cpu, f"{operator}_backward")(*call), expected, eager, strict=True):
+            for got, exact, plain in zip(parity.backward_of("cpu", operator)(*call), expected, eager, strict=True):
                 assert (got.double() - exact).abs().max() <= parity.error_limit(exact, plain)
 
 

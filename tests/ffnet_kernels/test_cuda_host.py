@@ -10,8 +10,6 @@ from cuda_cases import BF16, DTYPES, F16, F32, HALVES, LAST, machine, one_thread
 from examples import example
 
 import ffnet_kernels as fk
-from ffnet_kernels.backends import reference
-from ffnet_kernels.operators import OPERATORS
 
 pytestmark = cuda_cases.needs_host
 
@@ -166,7 +164,7 @@ def test_planted_in_any_other_tensor(operator, special, dtype):
         before = place.clone()
         place.fill_(special)
         single = (a.float() if isinstance(a, torch.Tensor) else a for a in case.checked())
-        bad = ~getattr(reference, operator)(*single).isfinite()
+        bad = ~parity.OPERATORS_BY_NAME[operator].reference(*single).isfinite()
         assert bad.any()
         with fk.use_backend("cuda"):
             got = ~case.run().isfinite()
@@ -202,7 +200,7 @@ def test_planted_before_a_backward_pass(operator, kernel, special, dtype):
 # ---- what torch and users see ----
 
 
-@pytest.mark.parametrize("operator", OPERATORS, ids=[o.name for o in OPERATORS])
+@pytest.mark.parametrize("operator", [parity.OPERATORS_BY_NAME[name] for name in parity.OPERATORS])
 @pytest.mark.parametrize("dtype", [F32, F16])
 @pytest.mark.parametrize("layout", ["nchw", LAST])
 @pytest.mark.parametrize("batch", [0, 2])
@@ -214,7 +212,8 @@ def test_opcheck(operator, layout, batch, dtype):
     # A traced graph brings gradients in another layout, which another kernel takes; second derivatives are plain sums.
     tolerance = {"atol": 1e-5, "rtol": 1e-5} if dtype == F32 else {"atol": 0.01, "rtol": 0.01}
     torch.library.opcheck(forward, args, test_utils=tests, **tolerance)
-    grad = torch.randn_like(forward(*args)).requires_grad_()
+    args = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
+    grad = torch.randn_like(forward(*args))
     backward = getattr(torch.ops.ffnet_kernels_cuda, f"{operator.name}_backward").default
     call = (grad, *args, [i % 2 == 0 for i in range(len(operator.tensors))])
     torch.library.opcheck(backward, call, test_utils=tests, **tolerance)
@@ -327,7 +326,7 @@ def test_activations_of_every_float16(activation):
     x = values[values.abs() < 100].unflatten(0, (-1, 2)).reshape(1, 1, -1, 2)
     weight = torch.ones(1, 1, 1, 1, dtype=F16)
     out = torch.ops.ffnet_kernels_cuda.depthwise_conv2d(x, weight, None, [1, 1], [0, 0, 0, 0], activation).double()
-    exact = reference.depthwise_conv2d(x.double(), weight.double(), None, (1, 1), (0, 0, 0, 0), activation)
+    exact = fk.ops.depthwise_conv2d.reference(x.double(), weight.double(), None, (1, 1), (0, 0, 0, 0), activation)
     unit = torch.finfo(F16).eps * 2.0 ** exact.abs().clamp(min=2.0**-14).log2().floor()
     assert ((out - exact).abs() / unit).max() < 1
 

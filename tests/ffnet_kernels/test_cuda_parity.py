@@ -9,7 +9,7 @@ from cuda_cases import machine, one_thread  # noqa: F401  (a fixture)
 from examples import example
 from hypothesis import given, settings
 
-from ffnet_kernels import dispatch
+from ffnet_kernels.backends import choice
 
 pytestmark = cuda_cases.needs_host
 
@@ -17,7 +17,7 @@ SMALL = {"shape": (1, 3, 4, 5), "kernel": (3, 3)}
 
 
 def check(case, **options):
-    assert dispatch.BACKENDS["cuda"].refusal(case.operator, case.checked()) is None
+    assert choice.BACKENDS["cuda"].refusal(case.operator, case.checked()) is None
     parity.check(case, "cuda")
     parity.check_gradients(case, "cuda", **options)
 
@@ -71,7 +71,7 @@ def test_gradient_of_any_layout(operator, layout, dtype):
     parity.check_gradients(case, "cuda", layout=layout)
 
 
-ALONE = [(operator.name, {}, {i}) for operator in parity.OPERATORS_BY_NAME.values() for i in operator.tensors]
+ALONE = [(name, {}, {i}) for name in parity.OPERATORS for i in parity.OPERATORS_BY_NAME[name].tensors]
 ALONE += [("depthwise_conv2d", {"multiplier": 2}, {0}), ("depthwise_conv2d", {"stride": 2}, {1, 2})]
 ALONE += [("ffnified_attention", {"value_kernel": (2, 4)}, {i}) for i in (0, 1, 2, 3, 4, 6)]
 ALONE += [("channel_mixer", {}, wanted) for wanted in ({0, 4}, {1, 2, 8}, {3, 6})]

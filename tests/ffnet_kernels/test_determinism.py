@@ -48,7 +48,7 @@ def test_same_bits_on_any_number_of_threads(operator, isa, layout, shape, thread
 @pytest.mark.parametrize("shape", [(2, 19, 9, 11), (1, 5, 70, 13), (5, 40, 14, 14)])
 def test_same_bits_of_gradients_on_any_number_of_threads(operator, isa, layout, shape, threads):
     args = example(operator, shape=shape, layout=layout).checked()
-    backward = getattr(fk.dispatch.BACKENDS["cpu"], f"{operator}_backward")
+    backward = parity.backward_of("cpu", operator)
     grad = torch.randn(args[0].shape, generator=torch.Generator().manual_seed(1))
     mask = [True] * len(parity.OPERATORS_BY_NAME[operator].tensors)
     threads(1)

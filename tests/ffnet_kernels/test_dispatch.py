@@ -10,9 +10,11 @@ import patience
 import pytest
 import torch
 from examples import example
+from torch.utils.flop_counter import FlopCounterMode
 
 import ffnet_kernels as fk
-from ffnet_kernels import checks, dispatch
+from ffnet_kernels.backends import choice
+from ffnet_kernels.ops._operator import is_plain_cpu_call
 
 CALL = example("depthwise_conv2d")
 
@@ -28,23 +30,27 @@ def test_the_kernels_run_by_default():
 
 
 @parity.needs_native
-@pytest.mark.parametrize("operator", [*parity.OPERATORS, "conv2d"])
-def test_inference_spares_the_checks_in_python(operator, monkeypatch):
-    """Native operators check their arguments themselves."""
-    function = getattr(fk, operator)
-    case = example("depthwise_conv2d" if operator == "conv2d" else operator)
-    args, kwargs = (
-        ((case.args[0], torch.randn(5, case.args[0].shape[1], 3, 3)), {}) if operator == "conv2d" else case[1:]
-    )
-    expected = function(*args, **kwargs)
-    monkeypatch.setattr(checks, operator, None)
+def test_short_cuts_are_of_plain_eager_calls_on_the_cpu():
+    x = CALL.args[0]
+    assert is_plain_cpu_call(x)
     with torch.no_grad():
-        assert torch.equal(function(*args, **kwargs), expected)
-    with pytest.raises(TypeError, match="NoneType"):
-        function(*args, **kwargs)
-    for mode in (torch.autocast("cpu", torch.bfloat16), fk.use_backend("reference")):
-        with torch.no_grad(), mode, pytest.raises(TypeError, match="NoneType"):
-            function(*args, **kwargs)
+        assert is_plain_cpu_call(x)
+    others = (None, x[0], x.double(), x.to("meta"), torch.nn.Parameter(x), x.int())
+    assert not any(map(is_plain_cpu_call, others))
+    for watched in (
+        fk.use_backend("reference"),
+        torch.autocast("cpu", torch.bfloat16),
+        torch.autograd.forward_ad.dual_level(),
+        FlopCounterMode(display=False),
+    ):
+        with watched:
+            assert not is_plain_cpu_call(x)
+    seen = []
+    torch.func.vmap(lambda row: seen.append(is_plain_cpu_call(x)) or row)(x)
+    torch.jit.trace(lambda row: seen.append(is_plain_cpu_call(x)) or row + 1, (x,), check_trace=False)
+    compiled = torch.compile(lambda row: row * is_plain_cpu_call(row), fullgraph=True, backend="eager")
+    assert not compiled(x).any()
+    assert seen == [False, False]
 
 
 @parity.needs_native
@@ -124,7 +130,7 @@ def test_an_unknown_backend(name):
 
 
 def test_a_backend_that_is_not_available(monkeypatch):
-    monkeypatch.setattr(dispatch.BACKENDS["cpu"], "unavailable", lambda: "no compiler was there")
+    monkeypatch.setattr(choice.BACKENDS["cpu"], "unavailable", lambda: "no compiler was there")
     with pytest.raises(fk.BackendError, match=r"backend 'cpu' is not available: no compiler was there"):
         fk.use_backend("cpu").__enter__()
     assert chosen(example("depthwise_conv2d", dtype=torch.float64)) == "reference"
@@ -183,7 +189,7 @@ def test_a_bad_backend_in_the_environment_gives_one_line(environment, line):
 
 @parity.needs_native
 def test_a_bad_isa_in_the_environment_is_the_reason_why_there_are_no_kernels():
-    code = "from ffnet_kernels import dispatch\nprint(dispatch.why_unavailable('cpu'))\n" + WHICH
+    code = "from ffnet_kernels.backends import choice\nprint(choice.why_unavailable('cpu'))\n" + WHICH
     result = run(code, FFNET_KERNELS_ISA="sse9")
     reason = result.stdout.splitlines()[0]
     assert reason.startswith(
@@ -207,20 +213,20 @@ def test_a_decorated_function_may_overlap_with_itself_in_threads():
 
     def first():
         overlapping(leave_last=False)
-        after["first"] = dispatch._state.forced
+        after["first"] = choice._state.forced
         first_is_out.set()
 
     def second():
         with fk.use_backend("reference"):
             overlapping(leave_last=True)
-            after["second"] = dispatch._state.forced
+            after["second"] = choice._state.forced
 
     threads = [threading.Thread(target=f) for f in (first, second)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    default = dispatch._state.forced
+    default = choice._state.forced
     assert after == {"first": default, "second": "reference"}
 
 

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 import ffnet_kernels as fk
-from ffnet_kernels import dispatch, native
-from ffnet_kernels.backends import cpu
+from ffnet_kernels import native
+from ffnet_kernels.backends import choice
+from ffnet_kernels.ops._operator import Operator
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -191,15 +192,17 @@ def unwritten(out):
 @pytest.mark.parametrize("operator", ["depthwise_conv2d", "ffnified_attention"])
 def test_selftest_finds_a_fault(monkeypatch, operator, fault):
     """One wrong element fails every check of the operator, and no other."""
-    correct = getattr(cpu, operator)
+    correct = Operator.on
 
-    def wrong(*args):
-        out = correct(*args).contiguous()
-        fault(out)
+    def wrong(self, backend, *args):
+        out = correct(self, backend, *args)
+        if (self.name, backend) == (operator, "cpu"):
+            out = out.contiguous()
+            fault(out)
         return out
 
-    monkeypatch.setattr(cpu, operator, wrong)
-    monkeypatch.setattr(dispatch, "available_backends", lambda: ("cpu", "reference"))
+    monkeypatch.setattr(Operator, "on", wrong)
+    monkeypatch.setattr(choice, "available_backends", lambda: ("cpu", "reference"))
     checks = fk.selftest()
     assert {check.case.startswith(operator) for check in checks if not check.passed} == {True}
     assert not [check for check in checks if check.passed and check.case.startswith(operator)]

@@ -10,7 +10,7 @@ from native_build import ROOT, build_with_fault, run_tests, sanitizer_environmen
 pytestmark = pytest.mark.long
 
 PARITY = "tests/ffnet_kernels/test_parity.py"
-OTHERS = tuple(f"tests/ffnet_kernels/test_{name}.py" for name in ("conv2d", "sequence", "training_operators"))
+OTHERS = tuple(f"tests/ffnet_kernels/test_{name}.py" for name in ("conv2d", "programs", "training_operators"))
 QUICK = "--hypothesis-profile=quick"
 
 #: Faults are planted where the binding hands a call to the kernels, in what it tells them.

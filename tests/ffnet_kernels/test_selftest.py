@@ -8,16 +8,17 @@ import pytest
 import torch
 
 import ffnet_kernels as fk
-from ffnet_kernels import dispatch, native
+from ffnet_kernels import native
 from ffnet_kernels.__main__ import main
-from ffnet_kernels.backends import cpu, triton
+from ffnet_kernels.backends import choice, triton
+from ffnet_kernels.ops._operator import Operator
 
 module = sys.modules["ffnet_kernels.selftest"]  # the package's attribute of that name is the function
 
 
 @pytest.fixture
 def only_cpu(monkeypatch):
-    monkeypatch.setattr(dispatch, "available_backends", lambda: ("cpu", "reference"))
+    monkeypatch.setattr(choice, "available_backends", lambda: ("cpu", "reference"))
 
 
 def test_cases_are_the_same_in_every_run():
@@ -40,9 +41,8 @@ def test_maps_are_in_the_layout_that_a_case_says():
 @parity.needs_native
 def test_every_result_of_every_operator_is_checked(only_cpu):
     names = {check.case for check in fk.selftest(text="k=3 ")}
-    for definition in parity.DEFINITIONS:
-        arguments = [argument.split()[-1] for argument in definition.arguments.split(", ")]
-        wanted = {arguments[i] for i in definition.tensors if i != definition.residual}
+    for definition in map(parity.OPERATORS_BY_NAME.get, parity.OPERATORS):
+        wanted = {definition.names[i] for i in definition.tensors if i != definition.residual}
         found = {name.split()[2] for name in names if f" of {definition.name} " in name}
         assert found == wanted
         assert any(name.startswith(f"{definition.name} ") for name in names)
@@ -51,15 +51,17 @@ def test_every_result_of_every_operator_is_checked(only_cpu):
 @parity.needs_native
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_it_finds_a_wrong_gradient(only_cpu, monkeypatch, which):
-    correct = cpu.depthwise_conv2d_backward
+    correct = Operator.backward_on
 
-    def wrong(*call):
-        grads = list(correct(*call))
+    def wrong(self, backend, *call):
+        grads = list(correct(self, backend, *call))
+        if (self.name, backend) != ("depthwise_conv2d", "cpu"):
+            return grads
         grads[which] = grads[which].clone(memory_format=torch.contiguous_format)
         grads[which].view(-1)[-1] += (1e-3 if grads[which].dtype == torch.float32 else 0.2) * grads[which].abs().max()
         return grads
 
-    monkeypatch.setattr(cpu, "depthwise_conv2d_backward", wrong)
+    monkeypatch.setattr(Operator, "backward_on", wrong)
     checks = fk.selftest(text="k=5 ")
     name = f"gradient of {('x', 'weight', 'bias')[which]} of depthwise_conv2d "
     assert [c.case for c in checks if not c.passed] == [c.case for c in checks if c.case.startswith(name)] != []
@@ -67,7 +69,12 @@ def test_it_finds_a_wrong_gradient(only_cpu, monkeypatch, which):
 
 @parity.needs_native
 def test_it_finds_memory_that_is_not_written(only_cpu, monkeypatch):
-    monkeypatch.setattr(cpu, "depthwise_conv2d", lambda x, *_: torch.empty(x.shape[0], _[0].shape[0], *x.shape[2:]))
+    correct = Operator.on
+
+    def unwritten(self, backend, *args):
+        return self.defined.empty(*args) if backend == "cpu" else correct(self, backend, *args)
+
+    monkeypatch.setattr(Operator, "on", unwritten)
     checks = [c for c in fk.selftest(text="depthwise_conv2d k=3 s=1") if not c.case.startswith("gradient")]
     assert checks
     assert not any(check.passed for check in checks)
@@ -76,8 +83,8 @@ def test_it_finds_memory_that_is_not_written(only_cpu, monkeypatch):
 def test_kernels_for_tests_run_only_when_they_are_named(monkeypatch):
     ran = []
     monkeypatch.setattr(module, "_checks", lambda backend, text: iter(ran.append((backend, text)) or ()))
-    monkeypatch.setattr(dispatch, "available_backends", lambda: ("cuda", "triton", "cpu", "reference"))
-    monkeypatch.setattr(dispatch, "why_unavailable", lambda name: None)
+    monkeypatch.setattr(choice, "available_backends", lambda: ("cuda", "triton", "cpu", "reference"))
+    monkeypatch.setattr(choice, "why_unavailable", lambda name: None)
     monkeypatch.setattr(triton, "INTERPRETED", True)
     monkeypatch.setattr(native, "cuda_host_library", lambda: "library.so")
     fk.selftest()
@@ -102,7 +109,7 @@ def test_backends_without_kernels(name, capsys):
 
 
 def test_a_backend_that_is_not_there(monkeypatch, capsys):
-    monkeypatch.setattr(dispatch, "why_unavailable", lambda name: "there is no GPU")
+    monkeypatch.setattr(choice, "why_unavailable", lambda name: "there is no GPU")
     assert main(["selftest", "--backend", "cuda"]) == 2
     assert capsys.readouterr().err == "selftest: backend 'cuda' is not available: there is no GPU\n"
 

@@ -9,7 +9,10 @@ import torch.utils._python_dispatch
 from torch import nn
 
 import ffnet_kernels as fk
-from ffnet_kernels import autograd, checks, training
+from ffnet_kernels import training
+from ffnet_kernels.ops import _operator
+from ffnet_kernels.ops._arguments import ACTIVATIONS
+from ffnet_kernels.ops.channel_mixer import pointwise_reference
 from ffnet_kernels.selftest import error_limit
 
 BRANCHES = {
@@ -99,7 +102,7 @@ def test_any_layout(layout):
 
 
 @parity.needs_native
-@pytest.mark.parametrize("activation", checks.ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation(activation):
     layers, x = branches(18, (5, 3)), random(2, 18, 6, 7)
     expected, eager = (step(plain, x, layers, activation, dtype)[0] for dtype in (torch.float64, torch.float32))
@@ -156,7 +159,7 @@ def test_other_layers_are_called_as_they_are(change):
 
 def test_hooks_autocast_and_the_reference_backend_see_the_layers(monkeypatch):
     layers, x = branches(6, (3, 1)), random(2, 6, 7, 7)
-    monkeypatch.setattr(training, "_ops", None)  # no native call
+    monkeypatch.setattr(_operator, "call", None)  # no native call
     with fk.use_backend("reference"):
         training.branched_depthwise(x, layers)
     with torch.autocast("cpu", torch.bfloat16):
@@ -197,7 +200,7 @@ NORM_SHAPES = {**SHAPES, "chunks": (3, 35, 54, 62), "two values": (2, 3, 1, 1)}
 
 @parity.needs_native
 @parity.every_isa
-@pytest.mark.parametrize("activation", checks.ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("shape", NORM_SHAPES.values(), ids=NORM_SHAPES)
 def test_batch_norm(activation, shape, isa):
     norm, x = norm_layer(shape[1]), random(*shape) + 0.5
@@ -282,13 +285,13 @@ NORMS_CALLED_AS_THEY_ARE = {
 @pytest.mark.parametrize("change", NORMS_CALLED_AS_THEY_ARE.values(), ids=NORMS_CALLED_AS_THEY_ARE)
 def test_other_norms_are_called_as_they_are(change, monkeypatch):
     x, norm = change(random(2, 6, 7, 7), norm_layer(6))
-    monkeypatch.setattr(training, "_ops", None)  # no native call
+    monkeypatch.setattr(_operator, "call", None)  # no native call
     torch.testing.assert_close(training.batch_norm(x, norm, "gelu"), plain_norm(x, copy.deepcopy(norm), "gelu"))
 
 
 def test_hooks_of_a_norm_see_it(monkeypatch):
     norm, seen = norm_layer(6), []
-    monkeypatch.setattr(training, "_ops", None)
+    monkeypatch.setattr(_operator, "call", None)
     norm.register_forward_hook(lambda *_: seen.append("norm"))
     training.batch_norm(random(2, 6, 7, 7), norm)
     assert seen == ["norm"]
@@ -322,8 +325,8 @@ def run_feed_forward(function, arguments, activation, dtype=torch.float32, **for
 )
 def test_feed_forward(shape, hidden, outputs, full, isa):
     arguments = feed_forward_arguments(shape, hidden, outputs, full)
-    expected = run_feed_forward(fk.backends.training.feed_forward, arguments, "gelu", torch.float64)
-    eager = run_feed_forward(fk.backends.training.feed_forward, arguments, "gelu")
+    expected = run_feed_forward(pointwise_reference, arguments, "gelu", torch.float64)
+    eager = run_feed_forward(pointwise_reference, arguments, "gelu")
     for formats in ({}, {"memory_format": torch.channels_last}):
         with parity.selected_isa(isa), parity.poisoned_memory(), fk.use_backend("cpu"):
             found = run_feed_forward(training.feed_forward, arguments, "gelu", **formats)
@@ -331,11 +334,11 @@ def test_feed_forward(shape, hidden, outputs, full, isa):
 
 
 @parity.needs_native
-@pytest.mark.parametrize("activation", checks.ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_feed_forward_with_every_activation(activation):
     arguments = feed_forward_arguments((2, 18, 6, 7), 50, 18, True)
-    expected = run_feed_forward(fk.backends.training.feed_forward, arguments, activation, torch.float64)
-    eager = run_feed_forward(fk.backends.training.feed_forward, arguments, activation)
+    expected = run_feed_forward(pointwise_reference, arguments, activation, torch.float64)
+    eager = run_feed_forward(pointwise_reference, arguments, activation)
     assert_close(run_feed_forward(training.feed_forward, arguments, activation), expected, eager)
 
 
@@ -383,8 +386,8 @@ def test_second_derivatives():
     arguments, found = feed_forward_arguments((3, 8, 9, 9), 20, 8, True), []
     for function, dtype in (
         (training.feed_forward, torch.float32),
-        (fk.backends.training.feed_forward, torch.float64),
-        (fk.backends.training.feed_forward, torch.float32),
+        (pointwise_reference, torch.float64),
+        (pointwise_reference, torch.float32),
     ):
         own = {k: v.detach().to(dtype) for k, v in arguments.items()}
         found.append(twice(lambda f=function, o=own: f(**o, activation="gelu"), list(own.values())))
@@ -455,12 +458,12 @@ def test_the_short_way_to_gradients_is_taken_in_eager_mode_only():
     operator = torch.ops.ffnet_kernels.conv2d.default
     x, weight = random(2, 8, 5, 5).requires_grad_(), random(4, 8, 1, 1, seed=1).requires_grad_()
     args = (x, weight, None, [1, 1], [0, 0, 0, 0], "gelu")
-    short, registered = autograd.call(operator, *args), operator(*args)
+    short, registered = _operator.call(operator, *args), operator(*args)
     assert type(short.grad_fn) is not type(registered.grad_fn)
     found, expected = (torch.autograd.grad(out.square().sum(), (x, weight)) for out in (short, registered))
     assert all(map(torch.equal, found, expected))
     with torch.no_grad():
-        assert autograd.call(operator, *args).grad_fn is None
+        assert _operator.call(operator, *args).grad_fn is None
 
     class Names(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -469,6 +472,6 @@ def test_the_short_way_to_gradients_is_taken_in_eager_mode_only():
 
     names = []
     with Names():
-        watched = autograd.call(operator, *args)
+        watched = _operator.call(operator, *args)
     assert names == ["ffnet_kernels.conv2d.default"]
     assert type(watched.grad_fn) is type(registered.grad_fn)

@@ -1,9 +1,11 @@
-"""Forward-mode derivatives and torch.func transforms, and what a forced backend says to them."""
+"""Forward-mode derivatives, torch.func transforms and vectorised Jacobians, and what a forced backend says to them."""
 
+import operator_calls
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
+from torch.autograd.functional import hessian, jacobian
 
 import ffnet_kernels as fk
 
@@ -45,3 +47,61 @@ def test_dual_numbers():
 def test_a_forced_backend_refuses():
     with fk.use_backend("cpu"), pytest.raises(fk.BackendError, match="forward-mode"):
         TRANSFORMS["jvp"](ours)
+
+
+CALLS = operator_calls.calls()
+every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+
+
+def assert_close(found, expected):
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@every_call
+def test_vectorised_jacobian(call):
+    """The forward pass is a kernel's; gradients of all of its results are computed at once."""
+    found, expected = (jacobian(f, tuple(call.tensors), vectorize=True) for f in (call.ours, call.plain))
+    assert_close(found, expected)
+
+
+@every_call
+def test_vectorised_hessian(call):
+    x, *rest = call.tensors
+    found, expected = (
+        hessian(lambda x, f=f: f(x, *rest).square().mean(), x, vectorize=True) for f in (call.ours, call.plain)
+    )
+    assert_close(found, expected)
+
+
+@every_call
+def test_jacrev(call):
+    x, *rest = call.tensors
+    found, expected = (torch.func.jacrev(lambda x, f=f: f(x, *rest))(x) for f in (call.ours, call.plain))
+    assert_close(found, expected)
+
+
+@every_call
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_vmap_of_a_backward_pass(call, create_graph):
+    leaves = [t.detach().requires_grad_() for t in call.tensors]
+
+    def gradients(function):
+        out = function(*leaves)
+        several = operator_calls.random(3, *out.shape, seed=9)
+        return torch.func.vmap(lambda g: torch.autograd.grad(out, leaves, g, True, create_graph))(several)
+
+    found, expected = gradients(call.ours), gradients(call.plain)
+    assert_close(found, expected)
+    assert found[0].requires_grad == create_graph
+
+
+@every_call
+def test_second_derivatives_do_not_depend_on_autocast_around_the_backward_pass(call):
+    found = []
+    for enabled in (False, True):
+        leaves = [t.detach().requires_grad_() for t in call.tensors]
+        out = call.ours(*leaves)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            first = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
+        found.append(torch.autograd.grad(sum(g.square().sum() for g in first), leaves))
+    torch.testing.assert_close(*found)

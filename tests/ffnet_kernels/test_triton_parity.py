@@ -9,8 +9,9 @@ import triton_cases
 from examples import example
 from hypothesis import given, settings
 
-from ffnet_kernels import checks, dispatch
+from ffnet_kernels.backends import choice
 from ffnet_kernels.backends.triton import configs, launch
+from ffnet_kernels.ops._arguments import ACTIVATIONS
 
 pytestmark = triton_cases.needs_interpreter
 
@@ -20,7 +21,7 @@ SMALL = {"shape": (1, 3, 4, 5), "kernel": (3, 3)}
 
 
 def check(case, **options):
-    assert dispatch.BACKENDS["triton"].refusal(case.operator, case.checked()) is None
+    assert choice.BACKENDS["triton"].refusal(case.operator, case.checked()) is None
     parity.check(case, "triton")
     parity.check_gradients(case, "triton", **options)
 
@@ -35,11 +36,11 @@ BOTH = {False, True}
 MAPS = {"MAP_UNIT": {1, 3}, "ALIGN": {1, 8}}
 CUT = {"strips": BOTH, "column_tiles": BOTH}  # whether there is more than one
 FILTER = {"TAPS": set(range(9)), "CHUNKED": BOTH, "chunks": BOTH}
-FUSED = {"ACTIVATION": set(checks.ACTIVATIONS), "TAPS": {3, 5, 7}, "HALO": BOTH, "splits": BOTH}
-PRODUCT = {"ACTIVATION": set(checks.ACTIVATIONS), "MATRIX_UNIT": {0, 1}, **MAPS}
+FUSED = {"ACTIVATION": set(ACTIVATIONS), "TAPS": {3, 5, 7}, "HALO": BOTH, "splits": BOTH}
+PRODUCT = {"ACTIVATION": set(ACTIVATIONS), "MATRIX_UNIT": {0, 1}, **MAPS}
 VARIANTS = {
     "depthwise_conv2d_forward_kernel": {
-        "ACTIVATION": set(checks.ACTIVATIONS), "DERIVATIVE": BOTH, "STRIDE_H": {1, 2}, "STRIDE_W": {1, 2},
+        "ACTIVATION": set(ACTIVATIONS), "DERIVATIVE": BOTH, "STRIDE_H": {1, 2}, "STRIDE_W": {1, 2},
         "OUTPUTS": {1, 2}, "INPUTS": {1, 2}, **FILTER, **CUT, **MAPS,
     },
     "depthwise_conv2d_backward_kernel": {**FILTER, **CUT, **MAPS, "splits": BOTH},
@@ -65,7 +66,7 @@ def test_the_cases_reach_every_variant_of_every_kernel():
         case, _ = triton_cases.made(operator, triton_cases.OPTIONS[operator][name])
         args = case.checked()
         mask = [args[i] is not None for i in parity.OPERATORS_BY_NAME[operator].tensors]
-        with launch.recording() as launches, dispatch.use_backend("triton"):
+        with launch.recording() as launches, choice.use_backend("triton"):
             parity.backward_of("triton", operator)(case.run(), *args, mask)
         for started in launches:
             for argument, value in started.arguments.items():
@@ -104,7 +105,7 @@ def test_gradient_of_any_layout(operator, layout):
     parity.check_gradients(example(operator, shape=(2, 8, 4, 5), kernel=(3, 3)), "triton", layout=layout)
 
 
-ALONE = [(operator.name, {}, {i}) for operator in parity.OPERATORS_BY_NAME.values() for i in operator.tensors]
+ALONE = [(name, {}, {i}) for name in parity.OPERATORS for i in parity.OPERATORS_BY_NAME[name].tensors]
 ALONE += [("depthwise_conv2d", {"multiplier": 2}, {0}), ("depthwise_conv2d", {"stride": 2}, {1, 2})]
 ALONE += [("ffnified_attention", {"value_kernel": (2, 4)}, {i}) for i in (0, 1, 2, 3, 4, 6)]
 ALONE += [("channel_mixer", {}, wanted) for wanted in ({0, 4}, {1, 2, 8}, {3, 6})]

@@ -93,7 +93,10 @@ assert torch.equal(y, torch.nn.functional.conv2d(x, weight, padding=1, groups=4)
 y.sum().backward()
 assert x.grad.shape == x.shape
 model = fk.optimize(ffnet.create_model("ffnet_1", num_classes=3).eval())
-assert model(torch.randn(1, 3, 64, 64)).shape == (1, 3)
+with torch.no_grad():
+    for _ in range(2):
+        assert model(torch.randn(1, 3, 64, 64)).shape == (1, 3)
+assert any(row.is_fused for row in fk.report(model).rows), fk.report(model)
 print(json.dumps({"origin": fk.__file__, **fk.info()}))
 """
     info = json.loads(command("-c", code, cwd=folder))

@@ -1,0 +1,74 @@
+"""``torch.compile(model, backend="ffnet_kernels")``: PyTorch's own capture, our operators, inductor for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._dynamo import lookup_backend
+
+from . import patterns
+from .capture import NotCapturable
+from .normalize import normalize
+from .program import Constants, lower
+from .shapes import Node
+
+
+def backend(module: fx.GraphModule, example_inputs: list[Any], **options: Any) -> Callable[..., Any]:
+    """What ``torch.compile`` calls with each graph that it captured.
+
+    Without gradients, weights are folded as `ffnet_kernels.optimize` does it, and computed anew when one changes.
+    """
+    inductor = lookup_backend("inductor")
+    differentiable = torch.is_grad_enabled() and any(
+        isinstance(value, Tensor) and value.requires_grad for value in example_inputs
+    )
+    graph = fx.Graph()
+    placeholders = _copy(module.graph, graph, example_inputs)
+    try:
+        normalize(graph)
+        patterns.rewrite(graph, fold=not differentiable)
+    except NotCapturable:
+        return inductor(module, example_inputs, **options)
+    if differentiable:
+        return inductor(fx.GraphModule(module, graph), example_inputs, **options)
+    constants = Constants(graph)
+    places = {node: place for place, node in enumerate(placeholders)}
+    leaves = [places[node] for node in constants.leaves]
+    others = [place for node, place in places.items() if "tensor" not in node.meta]
+    values: list[Any] = constants.values([example_inputs[place] for place in leaves])
+    context = torch._guards.TracingContext.try_get()
+    if context is not None and context.fake_mode is not None:  # their sizes, unlike those of inputs, are for good
+        values = [context.fake_mode.from_tensor(value, static_shapes=True) for value in values]
+    lowered = fx.GraphModule(module, lower(graph, constants))
+    compiled = inductor(lowered, [*(example_inputs[place] for place in others), *values], **options)
+
+    # Batch normalisation moves its running statistics without PyTorch's counting it, so these are compared.
+    statistics = [place for place in leaves if not isinstance(example_inputs[place], nn.Parameter)]
+    known = [example_inputs[place].clone() for place in statistics]
+
+    def run(*inputs: Any) -> Any:
+        if not all(torch.equal(inputs[place], before) for place, before in zip(statistics, known, strict=True)):
+            constants.known = None
+            known[:] = [inputs[place].clone() for place in statistics]
+        values = constants.values([inputs[place] for place in leaves])
+        return compiled(*(inputs[place] for place in others), *values)
+
+    return run
+
+
+def _copy(source: fx.Graph, graph: fx.Graph, example_inputs: list[Any]) -> list[Node]:
+    """Copies a graph of Dynamo's and marks parameters and buffers, which it hands over in every call."""
+    env: dict[Node, Node] = {}
+    placeholders = []
+    for node in source.nodes:
+        copy = env[node] = graph.node_copy(node, env.__getitem__)
+        copy.meta = {"value": node.meta.get("example_value")}
+        if node.op == "placeholder":
+            placeholders.append(copy)
+    for copy, value in zip(placeholders, example_inputs, strict=True):
+        if getattr(value, "_dynamo_static_input_type", None) is not None:
+            copy.meta["tensor"] = value
+    return placeholders

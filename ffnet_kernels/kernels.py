@@ -1,0 +1,214 @@
+"""What the steps of a program call: the operators with arguments that the rewriter has checked, and convolution in the
+form it works with."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .backends import choice, cpu
+from .backends.activations import ACTIVATE
+from .ops import OPERATORS
+from .ops.batch_norm import channels_last, runs_natively, track
+
+_FEW_ROWS = 32  # of a linear layer: below, weights are read rather than multiplied, and PyTorch does that as well
+
+Pads = tuple[int, int, int, int]  # top, bottom, left, right
+
+
+def convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, int],
+    padding: Pads,
+    dilation: tuple[int, int],
+    groups: int,
+) -> Tensor:
+    """``torch.conv2d`` with its padding spelled out."""
+    top, bottom, left, right = padding
+    if top != bottom or left != right:
+        return torch.conv2d(F.pad(x, (left, right, top, bottom)), weight, bias, stride, 0, dilation, groups)
+    return torch.conv2d(x, weight, bias, stride, (top, left), dilation, groups)
+
+
+def depthwise_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, int],
+    padding: Pads,
+    activation: str,
+    channels: int,
+) -> Tensor:
+    if x.shape[1] != channels:  # the operator would take the filters for two a channel
+        raise ValueError(f"expected a map of {channels} channels, got {list(x.shape)}")
+    return _run("depthwise_conv2d", x, weight, bias, stride, padding, activation)
+
+
+def conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: Pads, activation: str
+) -> Tensor:
+    return _run("conv2d", x, weight, bias, stride, padding, activation)
+
+
+def conv2d_pair(x: Tensor, *first_and_second: Any) -> Tensor:
+    """One `conv2d` on another's result, which the CPU's kernel makes as it is read."""
+    if is_direct(x):
+        return torch.ops.ffnet_kernels.conv2d_pair.default(x, *first_and_second)
+    weight, bias, stride, padding, activation = first_and_second[5:]
+    x = conv2d(x, *first_and_second[:5])
+    return ACTIVATE[activation](convolution(x, weight, bias, stride, padding, (1, 1), 1))
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """``act(x · weight + bias)`` over the last dimension, whose rows are the pixels of a channels-last map."""
+    rows = x.numel() // x.shape[-1]
+    if rows < _FEW_ROWS or x.shape[-1] != weight.shape[1]:  # or it is wrong
+        return ACTIVATE[activation](F.linear(x, weight, bias))
+    pixels = x.reshape(1, rows, 1, x.shape[-1]).permute(0, 3, 1, 2)
+    out = conv2d(pixels, weight[:, :, None, None], bias, (1, 1), (0, 0, 0, 0), activation)
+    return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def ffnified_attention(query: Tensor, *args: Any) -> Tensor:
+    *weights, scale, residual = args
+    return _run("ffnified_attention", query, *weights, scale if scale is None else scale.reshape(-1), residual)
+
+
+def channel_mixer(x: Tensor, *args: Any) -> Tensor:
+    *weights, scale, residual = args
+    if (
+        torch.is_grad_enabled() or not x.is_cpu or x.dtype not in cpu.DTYPES
+    ):  # the CPU's kernel takes 1×1 filters as well
+        weights[2], weights[4] = weights[2].flatten(1), weights[4].flatten(1)
+    return _run("channel_mixer", x, *weights, scale if scale is None else scale.reshape(-1), residual)
+
+
+def batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dimensions: tuple[int, ...],
+) -> Tensor:
+    """``nn.BatchNorm`` by its running statistics, of maps of so many dimensions."""
+    if x.dim() not in dimensions:
+        raise ValueError(f"expected a map of {dimensions} dimensions, got {x.dim()}")
+    return torch.batch_norm(x, weight, bias, running_mean, running_var, False, 0.0, eps, torch.backends.cudnn.enabled)
+
+
+class Norm(NamedTuple):
+    """``nn.BatchNorm2d`` in training mode, as much as moves its statistics."""
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    num_batches_tracked: Tensor | None
+    momentum: float | None
+    eps: float
+
+    @property
+    def track_running_stats(self) -> bool:
+        return True  # else there are no statistics here
+
+    def applies(self, x: Tensor, channels: int, pixels: int) -> bool:
+        """Whether the kernels take it, for a map of so many channels and pixels."""
+        affine = self.weight is not None and self.bias is not None and self.weight.shape == (channels,)
+        return affine and self.weight.dtype == x.dtype and self.eps > 0 and pixels > 1  # type: ignore[union-attr]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        factor = self.momentum
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if factor is None:
+                factor = 1.0 / float(self.num_batches_tracked)
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, True, factor or 0.0, self.eps
+        )
+
+
+def batch_norm_training(x: Tensor, *norm_and_activation: Any) -> Tensor:
+    """``act(norm(x))`` by the statistics of the batch: the fields of a `Norm`, then the activation, if any."""
+    norm, activation = Norm(*norm_and_activation[:7]), (*norm_and_activation[7:], "none")[0]
+    if x.dim() != 4:
+        raise ValueError(f"expected a map of 4 dimensions, got {x.dim()}")
+    pixels = x.numel() // x.shape[1]
+    if not runs_natively(x) or not norm.applies(x, x.shape[1], pixels):
+        return ACTIVATE[activation](norm(x))
+    args = (channels_last(x), norm.weight, norm.bias, norm.eps, activation)
+    out, mean, variance = OPERATORS["batch_norm"].on("cpu", *args)
+    track([norm], mean[None], variance[None], pixels)  # type: ignore[list-item]
+    return out
+
+
+def branched_depthwise(
+    x: Tensor, weights: tuple[Tensor, ...], norms: tuple, stride: tuple[int, int], activation: str, channels: int
+) -> Tensor:
+    """``act(Σ norm(conv(x)))`` by the statistics of the batch, of filters padded to keep the size of the map."""
+    if x.shape[1] != channels:
+        raise ValueError(f"expected a map of {channels} channels, got {list(x.shape)}")
+    layers = [Norm(*norm) for norm in norms]
+    pixels = x.shape[0] * -(-x.shape[2] // stride[0]) * -(-x.shape[3] // stride[1])
+    outputs = weights[0].shape[0]
+    if not runs_natively(x) or not all(norm.applies(x, outputs, pixels) for norm in layers):
+        maps = [
+            norm(torch.conv2d(x, weight, None, stride, [k // 2 for k in weight.shape[2:]], 1, channels))
+            for weight, norm in zip(weights, layers, strict=True)
+        ]
+        return ACTIVATE[activation](sum(maps[1:], maps[0]))
+    parameters: list = []
+    for weight, norm in zip(weights, layers, strict=True):
+        parameters += (weight, norm.weight, norm.bias)
+    parameters += [None] * (6 - len(parameters))
+    eps = [norm.eps for norm in layers]
+    out, mean, variance = OPERATORS["branched_depthwise"].on("cpu", x, *parameters, eps, stride, activation)
+    track(layers, mean, variance, pixels)  # type: ignore[arg-type]
+    return out
+
+
+def feed_forward(
+    x: Tensor,
+    expand_weight: Tensor,
+    expand_bias: Tensor | None,
+    project_weight: Tensor,
+    project_bias: Tensor | None,
+    activation: str,
+    scale: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    return OPERATORS["feed_forward"].defined.feed_forward(
+        x, expand_weight, expand_bias, project_weight, project_bias,
+        activation=activation, scale=scale if scale is None else scale.reshape(-1), residual=residual,
+    )  # fmt: skip
+
+
+def is_direct(x: Tensor) -> bool:
+    """Whether operators on a map surely run on the CPU's kernels."""
+    return x.is_cpu and x.dtype in cpu.DTYPES and choice.prefers_cpu()
+
+
+def _run(operator: str, *args: Any) -> Tensor:
+    return OPERATORS[operator].on(choice.select(operator, args).NAME, *args)
+
+
+#: What is not plain PyTorch.
+FUSED = (
+    depthwise_conv2d, conv2d, conv2d_pair, linear, ffnified_attention, channel_mixer, batch_norm_training,
+    branched_depthwise, feed_forward,
+)  # fmt: skip
+
+#: Those that a native operator computes of the same arguments, but for what comes after these.
+NATIVE = {
+    depthwise_conv2d: torch.ops.ffnet_kernels.depthwise_conv2d.default,
+    conv2d: torch.ops.ffnet_kernels.conv2d.default,
+    conv2d_pair: torch.ops.ffnet_kernels.conv2d_pair.default,
+    ffnified_attention: torch.ops.ffnet_kernels.ffnified_attention.default,
+    channel_mixer: torch.ops.ffnet_kernels.channel_mixer.default,
+}

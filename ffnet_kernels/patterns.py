@@ -1,0 +1,571 @@
+"""Finds in a graph what an operator computes, and puts the operator in its place: a graph in, the same graph with
+operators in it out.
+
+It goes by what is computed, whoever wrote the layers. First convolutions take in what is linear around them: batch
+normalisations by running statistics, parallel branches that are summed, the map itself added to them, scales per
+channel. Their weights then are computed from parameters by the functions of `folding`, as nodes of the graph. Then
+operators are found, the mixers first.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from . import folding, kernels
+from .normalize import argument
+from .shapes import Node, has_dimensions
+
+_ADDS = (operator.add, torch.add)
+_MULS = (operator.mul, torch.mul)
+
+
+class Convolution(NamedTuple):
+    """The arguments of the node of a 2-D convolution, padding spelled out as (top, bottom, left, right)."""
+
+    x: Node
+    weight: Node
+    bias: Node | None
+    stride: tuple[int, int]
+    padding: tuple[int, int, int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+    @property
+    def kernel(self) -> tuple[int, int]:
+        return tuple(self.weight.meta["shape"][2:])
+
+    @property
+    def inputs(self) -> int:
+        return self.weight.meta["shape"][1] * self.groups
+
+    @property
+    def outputs(self) -> int:
+        return self.weight.meta["shape"][0]
+
+    @property
+    def is_depthwise(self) -> bool:
+        return self.groups > 1 and self.groups == self.inputs and self.outputs in (self.inputs, 2 * self.inputs)
+
+    @property
+    def is_pointwise(self) -> bool:
+        return self.kernel == self.stride == (1, 1) and self.padding == (0, 0, 0, 0) and self.groups == 1
+
+    @property
+    def keeps_size(self) -> bool:
+        """Whether result and map have one size, each tap of the kernel being centred on its pixel."""
+        kh, kw = self.kernel
+        centred = (kh // 2, kh // 2, kw // 2, kw // 2)
+        return self.stride == self.dilation == (1, 1) and kh % 2 == kw % 2 == 1 and self.padding == centred
+
+
+def rewrite(graph: fx.Graph, *, fold: bool = True) -> None:
+    """Puts operators into the graph, whose nodes carry ``meta["value"]``, what they are without data.
+
+    Args:
+        graph: a normalised one.
+        fold: whether weights may be folded; else what is made can be differentiated by the parameters.
+    """
+    Rewriter(graph, fold).run()
+
+
+class Rewriter:
+    """One pass over a graph after the other; each looks at a node and what is around it."""
+
+    def __init__(self, graph: fx.Graph, fold: bool) -> None:
+        self.graph, self.fold = graph, fold
+
+    def run(self) -> None:
+        for node in self.graph.nodes:
+            describe_constant(node)
+        passes: tuple[Callable[[Node], None], ...]
+        if self.fold:
+            passes = self.fold_norm, self.fold_head, self.fold_sum, self.fold_scale
+        else:
+            passes = self.branched_depthwise, self.depthwise_norm, self.norm_activation
+        passes = self.canonical, *passes, self.ffnified_attention, self.channel_mixer
+        passes = *passes, *(() if self.fold else (self.feed_forward,)), self.lower
+        for one in passes:
+            for node in list(self.graph.nodes):
+                if node.op in ("call_function", "call_method") and not node._erased:
+                    one(node)
+        self.round_constants()
+
+    # Building
+
+    def const(self, function: Callable, *args: Any, shape: tuple, like: Node) -> fx.Node:
+        """A node computed from parameters alone; ``like`` tells the dtype it will have in the end."""
+        node = self.graph.call_function(function, args)
+        node.meta.update(shape=tuple(shape), dtype=like.meta["dtype"], is_folded=True, paths=[])
+        return node
+
+    def put(self, at: Node, function: Callable, args: tuple) -> fx.Node:
+        """A node in the place of another, which goes."""
+        with self.graph.inserting_before(at):
+            new = self.graph.call_function(function, args)
+        new.meta.update(value=at.meta.get("value"), paths=[])
+        at.replace_all_uses_with(new)
+        self.erase(at, new.meta["paths"])
+        return new
+
+    def erase(self, node: Node, paths: list[str]) -> None:
+        """A node that nobody reads, and what only it read: counts of readers then are right at once. Where they were
+        from is put before ``paths``."""
+        inputs = node.all_input_nodes
+        self.graph.erase_node(node)
+        paths[:0] = node.meta.get("paths", [])
+        for other in reversed(inputs):
+            if not other.users and other.op not in ("placeholder", "get_attr") and not other._erased:
+                self.erase(other, paths)
+
+    def round_constants(self) -> None:
+        """Folded weights, computed in float64, in the dtype of the layer."""
+        for node in list(self.graph.nodes):
+            if not node.meta.get("is_folded") or all(user.meta.get("is_folded") for user in node.users):
+                continue
+            with self.graph.inserting_after(node):
+                new = self.graph.call_function(folding.rounded, (node, node.meta["dtype"]))
+            for user in list(node.users):
+                if user is not new and not user.meta.get("is_folded"):
+                    user.replace_input_with(node, new)
+
+    def convolve(self, at: Node, conv: Convolution) -> None:
+        self.put(at, kernels.convolution, tuple(conv))
+
+    # Looking
+
+    def convolution(self, node: Any) -> Convolution | None:
+        is_one = is_node(node) and node.target is kernels.convolution
+        return Convolution(*node.args) if is_one else None
+
+    def sole(self, node: Any) -> Convolution | None:
+        """A convolution whose result nobody reads but the node that asks."""
+        return self.convolution(node) if is_node(node) and len(node.users) == 1 else None
+
+    def next(self, node: Node) -> Node | None:
+        """The only reader of a node."""
+        return next(iter(node.users)) if len(node.users) == 1 else None
+
+    # Passes
+
+    def canonical(self, node: Node) -> None:
+        if node.target is torch.conv2d:
+            conv = parse(node)
+            if conv is not None:
+                self.convolve(node, conv)
+        elif node.target is torch.nn.functional.batch_norm and argument(node, 5, "training", False) is False:
+            x, mean, variance, weight, bias = (argument(node, i, name, None) for i, name in enumerate(_NORM_NAMES))
+            self.put(
+                node,
+                kernels.batch_norm,
+                (x, mean, variance, weight, bias, argument(node, 7, "eps", 1e-5), (2, 3, 4, 5)),
+            )
+
+    def fold_norm(self, node: Node) -> None:
+        """A batch normalisation behind a convolution, or before a pointwise one."""
+        if node.target is kernels.batch_norm:
+            conv = self.sole(node.args[0])
+            if conv is not None and has_statistics(node):
+                with self.graph.inserting_before(node):
+                    scale, shift = self.affine(node, conv.weight)
+                    self.convolve(node, self.scaled(conv, scale, shift))
+            return
+        conv = self.convolution(node)
+        if conv is None or not conv.is_pointwise or conv.x.target is not kernels.batch_norm or len(conv.x.users) > 1:
+            return
+        if not has_statistics(conv.x) or not has_dimensions(conv.x, 4):
+            return
+        with self.graph.inserting_before(node):
+            scale, shift = self.affine(conv.x, conv.weight)
+            new_bias = self.const(
+                folding.through, conv.weight, conv.bias, shift, shape=(conv.outputs,), like=conv.weight
+            )
+            new_weight = self.const(
+                folding.scale_inputs, conv.weight, scale, shape=conv.weight.meta["shape"], like=conv.weight
+            )
+            self.convolve(node, conv._replace(x=conv.x.args[0], weight=new_weight, bias=new_bias))
+
+    def affine(self, norm: Node, like: Node) -> tuple[Node, Node]:
+        """Scale and shift of a batch normalisation by running statistics."""
+        _, mean, variance, weight, bias, eps, _ = norm.args
+        shape = mean.meta["shape"]
+        scale = self.const(folding.norm_scale, variance, weight, eps, shape=shape, like=like)
+        return scale, self.const(folding.norm_shift, mean, bias, scale, shape=shape, like=like)
+
+    def fold_head(self, node: Node) -> None:
+        """A batch normalisation before the mean over pixels that only a linear layer reads."""
+        if node.target is not F.linear or len(node.args) < 2 or not _is_parameter(node.args[1]):
+            return
+        x, weight, bias = node.args[0], node.args[1], argument(node, 2, "bias", None)
+        while is_node(x) and len(x.users) == 1 and is_mean_of_pixels(x):
+            pooled, x = x, x.args[0]
+        if not is_node(x) or x.target is not kernels.batch_norm or x is node.args[0] or len(x.users) > 1:
+            return
+        if not has_statistics(x) or not has_dimensions(x, 4) or not has_dimensions(node.args[0], 2):
+            return
+        outputs, inputs = weight.meta["shape"]
+        with self.graph.inserting_before(node):
+            scale, shift = self.affine(x, weight)
+            new_weight = self.const(folding.scale_columns, weight, scale, shape=(outputs, inputs), like=weight)
+            new_bias = self.const(folding.through, weight, bias, shift, shape=(outputs,), like=weight)
+            pooled.replace_input_with(x, x.args[0])
+            self.erase(x, [])
+            self.put(node, F.linear, (node.args[0], new_weight, new_bias))
+
+    def scaled(self, conv: Convolution, scale: Node, shift: Node | None) -> Convolution:
+        shape = conv.weight.meta["shape"]
+        weight = self.const(folding.scale_outputs, conv.weight, scale, shape=shape, like=conv.weight)
+        if conv.bias is None and shift is None:
+            return conv._replace(weight=weight)
+        bias = self.const(folding.scale_bias, conv.bias, scale, shift, shape=(conv.outputs,), like=conv.weight)
+        return conv._replace(weight=weight, bias=bias)
+
+    def fold_sum(self, node: Node) -> None:
+        """Branches on one map that are summed: convolutions, normalisations and the map itself."""
+        if not is_sum(node):
+            return
+        first, second = node.args[:2]
+        for a, b in ((first, second), (second, first)):
+            merged = self.merge(node, a, b)
+            if merged is not None:
+                self.convolve(node, merged)
+                return
+
+    def merge(self, node: Node, a: Any, b: Any) -> Convolution | None:
+        conv = self.sole(a)
+        if conv is None or conv.dilation != (1, 1) or not is_node(b):
+            return None
+        other = self.sole(b)
+        with self.graph.inserting_before(node):
+            if other is not None:
+                return self.merge_branches(conv, other)
+            if not conv.keeps_size or conv.inputs != conv.outputs or not (conv.is_depthwise or conv.is_pointwise):
+                return None
+            if b is conv.x and (conv.is_pointwise or _is_folded(conv)):  # a residual sum of one convolution stays
+                args = (conv.weight, None, conv.groups)
+                weight = self.const(folding.add_identity, *args, shape=conv.weight.meta["shape"], like=conv.weight)
+                return conv._replace(weight=weight)
+            is_norm = b.target is kernels.batch_norm and b.args[0] is conv.x and len(b.users) == 1
+            if is_norm and has_statistics(b):
+                scale, shift = self.affine(b, conv.weight)
+                weight = self.const(
+                    folding.add_identity, conv.weight, scale, conv.groups, shape=conv.weight.meta["shape"],
+                    like=conv.weight,
+                )  # fmt: skip
+                bias = self.const(folding.add_bias, conv.bias, shift, shape=(conv.outputs,), like=conv.weight)
+                return conv._replace(weight=weight, bias=bias)
+        return None
+
+    def merge_branches(self, conv: Convolution, other: Convolution) -> Convolution | None:
+        if (conv.x, conv.stride, conv.dilation, conv.groups, conv.outputs) != (
+            other.x, other.stride, other.dilation, other.groups, other.outputs
+        ):  # fmt: skip
+            return None
+        top, left = conv.padding[0] - other.padding[0], conv.padding[2] - other.padding[2]
+        bottom, right = conv.padding[1] - other.padding[1], conv.padding[3] - other.padding[3]
+        (kh, kw), (other_kh, other_kw) = conv.kernel, other.kernel
+        if min(top, left) < 0 or top + other_kh + bottom != kh or left + other_kw + right != kw or bottom < 0 > right:
+            return None
+        shape = conv.weight.meta["shape"]
+        weight = self.const(
+            folding.add_kernels, conv.weight, other.weight, (left, right, top, bottom), shape=shape, like=conv.weight
+        )
+        bias = conv.bias
+        if other.bias is not None:
+            bias = self.const(folding.add_bias, conv.bias, other.bias, shape=(conv.outputs,), like=conv.weight)
+        return conv._replace(weight=weight, bias=bias)
+
+    def fold_scale(self, node: Node) -> None:
+        """A scale per output channel, where it is no mixer's, whose operators take it as it is."""
+        found = self.layer_scale(node)
+        if found is None:
+            return
+        y, scale = found
+        conv = self.sole(y)
+        if conv is None or self.ends_mixer(y) or not _is_folded(conv):
+            return
+        with self.graph.inserting_before(node):
+            vector = self.const(folding.vector, scale, shape=(conv.outputs,), like=conv.weight)
+            self.convolve(node, self.scaled(conv, vector, None))
+
+    def layer_scale(self, node: Any) -> tuple[Node, Node] | None:
+        """(map, scale per channel) of a product of them."""
+        if not is_node(node) or node.target not in _MULS or len(node.args) != 2:
+            return None
+        for y, scale in (node.args, node.args[::-1]):
+            conv = self.convolution(y)
+            if conv is None or not _is_parameter(scale):
+                continue
+            if scale.meta.get("shape") in ((conv.outputs, 1, 1), (1, conv.outputs, 1, 1)):
+                return y, scale
+        return None
+
+    def ends_mixer(self, node: Node) -> bool:
+        return self.attention_at(node) is not None or self.feed_forward_at(node) is not None
+
+    def attention_at(self, node: Any) -> tuple[Convolution, str, Convolution] | None:
+        """Keys, activation and values of FFNified attention whose values the node is."""
+        value = self.convolution(node)
+        if value is None or not (value.is_depthwise and value.keeps_size and value.inputs == value.outputs):
+            return None
+        found = activation(value.x)
+        key = self.sole(found[1]) if found is not None and len(value.x.users) == 1 else None
+        if found is None or key is None:
+            return None
+        same = key.is_depthwise and key.keeps_size and key.inputs == key.outputs == value.inputs
+        return (key, found[0], value) if same and key.kernel == value.kernel else None
+
+    def pointwise_pair_at(self, node: Any) -> tuple[Convolution, str, Convolution] | None:
+        """Expansion, activation and projection, both pointwise, the latter being the node."""
+        project = self.convolution(node)
+        if project is None or not project.is_pointwise:
+            return None
+        found = activation(project.x)
+        expand = self.sole(found[1]) if found is not None and len(project.x.users) == 1 else None
+        if found is None or expand is None or not expand.is_pointwise:
+            return None
+        return expand, found[0], project
+
+    def feed_forward_at(self, node: Any) -> tuple[Convolution, Convolution, str, Convolution] | None:
+        """The same with a depthwise convolution before: a channel mixer."""
+        found = self.pointwise_pair_at(node)
+        depthwise = self.sole(found[0].x) if found is not None else None
+        if found is None or depthwise is None or not (depthwise.is_depthwise and depthwise.keeps_size):
+            return None
+        return (depthwise, *found) if depthwise.inputs == depthwise.outputs else None
+
+    def ffnified_attention(self, node: Node) -> None:
+        found = self.attention_at(node)
+        if found is None:
+            return
+        key, name, value = found
+        args = (key.x, key.weight, key.bias, value.weight, value.bias, name)
+        self.mixer(node, kernels.ffnified_attention, args)
+
+    def channel_mixer(self, node: Node) -> None:
+        found = self.feed_forward_at(node)
+        if found is None:
+            return
+        depthwise, expand, name, project = found
+        weights = (depthwise.weight, depthwise.bias, expand.weight, expand.bias, project.weight, project.bias)
+        self.mixer(node, kernels.channel_mixer, (depthwise.x, *weights, name))
+
+    def feed_forward(self, node: Node) -> None:
+        """Two pointwise convolutions and the activation between them, in training."""
+        found = self.pointwise_pair_at(node)
+        if found is not None:
+            expand, name, project = found
+            args = (expand.x, expand.weight, expand.bias, project.weight, project.bias, name)
+            self.mixer(node, kernels.feed_forward, args)
+
+    def norm_at(self, node: Any) -> tuple[Convolution, tuple] | None:
+        """A depthwise convolution without bias that only feeds a normalisation by the batch, and that norm's fields."""
+        if not is_node(node) or node.target is not kernels.batch_norm_training or len(node.users) != 1:
+            return None
+        conv = self.sole(node.args[0])
+        if conv is None or conv.bias is not None or not conv.is_depthwise or conv.dilation != (1, 1):
+            return None
+        kh, kw = conv.kernel
+        centred = kh % 2 == kw % 2 == 1 and conv.padding == (kh // 2, kh // 2, kw // 2, kw // 2)
+        takes = centred and set(conv.stride) <= {1, 2} and len(node.args) == 8
+        return (conv, node.args[1:]) if takes else None
+
+    def branched_depthwise(self, node: Node) -> None:
+        """Two depthwise branches of one map, each with its normalisation, that are summed, in training."""
+        if not is_sum(node):
+            return
+        first, second = map(self.norm_at, node.args)
+        if first is None or second is None:
+            return
+        (conv, norm), (other, other_norm) = first, second
+        if (conv.x, conv.stride, conv.groups, conv.outputs) == (other.x, other.stride, other.groups, other.outputs):
+            self.put_branches(node, (conv, other), (norm, other_norm))
+
+    def depthwise_norm(self, node: Node) -> None:
+        found = self.norm_at(node)
+        if found is not None:
+            self.put_branches(node, (found[0],), (found[1],))
+
+    def put_branches(self, node: Node, convs: tuple[Convolution, ...], norms: tuple) -> None:
+        name, end = self.following_activation(node)
+        weights = tuple(conv.weight for conv in convs)
+        self.put(end, kernels.branched_depthwise, (convs[0].x, weights, norms, convs[0].stride, name, convs[0].groups))
+
+    def norm_activation(self, node: Node) -> None:
+        if node.target is kernels.batch_norm_training and len(node.args) == 8:
+            name, end = self.following_activation(node)
+            self.put(end, kernels.batch_norm_training, (*node.args, name))
+
+    def following_activation(self, node: Node) -> tuple[str, Node]:
+        """The activation that alone reads a node, and where its result is; ("none", node) without one."""
+        following = self.next(node)
+        found = activation(following)
+        return ("none", node) if found is None or following is None else (found[0], following)
+
+    def mixer(self, node: Node, function: Callable, args: tuple) -> None:
+        """An operator in the place of the node and of the scale and the residual sum that may follow."""
+        scale = residual = None
+        end, following = node, self.next(node)
+        found = self.layer_scale(following)
+        if found is not None and following is not None:
+            scale, end, following = found[1], following, self.next(following)
+        if following is not None and is_sum(following):
+            others = [a for a in following.args[:2] if a is not end]
+            if len(others) == 1 and has_shape_of(others[0], end):
+                residual, end = others[0], following
+        self.put(end, function, (*args, scale, residual))
+
+    def stem_before(self, conv: Convolution) -> Node | None:
+        """The convolution of an image, by an operator, that only a dense one of several taps reads."""
+        if not self.fold or conv.groups != 1 or conv.kernel == (1, 1) or not is_node(conv.x):
+            return None
+        takes = conv.dilation == (1, 1) and set(conv.stride) <= {1, 2} and conv.x.target is kernels.conv2d
+        return conv.x if takes and len(conv.x.users) == 1 and conv.x.args[1].meta["shape"][1] <= 4 else None
+
+    def lower(self, node: Node) -> None:
+        """What is left of convolutions onto operators, with the activation that follows, or back to torch's."""
+        if self.fold and node.target is F.linear and _is_parameter(node.args[1]):
+            weight, bias = node.args[1], argument(node, 2, "bias", None)
+            # Of a classifier's head, weights are read rather than multiplied: PyTorch does that as well.
+            if not has_dimensions(node, 2) and len(weight.meta["shape"]) == 2 and (bias is None or _is_parameter(bias)):
+                name, end = self.following_activation(node)
+                self.put(end, kernels.linear, (node.args[0], weight, bias, name))
+            return
+        conv = self.convolution(node)
+        if conv is None:
+            return
+        first = self.stem_before(conv)
+        if first is not None:
+            name, end = self.following_activation(node)
+            second = (conv.weight, conv.bias, conv.stride, conv.padding, name)
+            self.put(end, kernels.conv2d_pair, (*first.args, *second))
+            return
+        node.meta["reason"] = _why_not(conv)
+        takes = conv.dilation == (1, 1) and set(conv.stride) <= {1, 2}
+        is_dense = conv.groups == 1 and (conv.kernel == (1, 1) or conv.inputs <= 4)
+        if not takes or not (conv.is_depthwise or is_dense):
+            return
+        name, end = self.following_activation(node)
+        if not self.fold and not conv.is_depthwise:  # what has gradients of its own
+            if not conv.is_pointwise:
+                return
+            name, end = "none", node
+        geometry = (conv.stride, conv.padding, name)
+        if conv.is_depthwise:
+            args: tuple = (conv.x, conv.weight, conv.bias, *geometry, conv.groups)
+            self.put(end, kernels.depthwise_conv2d, args)
+        else:
+            self.put(end, kernels.conv2d, (conv.x, conv.weight, conv.bias, *geometry))
+
+
+def _why_not(conv: Convolution) -> str:
+    """Why a convolution stays with PyTorch, if it does."""
+    if conv.dilation != (1, 1):
+        return f"a dilation of {conv.dilation[0]}×{conv.dilation[1]}"
+    if not set(conv.stride) <= {1, 2}:
+        return f"a stride of {conv.stride[0]}×{conv.stride[1]}"
+    return "neither depthwise nor pointwise"
+
+
+_NORM_NAMES = ("input", "running_mean", "running_var", "weight", "bias")
+
+
+def parse(node: Node) -> Convolution | None:
+    """A node that calls ``torch.conv2d``, where all but the map is known."""
+    x, weight = argument(node, 0, "input", None), argument(node, 1, "weight", None)
+    bias = argument(node, 2, "bias", None)
+    if not is_node(x) or not _is_parameter(weight) or len(weight.meta["shape"]) != 4:
+        return None
+    if bias is not None and not _is_parameter(bias):
+        return None
+    stride, dilation = _pair(argument(node, 3, "stride", 1)), _pair(argument(node, 5, "dilation", 1))
+    groups = argument(node, 6, "groups", 1)
+    if stride is None or dilation is None or type(groups) is not int:
+        return None
+    padding = argument(node, 4, "padding", 0)
+    if padding == "same" and stride == (1, 1):
+        total = [d * (k - 1) for d, k in zip(dilation, weight.meta["shape"][2:], strict=True)]
+        pads = (total[0] // 2, total[0] - total[0] // 2, total[1] // 2, total[1] - total[1] // 2)
+    else:
+        pair = (0, 0) if padding == "valid" else _pair(padding)
+        if pair is None:
+            return None
+        pads = (pair[0], pair[0], pair[1], pair[1])
+    if min(pads) < 0:
+        return None
+    return Convolution(x, weight, bias, stride, pads, dilation, groups)
+
+
+def activation(node: Any) -> tuple[str, Node] | None:
+    """(name, map) of an activation that operators know."""
+    if not is_node(node) or node.op not in ("call_function", "call_method") or not node.args:
+        return None
+    if node.target in (F.relu, torch.relu, "relu"):
+        return "relu", node.args[0]
+    if node.target is F.silu:
+        return "silu", node.args[0]
+    if node.target is F.gelu:
+        return ("gelu" if argument(node, 1, "approximate", "none") == "none" else "gelu_tanh"), node.args[0]
+    return None
+
+
+def is_node(value: Any) -> bool:
+    return isinstance(value, fx.Node)
+
+
+def has_statistics(norm: Node) -> bool:
+    return all(map(_is_parameter, norm.args[1:3]))
+
+
+def has_shape_of(node: Any, other: Node) -> bool:
+    values: list[Any] = [n.meta.get("value") if is_node(n) else None for n in (node, other)]
+    return all(isinstance(value, Tensor) for value in values) and values[0].shape == values[1].shape
+
+
+def is_mean_of_pixels(node: Node) -> bool:
+    """Whether a node takes the mean over pixels, or drops the dimensions of one pixel."""
+    if node.target in ("mean", torch.mean):
+        dims = argument(node, 1, "dim", None)
+        return isinstance(dims, tuple | list) and tuple(dims) in ((2, 3), (-2, -1), [2, 3])
+    if node.target is F.adaptive_avg_pool2d:
+        return argument(node, 1, "output_size", None) in (1, (1, 1), [1, 1])
+    if node.target in ("flatten", torch.flatten):
+        before, after = node.args[0].meta.get("value"), node.meta.get("value")
+        pixel = isinstance(before, Tensor) and before.dim() == 4 and before.shape[2:] == (1, 1)
+        return pixel and isinstance(after, Tensor) and after.dim() == 2
+    return False
+
+
+def is_sum(node: Node) -> bool:
+    """Whether a node is the plain sum of two maps."""
+    return node.target in (*_ADDS, "add") and len(node.args) == 2 and not node.kwargs
+
+
+def describe_constant(node: Node) -> None:
+    """Shape and dtype of a parameter, or of what is computed from parameters alone, into ``node.meta``."""
+    computed = node.op in ("call_function", "call_method") and bool(node.all_input_nodes)
+    value = node.meta.get("value")
+    is_constant = "tensor" in node.meta or (computed and all("shape" in other.meta for other in node.all_input_nodes))
+    if is_constant and isinstance(value, Tensor):
+        node.meta.update(shape=tuple(value.shape), dtype=value.dtype)
+
+
+def _is_parameter(node: Any) -> bool:
+    return is_node(node) and "shape" in node.meta
+
+
+def _is_folded(conv: Convolution) -> bool:
+    """Whether a convolution's weights are computed anyhow, so that further folding takes no memory."""
+    return conv.weight.op == "call_function"
+
+
+def _pair(value: Any) -> tuple[int, int] | None:
+    """An integer or a pair of them as a pair; None for anything else, numpy's integers included."""
+    values = tuple(value) if isinstance(value, tuple | list) else (value, value)
+    values = values * 2 if len(values) == 1 else values
+    return values if len(values) == 2 and all(type(v) is int for v in values) else None

@@ -1,0 +1,248 @@
+"""A module's inference as a straight line of operators, below modules and autograd."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from operator import is_
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from . import kernels, patterns
+from .backends import choice, cpu
+from .capture import NotCapturable, capture
+from .normalize import normalize
+from .patterns import has_shape_of, is_node
+from .shapes import Node, has_dimensions
+from .state import State
+
+
+class Program:
+    """What a module computes of one map, as it was when this was made.
+
+    Attributes:
+        graph: its operators.
+        state: what it was made of.
+    """
+
+    def __init__(self, module: nn.Module, state: State, x: Tensor, differentiable: bool) -> None:
+        self.size: torch.Size | None = None
+        try:
+            graph = capture(module, x)
+        except NotCapturable:  # it may decide by the size of the map
+            self.size = x.shape
+            graph = capture(module, x, any_size=False)
+        if not state.is_current(module):
+            raise NotCapturable("its forward changes the modules")
+        normalize(graph, draws=differentiable)
+        patterns.rewrite(graph, fold=not differentiable)
+        if not any(node.target in kernels.FUSED or node.meta.get("is_folded") for node in graph.nodes):
+            raise NotCapturable("nothing in it is for an operator")
+        self.state, self.graph, self.differentiable = state, graph, differentiable
+        self.constants = Constants(graph, computed=not differentiable)
+        self.tensors = [node.meta["tensor"] for node in self.constants.leaves]
+        self.dtype, self.device = self.constants.kind()
+        self.sample = next(t for t in self.tensors if t.is_floating_point())
+        gives_maps = any(not has_dimensions(node, 2) for node in _output(graph).all_input_nodes)
+        self.filters = [tensor for tensor in self.tensors if gives_maps and tensor.dim() == 4]
+        lowered = lower(graph, self.constants)
+        if not differentiable:
+            _reuse(lowered)
+        self.channels = x.shape[1]
+        self.code = self.direct = _compile(lowered)
+        if not differentiable and kernels.is_direct(x):
+            _call_natively(lowered)
+            self.direct = _compile(lowered)
+        for node in graph.nodes:  # nodes refer to each other, so they outlive the model; its weights should not
+            node.meta.pop("tensor", None), node.meta.pop("counted_by", None)
+
+    def is_current(self, module: nn.Module) -> bool:
+        """Whether the module is what the program was made of."""
+        if self.sample.dtype != self.dtype or self.sample.device != self.device:  # moved in place
+            return False
+        touched = self.state.touched
+        current = self.state.is_current(module)
+        if touched != self.state.touched:  # it may have been in training mode in between, which moves statistics
+            self.constants.known = None
+        return current
+
+    def takes(self, x: Tensor) -> bool:
+        return (
+            x.dtype == self.dtype
+            and x.device == self.device
+            and x.dim() == 4
+            and x.shape[1] == self.channels
+            and self.size in (None, x.shape)
+        )
+
+    def weight_strides(self) -> Iterator[tuple[int, ...]]:
+        """What decides, with those of the map, the strides of results that are maps; nothing where none is."""
+        return map(Tensor.stride, self.filters)
+
+    def run(self, x: Tensor) -> Any:
+        if self.device.type == "cpu":
+            if x.requires_grad and torch.is_grad_enabled() and x.is_contiguous():
+                x = x.view_as(x)  # the gradient, too, is laid out as the modules would have it
+                x.register_hook(Tensor.contiguous)
+            x = x.contiguous(memory_format=torch.channels_last)
+        if self.differentiable:
+            return self.code(None, x, *self.constants.values(self.tensors))
+        with torch._C._AutoDispatchBelowAutograd():
+            code = self.direct if choice.prefers_cpu() else self.code
+            return code(None, x, *self.constants.values(self.tensors))
+
+
+class Constants:
+    """The tensors that steps read: parameters as they are, and what is computed from parameters alone.
+
+    Attributes:
+        leaves: the nodes of parameters and buffers, which have ``meta["tensor"]``.
+        inputs: the nodes that other nodes read.
+    """
+
+    def __init__(self, graph: fx.Graph, computed: bool = True) -> None:
+        self.leaves = [node for node in graph.nodes if "tensor" in node.meta]
+        self.order = [n for n in graph.nodes if "tensor" in n.meta or (computed and is_constant(n))]
+        known = set(self.order)
+        self.inputs = [n for n in self.order if not known.issuperset(n.users)]
+        sources = {n for node in self.order for n in node.all_input_nodes if "tensor" in n.meta}
+        self.sources = [i for i, node in enumerate(self.leaves) if node in sources]
+        counters = {id(t): t for t in (self.leaves[i].meta.get("counted_by") for i in self.sources) if t is not None}
+        self.counters = list(counters.values())
+        #: Gone where conversions gave parameters new memory, which PyTorch does not count as a change.
+        self.storages: list[StorageWeakRef] = []
+        self.known: tuple[list[Tensor], list[int], list[Tensor]] | None = None
+
+    def kind(self) -> tuple[torch.dtype, torch.device]:
+        """The dtype and the device of all floating-point tensors."""
+        tensors = [node.meta["tensor"] for node in self.leaves]
+        kinds = {(t.dtype, t.device) for t in tensors if t.is_floating_point()}
+        if len(kinds) != 1:
+            raise NotCapturable(f"its parameters are of {len(kinds)} kinds: {kinds or 'none'}")
+        return kinds.pop()
+
+    def values(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Of ``inputs``, for the tensors of ``leaves``; computed anew where one of these has changed."""
+        versions = [*(_version(tensors[i]) for i in self.sources), *map(_version, self.counters)]
+        known = self.known  # as one: other threads may be here
+        if any(storage.expired() for storage in self.storages):
+            known = None
+        if known is None or versions != known[1] or not (tensors is known[0] or all(map(is_, tensors, known[0]))):
+            known = self.known = tensors, versions, self._compute(tensors)
+            if not self.counters:  # else new buffers tell
+                self.storages = [StorageWeakRef(tensors[i].untyped_storage()) for i in self.sources]
+        return known[2]
+
+    @torch.no_grad()
+    def _compute(self, tensors: list[Tensor]) -> list[Tensor]:
+        env: dict[Node, Any] = dict(zip(self.leaves, tensors, strict=True))
+        for node in self.order:
+            if node not in env:
+                env[node] = call(node, env.__getitem__)
+            for other in node.all_input_nodes:  # one copy of the weights, not one for each fold
+                if other not in self.leaves and other not in self.inputs and all(user in env for user in other.users):
+                    env[other] = None
+        return [env[node] for node in self.inputs]
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version  # those made in inference mode have none
+
+
+def call(node: Node, value_of: Callable[[Node], Any]) -> Any:
+    """What the call that a node stands for gives."""
+    args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
+    target: Any = node.target
+    return target(*args, **kwargs) if node.op == "call_function" else getattr(args[0], target)(*args[1:], **kwargs)
+
+
+def is_constant(node: Node) -> bool:
+    """Whether a node's value is computed from parameters alone."""
+    if "constant" not in node.meta:
+        computed = node.op in ("call_function", "call_method") and bool(node.all_input_nodes)
+        node.meta["constant"] = "tensor" in node.meta or (computed and all(map(is_constant, node.all_input_nodes)))
+    return node.meta["constant"]
+
+
+#: What may write onto its first argument, where nobody else reads that: the same function in place.
+_IN_PLACE: dict[Any, Callable[..., Any]] = {
+    F.relu: F.relu_, F.hardtanh: F.hardtanh_, F.leaky_relu: F.leaky_relu_, torch.sigmoid: torch.sigmoid_,
+    F.relu6: lambda x: F.hardtanh_(x, 0.0, 6.0), F.hardswish: lambda x: F.hardswish(x, True),
+    F.hardsigmoid: lambda x: F.hardsigmoid(x, True), F.silu: lambda x: F.silu(x, True),
+    operator.add: Tensor.add_, torch.add: Tensor.add_, operator.mul: Tensor.mul_, torch.mul: Tensor.mul_,
+}  # fmt: skip
+_COMMUTES = (operator.add, torch.add, operator.mul, torch.mul)
+
+#: What gives a map that nobody else has.
+_FRESH = {
+    *kernels.FUSED, kernels.convolution, kernels.batch_norm, F.linear, F.layer_norm, F.avg_pool2d, torch.cat,
+    *_IN_PLACE, *_IN_PLACE.values(),
+}  # fmt: skip
+
+
+def _reuse(graph: fx.Graph) -> None:
+    """Lets elementwise functions write onto maps that only they read."""
+    for node in graph.nodes:
+        in_place = _IN_PLACE.get(node.target) if node.op == "call_function" and not node.kwargs else None
+        if in_place is None:
+            continue
+        for place, x in enumerate(node.args[:2] if node.target in _COMMUTES else node.args[:1]):
+            is_fresh = is_node(x) and x.target in _FRESH and len(x.users) == 1 and node.args.count(x) == 1
+            if is_fresh and has_shape_of(x, node) and x.meta["value"].dtype == node.meta["value"].dtype:
+                node.args = node.args if place == 0 else (x, node.args[0])
+                node.target = in_place
+                break
+
+
+def _output(graph: fx.Graph) -> fx.Node:
+    return next(iter(reversed(graph.nodes)))
+
+
+def lower(graph: fx.Graph, constants: Constants) -> fx.Graph:
+    """The same graph as one of the map and of ``constants.inputs``."""
+    lowered = fx.Graph()
+    env: dict[Node, Node] = {}
+    known = set(constants.order)
+    for node in graph.nodes:
+        if node.op == "placeholder" and node not in known:
+            env[node] = lowered.node_copy(node)
+    for node in constants.inputs:
+        env[node] = lowered.placeholder(f"constant_{len(env)}")
+    for node in graph.nodes:
+        if node not in known and node not in env:
+            env[node] = lowered.node_copy(node, env.__getitem__)
+    return lowered
+
+
+def _call_natively(graph: fx.Graph) -> None:
+    """Calls native operators without what `kernels` looks at before: 2 µs each, where a choice is the same every time.
+
+    All of it holds for every map that has the channels of the one the graph was captured for.
+    """
+    for node in graph.nodes:
+        native, maps = kernels.NATIVE.get(node.target), node.args[:1]
+        x = maps[0].meta.get("value") if maps and is_node(maps[0]) else None
+        if native is None or not isinstance(x, Tensor) or x.dim() != 4 or cpu.slower_map(x) is not None:
+            continue
+        if node.target is kernels.depthwise_conv2d:
+            if x.shape[1] != node.args[6]:
+                continue
+            node.args = node.args[:6]
+        elif node.target in (kernels.ffnified_attention, kernels.channel_mixer):
+            scale = node.args[-2]
+            if scale is not None:  # as [C]
+                with graph.inserting_before(node):
+                    node.args = (*node.args[:-2], graph.call_method("reshape", (scale, -1)), node.args[-1])
+        node.target = native
+
+
+def _compile(graph: fx.Graph) -> Callable[..., Any]:
+    """A graph as a function, which lets go what it no longer needs."""
+    code = graph.python_code("self")
+    scope = dict(code.globals)
+    exec(compile(code.src, "<ffnet_kernels program>", "exec"), scope)
+    return scope["forward"]

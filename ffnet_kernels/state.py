@@ -1,0 +1,96 @@
+"""What a program was made of, and whether it still is so.
+
+Looked at in every call of an optimised model, so in bulk: a thousand dictionaries in tens of microseconds.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import nn
+
+from .capture import HOOKS
+
+_version_of: Callable[[dict], int] | None
+try:
+    # Numbers that change whenever a dictionary does: torch.compile guards by them.
+    from torch._C._dynamo.guards import dict_version as _version_of
+except ImportError:
+    _version_of = None
+
+_REGISTRIES = ("_modules", "_parameters", "_buffers")
+
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
+class State:
+    """Modules of a tree with all their attributes, registries, hooks and the methods of their classes.
+
+    It holds on to what is below the root, not to the root, which may hold on to it.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        modules = list(root.modules())
+        below = modules[1:]
+        registries = [vars(m)[name] for m in modules for name in _REGISTRIES]
+        containers = [m._modules for m in modules if isinstance(m, nn.Sequential | nn.ModuleList | nn.ModuleDict)]
+        own = [value for m in modules for name, value in vars(m).items() if name not in _OF_EVERY_MODULE]
+        self.lists = [value for value in own if isinstance(value, list)]
+        self.list_contents = [list(value) for value in self.lists]
+        self.modules = below
+        self.dicts = [*map(vars, below), *filter(None, registries), *(d for d in containers if not d)]
+        self.dicts += [value for value in own if isinstance(value, dict)]
+        self.contents = [_without_program(vars(root)), *map(dict, self.dicts)]
+        self.versions = self._versions(root)
+        self.kinds = [type(root), *map(type, below)]
+        self.hooks = [vars(m)[name] for m in modules for name in HOOKS]
+        classes = {cls for kind in set(self.kinds) for cls in kind.__mro__ if cls is not object}
+        self.classes = list(map(vars, classes))
+        self.methods = [(cls, name) for cls in self.classes for name, value in cls.items() if callable(value)]
+        self.method_values = self._methods()
+        self.functions = _functions()
+        self.touched = 0  # how often attributes were set to what they had been
+
+    def is_current(self, root: nn.Module) -> bool:
+        """Whether nothing has changed, and no hook waits."""
+        versions = self._versions(root)
+        if versions is None or versions != self.versions:
+            if not self._unchanged(root):
+                return False
+            self.versions = versions
+            self.touched += 1
+        return (
+            [type(root), *map(type, self.modules)] == self.kinds
+            and not any(self.hooks)
+            and self.lists == self.list_contents
+            and self._methods() == self.method_values
+            and _functions() == self.functions
+        )
+
+    def _versions(self, root: nn.Module) -> list[int] | None:
+        return None if _version_of is None else [_version_of(vars(root)), *map(_version_of, self.dicts)]
+
+    def _unchanged(self, root: nn.Module) -> bool:
+        try:
+            return all(map(operator.eq, (_without_program(vars(root)), *self.dicts), self.contents))
+        except Exception:  # of a comparison of whatever users keep in a module; of tensors, too
+            return False
+
+    def _methods(self) -> list:
+        return [*map(len, self.classes), *(attributes.get(name) for attributes, name in self.methods)]
+
+
+def _without_program(attributes: dict) -> dict:
+    """Attributes of a root, which must not be held by what it holds itself."""
+    return {name: value for name, value in attributes.items() if name != "_compiled_call_impl"}
+
+
+def _functions() -> tuple:
+    """What layers call and tools that count or rewrite patch."""
+    return _functions_of(vars(F))
+
+
+_functions_of = operator.itemgetter("conv2d", "gelu", "relu", "silu", "batch_norm", "linear", "layer_norm")

@@ -1,0 +1,598 @@
+"""What programs are made of: the operators that are found in a model, and that these compute what its layers do."""
+
+import copy
+import gc
+import re
+import weakref
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from contract import agree, depthwise, randomised, twins
+from torch import nn
+
+import ffnet
+import ffnet_kernels as fk
+from ffnet import layers, mixers
+from ffnet_kernels import dynamo
+from ffnet_kernels.selftest import error_limit
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+every_format = pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+# ---- Models ----
+
+
+def of_a_library(kind):
+    """The class as if timm had it: programs take those for what they are."""
+    for value in vars(kind).values():
+        if hasattr(value, "__module__"):
+            value.__module__ = "timm.layers"
+    kind.__module__ = "timm.layers"
+    return kind
+
+
+@of_a_library
+class Residual(nn.Module):
+    def __init__(self, *branch):
+        super().__init__()
+        self.branch = nn.Sequential(*branch)
+
+    def forward(self, x):
+        return x + self.branch(x)
+
+
+@of_a_library
+class Branches(nn.Module):
+    """Parallel branches on one map, as in RepVGG and MobileOne."""
+
+    def __init__(self, *branches, act=None):
+        super().__init__()
+        self.branches, self.act = nn.ModuleList(branches), act or nn.Identity()
+
+    def forward(self, x):
+        out = 0
+        for branch in self.branches:
+            out = out + branch(x)
+        return self.act(out)
+
+
+@of_a_library
+class UsedTwice(nn.Module):
+    """An activation that is not alone in reading its convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.act = depthwise(), nn.GELU()
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.act(y) + y
+
+
+@of_a_library
+class Unsquare(nn.Module):
+    """Decides by the size of the map."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = depthwise()
+
+    def forward(self, x):
+        return self.conv(x) if x.shape[2] > x.shape[3] else -self.conv(x)
+
+
+@of_a_library
+class ConvNeXt(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = depthwise(8, 7), nn.LayerNorm(8)
+        self.fc1, self.act, self.fc2 = nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)
+        self.gamma = nn.Parameter(torch.ones(8))
+
+    def forward(self, x):
+        y = self.norm(self.conv(x).permute(0, 2, 3, 1))
+        return x + (self.gamma * self.fc2(self.act(self.fc1(y)))).permute(0, 3, 1, 2)
+
+
+def conv_norm(*conv, act=None, **options):
+    outputs = conv[1]
+    return [nn.Conv2d(*conv, bias=False, **options), nn.BatchNorm2d(outputs), *([act] if act else [])]
+
+
+def depthwise_norm(kernel=3, act=None, **options):
+    return conv_norm(8, 8, kernel, padding=kernel // 2, groups=8, act=act, **options)
+
+
+def inverted_residual():
+    return Residual(
+        *conv_norm(8, 24, 1, act=nn.ReLU6(inplace=True)),
+        *conv_norm(24, 24, 3, padding=1, groups=24, act=nn.SiLU(inplace=True)),
+        *conv_norm(24, 8, 1),
+    )
+
+
+def attention(key, value, act=None):
+    return nn.Sequential(key, act or nn.GELU(), value)
+
+
+class Pattern(NamedTuple):
+    """A model of maps of 8 channels, and the steps of its program."""
+
+    make: Callable[[], nn.Module]
+    steps: list[str]
+    training: list[str] | None = None  # those of the program with gradients, in training mode; None for no program
+
+
+PATTERNS = {
+    "a convolution": Pattern(depthwise, ["depthwise_conv2d"], ["depthwise_conv2d"]),
+    "an activation": Pattern(
+        lambda: nn.Sequential(depthwise(8, 7, stride=2), nn.SiLU(inplace=True)),
+        ["depthwise_conv2d"],
+        ["depthwise_conv2d"],
+    ),
+    "two channels a group": Pattern(
+        lambda: nn.Sequential(nn.Conv2d(8, 16, 5, padding=2, groups=8), nn.GELU("tanh")),
+        ["depthwise_conv2d"],
+        ["depthwise_conv2d"],
+    ),
+    "a norm and an activation": Pattern(
+        lambda: nn.Sequential(*depthwise_norm(act=nn.ReLU())), ["depthwise_conv2d"], ["branched_depthwise"]
+    ),
+    "a pointwise layer": Pattern(
+        lambda: nn.Sequential(*conv_norm(8, 12, 1, act=nn.GELU())), ["conv2d"], ["conv2d", "batch_norm_training"]
+    ),
+    "a dense layer": Pattern(
+        lambda: nn.Sequential(*conv_norm(8, 12, 3, act=nn.ReLU())),
+        ["torch: convolution", "torch: relu"],
+        ["torch: convolution", "batch_norm_training"],
+    ),
+    "a norm without weights": Pattern(
+        lambda: nn.Sequential(depthwise(), nn.BatchNorm2d(8, affine=False)),
+        ["depthwise_conv2d"],
+        ["depthwise_conv2d", "batch_norm_training"],
+    ),
+    "a norm ahead": Pattern(lambda: layers.BNConv(8, 12), ["conv2d"], ["batch_norm_training", "conv2d"]),
+    "a norm ahead of taps": Pattern(
+        lambda: nn.Sequential(nn.BatchNorm2d(8), depthwise()),
+        ["torch: batch_norm", "depthwise_conv2d"],
+        ["batch_norm_training", "depthwise_conv2d"],
+    ),
+    "two branches": Pattern(
+        lambda: layers.BranchedDepthwise(8, 16, 7, stride=2), ["depthwise_conv2d"], ["branched_depthwise"]
+    ),
+    "an identity branch": Pattern(
+        lambda: Branches(
+            nn.Sequential(*depthwise_norm(5)), nn.Sequential(*depthwise_norm(1)), nn.BatchNorm2d(8), act=nn.ReLU()
+        ),
+        ["depthwise_conv2d"],
+        ["branched_depthwise", "batch_norm_training", "torch: add", "torch: relu"],
+    ),
+    "a pointwise layer and its map": Pattern(
+        lambda: layers.SkipConv(8), ["conv2d"], ["batch_norm_training", "conv2d", "torch: add"]
+    ),
+    "an inverted residual": Pattern(
+        inverted_residual,
+        ["conv2d", "torch: hardtanh", "depthwise_conv2d", "conv2d", "torch: add"],
+        ["conv2d", "batch_norm_training", "torch: hardtanh", "branched_depthwise", "conv2d", "batch_norm_training",
+         "torch: add"],
+    ),
+    "a token mixer": Pattern(
+        lambda: mixers.ResidualMixer(mixers.ffnified_attention_mixer(8, 7), 8, layer_scale_init=0.5),
+        ["conv2d", "ffnified_attention"],
+        ["conv2d", "batch_norm_training", "branched_depthwise", "branched_depthwise", "torch: mul", "torch: add"],
+    ),
+    "a token mixer of plain layers": Pattern(
+        lambda: mixers.ResidualMixer(mixers.ffnified_attention_mixer(8, 3), 8, layer_scale_init=0.5),
+        ["conv2d", "ffnified_attention"],
+        ["conv2d", "batch_norm_training", "ffnified_attention"],
+    ),
+    "a channel mixer": Pattern(
+        lambda: mixers.ResidualMixer(mixers.conv_ffn_mixer(8, 7, 2), 8, layer_scale_init=0.5),
+        ["channel_mixer"],
+        ["branched_depthwise", "feed_forward"],
+    ),
+    "a channel mixer of one branch": Pattern(
+        lambda: mixers.ResidualMixer(mixers.conv_ffn_mixer(8, 3, 2), 8), ["channel_mixer"],
+        ["branched_depthwise", "feed_forward"],
+    ),
+    "keys and values of two sizes": Pattern(
+        lambda: attention(depthwise(8, 3), depthwise(8, 5)), ["depthwise_conv2d"] * 2, ["depthwise_conv2d"] * 2
+    ),
+    "dilated values": Pattern(
+        lambda: attention(depthwise(), depthwise(padding=2, dilation=2)),
+        ["depthwise_conv2d", "torch: convolution"],
+        ["depthwise_conv2d", "torch: convolution"],
+    ),
+    "a mixer of another activation": Pattern(
+        lambda: attention(depthwise(), depthwise(), nn.Hardswish()),
+        ["depthwise_conv2d", "torch: hardswish", "depthwise_conv2d"],
+        ["depthwise_conv2d", "torch: hardswish", "depthwise_conv2d"],
+    ),
+    "a grouped projection": Pattern(
+        lambda: nn.Sequential(depthwise(), nn.Conv2d(8, 16, 1), nn.GELU(), nn.Conv2d(16, 8, 1, groups=4)),
+        ["depthwise_conv2d", "conv2d", "torch: convolution"],
+        ["depthwise_conv2d", "conv2d", "torch: gelu", "torch: convolution"],
+    ),
+    "an activation with a companion": Pattern(
+        UsedTwice, ["depthwise_conv2d", "torch: gelu", "torch: add"], ["depthwise_conv2d", "torch: gelu", "torch: add"]
+    ),
+    "a norm ahead of the head": Pattern(
+        lambda: nn.Sequential(
+            depthwise(), nn.ReLU(), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
+        ),
+        ["depthwise_conv2d", "torch: adaptive_avg_pool2d", "torch: flatten", "torch: linear"],
+        ["depthwise_conv2d", "batch_norm_training", "torch: adaptive_avg_pool2d", "torch: flatten", "torch: linear"],
+    ),
+    "ConvNeXt": Pattern(
+        ConvNeXt,
+        ["depthwise_conv2d", "torch: permute", "torch: layer_norm", "linear", "linear", "torch: mul", "torch: permute",
+         "torch: add"],
+        ["depthwise_conv2d", "torch: permute", "torch: layer_norm", "torch: linear", "torch: gelu", "torch: linear",
+         "torch: mul", "torch: permute", "torch: add"],
+    ),
+    "circular padding": Pattern(
+        lambda: depthwise(padding_mode="circular"),
+        ["torch: pad", "depthwise_conv2d"],
+        ["torch: pad", "depthwise_conv2d"],
+    ),
+    "by the size of the map": Pattern(Unsquare, ["depthwise_conv2d"], ["depthwise_conv2d"]),
+}  # fmt: skip
+every_pattern = pytest.mark.parametrize("name", PATTERNS)
+
+
+def tiny(**options):
+    defaults = {"depths": (1, 2), "dims": (24, 48), "token_kernels": (3, 7), "stem_width": 10, "num_classes": 21}
+    return randomised(ffnet.FFNet(**{**defaults, **options}))
+
+
+def maps(*shape):
+    return torch.randn(shape or (2, 8, 13, 11))
+
+
+def steps(model):
+    """What the program of a model runs, first to last; of all of it."""
+    rows = fk.report(model).rows
+    assert [row.runs_on.partition(",")[0] for row in rows if not row.is_step] == ["a program"], rows
+    return [row.runs_on.partition(" (")[0] for row in rows if row.is_step]
+
+
+# ---- What is found ----
+
+
+@every_pattern
+def test_operators_of_inference(name):
+    model = fk.optimize(randomised(PATTERNS[name].make()))
+    with torch.no_grad():
+        model(maps())
+    assert steps(model) == PATTERNS[name].steps
+
+
+@every_pattern
+def test_operators_of_training(name):
+    model = fk.optimize(randomised(PATTERNS[name].make())).train()
+    model(maps())
+    assert steps(model) == PATTERNS[name].training
+
+
+@pytest.mark.parametrize("kernel", [3, 7])
+def test_operators_of_a_model(kernel):
+    model = fk.optimize(tiny(channel_kernel=kernel, layer_scale_init=0.5))
+    with torch.no_grad():
+        model(maps(1, 3, 64, 64))
+    block = ["conv2d", "ffnified_attention", "channel_mixer"]
+    stem, downsample = ["conv2d_pair"], ["depthwise_conv2d", "conv2d"]
+    assert steps(model) == [*stem, *block, *downsample, *block, *block, "torch: mean", "torch: linear"]
+
+
+def test_the_report_names_the_layers_of_a_step():
+    model = fk.optimize(tiny())
+    with torch.no_grad():
+        model(maps(1, 3, 64, 64))
+    (row,) = [row for row in fk.report(model).rows if "stages.0.0.token_mixer.0.main.conv1" in row.layers]
+    assert row.runs_on == "ffnified_attention"
+    assert row.is_fused
+    assert "stages.0.0.token_mixer.0.main.conv2" in row.layers
+
+
+# ---- What it computes ----
+
+
+def assert_close(got, expected, plain):
+    assert got.dtype == plain.dtype
+    assert (got.double() - expected).abs().max().item() <= error_limit(expected, plain)
+
+
+@every_pattern
+@every_dtype
+@every_format
+@torch.no_grad()
+def test_results(name, dtype, memory_format):
+    """By the relative rule, in the first call and in those to come."""
+    model = randomised(PATTERNS[name].make()).to(dtype)
+    x = maps().to(dtype).contiguous(memory_format=memory_format)
+    expected, plain = copy.deepcopy(model).double()(x.double()), model(x)
+    fk.optimize(model)
+    for _ in range(2):
+        assert_close(model(x), expected, plain)
+    steps(model)
+
+
+@every_dtype
+@every_format
+@pytest.mark.parametrize("options", [{}, {"channel_kernel": 3, "layer_scale_init": 0.5}, {"norm": "layer"}], ids=str)
+@torch.no_grad()
+def test_results_of_a_model(dtype, memory_format, options):
+    model = tiny(**options).to(dtype)
+    x = maps(3, 3, 37, 51).to(dtype).contiguous(memory_format=memory_format)
+    expected, plain = copy.deepcopy(model).double()(x.double()), model(x)
+    fk.optimize(model)
+    for _ in range(2):
+        # Twice the limit of one operator: layers round in a chain.
+        assert (model(x).double() - expected).abs().max().item() <= 2 * error_limit(expected, plain)
+    assert "torch: linear" in steps(model)
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 31, 32, 33])
+def test_batches_of_the_head(size):
+    fast, plain = twins(tiny)
+    agree(fast, plain, maps(2, 3, 32, 32))
+    agree(fast, plain, maps(size, 3, 32, 32))
+
+
+@pytest.mark.parametrize("threads", [1, 5])
+@torch.no_grad()
+def test_other_numbers_of_threads(threads):
+    fast, plain = twins(tiny)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for _ in range(2):
+            agree(fast, plain, maps(2, 3, 61, 47))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 8, 8), (8, 8), (2, 8, 1, 1)])
+@torch.no_grad()
+def test_what_is_wrong_is_said_as_by_plain_pytorch(shape):
+    fast, plain = twins(lambda: randomised(nn.Sequential(*depthwise_norm(3), nn.Conv2d(8, 4, 3))))
+    agree(fast, plain, maps())
+    texts = []
+    for model in (fast, plain):
+        with pytest.raises(RuntimeError) as raised:
+            model(torch.ones(shape))
+        texts.append(str(raised.value))
+    assert texts[0] == texts[1]
+    agree(fast, plain, maps())
+
+
+# ---- Training ----
+
+
+@every_pattern
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_steps_with_gradients(name, training):
+    """Results, gradients, running statistics and random state are those of the plain model."""
+    fast, plain = twins(lambda: randomised(PATTERNS[name].make()).train(training))
+    for _ in range(3):
+        agree(fast, plain, maps().requires_grad_(), "grad")
+    assert not training or steps(fast)
+
+
+@pytest.mark.parametrize("kernel", [3, 7])
+def test_drop_path_draws_as_the_plain_model(kernel):
+    def make():
+        token = mixers.ResidualMixer(mixers.ffnified_attention_mixer(8, kernel), 8, layer_scale_init=0.5, drop_path=0.5)
+        return randomised(
+            nn.Sequential(token, mixers.ResidualMixer(mixers.conv_ffn_mixer(8, kernel), 8, drop_path=0.3))
+        )
+
+    fast, plain = twins(make)
+    for model in (fast, plain):
+        model.train()
+    for _ in range(3):
+        agree(fast, plain, maps(6, 8, 9, 9), "grad")
+    assert "feed_forward" in steps(fast)
+
+
+def test_a_training_program_folds_nothing():
+    """What an optimiser moves is what it reads, in eval mode as well."""
+    fast, plain = twins(lambda: randomised(nn.Sequential(*depthwise_norm(act=nn.GELU()), nn.Conv2d(8, 4, 1))))
+    for model in (fast, plain):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.ones(2, 8, 6, 6)).square().mean().backward()
+            optimizer.step()
+    agree(fast, plain, maps(), "grad")
+    agree(fast, plain, maps())
+
+
+# ---- Where there is none ----
+
+
+def user_layer():
+    class Own(nn.Module):
+        def forward(self, x):
+            return x
+
+    return nn.Sequential(depthwise(), Own())
+
+
+def hooked():
+    model = nn.Sequential(depthwise(), nn.ReLU())
+    model[1].register_forward_hook(lambda *args: None)
+    return model
+
+
+def patched():
+    model = nn.Sequential(depthwise(), nn.ReLU())
+    model[1].forward = lambda x: 2 * x
+    return model
+
+
+def two_kinds():
+    return nn.Sequential(depthwise(), nn.Sequential(nn.BatchNorm2d(8))[0].double())
+
+
+def compiled():
+    model = nn.Sequential(depthwise(), nn.ReLU())
+    model[1].compile(backend="eager")
+    return model
+
+
+REFUSED = {
+    "a class of the user's": (user_layer, r"1 \(Own\) is of a class whose code may do more"),
+    "a hook": (hooked, r"1 \(ReLU\) has a hook"),
+    "a patched method": (patched, r"1 \(ReLU\) has a patched method"),
+    "a compiled layer": (compiled, r"1 \(ReLU\) is compiled"),
+    "parameters of two dtypes": (two_kinds, "2 kinds"),
+    "nothing to gain": (lambda: nn.Sequential(nn.Conv2d(8, 8, 3, groups=2), nn.ReLU()), "nothing in it is for an op"),
+}
+
+
+@pytest.mark.parametrize("refused", REFUSED)
+def test_a_refusal_is_reported(refused):
+    make, reason = REFUSED[refused]
+    fast, plain = twins(lambda: randomised(make()))
+    torch._dynamo.reset()
+    for _ in range(2):
+        agree(fast, plain, maps())
+    first = fk.report(fast).rows[0]
+    assert not first.is_fused
+    assert first.runs_on.startswith("as it is: ")
+    assert re.search(reason, first.runs_on), first.runs_on
+
+
+def test_layers_below_a_refusal_have_programs():
+    model = fk.optimize(hooked().eval())
+    with torch.no_grad():
+        model(maps())
+    assert ("0", "a program") in [row[:2] for row in fk.report(model).rows]
+
+
+def test_a_hook_that_is_removed_gives_the_program_back():
+    model = fk.optimize(randomised(nn.Sequential(depthwise(), nn.ReLU())))
+    seen = []
+    with torch.no_grad():
+        model(maps())
+        handle = model[1].register_forward_hook(lambda module, args, out: seen.append(out))
+        model(maps())
+        assert len(seen) == 1
+        handle.remove()
+        for _ in range(8):  # made anew, in one of the next calls
+            model(maps())
+    assert len(seen) == 1
+    assert steps(model) == ["depthwise_conv2d"]
+
+
+def test_dropout_of_maps_in_training_mode_is_left_to_its_layers():
+    model = fk.optimize(nn.Sequential(depthwise(), nn.Dropout2d(0.5))).train()
+    model(maps())
+    assert "draws random numbers" in fk.report(model).rows[0].runs_on
+
+
+# ---- Its life ----
+
+
+@pytest.mark.parametrize("reachable", [False, True], ids=["plain", "reachable from itself"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+def test_a_model_dies_with_its_last_reference(mode, reachable):
+    """Without the garbage collector where plain PyTorch needs none."""
+    model = fk.optimize(tiny())
+    with mode():
+        for _ in range(2):
+            model(maps(1, 3, 32, 32))
+    assert steps(model)
+    if reachable:
+        model.called = model.forward
+    found = [weakref.ref(model), weakref.ref(model.head), weakref.ref(model.head.weight)]
+    gc.disable()
+    try:
+        del model
+        if reachable:
+            gc.collect()
+        assert [one() is None for one in found] == [True] * 3
+    finally:
+        gc.enable()
+
+
+# ---- torch.compile ----
+
+
+@pytest.fixture
+def own_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Own(nn.Module):
+    """Of no library: only torch.compile looks into it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(*depthwise_norm(act=nn.GELU()))
+        self.mixer = mixers.ResidualMixer(mixers.conv_ffn_mixer(8, 7, 2), 8, layer_scale_init=0.5)
+
+    def forward(self, x):
+        return self.mixer(self.first(x)).relu()
+
+
+@pytest.mark.long
+@torch.no_grad()
+def test_compiled(own_dynamo):
+    model = randomised(Own())
+    compiled = torch.compile(model, backend=dynamo.backend, fullgraph=True)
+    for memory_format in FORMATS.values():
+        x = maps().contiguous(memory_format=memory_format)
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+    for change in (
+        lambda: model.first[0].weight.mul_(2),
+        lambda: model.first[1].running_mean.add_(1),
+        lambda: model.mixer.main.conv.conv1.bn.running_var.mul_(3),
+        lambda: model.mixer.layer_scale.fill_(0.7),
+        lambda: model.mixer.main.fc1.bias.add_(0.5),
+        lambda: setattr(model.first[0], "weight", nn.Parameter(torch.randn(8, 1, 3, 3))),
+        lambda: model.load_state_dict(randomised(Own()).state_dict()),
+    ):
+        before = model(x)
+        change()
+        assert not torch.allclose(model(x), before, rtol=1e-3)
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_a_compiled_model_trains(own_dynamo, training):
+    models = [randomised(Own()).train(training)]
+    models.append(copy.deepcopy(models[0]))
+    runs = [torch.compile(models[0], backend=dynamo.backend, fullgraph=True), models[1]]
+    for step in range(3):
+        outs = []
+        for model, run in zip(models, runs, strict=True):
+            torch.manual_seed(step)
+            outs.append(run(maps()))
+            model.zero_grad()
+            outs[-1].square().mean().backward()
+        torch.testing.assert_close(outs[0], outs[1], rtol=1e-3, atol=1e-4)
+        for (name, own), other in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+            torch.testing.assert_close(
+                own.grad, other.grad, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+            )
+        with torch.no_grad():
+            for model in models:
+                for parameter in model.parameters():
+                    parameter.sub_(0.01 * parameter.grad)
+    for own, other in zip(models[0].buffers(), models[1].buffers(), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-4)
