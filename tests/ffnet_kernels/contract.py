@@ -134,7 +134,7 @@ def compare(got, expected, what: str = "result", tolerance: float = 0.0) -> None
         floor = max([float(t.abs().max()) for t in tensors(expected) if t.numel()], default=0) if "grad" in what else 0
         for name in expected:  # a gradient that is zero but for rounding is compared with the others
             if floor and isinstance(expected[name], Tensor) and isinstance(got[name], Tensor):
-                compare_tensors(got[name], expected[name], f"{what} {name}", tolerance, floor)
+                compare_tensors(got[name], expected[name], f"{what} {name}", tolerance, 0.1 * floor)
             else:
                 compare(got[name], expected[name], f"{what} {name}", tolerance)
     elif isinstance(expected, (list, tuple)):
