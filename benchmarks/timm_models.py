@@ -13,7 +13,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,12 +25,12 @@ from ffnet_kernels.selftest import error_limit
 
 from . import progress
 from .machine import machine
-from .peers import CONTENDERS
+from .peers import CONTENDERS, Contender
 from .programs import MEMORY_FORMATS, Program
 from .results import Result, write_json
 from .runner import Runner
 from .text import positive
-from .timm_report import EAGER, OPTIMIZED, agrees, failures, report
+from .timm_report import COMPILED, EAGER, OPTIMIZED, agrees, failures, report
 from .work import SEED, ModelWork
 
 MODELS = (
@@ -103,6 +103,23 @@ class Optimized:
         return work.optimized(self.layout)
 
 
+@dataclass(frozen=True)
+class Compiled:
+    """The model as one graph, compiled by a backend of torch.compile."""
+
+    name: str
+    backend: str
+
+    def unavailable(self) -> str | None:
+        return CONTENDERS["torch.compile"].unavailable()
+
+    def prepare(self, work: TimmWork) -> Program:
+        torch._dynamo.reset()
+        program = work.as_trained("channels_last")
+        compiled = torch.compile(program.function, backend=self.backend, dynamic=False, fullgraph=True)
+        return replace(program, function=compiled)
+
+
 def build(name: str) -> TimmWork:
     """The model and its input, the same in every run."""
     import timm
@@ -141,16 +158,17 @@ def randomize(model: nn.Module, image: Tensor) -> None:
         hook.remove()
 
 
-def measure(name: str, threads: Sequence[int], samples: int) -> Result:
+def measure(name: str, threads: Sequence[int], samples: int, *, compiled: bool = False) -> Result:
     """A model in this very process, a row a number of threads."""
     work = build(name)
     (image,) = work.batches
     flops = 2 * ffnet.count_macs(work.model, tuple(image.shape[1:]))  # type: ignore[arg-type]
     moved = 4 * (ffnet.count_parameters(work.model) + image.numel())
-    ours = [Optimized(contender, layout) for contender, layout in zip(OPTIMIZED, MEMORY_FORMATS, strict=True)]
-    runner = Runner(
-        [*(CONTENDERS[contender] for contender in EAGER), *ours], samples, CASE_SECONDS, sample_seconds=SAMPLE_SECONDS
-    )
+    contenders: list[Contender] = [CONTENDERS[contender] for contender in EAGER]
+    contenders += [Optimized(contender, layout) for contender, layout in zip(OPTIMIZED, MEMORY_FORMATS, strict=True)]
+    if compiled:
+        contenders += [Compiled(contender, backend) for contender, backend in COMPILED.items()]
+    runner = Runner(contenders, samples, CASE_SECONDS, sample_seconds=SAMPLE_SECONDS)
     result = Result(machine())
     for number in threads:
         torch.set_num_threads(number)
@@ -162,6 +180,7 @@ def in_fresh_process(name: str, options: argparse.Namespace) -> Result | str:
     """As `measure`, or why not."""
     threads = ",".join(map(str, options.threads))
     arguments = ["--one", name, "--threads", threads, "--samples", str(options.samples)]
+    arguments += ["--compiled"] * options.compiled
     command = [sys.executable, "-m", str(__package__), "timm", *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST)
@@ -181,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
         print("benchmarks timm: timm is not installed; `make timm` makes an environment that has it", file=sys.stderr)
         return 2
     if options.one:
-        print(json.dumps(measure(options.one, options.threads, options.samples).to_plain()))
+        print(json.dumps(measure(options.one, options.threads, options.samples, compiled=options.compiled).to_plain()))
         return 0
     here = {**machine(), "threads": " and ".join(map(str, options.threads))}
     result = Result(here, extra={"timm": version, "failed": {}})
@@ -215,6 +234,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--threads", type=_numbers, default=(1, 2), metavar="N,N", help="one table each (default: 1,2)")
     parser.add_argument("--samples", type=positive, default=SAMPLES, metavar="N", help="a contender (%(default)s)")
+    parser.add_argument("--compiled", action="store_true", help="torch.compile as well, by inductor and by our backend")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the results there, after every model")
     parser.add_argument("--one", metavar="MODEL", help=argparse.SUPPRESS)
     return parser

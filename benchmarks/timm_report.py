@@ -12,6 +12,8 @@ from .text import markdown
 
 EAGER = ("eager nchw", "eager channels-last")
 OPTIMIZED = ("optimize nchw", "optimize channels-last")
+#: Backends of torch.compile, plain and ours, by contender.
+COMPILED = {"inductor": "inductor", "our backend": "ffnet_kernels"}
 #: A ratio below it is no noise of a quiet machine.
 NOT_SLOWER = 0.97
 HEADERS = (
@@ -48,12 +50,23 @@ def gain(row: Row) -> float | None:
 
 def agrees(row: Row) -> bool:
     """Whether every optimised model that ran is as right as plain PyTorch."""
-    return all(m.passed for name in OPTIMIZED if (m := row.measurement(name)))
+    return all(m.passed for name in (*OPTIMIZED, "our backend") if (m := row.measurement(name)))
 
 
 def table(rows: Sequence[Row]) -> str:
     """A line a model, the greatest gain first."""
     return markdown(HEADERS, [_line(row) for row in sorted(rows, key=lambda row: gain(row) or 0.0, reverse=True)])
+
+
+def compiled_table(rows: Sequence[Row]) -> str:
+    """A line for each model that torch.compile took part in."""
+    lines = []
+    for row in rows:
+        if any(row.measurement(name) for name in COMPILED):
+            times = [f"{m.median_ms:.2f}" if (m := row.measurement(name)) else "-" for name in COMPILED]
+            ratio, wrong = row.ratio(*COMPILED), any(m and not m.passed for m in map(row.measurement, COMPILED))
+            lines.append((row.parameters["model"], *times, f"{ratio:.2f}×" if ratio else "-", WRONG if wrong else ""))
+    return markdown(("model, torch.compile", *COMPILED, "ratio", ""), lines) if lines else ""
 
 
 def _line(row: Row) -> tuple[str, ...]:
@@ -120,7 +133,7 @@ def report(result: Result) -> str:
     parts = [f"machine: {machine_line(result.machine)}, timm {result.extra['timm']}", NOTE]
     for threads in sorted({row.parameters["threads"] for row in result.rows}):
         rows = [row for row in result.rows if row.parameters["threads"] == threads]
-        parts += [f"## Threads: {threads}", table(rows), summary(rows)]
+        parts += filter(None, [f"## Threads: {threads}", table(rows), summary(rows), compiled_table(rows)])
     if lines := failures(result):
         parts += ["## Failed", "\n".join(f"- {line}" for line in lines)]
     return "\n\n".join(parts)

@@ -18,6 +18,7 @@ from .warmup import warmup
 __version__ = "0.1.0"
 
 __all__ = [
+    "ACTIVATIONS",
     "BackendError",
     "ChannelMixer",
     "DepthwiseConv2d",

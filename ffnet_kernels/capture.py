@@ -14,6 +14,7 @@ from collections import OrderedDict
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules import module as nn_module
 
@@ -47,6 +48,10 @@ def capture(root: nn.Module, x: Tensor, *, any_size: bool = True) -> fx.Graph:
     Raises:
         NotCapturable: with the reason.
     """
+    for name, function in vars(F).items():
+        home = str(getattr(function, "__module__", ""))
+        if callable(function) and not isinstance(function, type) and not home.startswith(("torch", "typing")):
+            raise NotCapturable(f"torch.nn.functional.{name} is not PyTorch's own")
     return _Capture(root, x, any_size).graph
 
 
@@ -182,11 +187,22 @@ class _Capture(fx.proxy.GraphAppendingTracer):
         return stand_in
 
     def symbol(self, module: nn.Module, name: str, tensor: Tensor) -> fx.Proxy:
-        symbol = self.create_proxy("get_attr", f"{self.paths[module]}.{name}".lstrip("."), (), {})
-        value = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-        symbol.node.meta.update(tensor=tensor, value=value)
+        symbol = self.constant(f"{self.paths[module]}.{name}".lstrip("."), tensor)
         if name in ("running_mean", "running_var"):  # which batch normalisation moves without PyTorch's counting it
             symbol.node.meta["counted_by"] = module._buffers.get("num_batches_tracked")
+        return symbol
+
+    def create_arg(self, a: Any) -> Any:
+        if type(a) in (
+            Tensor,
+            nn.Parameter,
+        ):  # one that a module keeps elsewhere than in its registries, such as in a cache
+            return self.constant(f"constant_{len(self.graph.nodes)}", a).node
+        return super().create_arg(a)
+
+    def constant(self, name: str, tensor: Tensor) -> fx.Proxy:
+        symbol = self.create_proxy("get_attr", name, (), {})
+        symbol.node.meta.update(tensor=tensor, value=torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
         return symbol
 
     def call(self, module: nn.Module, stand_in: nn.Module, *args: Any, **kwargs: Any) -> Any:

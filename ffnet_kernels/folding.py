@@ -85,6 +85,14 @@ def add_identity(weight: Tensor, scale: Tensor | None, groups: int) -> Tensor:
     return total
 
 
+def channels_last(weight: Tensor) -> Tensor:
+    """In strides that say so in dimensions of one element, too. What is computed with it is channels-last then,
+    whatever the strides of its map say of a batch of one image."""
+    _, inputs, height, width = weight.shape
+    dense = weight.contiguous(memory_format=torch.channels_last)
+    return dense.as_strided(weight.shape, (inputs * height * width, 1, width * inputs, inputs))
+
+
 def rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """A weight as it is used."""
     return weight.to(dtype).contiguous(memory_format=layout(weight))

@@ -3,16 +3,16 @@ form it works with."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import training
 from .backends import choice, cpu
 from .backends.activations import ACTIVATE
 from .ops import OPERATORS
-from .ops.batch_norm import channels_last, runs_natively, track
 
 _FEW_ROWS = 32  # of a linear layer: below, weights are read rather than multiplied, and PyTorch does that as well
 
@@ -103,49 +103,11 @@ def batch_norm(
     return torch.batch_norm(x, weight, bias, running_mean, running_var, False, 0.0, eps, torch.backends.cudnn.enabled)
 
 
-class Norm(NamedTuple):
-    """``nn.BatchNorm2d`` in training mode, as much as moves its statistics."""
-
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    num_batches_tracked: Tensor | None
-    momentum: float | None
-    eps: float
-
-    @property
-    def track_running_stats(self) -> bool:
-        return True  # else there are no statistics here
-
-    def applies(self, x: Tensor, channels: int, pixels: int) -> bool:
-        """Whether the kernels take it, for a map of so many channels and pixels."""
-        affine = self.weight is not None and self.bias is not None and self.weight.shape == (channels,)
-        return affine and self.weight.dtype == x.dtype and self.eps > 0 and pixels > 1  # type: ignore[union-attr]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        factor = self.momentum
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if factor is None:
-                factor = 1.0 / float(self.num_batches_tracked)
-        return F.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, True, factor or 0.0, self.eps
-        )
-
-
 def batch_norm_training(x: Tensor, *norm_and_activation: Any) -> Tensor:
-    """``act(norm(x))`` by the statistics of the batch: the fields of a `Norm`, then the activation, if any."""
-    norm, activation = Norm(*norm_and_activation[:7]), (*norm_and_activation[7:], "none")[0]
+    """``act(norm(x))`` by the statistics of the batch: the fields of a `training.Norm`, then the activation, if any."""
     if x.dim() != 4:
         raise ValueError(f"expected a map of 4 dimensions, got {x.dim()}")
-    pixels = x.numel() // x.shape[1]
-    if not runs_natively(x) or not norm.applies(x, x.shape[1], pixels):
-        return ACTIVATE[activation](norm(x))
-    args = (channels_last(x), norm.weight, norm.bias, norm.eps, activation)
-    out, mean, variance = OPERATORS["batch_norm"].on("cpu", *args)
-    track([norm], mean[None], variance[None], pixels)  # type: ignore[list-item]
-    return out
+    return training.batch_norm(x, training.Norm(*norm_and_activation[:7]), *norm_and_activation[7:])
 
 
 def branched_depthwise(
@@ -154,23 +116,7 @@ def branched_depthwise(
     """``act(Σ norm(conv(x)))`` by the statistics of the batch, of filters padded to keep the size of the map."""
     if x.shape[1] != channels:
         raise ValueError(f"expected a map of {channels} channels, got {list(x.shape)}")
-    layers = [Norm(*norm) for norm in norms]
-    pixels = x.shape[0] * -(-x.shape[2] // stride[0]) * -(-x.shape[3] // stride[1])
-    outputs = weights[0].shape[0]
-    if not runs_natively(x) or not all(norm.applies(x, outputs, pixels) for norm in layers):
-        maps = [
-            norm(torch.conv2d(x, weight, None, stride, [k // 2 for k in weight.shape[2:]], 1, channels))
-            for weight, norm in zip(weights, layers, strict=True)
-        ]
-        return ACTIVATE[activation](sum(maps[1:], maps[0]))
-    parameters: list = []
-    for weight, norm in zip(weights, layers, strict=True):
-        parameters += (weight, norm.weight, norm.bias)
-    parameters += [None] * (6 - len(parameters))
-    eps = [norm.eps for norm in layers]
-    out, mean, variance = OPERATORS["branched_depthwise"].on("cpu", x, *parameters, eps, stride, activation)
-    track(layers, mean, variance, pixels)  # type: ignore[arg-type]
-    return out
+    return training.branched_depthwise(x, weights, [training.Norm(*norm) for norm in norms], stride, activation)
 
 
 def feed_forward(
@@ -183,7 +129,7 @@ def feed_forward(
     scale: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor:
-    return OPERATORS["feed_forward"].defined.feed_forward(
+    return training.feed_forward(
         x, expand_weight, expand_bias, project_weight, project_bias,
         activation=activation, scale=scale if scale is None else scale.reshape(-1), residual=residual,
     )  # fmt: skip

@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .backends.activations import ACTIVATE
-from .ops._arguments import ACTIVATIONS
+from .backends.activations import ACTIVATE, ACTIVATIONS
 from .ops.channel_mixer import channel_mixer
-from .ops.conv2d import conv2d
 from .ops.depthwise_conv2d import depthwise_conv2d
 from .ops.ffnified_attention import ffnified_attention
 
@@ -18,61 +16,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self  # typing has it from Python 3.11 on
 
 
-class _Operated(nn.Conv2d):
-    """An ``nn.Conv2d`` that runs on an operator of the same arguments, with the activation that follows."""
-
-    activation: str = "none"
-    operator: str
-    kind: str
-
-    @classmethod
-    def from_conv(cls, conv: nn.Conv2d, activation: str = "none") -> Self:
-        """A module that shares the parameters, buffers and hooks of ``conv``, which must satisfy :meth:`takes`."""
-        if not cls.takes(conv):
-            raise ValueError(f"from_conv: expected a {cls.kind} that the operator takes, got {conv}")
-        module = cls.__new__(cls)
-        module.__dict__ = dict(conv.__dict__)
-        module.activation = activation
-        return module
-
-    @staticmethod
-    def takes(conv: nn.Module) -> bool:
-        raise NotImplementedError
-
-    def forward(self, input: Tensor) -> Tensor:
-        if input.dim() == 3:
-            return self.forward(input[None])[0]
-        if not (self._is_computable() and self._fits(input)):
-            return ACTIVATE[self.activation](super().forward(input))  # or its error
-        return _OPERATORS[self.operator](
-            input, self.weight, self.bias,
-            stride=self.stride, padding=self.padding, activation=self.activation,  # type: ignore[arg-type]
-        )  # fmt: skip
-
-    def _fits(self, input: Tensor) -> bool:
-        """Whether a map is one for this layer; plain PyTorch says in its own words what is wrong with another."""
-        weight = self.weight
-        like = input.dtype == weight.dtype or torch.is_autocast_enabled(input.device.type)
-        return (
-            input.dim() == 4
-            and input.shape[1] == self.groups * weight.shape[1]
-            and like
-            and input.device == weight.device
-            and input.is_floating_point()
-        )
-
-    def _is_computable(self) -> bool:
-        """Whether the operator computes the layer as it is now: users may have changed what was given to it."""
-        raise NotImplementedError
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + ("" if self.activation == "none" else f", activation={self.activation}")
-
-
-_OPERATORS = {"depthwise_conv2d": depthwise_conv2d, "conv2d": conv2d}
-
-
-class DepthwiseConv2d(_Operated):
+class DepthwiseConv2d(nn.Conv2d):
     """An ``nn.Conv2d`` with ``groups == in_channels`` that runs on :func:`ffnet_kernels.depthwise_conv2d`.
 
     Parameters, state dict and results are those of the ``nn.Conv2d``, which :meth:`from_conv` takes over as it is; a
@@ -83,7 +27,7 @@ class DepthwiseConv2d(_Operated):
         kernel_size, stride, padding, bias: as ``nn.Conv2d``; padding defaults to "same" (any stride, see
             :func:`ffnet_kernels.depthwise_conv2d`).
         multiplier: outputs per input channel, 1 or 2.
-        activation: applied to the result: ``"none"``, ``"gelu"``, ``"gelu_tanh"``, ``"relu"``, ``"silu"``.
+        activation: applied to the result, one of ``ffnet_kernels.ACTIVATIONS``.
 
     Raises:
         ValueError: for a multiplier, stride or activation that the operator does not take.
@@ -91,7 +35,7 @@ class DepthwiseConv2d(_Operated):
     Shape: ``[N, C, H, W]`` to ``[N, C·multiplier, H', W']``.
     """
 
-    operator, kind = "depthwise_conv2d", "depthwise convolution"
+    activation: str
 
     def __init__(
         self,
@@ -120,32 +64,45 @@ class DepthwiseConv2d(_Operated):
         if not _computable(self):
             raise ValueError(f"expected multiplier and stride 1 or 2, got multiplier={multiplier}, stride={stride}")
 
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d, activation: str = "none") -> Self:
+        """A module that shares the parameters, buffers and hooks of ``conv``, which must satisfy :meth:`takes`."""
+        if not cls.takes(conv):
+            raise ValueError(f"from_conv: expected a depthwise convolution that the operator takes, got {conv}")
+        module = cls.__new__(cls)
+        module.__dict__ = dict(conv.__dict__)
+        module.activation = activation
+        return module
+
     @staticmethod
     def takes(conv: nn.Module) -> bool:
         """Whether ``conv`` is a depthwise convolution that the operator computes."""
         return type(conv) is nn.Conv2d and _computable(conv)
 
-    def _is_computable(self) -> bool:
-        return _computable(self)
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() == 3:
+            return self.forward(input[None])[0]
+        if not (_computable(self) and self._fits(input)):
+            return ACTIVATE[self.activation](super().forward(input))  # or its error
+        return depthwise_conv2d(
+            input, self.weight, self.bias,
+            stride=self.stride, padding=self.padding, activation=self.activation,  # type: ignore[arg-type]
+        )  # fmt: skip
 
-
-class Conv2d(_Operated):
-    """A dense ``nn.Conv2d`` that runs on :func:`ffnet_kernels.conv2d`, made by :meth:`from_conv`."""
-
-    operator, kind = "conv2d", "dense convolution"
-
-    @staticmethod
-    def takes(conv: nn.Module) -> bool:
-        """Whether ``conv`` is one of those for which the operator pays: 1×1, or of few channels, such as images."""
+    def _fits(self, input: Tensor) -> bool:
+        """Whether a map is one for this layer; plain PyTorch says in its own words what is wrong with another."""
+        weight = self.weight
+        like = input.dtype == weight.dtype or torch.is_autocast_enabled(input.device.type)
         return (
-            type(conv) is nn.Conv2d
-            and conv.groups == 1
-            and (conv.kernel_size == (1, 1) or conv.in_channels <= 4)
-            and _plain(conv)
+            input.dim() == 4
+            and input.shape[1] == self.groups
+            and like
+            and input.device == weight.device
+            and input.is_floating_point()
         )
 
-    def _is_computable(self) -> bool:
-        return self.groups == 1 and _plain(self)
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.activation == "none" else f", activation={self.activation}")
 
 
 def _check_activation(activation: str) -> None:
@@ -154,14 +111,12 @@ def _check_activation(activation: str) -> None:
 
 
 def _computable(conv: nn.Conv2d) -> bool:
-    return _plain(conv) and conv.weight.shape[1] == 1 and conv.weight.shape[0] in (conv.groups, 2 * conv.groups)
-
-
-def _plain(conv: nn.Conv2d) -> bool:
-    """Whether a convolution has nothing that no operator takes; its attributes may hold whatever users put there."""
-    stride = _integers(conv.stride)
+    """Whether the operator computes a layer as it is now: its attributes may hold whatever users put there."""
+    stride, weight = _integers(conv.stride), conv.weight.shape
     return (
-        _integers(conv.dilation) in ((1, 1), (1,))
+        weight[1] == 1
+        and weight[0] in (conv.groups, 2 * conv.groups)
+        and _integers(conv.dilation) in ((1, 1), (1,))
         and stride is not None
         and set(stride) <= {1, 2}
         and conv.padding_mode == "zeros"

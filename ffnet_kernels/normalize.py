@@ -136,11 +136,8 @@ def _make_functional(node: Node, target: Any, seen: set[Node], draws: bool) -> N
     changed = node.args[0]
     if not isinstance(changed, fx.Node):
         raise NotCapturable(f"{_name(node)} changes something that is no map of the model's own")
-    if isinstance(changed.target, str) and changed.op == "call_method":
-        is_view = changed.target in _VIEWS
-    else:
-        is_view = changed.op != "call_function" or _name(changed) in _VIEWS | {"getitem", "getattr"}
-    if is_view or any(_name(user) in _VIEWS | {"getitem", "getattr"} for user in changed.users if user in seen):
+    of_others = changed.op not in ("call_function", "call_method") or is_view(changed)
+    if of_others or any(is_view(user) for user in changed.users if user in seen):
         raise NotCapturable(f"{_name(node)} changes a map that others may see in place")
     if draws and (len(changed.users) > 1 or changed.target not in _SAVE_NO_RESULT):
         raise NotCapturable(f"{_name(node)} changes in place what a gradient may need")
@@ -190,6 +187,11 @@ def _views_as_dtype(node: Node) -> bool:
 def _name(node: Node) -> str:
     target: Any = node.target
     return target if isinstance(target, str) else str(getattr(target, "__name__", target))
+
+
+def is_view(node: Node) -> bool:
+    """Whether a node's result may be its map's own memory in another shape."""
+    return _name(node) in _VIEWS or node.target in (operator.getitem, getattr)
 
 
 def argument(node: Node, place: int, name: str, default: Any) -> Any:

@@ -18,11 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from . import folding, kernels
-from .normalize import argument
+from .backends.activations import name_of
+from .normalize import argument, is_view
 from .shapes import Node, has_dimensions
 
 _ADDS = (operator.add, torch.add)
 _MULS = (operator.mul, torch.mul)
+#: Which give every element of their map once, so that what is done to each can be done before.
+_SHAPE_VIEWS = ("reshape", "flatten", "permute", "transpose", torch.flatten, torch.permute, torch.transpose)
 
 
 class Convolution(NamedTuple):
@@ -88,7 +91,7 @@ class Rewriter:
             passes = self.fold_norm, self.fold_head, self.fold_sum, self.fold_scale
         else:
             passes = self.branched_depthwise, self.depthwise_norm, self.norm_activation
-        passes = self.canonical, *passes, self.ffnified_attention, self.channel_mixer
+        passes = self.canonical, self.activation_before_views, *passes, self.ffnified_attention, self.channel_mixer
         passes = *passes, *(() if self.fold else (self.feed_forward,)), self.lower
         for one in passes:
             for node in list(self.graph.nodes):
@@ -165,6 +168,22 @@ class Rewriter:
                 kernels.batch_norm,
                 (x, mean, variance, weight, bias, argument(node, 7, "eps", 1e-5), (2, 3, 4, 5)),
             )
+
+    def activation_before_views(self, node: Node) -> None:
+        """An activation behind views of a convolution's result as the one that follows the convolution."""
+        if activation(node) is None:
+            return
+        x = before = node.args[0]
+        while is_node(x) and x.target in _SHAPE_VIEWS and len(x.users) == 1:
+            x = x.args[0]
+        if x is before or self.sole(x) is None:
+            return
+        with self.graph.inserting_after(x):
+            new = self.graph.call_function(node.target, (x, *node.args[1:]), node.kwargs)
+        new.meta.update(value=x.meta.get("value"), paths=node.meta.get("paths", []))
+        x.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+        node.replace_all_uses_with(before)
+        self.graph.erase_node(node)
 
     def fold_norm(self, node: Node) -> None:
         """A batch normalisation behind a convolution, or before a pointwise one."""
@@ -455,12 +474,18 @@ class Rewriter:
             if not conv.is_pointwise:
                 return
             name, end = "none", node
-        geometry = (conv.stride, conv.padding, name)
+        args = (conv.x, self.said_channels_last(conv), conv.bias, conv.stride, conv.padding, name)
         if conv.is_depthwise:
-            args: tuple = (conv.x, conv.weight, conv.bias, *geometry, conv.groups)
-            self.put(end, kernels.depthwise_conv2d, args)
+            self.put(end, kernels.depthwise_conv2d, (*args, conv.groups))
         else:
-            self.put(end, kernels.conv2d, (conv.x, conv.weight, conv.bias, *geometry))
+            self.put(end, kernels.conv2d, args)
+
+    def said_channels_last(self, conv: Convolution) -> Node:
+        """The weight, which has to say how the result is laid out where the map's strides may not."""
+        if not self.fold or not is_view(conv.x):
+            return conv.weight
+        with self.graph.inserting_before(conv.x):
+            return self.const(folding.channels_last, conv.weight, shape=conv.weight.meta["shape"], like=conv.weight)
 
 
 def _why_not(conv: Convolution) -> str:
@@ -505,13 +530,8 @@ def activation(node: Any) -> tuple[str, Node] | None:
     """(name, map) of an activation that operators know."""
     if not is_node(node) or node.op not in ("call_function", "call_method") or not node.args:
         return None
-    if node.target in (F.relu, torch.relu, "relu"):
-        return "relu", node.args[0]
-    if node.target is F.silu:
-        return "silu", node.args[0]
-    if node.target is F.gelu:
-        return ("gelu" if argument(node, 1, "approximate", "none") == "none" else "gelu_tanh"), node.args[0]
-    return None
+    name = name_of(node.target, node.args[1:], node.kwargs)
+    return None if name is None else (name, node.args[0])
 
 
 def is_node(value: Any) -> bool:

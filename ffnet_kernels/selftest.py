@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import native
 from .backends import choice, triton
+from .backends.activations import ACTIVATIONS
 from .backends.maps import same_padding
 from .ops._operator import OPERATORS, Operator
 
@@ -250,7 +251,7 @@ def _convolution(
     **how: Any,
 ) -> Case:
     x, weight, bias = _random(generator, shape), *_filter(generator, shape[1] * multiplier, kernel)
-    activation = ("none", "gelu", "gelu_tanh", "relu", "silu")[(kernel + stride) % 5]
+    activation = ACTIVATIONS[(kernel + stride) % len(ACTIVATIONS)]
     args = (x, weight, bias, (stride, stride), same_padding(weight), activation)
     name = f"depthwise_conv2d k={kernel} s={stride} m={multiplier} {_text(shape)} {activation}"
     return Case(name, "depthwise_conv2d", args, **how)

@@ -6,7 +6,8 @@ Looked at in every call of an optimised model, so in bulk: a thousand dictionari
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch.nn.functional as F
 from torch import nn
@@ -38,11 +39,13 @@ class State:
         registries = [vars(m)[name] for m in modules for name in _REGISTRIES]
         containers = [m._modules for m in modules if isinstance(m, nn.Sequential | nn.ModuleList | nn.ModuleDict)]
         own = [value for m in modules for name, value in vars(m).items() if name not in _OF_EVERY_MODULE]
+        own = list(_containers(own))
         self.lists = [value for value in own if isinstance(value, list)]
         self.list_contents = [list(value) for value in self.lists]
         self.modules = below
         self.dicts = [*map(vars, below), *filter(None, registries), *(d for d in containers if not d)]
         self.dicts += [value for value in own if isinstance(value, dict)]
+        self.dicts.append(vars(F))  # which tools patch that count or rewrite
         self.contents = [_without_program(vars(root)), *map(dict, self.dicts)]
         self.versions = self._versions(root)
         self.kinds = [type(root), *map(type, below)]
@@ -51,7 +54,6 @@ class State:
         self.classes = list(map(vars, classes))
         self.methods = [(cls, name) for cls in self.classes for name, value in cls.items() if callable(value)]
         self.method_values = self._methods()
-        self.functions = _functions()
         self.touched = 0  # how often attributes were set to what they had been
 
     def is_current(self, root: nn.Module) -> bool:
@@ -65,9 +67,8 @@ class State:
         return (
             [type(root), *map(type, self.modules)] == self.kinds
             and not any(self.hooks)
-            and self.lists == self.list_contents
+            and self._same_lists()
             and self._methods() == self.method_values
-            and _functions() == self.functions
         )
 
     def _versions(self, root: nn.Module) -> list[int] | None:
@@ -79,18 +80,24 @@ class State:
         except Exception:  # of a comparison of whatever users keep in a module; of tensors, too
             return False
 
+    def _same_lists(self) -> bool:
+        try:
+            return self.lists == self.list_contents
+        except Exception:  # as above
+            return False
+
     def _methods(self) -> list:
         return [*map(len, self.classes), *(attributes.get(name) for attributes, name in self.methods)]
+
+
+def _containers(values: Iterable[Any]) -> Iterator[dict | list]:
+    """Dictionaries and lists among values, and in them."""
+    for value in values:
+        if isinstance(value, dict | list):
+            yield value
+            yield from _containers(value.values() if isinstance(value, dict) else value)
 
 
 def _without_program(attributes: dict) -> dict:
     """Attributes of a root, which must not be held by what it holds itself."""
     return {name: value for name, value in attributes.items() if name != "_compiled_call_impl"}
-
-
-def _functions() -> tuple:
-    """What layers call and tools that count or rewrite patch."""
-    return _functions_of(vars(F))
-
-
-_functions_of = operator.itemgetter("conv2d", "gelu", "relu", "silu", "batch_norm", "linear", "layer_norm")

@@ -4,8 +4,8 @@ On the CPU in float32 native kernels run them; elsewhere, under autocast and in 
 results are channels-last. All functions are differentiable to any order.
 """
 
-from .ops.batch_norm import batch_norm, is_hooked
-from .ops.branched_depthwise import Branch, branched_depthwise
+from .ops.batch_norm import Norm, batch_norm
+from .ops.branched_depthwise import branched_depthwise
 from .ops.feed_forward import feed_forward
 
-__all__ = ["Branch", "batch_norm", "branched_depthwise", "feed_forward", "is_hooked"]
+__all__ = ["Norm", "batch_norm", "branched_depthwise", "feed_forward"]

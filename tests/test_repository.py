@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from ffnet_kernels import native
+from ffnet_kernels.backends.activations import ACTIVATIONS
 from ffnet_kernels.info import ENVIRONMENT
 
 ROOT = Path(__file__).parents[1]
@@ -75,6 +76,11 @@ def test_sources_include_stable_torch_headers_only(source):
 @pytest.mark.parametrize("source", [p for p in SOURCES if p.is_relative_to(CSRC / "cpu")], ids=lambda p: p.name)
 def test_kernels_include_neither_torch_nor_python(source):
     assert not [name for name in includes(source) if re.match(r"(torch|ATen|c10|pybind11)/|Python\.h", name)]
+
+
+def test_kernels_and_python_know_the_same_activations():
+    (listed,) = re.findall(r"#define FFNET_ACTIVATIONS\(X\) (.*)", (CSRC / "activations.h").read_text())
+    assert set(re.findall(r"X\((\w+)\)", listed)) == set(ACTIVATIONS)
 
 
 def test_the_include_rule_can_fail(tmp_path):

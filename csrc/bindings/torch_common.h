@@ -9,19 +9,19 @@
 #include <array>
 #include <string>
 
+#include "../activations.h"
+
 namespace ffnet {
 
 using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-template <class Activation>
-Activation parse_activation(const std::string& name) {
-  if (name == "none") return Activation::none;
-  if (name == "gelu") return Activation::gelu;
-  if (name == "gelu_tanh") return Activation::gelu_tanh;
-  if (name == "relu") return Activation::relu;
-  if (name == "silu") return Activation::silu;
+inline Activation parse_activation(const std::string& name) {
+#define FFNET_CASE(known) \
+  if (name == #known) return Activation::known;
+  FFNET_ACTIVATIONS(FFNET_CASE)
+#undef FFNET_CASE
   STD_TORCH_CHECK(false, "ffnet_kernels: unknown activation '", name, "'");
 }
 

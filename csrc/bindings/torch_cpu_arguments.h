@@ -25,8 +25,6 @@ inline void run_on_torch_threads(int64_t count, void (*body)(void*, int64_t), vo
 
 inline Executor executor() { return {static_cast<int>(torch::stable::get_num_threads()), run_on_torch_threads}; }
 
-inline Activation parse_activation(const std::string& name) { return ffnet::parse_activation<Activation>(name); }
-
 inline Storage storage(const Tensor& map) {
   switch (map.scalar_type()) {
     case ScalarType::BFloat16: return Storage::bfloat16;

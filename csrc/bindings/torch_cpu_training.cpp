@@ -11,12 +11,12 @@
 namespace {
 
 using ffnet::empty_map;
+using ffnet::parse_activation;
 using ffnet::ScalarType;
 using ffnet::Tensor;
 using ffnet::cpu_arguments::executor;
 using ffnet::cpu_arguments::has_size;
 using ffnet::cpu_arguments::is_pixel_matrix;
-using ffnet::cpu_arguments::parse_activation;
 using ffnet::cpu_arguments::pixels;
 using ffnet::cpu_arguments::strides;
 

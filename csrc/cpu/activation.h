@@ -1,4 +1,7 @@
-// The activations, one vector at a time, and applied to a row that a convolution has just left in L1.
+// The activations and their derivatives, one vector at a time, and applied to a row that a convolution has just left in
+// L1. Each that activations.h lists has a function of its name, and one with the derivative, `<name>_with_slope`.
+//
+// Derivatives of the smooth ones are NaN at infinities, as torch has them: `nan_of_infinity` adds 0 * x.
 #pragma once
 
 #include "gelu_coefficients.h"
@@ -7,7 +10,10 @@
 
 namespace ffnet::FFNET_ISA {
 
+FFNET_INLINE Vec none(Vec x) { return x; }
 FFNET_INLINE Vec relu(Vec x) { return at_least(x, Vec::fill(0)); }
+FFNET_INLINE Vec relu6(Vec x) { return at_most(relu(x), Vec::fill(6)); }
+FFNET_INLINE Vec hardswish(Vec x) { return x * (relu6(x + Vec::fill(3)) * Vec::fill(1.f / 6)); }
 
 #if defined(__AVX512F__)
 // Where a t >= 0 lies in the tables: adding 1.5 * 2^23 rounds to the nearest segment and leaves its number in the low
@@ -85,11 +91,10 @@ FFNET_INLINE Vec gelu_tanh(Vec x) {
 template <class F>
 FFNET_INLINE void with_activation(Activation activation, const F& f) {
   switch (activation) {
-    case Activation::none: return f([](Vec x) __attribute__((always_inline)) { return x; });
-    case Activation::relu: return f([](Vec x) __attribute__((always_inline)) { return relu(x); });
-    case Activation::gelu: return f([](Vec x) __attribute__((always_inline)) { return gelu(x); });
-    case Activation::gelu_tanh: return f([](Vec x) __attribute__((always_inline)) { return gelu_tanh(x); });
-    case Activation::silu: return f([](Vec x) __attribute__((always_inline)) { return silu(x); });
+#define FFNET_CASE(name) \
+  case Activation::name: return f([](Vec x) __attribute__((always_inline)) { return name(x); });
+    FFNET_ACTIVATIONS(FFNET_CASE)
+#undef FFNET_CASE
   }
 }
 
@@ -99,6 +104,117 @@ inline void activate_row(float* row, int64_t pixel, int64_t width, Activation ac
   with_activation(activation, [&](auto act) {
     for (float* end = row + width * pixel; row != end; row += pixel) act(Vec::load(row)).store(row);
   });
+}
+
+// ---- with derivatives ----
+
+struct Activated {
+  Vec value, slope;
+};
+
+FFNET_INLINE Vec nan_of_infinity(Vec x, Vec otherwise) { return fma(x, Vec::fill(0), otherwise); }
+
+// `otherwise` where x is greater than the limit or NaN, else `below`.
+FFNET_INLINE Vec above(Vec x, float limit, Vec otherwise, Vec below) {
+  return {x.v <= Vec::fill(limit).v ? below.v : otherwise.v};
+}
+
+// The magnitude of one with the sign of the other.
+FFNET_INLINE Vec with_sign_of(Vec magnitude, Vec sign) {
+  return {sign.v < Vec::fill(0).v ? (Vec::fill(0) - magnitude).v : magnitude.v};
+}
+
+FFNET_INLINE Activated none_with_slope(Vec x) { return {x, Vec::fill(1)}; }
+
+FFNET_INLINE Activated relu_with_slope(Vec x) { return {relu(x), above(x, 0, Vec::fill(1), Vec::fill(0))}; }
+
+FFNET_INLINE Activated relu6_with_slope(Vec x) {
+  const Vec one = Vec::fill(1), zero = Vec::fill(0);
+  return {relu6(x), {x.v >= Vec::fill(6).v ? zero.v : above(x, 0, one, zero).v}};
+}
+
+FFNET_INLINE Activated hardswish_with_slope(Vec x) {
+  const Vec one = Vec::fill(1), between = fma(x, Vec::fill(1.f / 3), Vec::fill(0.5f));
+  return {hardswish(x), above(x, -3, {x.v < Vec::fill(3).v ? between.v : one.v}, Vec::fill(0))};
+}
+
+// 1/2 + sign(x) * G(|x|), G(t) = H(t) + t * phi(t)
+FFNET_INLINE Activated gelu_with_slope(Vec x) {
+  const Vec t = abs(x), half = Vec::fill(0.5f);
+  const Vec h = half_erf(t);
+#if defined(__AVX512F__)
+  const Vec g = look_up(gelu_coefficients::slopes, segment_of(t));
+#else
+  const Vec s = at_most(t, Vec::fill(13));  // beyond, phi vanishes
+  const Vec g = fma(s * Vec::fill(0.398942280f), exp_for_sigmoid(s * s * Vec::fill(-0.5f)), h);
+#endif
+  return {fma(t, h, x * half), nan_of_infinity(x, half) + with_sign_of(g, x)};
+}
+
+// y = sigmoid(v) and y * (1 - y) = e^-v y^2, without cancellation; a sigmoid never gets to 0, so that this holds.
+struct Sigmoid {
+  Vec value, slope;
+};
+FFNET_INLINE Sigmoid sigmoid_with_slope(Vec v) {
+  const Vec e = exp_for_sigmoid(at_most(Vec::fill(0) - v, Vec::fill(87)));
+  const Vec y = Vec::fill(1) / (Vec::fill(1) + e);
+  return {y, e * y * y};
+}
+
+FFNET_INLINE Activated silu_with_slope(Vec x) {
+  const Sigmoid s = sigmoid_with_slope(x);
+  const Vec bounded = at_least(at_most(x, Vec::fill(87)), Vec::fill(-87));  // beyond, s.slope vanishes
+  return {silu(x), nan_of_infinity(x, fma(bounded, s.slope, s.value))};
+}
+
+// x * sigmoid(2 z), z = sqrt(2 / pi) * (x + 0.044715 x^3)
+FFNET_INLINE Activated gelu_tanh_with_slope(Vec x) {
+  const Vec bounded = at_least(at_most(x, Vec::fill(16)), Vec::fill(-16)), square = bounded * bounded;
+  const Vec inner = fma(square * bounded, Vec::fill(0.044715f), bounded);
+  const Vec inner_slope = fma(square, Vec::fill(0.134145f), Vec::fill(1));
+  const Sigmoid s = sigmoid_with_slope(inner * Vec::fill(1.59576912f));
+  const Vec slope = fma(bounded * inner_slope * Vec::fill(1.59576912f), s.slope, s.value);
+  return {gelu_tanh(x), nan_of_infinity(x, slope)};
+}
+
+template <Activated (*function)(Vec)>
+FFNET_INLINE void map_row_with_slope(float* row, float* value, int64_t width) {
+  for (int64_t i = 0; i < width * Vec::lanes; i += Vec::lanes) {
+    const Activated at = function(Vec::load(row + i));
+    if (value) at.value.store(value + i);
+    at.slope.store(row + i);
+  }
+}
+
+// Of `width` adjacent vectors: writes the activation to `value`, where there is one, and its derivative in place.
+// Nothing is done for Activation::none.
+inline void slope_row(float* row, float* value, int64_t width, Activation activation) {
+  if (activation == Activation::none) return;
+  switch (activation) {
+#define FFNET_CASE(name) \
+  case Activation::name: return map_row_with_slope<name##_with_slope>(row, value, width);
+    FFNET_ACTIVATIONS(FFNET_CASE)
+#undef FFNET_CASE
+  }
+}
+
+// Whether a slope of 0 stops any gradient, an infinite one too, as torch has it for those that are made of pieces.
+constexpr bool is_piecewise(Activation activation) {
+  return activation == Activation::relu || activation == Activation::relu6 || activation == Activation::hardswish;
+}
+
+// out = grad times the derivative, over `width` adjacent vectors.
+inline void apply_slope_row(const float* grad, const float* slope, float* out, int64_t width, Activation activation) {
+  const int64_t floats = width * Vec::lanes;
+  const auto zero = Vec::fill(0).v;
+  if (is_piecewise(activation)) {
+    for (int64_t i = 0; i < floats; i += Vec::lanes) {
+      const Vec at = Vec::load(slope + i);
+      Vec{at.v == zero ? zero : (Vec::load(grad + i) * at).v}.store(out + i);
+    }
+  } else {
+    for (int64_t i = 0; i < floats; i += Vec::lanes) (Vec::load(grad + i) * Vec::load(slope + i)).store(out + i);
+  }
 }
 
 }  // namespace ffnet::FFNET_ISA

@@ -2,7 +2,7 @@
 //
 // A task takes a chunk of pixels, block by block, and of a block one vector of channels after the other. Chunks are cut
 // by the shape alone and joined in order. The backward pass keeps x alone.
-#include "activation_slope.h"
+#include "activation.h"
 #include "buffer.h"
 #include "norm.h"
 

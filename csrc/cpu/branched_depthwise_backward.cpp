@@ -6,7 +6,7 @@
 // A first pass makes y row by row for the two sums; a second one makes y again, y_grad from it, and the gradients of x
 // and of the filters while the maps of an image and a vector of channels are at hand. g itself is the incoming gradient
 // times the activation's derivative at the branches' sum, which both passes make from the rows of y.
-#include "activation_slope.h"
+#include "activation.h"
 #include "branched.h"
 #include "partial_sums.h"
 #include "wgrad_row.h"

@@ -2,7 +2,7 @@
 //
 // A band of rows at a time: the convolution is made again for the derivative of the activation, whose product with the
 // incoming gradient stays in a ring of rows; the weight gradient and the input gradient are made from those.
-#include "activation_slope.h"
+#include "activation.h"
 #include "filter_grad.h"
 #include "partial_sums.h"
 #include "row_ring.h"

@@ -3,7 +3,7 @@
 //
 // The forward pass keeps z = expand * x + b1 and makes act(z), strip by strip of pixels, in L2. The backward pass makes
 // act(z) and its derivative again from z.
-#include "activation_slope.h"
+#include "activation.h"
 #include "pointwise_wgrad.h"
 #include "training.h"
 

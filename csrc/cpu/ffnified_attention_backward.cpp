@@ -5,7 +5,7 @@
 //   dkey = wgrad(dz, query), dvalue = scale * v, v = wgrad(g, h)               (biases: sums of dz and scale * g)
 //   dscale = sum of g * (DW(h; value) + value_bias)
 // A band of rows at a time: z, h and dz exist in rings of rows only.
-#include "activation_slope.h"
+#include "activation.h"
 #include "filter_grad.h"
 #include "partial_sums.h"
 #include "row_ring.h"

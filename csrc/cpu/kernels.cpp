@@ -5,21 +5,11 @@
 
 namespace ffnet {
 namespace FFNET_ISA {
-void depthwise_conv2d(const DepthwiseConv2d&, const Executor&);
-void depthwise_conv2d_backward(const DepthwiseConv2dBackward&, const Executor&);
-void ffnified_attention(const FfnifiedAttention&, const Executor&);
-void ffnified_attention_backward(const FfnifiedAttentionBackward&, const Executor&);
-void channel_mixer(const ChannelMixer&, const Executor&);
-void conv2d(const Conv2d&, const Executor&);
+#define FFNET_DECLARATION(name, Operation) void name(const Operation&, const Executor&);
+FFNET_KERNELS(FFNET_DECLARATION)
+#undef FFNET_DECLARATION
 bool pairs_conv2d(const Conv2d&, const Conv2d&);
 void conv2d_pair(const Conv2d&, const Conv2d&, const Executor&);
-void pointwise_conv2d_backward(const PointwiseConv2dBackward&, const Executor&);
-void batch_norm(const BatchNorm&, const Executor&);
-void batch_norm_backward(const BatchNormBackward&, const Executor&);
-void branched_depthwise(const BranchedDepthwise&, const Executor&);
-void branched_depthwise_backward(const BranchedDepthwiseBackward&, const Executor&);
-void feed_forward(const FeedForward&, const Executor&);
-void feed_forward_backward(const FeedForwardBackward&, const Executor&);
 int64_t multiply_adds(Storage, int64_t);
 }  // namespace FFNET_ISA
 
@@ -29,27 +19,17 @@ int64_t multiply_adds(Storage, int64_t);
 #define FFNET_ISA_NAME(isa) FFNET_STRING(isa)
 
 const Kernels* FFNET_TABLE_NAME(FFNET_ISA)() {
+#define FFNET_ENTRY(name, Operation) FFNET_ISA::name,
   static constexpr Kernels table = {
       FFNET_ISA_NAME(FFNET_ISA),
       FFNET_ISA::Vec::lanes,
+      FFNET_KERNELS(FFNET_ENTRY)
       [](int64_t kh, int64_t kw) { return FFNET_ISA::is_unrolled(kh, kw); },
-      FFNET_ISA::depthwise_conv2d,
-      FFNET_ISA::depthwise_conv2d_backward,
-      FFNET_ISA::ffnified_attention,
-      FFNET_ISA::ffnified_attention_backward,
-      FFNET_ISA::channel_mixer,
-      FFNET_ISA::conv2d,
       FFNET_ISA::pairs_conv2d,
       FFNET_ISA::conv2d_pair,
-      FFNET_ISA::pointwise_conv2d_backward,
-      FFNET_ISA::batch_norm,
-      FFNET_ISA::batch_norm_backward,
-      FFNET_ISA::branched_depthwise,
-      FFNET_ISA::branched_depthwise_backward,
-      FFNET_ISA::feed_forward,
-      FFNET_ISA::feed_forward_backward,
       FFNET_ISA::multiply_adds,
   };
+#undef FFNET_ENTRY
   return &table;
 }
 

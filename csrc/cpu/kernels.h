@@ -5,9 +5,9 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace ffnet {
+#include "../activations.h"
 
-enum class Activation : int { none, gelu, gelu_tanh, relu, silu };
+namespace ffnet {
 
 // What maps and weights consist of; sums are float32. Biases and layer scales are float32 always.
 enum class Storage : int { float32, bfloat16, float16 };
@@ -164,27 +164,33 @@ struct BranchedDepthwiseBackward;
 struct FeedForward;
 struct FeedForwardBackward;
 
+// Every operator's kernel, once: its name and what it takes.
+#define FFNET_KERNELS(X)                                    \
+  X(depthwise_conv2d, DepthwiseConv2d)                      \
+  X(depthwise_conv2d_backward, DepthwiseConv2dBackward)     \
+  X(ffnified_attention, FfnifiedAttention)                  \
+  X(ffnified_attention_backward, FfnifiedAttentionBackward) \
+  X(channel_mixer, ChannelMixer)                            \
+  X(conv2d, Conv2d)                                         \
+  X(pointwise_conv2d_backward, PointwiseConv2dBackward)     \
+  X(batch_norm, BatchNorm)                                  \
+  X(batch_norm_backward, BatchNormBackward)                 \
+  X(branched_depthwise, BranchedDepthwise)                  \
+  X(branched_depthwise_backward, BranchedDepthwiseBackward) \
+  X(feed_forward, FeedForward)                              \
+  X(feed_forward_backward, FeedForwardBackward)
+
 struct Kernels {
   const char* isa;
-  int lanes;                                    // channels computed together
+  int lanes;  // channels computed together
+#define FFNET_POINTER(name, Operation) void (*name)(const Operation&, const Executor&);
+  FFNET_KERNELS(FFNET_POINTER)
+#undef FFNET_POINTER
   bool (*is_unrolled)(int64_t kh, int64_t kw);  // whether filters of this size have code of their own
-  void (*depthwise_conv2d)(const DepthwiseConv2d&, const Executor&);
-  void (*depthwise_conv2d_backward)(const DepthwiseConv2dBackward&, const Executor&);
-  void (*ffnified_attention)(const FfnifiedAttention&, const Executor&);
-  void (*ffnified_attention_backward)(const FfnifiedAttentionBackward&, const Executor&);
-  void (*channel_mixer)(const ChannelMixer&, const Executor&);
-  void (*conv2d)(const Conv2d&, const Executor&);
   // Two in a row, where it can and pays; x and its strides of the second are not looked at, nor is out of the first.
   // conv2d_pair throws std::invalid_argument for what pairs_conv2d refuses.
   bool (*pairs_conv2d)(const Conv2d& first, const Conv2d& second);
   void (*conv2d_pair)(const Conv2d& first, const Conv2d& second, const Executor&);
-  void (*pointwise_conv2d_backward)(const PointwiseConv2dBackward&, const Executor&);
-  void (*batch_norm)(const BatchNorm&, const Executor&);
-  void (*batch_norm_backward)(const BatchNormBackward&, const Executor&);
-  void (*branched_depthwise)(const BranchedDepthwise&, const Executor&);
-  void (*branched_depthwise_backward)(const BranchedDepthwiseBackward&, const Executor&);
-  void (*feed_forward)(const FeedForward&, const Executor&);
-  void (*feed_forward_backward)(const FeedForwardBackward&, const Executor&);
   int64_t (*multiply_adds)(Storage, int64_t rounds);  // on registers, for benchmarks: how many were done in `rounds`
 };
 

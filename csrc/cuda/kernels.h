@@ -5,11 +5,11 @@
 #include <cstdint>
 #include <string>
 
+#include "../activations.h"
+
 namespace ffnet {
 
 enum class Dtype { float32, float16, bfloat16 };
-
-enum class Activation { none, gelu, gelu_tanh, relu, silu };
 
 // A map [N, C, H, W] in any layout; strides in elements.
 struct Map {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-ACTIVATIONS = ("none", "gelu", "gelu_tanh", "relu", "silu")
+from ..backends.activations import ACTIVATIONS
 
 
 def autocast(*args) -> tuple:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,26 +14,69 @@ from ..backends.activations import ACTIVATE
 from ._operator import TrainingOperator
 
 
-def batch_norm(x: Tensor, norm: nn.Module, activation: str = "none") -> Tensor:
-    """``act(norm(x))`` for a normalisation that is called as it is where the kernel does not apply.
+class Norm(NamedTuple):
+    """What an ``nn.BatchNorm2d`` in training mode computes with: ``[C]`` each, or None.
 
-    It applies to an affine ``nn.BatchNorm2d`` in training mode. Nothing but x is kept for the backward pass. Running
-    statistics move as they do in it. A layer with hooks is called.
+    ``momentum`` None is the cumulative average, which takes ``num_batches_tracked``.
+    """
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    num_batches_tracked: Tensor | None = None
+    momentum: float | None = 0.1
+    eps: float = 1e-5
+
+    @classmethod
+    def of(cls, module: nn.BatchNorm2d) -> Norm:
+        """That of a layer, whose hooks are not called."""
+        moved = (module.running_mean, module.running_var) if module.track_running_stats else (None, None)
+        count = module.num_batches_tracked if module.track_running_stats else None
+        return cls(*moved, module.weight, module.bias, count, module.momentum, module.eps)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """In plain PyTorch."""
+        mean, variance, weight, bias, *_ = self
+        return F.batch_norm(x, mean, variance, weight, bias, True, self.count_batch(), self.eps)
+
+    def applies(self, x: Tensor, channels: int, pixels: int) -> bool:
+        """Whether the kernels take it, for a map of so many channels and pixels."""
+        affine = [t for t in (self.weight, self.bias) if t is not None and t.shape == (channels,)]
+        alike = all((t.dtype, t.device) == (x.dtype, x.device) for t in affine)
+        return len(affine) == 2 and alike and self.eps > 0 and pixels > 1  # of one, there are no statistics
+
+    def count_batch(self) -> float:
+        """Counts a batch, and returns what its statistics weigh."""
+        factor = self.momentum
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if factor is None:
+                factor = 1.0 / float(self.num_batches_tracked)
+        return factor or 0.0
+
+
+def batch_norm(x: Tensor, norm: Norm, activation: str = "none") -> Tensor:
+    """``act(norm(x))`` by the statistics of the batch.
+
+    Nothing but x is kept for the backward pass. Running statistics move as those of ``nn.BatchNorm2d`` do.
 
     Args:
         x: ``[N, C, H, W]``.
-        norm: a module that gives a result of that shape.
+        norm: its parameters and running statistics.
         activation: as in :func:`ffnet_kernels.depthwise_conv2d`.
 
     Returns:
         ``[N, C, H, W]``.
     """
-    if not runs_natively(x) or not norm_applies(norm, x, x.shape[1], x.numel() // x.shape[1]):
+    pixels = x.numel() // x.shape[1]
+    if not runs_natively(x) or not norm.applies(x, x.shape[1], pixels):
         return ACTIVATE[activation](norm(x))
-    layer: Any = norm
-    args = (channels_last(x), layer.weight.contiguous(), layer.bias.contiguous(), layer.eps, activation)
+    assert norm.weight is not None
+    assert norm.bias is not None
+    args = (channels_last(x), norm.weight.contiguous(), norm.bias.contiguous(), norm.eps, activation)
     out, mean, variance = OPERATOR.on("cpu", *args)
-    track([layer], mean[None], variance[None], x.numel() // x.shape[1])
+    track([norm], mean[None], variance[None], pixels)
     return out
 
 
@@ -44,47 +87,21 @@ def runs_natively(x: Tensor) -> bool:
     return choice.prefers(cpu, "batch_norm", (x,))
 
 
-def norm_applies(norm: nn.Module, x: Tensor, channels: int, pixels: int) -> bool:
-    """Whether a layer is a batch normalisation by the statistics of a batch like x, of so many channels and pixels."""
-    return (
-        type(norm) is nn.BatchNorm2d
-        and norm.training
-        and norm.weight is not None
-        and norm.bias is not None
-        and all((t.dtype, t.device) == (x.dtype, x.device) for t in (norm.weight, norm.bias))
-        and norm.eps > 0
-        and norm.num_features == channels
-        and pixels > 1  # of one, it takes no statistics
-        and not is_hooked(norm)
-    )
-
-
-def is_hooked(*modules: nn.Module) -> bool:
-    """Whether a hook on one of the modules would miss its call."""
-    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules)
-
-
-def track(norms: Sequence[nn.BatchNorm2d], mean: Tensor, variance: Tensor, count: int) -> None:
+def track(norms: Sequence[Norm], mean: Tensor, variance: Tensor, count: int) -> None:
     """Moves running statistics as the layers would, by those of a batch: ``[layers, C]``, the variance biased.
 
     The operators mark them as not differentiable, so no graph is kept here.
     """
     unbiased = variance * (count / (count - 1))
     for norm, batch_mean, batch_variance in zip(norms, mean, unbiased, strict=True):
-        running_mean, running_var, factor = norm.running_mean, norm.running_var, norm.momentum
-        if not norm.track_running_stats:
+        factor = norm.count_batch()
+        if norm.running_mean is None or norm.running_var is None:
             continue
-        if norm.num_batches_tracked is not None:
-            norm.num_batches_tracked.add_(1)
-            if factor is None:
-                factor = 1.0 / float(norm.num_batches_tracked)
-        if running_mean is None or running_var is None:
-            continue
-        moved, towards = [running_mean, running_var], [batch_mean, batch_variance]
-        if {running_mean.dtype, running_var.dtype} != {mean.dtype}:
+        moved, towards = [norm.running_mean, norm.running_var], [batch_mean, batch_variance]
+        if {norm.running_mean.dtype, norm.running_var.dtype} != {mean.dtype}:
             towards = [batch.to(running.dtype) for batch, running in zip(towards, moved, strict=True)]
         with torch.autograd._unsafe_preserve_version_counter(tuple(moved)):  # as PyTorch's own moves them
-            torch._foreach_lerp_(moved, towards, factor or 0.0)
+            torch._foreach_lerp_(moved, towards, factor)
 
 
 def channels_last(x: Tensor) -> Tensor:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..backends import cpu
 from ..backends import reference as plain
@@ -14,73 +13,49 @@ from ..backends.activations import ACTIVATE, ACTIVATE_BACKWARD
 from ..backends.maps import same_padding
 from . import batch_norm
 from ._operator import TrainingOperator
+from .batch_norm import Norm
 
-Branch = tuple[nn.Module, nn.Module]
 
+def branched_depthwise(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    norms: Sequence[Norm],
+    stride: tuple[int, int] = (1, 1),
+    activation: str = "none",
+) -> Tensor:
+    """``act(Σ norm(DW(x; weight)))`` over one or two depthwise branches, each with its batch normalisation.
 
-def branched_depthwise(x: Tensor, branches: Sequence[Branch], activation: str = "none") -> Tensor:
-    """``act(Σ norm(conv(x)))`` over (conv, norm) pairs, which are called as they are where the kernel does not apply.
-
-    It applies to one or two depthwise convolutions without bias, with odd filters padded by half their size, each
-    followed by an affine ``nn.BatchNorm2d`` in training mode. Nothing but x is kept for the backward pass. Running
-    statistics move as those of ``nn.BatchNorm2d`` do. Layers with hooks are called.
+    Nothing but x is kept for the backward pass. Running statistics move as those of ``nn.BatchNorm2d`` do.
 
     Args:
         x: ``[N, C, H, W]``.
-        branches: pairs of modules whose results have one shape.
+        weights: odd filters ``[O, 1, kh, kw]`` of one or two outputs a channel, each padded by half its size.
+        norms: parameters and running statistics, ``[O]`` each.
+        stride: 1 or 2, vertical and horizontal.
         activation: as in :func:`ffnet_kernels.depthwise_conv2d`.
 
     Returns:
         ``[N, O, H', W']``.
     """
-    if not batch_norm.runs_natively(x) or not _branches_apply(x, branches):
-        outputs = [norm(conv(x)) for conv, norm in branches]
-        return ACTIVATE[activation](sum(outputs[1:], outputs[0]))
-    convs: list = [conv for conv, _ in branches]
-    norms: list = [norm for _, norm in branches]
+    outputs = weights[0].shape[0]
+    pixels = x.shape[0] * -(-x.shape[2] // stride[0]) * -(-x.shape[3] // stride[1])
+    applies = all(norm.applies(x, outputs, pixels) for norm in norms) and all(w.dtype == x.dtype for w in weights)
+    if not batch_norm.runs_natively(x) or not applies:
+        maps = [
+            norm(torch.conv2d(x, weight, None, stride, [k // 2 for k in weight.shape[2:]], 1, x.shape[1]))
+            for weight, norm in zip(weights, norms, strict=True)
+        ]
+        return ACTIVATE[activation](sum(maps[1:], maps[0]))
     parameters: list = []
-    for conv, norm in zip(convs, norms, strict=True):
-        parameters += (conv.weight, norm.weight.contiguous(), norm.bias.contiguous())
+    for weight, norm in zip(weights, norms, strict=True):
+        assert norm.weight is not None
+        assert norm.bias is not None
+        parameters += (weight, norm.weight.contiguous(), norm.bias.contiguous())
     parameters += [None] * (6 - len(parameters))
     eps = [norm.eps for norm in norms]
-    out, mean, variance = OPERATOR.on("cpu", x, *parameters, eps, convs[0].stride, activation)
-    batch_norm.track(norms, mean, variance, out.numel() // out.shape[1])
+    out, mean, variance = OPERATOR.on("cpu", x, *parameters, eps, stride, activation)
+    batch_norm.track(norms, mean, variance, pixels)
     return out
-
-
-def _branches_apply(x: Tensor, branches: Sequence[Branch]) -> bool:
-    if not 1 <= len(branches) <= 2 or not all(_is_plain_convolution(conv) for conv, _ in branches):
-        return False
-    first: Any = branches[0][0]
-    pixels = x.shape[0] * -(-x.shape[2] // first.stride[0]) * -(-x.shape[3] // first.stride[1])
-    conv: Any
-    for conv, norm in branches:
-        if (
-            not batch_norm.norm_applies(norm, x, conv.out_channels, pixels)
-            or batch_norm.is_hooked(conv)
-            or conv.bias is not None
-            or conv.groups != conv.in_channels
-            or conv.in_channels != x.shape[1]
-            or conv.out_channels not in (conv.in_channels, 2 * conv.in_channels)
-            or any(k % 2 == 0 for k in conv.kernel_size)
-            or conv.padding != tuple(k // 2 for k in conv.kernel_size)
-            or conv.dilation != (1, 1)
-            or conv.padding_mode != "zeros"
-            or not set(conv.stride) <= {1, 2}
-            or (conv.stride, conv.out_channels) != (first.stride, first.out_channels)
-            or conv.weight.dtype != x.dtype
-            or conv.weight.device != x.device
-        ):
-            return False
-    return True
-
-
-def _is_plain_convolution(conv: nn.Module) -> bool:
-    if type(conv) is nn.Conv2d:
-        return True
-    from ..modules import DepthwiseConv2d  # which is made of operators, so not above
-
-    return type(conv) is DepthwiseConv2d and conv.activation == "none"
 
 
 def reference(

@@ -29,7 +29,7 @@ def depthwise_conv2d(
         stride: 1 or 2, or a pair of them.
         padding: zeros around the map: ``"same"`` (``kernel - 1`` in all, for an even kernel the odd one at the bottom
             and right; stride 2 then halves, rounding up), ``"valid"`` (none), or pixels on each side.
-        activation: ``"none"``, ``"gelu"`` (erf), ``"gelu_tanh"``, ``"relu"`` or ``"silu"``.
+        activation: one of ``ffnet_kernels.ACTIVATIONS``; ``"gelu"`` is the exact one, by erf.
 
     Returns:
         ``[N, C or 2·C, H', W']``.

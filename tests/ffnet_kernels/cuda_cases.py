@@ -21,6 +21,7 @@ from parity import Case, Sizes
 
 from ffnet_kernels import native
 from ffnet_kernels.backends import cuda
+from ffnet_kernels.backends.activations import ACTIVATIONS
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 DTYPES, HALVES = (F32, F16, BF16), (F16, BF16)
@@ -92,7 +93,6 @@ PLANES = {
 }
 LOW_FILTERS = ((3, 3), (1, 1), (2, 3), (3, 9), (3, 2), (1, 8))
 HIGH_FILTERS = ((7, 7), (5, 5), (4, 4), (7, 9), (6, 2), (5, 8))
-ACTIVATIONS = ("gelu", "none", "silu", "gelu_tanh", "relu")
 
 
 def _planes() -> Table:
@@ -100,7 +100,7 @@ def _planes() -> Table:
     for i, (name, shape) in enumerate(PLANES.items()):
         for kernel in (LOW_FILTERS[i % 6], HIGH_FILTERS[(i + i // 6) % 6]):
             for j, operator in enumerate(CONVOLUTIONS):
-                options = {"shape": shape, "kernel": kernel, "activation": ACTIVATIONS[(i + j) % 5]}
+                options = {"shape": shape, "kernel": kernel, "activation": ACTIVATIONS[(i + j) % len(ACTIVATIONS)]}
                 table[f"{operator} of {name}, {kernel[0]}x{kernel[1]}"] = operator, options
     return table
 
@@ -159,7 +159,12 @@ def _banded() -> Table:
                 shape = (2, 2, max(12, kernel[0]), max(14, kernel[1] + 1))
             elif options.get("padding") == (4, 3):
                 shape = (2, 2, max(shape[2], kernel[0]), max(shape[3], kernel[1]))
-            options = {"shape": shape, "kernel": kernel, "activation": ACTIVATIONS[(i + j) % 5], **options}
+            options = {
+                "shape": shape,
+                "kernel": kernel,
+                "activation": ACTIVATIONS[(i + j) % len(ACTIVATIONS)],
+                **options,
+            }
             table[f"banded {kernel} on {shape} with {variants[j]}"] = "depthwise_conv2d", options
     return table
 

@@ -49,12 +49,12 @@ def calls() -> dict[str, Call]:
     def plain_branches(t: Tensor) -> Tensor:
         return nn.functional.gelu(norms[0](convs[0](t)) + norms[1](convs[1](t)))
 
-    branches = list(zip(convs, norms, strict=True))
+    weights, own = [conv.weight for conv in convs], [fk.training.Norm.of(norm) for norm in norms]
     found["branched_depthwise"] = Call(
-        lambda t: fk.training.branched_depthwise(t, branches, "gelu"), plain_branches, [x], training=True
+        lambda t: fk.training.branched_depthwise(t, weights, own, activation="gelu"), plain_branches, [x], True
     )
     found["batch_norm"] = Call(
-        lambda t: fk.training.batch_norm(t, norms[0], "gelu"), lambda t: nn.functional.gelu(norms[0](t)), [x], True
+        lambda t: fk.training.batch_norm(t, own[0], "gelu"), lambda t: nn.functional.gelu(norms[0](t)), [x], True
     )
     return found
 

@@ -16,8 +16,8 @@ from torch import Tensor
 import ffnet_kernels as fk
 from ffnet_kernels import native
 from ffnet_kernels.backends import choice
+from ffnet_kernels.backends.activations import ACTIVATIONS
 from ffnet_kernels.ops import OPERATORS as OPERATORS_BY_NAME
-from ffnet_kernels.ops._arguments import ACTIVATIONS
 from ffnet_kernels.selftest import error_limit as error_limit
 
 _ERROR = native.cpu_library_error()

@@ -43,7 +43,7 @@ BAD = {
             ("padding", "full", ValueError, r"padding: expected 'same', 'valid' .*got 'full'"),
             ("padding", -1, ValueError, r"padding: expected no negative number, got -1"),
             ("padding", (1, None), ValueError, r"padding: .* pair of integers, got \(1, None\)"),
-            ("activation", "tanh", ValueError, r"activation: expected one of none, gelu.*got 'tanh'"),
+            ("activation", "tanh", ValueError, r"activation: expected one of none, relu.*got 'tanh'"),
             ("activation", None, ValueError, r"activation: expected one of none.*got None"),
         ],
     ),

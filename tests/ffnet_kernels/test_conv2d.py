@@ -10,7 +10,7 @@ from torch import nn
 
 import ffnet_kernels as fk
 from ffnet_kernels.backends import cpu, reference
-from ffnet_kernels.ops._arguments import ACTIVATIONS
+from ffnet_kernels.backends.activations import ACTIVATIONS
 from ffnet_kernels.ops._operator import Operator
 
 _kernels = st.sampled_from([(1, 1), (1, 1), (3, 3), (2, 3), (5, 1), (7, 7)])

@@ -101,7 +101,7 @@ def test_an_even_kernel_needs_a_padding(kernel, message):
 
 
 def test_an_unknown_activation_is_refused_at_construction():
-    with pytest.raises(ValueError, match=r"expected one of none, gelu.*got 'tanh'"):
+    with pytest.raises(ValueError, match=r"expected one of none, relu.*got 'tanh'"):
         fk.DepthwiseConv2d(3, 3, activation="tanh")
 
 

@@ -500,3 +500,26 @@ def test_patched_on_an_instance_before_and_after():
         patch(model)
     for mode in MODES:
         agree(fast, plain, X, mode)
+
+
+@pytest.mark.parametrize("name", ["conv2d", "batch_norm", "gelu", "hardswish"])
+def test_patched_functions_of_pytorch(name, monkeypatch):
+    """Tools that count or rewrite patch them; they see every call, on tensors."""
+    original, seen = getattr(F, name), []
+
+    def doubled(x, *args, **kwargs):
+        seen.append(type(x))
+        return 2 * original(x, *args, **kwargs)
+
+    fast, plain = twins(made(lambda: nn.Sequential(body(), nn.Hardswish())))
+    for patch in (None, doubled, original, doubled):
+        if patch is not None:
+            monkeypatch.setattr(F, name, patch)
+        for mode in MODES:
+            agree(fast, plain, X, mode)
+    assert set(seen) == {torch.Tensor}
+    fk.optimize(plain)
+    with torch.no_grad():
+        before = len(seen)
+        plain(X)
+        assert len(seen) - before == {"conv2d": 3}.get(name, 1)

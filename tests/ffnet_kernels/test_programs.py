@@ -182,8 +182,8 @@ PATTERNS = {
     ),
     "an inverted residual": Pattern(
         inverted_residual,
-        ["conv2d", "torch: hardtanh", "depthwise_conv2d", "conv2d", "torch: add"],
-        ["conv2d", "batch_norm_training", "torch: hardtanh", "branched_depthwise", "conv2d", "batch_norm_training",
+        ["conv2d", "depthwise_conv2d", "conv2d", "torch: add"],
+        ["conv2d", "batch_norm_training", "branched_depthwise", "conv2d", "batch_norm_training",
          "torch: add"],
     ),
     "a token mixer": Pattern(
@@ -214,9 +214,9 @@ PATTERNS = {
         ["depthwise_conv2d", "torch: convolution"],
     ),
     "a mixer of another activation": Pattern(
-        lambda: attention(depthwise(), depthwise(), nn.Hardswish()),
-        ["depthwise_conv2d", "torch: hardswish", "depthwise_conv2d"],
-        ["depthwise_conv2d", "torch: hardswish", "depthwise_conv2d"],
+        lambda: attention(depthwise(), depthwise(), nn.LeakyReLU()),
+        ["depthwise_conv2d", "torch: leaky_relu", "depthwise_conv2d"],
+        ["depthwise_conv2d", "torch: leaky_relu", "depthwise_conv2d"],
     ),
     "a grouped projection": Pattern(
         lambda: nn.Sequential(depthwise(), nn.Conv2d(8, 16, 1), nn.GELU(), nn.Conv2d(16, 8, 1, groups=4)),

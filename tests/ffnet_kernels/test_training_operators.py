@@ -10,8 +10,8 @@ from torch import nn
 
 import ffnet_kernels as fk
 from ffnet_kernels import training
+from ffnet_kernels.backends.activations import ACTIVATIONS
 from ffnet_kernels.ops import _operator
-from ffnet_kernels.ops._arguments import ACTIVATIONS
 from ffnet_kernels.ops.channel_mixer import pointwise_reference
 from ffnet_kernels.selftest import error_limit
 
@@ -44,6 +44,17 @@ def branches(channels, kernels, stride=1, multiplier=1, **norm_options):
                 norm.bias.copy_(random(outputs, seed=20 + i))
         pairs.append((conv, norm))
     return nn.ModuleList(nn.ModuleList(pair) for pair in pairs)
+
+
+def branched(x, layers, activation="none"):
+    """The operator on (convolution, normalisation) pairs."""
+    convs, norms = zip(*layers, strict=True)
+    own = [training.Norm.of(norm) for norm in norms]
+    return training.branched_depthwise(x, [conv.weight for conv in convs], own, convs[0].stride, activation)
+
+
+def normed(x, norm, activation="none"):
+    return training.batch_norm(x, training.Norm.of(norm), activation)
 
 
 def plain(x, layers, activation):
@@ -86,7 +97,7 @@ def test_branched_depthwise(options, activation, shape, isa):
     expected, statistics, counts = step(plain, x, layers, activation, torch.float64)
     eager, eager_statistics, _ = step(plain, x, layers, activation)
     with parity.selected_isa(isa), parity.poisoned_memory(), fk.use_backend("cpu"):
-        found, own_statistics, own_counts = step(training.branched_depthwise, x, layers, activation)
+        found, own_statistics, own_counts = step(branched, x, layers, activation)
     assert_close(found, expected, eager)
     assert_close(own_statistics, statistics, eager_statistics)
     assert own_counts == counts
@@ -98,7 +109,7 @@ def test_any_layout(layout):
     x = parity.laid_out((2, 19, 8, 9), layout, torch.Generator().manual_seed(1))
     layers = branches(19, (7, 3))
     expected, eager = (step(plain, x, layers, "gelu", dtype)[0] for dtype in (torch.float64, torch.float32))
-    assert_close(step(training.branched_depthwise, x, layers, "gelu")[0], expected, eager)
+    assert_close(step(branched, x, layers, "gelu")[0], expected, eager)
 
 
 @parity.needs_native
@@ -106,7 +117,7 @@ def test_any_layout(layout):
 def test_every_activation(activation):
     layers, x = branches(18, (5, 3)), random(2, 18, 6, 7)
     expected, eager = (step(plain, x, layers, activation, dtype)[0] for dtype in (torch.float64, torch.float32))
-    assert_close(step(training.branched_depthwise, x, layers, activation)[0], expected, eager)
+    assert_close(step(branched, x, layers, activation)[0], expected, eager)
 
 
 @parity.needs_native
@@ -115,7 +126,7 @@ def test_statistics_far_from_zero():
     layers, x = branches(16, (1,)), random(4, 16, 12, 12) + 1000
     _, statistics, _ = step(plain, x, layers, "none", torch.float64)
     _, eager, _ = step(plain, x, layers, "none")
-    _, found, _ = step(training.branched_depthwise, x, layers, "none")
+    _, found, _ = step(branched, x, layers, "none")
     assert_close(found, statistics, eager)
 
 
@@ -126,53 +137,42 @@ def test_running_statistics_as_configured(options):
     twin = copy.deepcopy(layers)
     for seed in range(3):
         x = random(2, 6, 7, 7, seed=seed)
-        training.branched_depthwise(x, layers)
+        branched(x, layers)
         plain(x, twin, "none")
     for (name, own), other in zip(layers.named_buffers(), twin.buffers(), strict=True):
         torch.testing.assert_close(own, other, msg=name)
 
 
-def one_branch(conv, norm):
-    return nn.ModuleList([nn.ModuleList([conv, norm])])
-
-
-CALLED_AS_THEY_ARE = {
+IN_PLAIN_PYTORCH = {
     "float64": lambda x, layers: (x.double(), layers.double()),
     "bfloat16": lambda x, layers: (x.bfloat16(), layers.bfloat16()),
-    "running statistics": lambda x, layers: (x, layers.eval()),
     "one pixel": lambda x, layers: (x[:1, :, :1, :1].repeat(2, 1, 1, 1), layers),
     "not affine": lambda x, layers: (x, branches(6, (3, 1), affine=False)),
-    "bias": lambda x, layers: (x, one_branch(nn.Conv2d(6, 6, 3, 1, 1, groups=6), layers[0][1])),
-    "dense": lambda x, layers: (x, one_branch(nn.Conv2d(6, 6, 3, 1, 1, bias=False), layers[0][1])),
 }
 
 
-@pytest.mark.parametrize("change", CALLED_AS_THEY_ARE.values(), ids=CALLED_AS_THEY_ARE)
-def test_other_layers_are_called_as_they_are(change):
+@pytest.mark.parametrize("change", IN_PLAIN_PYTORCH.values(), ids=IN_PLAIN_PYTORCH)
+def test_branches_in_plain_pytorch(change):
     x, layers = change(random(2, 6, 7, 7), branches(6, (3, 1)))
     twin = copy.deepcopy(layers)
-    out, expected = training.branched_depthwise(x, layers, "gelu"), plain(x, twin, "gelu")
+    out, expected = branched(x, layers, "gelu"), plain(x, twin, "gelu")
     torch.testing.assert_close(out, expected)
     for own, other in zip(layers.buffers(), twin.buffers(), strict=True):
         torch.testing.assert_close(own, other)
 
 
-def test_hooks_autocast_and_the_reference_backend_see_the_layers(monkeypatch):
+def test_autocast_and_the_reference_backend_run_plain_pytorch(monkeypatch):
     layers, x = branches(6, (3, 1)), random(2, 6, 7, 7)
     monkeypatch.setattr(_operator, "call", None)  # no native call
     with fk.use_backend("reference"):
-        training.branched_depthwise(x, layers)
+        branched(x, layers)
     with torch.autocast("cpu", torch.bfloat16):
-        assert training.branched_depthwise(x, layers).dtype == torch.bfloat16
-    seen = []
-    layers[0][0].register_forward_hook(lambda *_: seen.append("conv"))
-    training.branched_depthwise(x, layers)
-    assert seen == ["conv"]
+        assert branched(x, layers).dtype == torch.bfloat16
 
 
 def test_too_few_values_are_refused_as_batch_normalisation_does():
     with pytest.raises(ValueError, match="more than 1 value"):
-        training.branched_depthwise(random(1, 6, 1, 1), branches(6, (3,)))
+        branched(random(1, 6, 1, 1), branches(6, (3,)))
 
 
 def norm_layer(channels, **options):
@@ -209,7 +209,7 @@ def test_batch_norm(activation, shape, isa):
     for formats in (torch.contiguous_format, torch.channels_last):
         laid_out = x.contiguous(memory_format=formats)
         with parity.selected_isa(isa), parity.poisoned_memory(), fk.use_backend("cpu"):
-            found, own_statistics, own_counts = norm_step(training.batch_norm, laid_out, norm, activation)
+            found, own_statistics, own_counts = norm_step(normed, laid_out, norm, activation)
         assert_close(found, expected, eager)
         assert_close(own_statistics, statistics, eager_statistics)
         assert own_counts == counts
@@ -222,7 +222,7 @@ def test_batch_norm_of_values_far_from_zero(isa):
     expected, statistics, _ = norm_step(plain_norm, x, norm, "none", torch.float64)
     eager, eager_statistics, _ = norm_step(plain_norm, x, norm, "none")
     with parity.selected_isa(isa), fk.use_backend("cpu"):
-        found, own_statistics, _ = norm_step(training.batch_norm, x, norm, "none")
+        found, own_statistics, _ = norm_step(normed, x, norm, "none")
     assert_close(own_statistics, statistics, eager_statistics)
     assert_close(found, expected, eager)
 
@@ -233,7 +233,7 @@ def test_batch_norm_shows_what_is_not_a_number():
     for value in (float("nan"), float("inf")):
         x = random(2, 5, 6, 6)
         x[1, 2, 3, 3] = value
-        found, expected = training.batch_norm(x, copy.deepcopy(norm)), copy.deepcopy(norm)(x)
+        found, expected = normed(x, copy.deepcopy(norm)), copy.deepcopy(norm)(x)
         torch.testing.assert_close(found, expected, equal_nan=True)
 
 
@@ -244,7 +244,7 @@ def test_running_statistics_of_a_norm_as_configured(options):
     twin = copy.deepcopy(norm)
     for seed in range(3):
         x = random(2, 6, 7, 7, seed=seed)
-        training.batch_norm(x, norm)
+        normed(x, norm)
         twin(x)
     for (name, own), other in zip(norm.named_buffers(), twin.buffers(), strict=True):
         torch.testing.assert_close(own, other, msg=name)
@@ -256,45 +256,35 @@ def test_parameters_of_a_norm_in_any_layout():
     with torch.no_grad():
         norm.weight = nn.Parameter(random(7, 2)[:, 0])
         norm.bias = nn.Parameter(random(1).expand(7))
-    torch.testing.assert_close(training.batch_norm(x, norm, "gelu"), plain_norm(x, norm, "gelu"))
+    torch.testing.assert_close(normed(x, norm, "gelu"), plain_norm(x, norm, "gelu"))
     conv = nn.Conv2d(7, 7, 3, 1, 1, groups=7, bias=False)
-    torch.testing.assert_close(training.branched_depthwise(x, [(conv, norm)]), norm(conv(x)))
+    torch.testing.assert_close(branched(x, [(conv, norm)]), norm(conv(x)))
 
 
 @parity.needs_native
 def test_batch_norm_gives_only_the_gradients_that_are_wanted():
     norm, x = norm_layer(7), random(2, 7, 5, 6)
     grad = random(2, 7, 5, 6, seed=3)
-    found = torch.autograd.grad(training.batch_norm(x, norm, "gelu"), list(norm.parameters()), grad)
+    found = torch.autograd.grad(normed(x, norm, "gelu"), list(norm.parameters()), grad)
     expected = torch.autograd.grad(plain_norm(x, norm, "gelu"), list(norm.parameters()), grad)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     norm.requires_grad_(False)
     x.requires_grad_()
-    found = torch.autograd.grad(training.batch_norm(x, norm, "gelu"), x, grad)
+    found = torch.autograd.grad(normed(x, norm, "gelu"), x, grad)
     torch.testing.assert_close(found, torch.autograd.grad(plain_norm(x, norm, "gelu"), x, grad), atol=1e-4, rtol=1e-4)
 
 
-NORMS_CALLED_AS_THEY_ARE = {
+NORMS_IN_PLAIN_PYTORCH = {
     "float64": lambda x, norm: (x.double(), norm.double()),
-    "running statistics": lambda x, norm: (x, norm.eval()),
     "not affine": lambda x, norm: (x, nn.BatchNorm2d(6, affine=False)),
-    "another normalisation": lambda x, norm: (x, nn.GroupNorm(2, 6)),
 }
 
 
-@pytest.mark.parametrize("change", NORMS_CALLED_AS_THEY_ARE.values(), ids=NORMS_CALLED_AS_THEY_ARE)
-def test_other_norms_are_called_as_they_are(change, monkeypatch):
+@pytest.mark.parametrize("change", NORMS_IN_PLAIN_PYTORCH.values(), ids=NORMS_IN_PLAIN_PYTORCH)
+def test_norms_in_plain_pytorch(change, monkeypatch):
     x, norm = change(random(2, 6, 7, 7), norm_layer(6))
     monkeypatch.setattr(_operator, "call", None)  # no native call
-    torch.testing.assert_close(training.batch_norm(x, norm, "gelu"), plain_norm(x, copy.deepcopy(norm), "gelu"))
-
-
-def test_hooks_of_a_norm_see_it(monkeypatch):
-    norm, seen = norm_layer(6), []
-    monkeypatch.setattr(_operator, "call", None)
-    norm.register_forward_hook(lambda *_: seen.append("norm"))
-    training.batch_norm(random(2, 6, 7, 7), norm)
-    assert seen == ["norm"]
+    torch.testing.assert_close(normed(x, norm, "gelu"), plain_norm(x, copy.deepcopy(norm), "gelu"))
 
 
 def feed_forward_arguments(shape, hidden, outputs, full):
@@ -353,8 +343,8 @@ def test_the_same_bits_on_any_number_of_threads(isa):
             torch.set_num_threads(threads)
             with parity.selected_isa(isa), fk.use_backend("cpu"):
                 found.append(
-                    step(training.branched_depthwise, x, layers, "gelu")[0]
-                    + norm_step(training.batch_norm, x, norm_layer(40), "gelu")[0]
+                    step(branched, x, layers, "gelu")[0]
+                    + norm_step(normed, x, norm_layer(40), "gelu")[0]
                     + run_feed_forward(training.feed_forward, arguments, "gelu")
                 )
     finally:
@@ -374,12 +364,12 @@ def twice(function, tensors):
 def test_second_derivatives():
     layers, x = branches(8, (5, 3)), random(3, 8, 9, 9)
     found = []
-    for function, dtype in ((training.branched_depthwise, None), (plain, torch.float64), (plain, torch.float32)):
+    for function, dtype in ((branched, None), (plain, torch.float64), (plain, torch.float32)):
         own, x_own = copy.deepcopy(layers).to(dtype), x.detach().to(dtype or torch.float32)
         found.append(twice(lambda f=function, o=own, v=x_own: f(v, o, "gelu"), [x_own, *own.parameters()]))
     assert_close(*found)
     norm, found = norm_layer(8), []
-    for function, dtype in ((training.batch_norm, None), (plain_norm, torch.float64), (plain_norm, torch.float32)):
+    for function, dtype in ((normed, None), (plain_norm, torch.float64), (plain_norm, torch.float32)):
         own, x_own = copy.deepcopy(norm).to(dtype), x.detach().to(dtype or torch.float32)
         found.append(twice(lambda f=function, o=own, v=x_own: f(v, o, "gelu"), [x_own, *own.parameters()]))
     assert_close(*found)

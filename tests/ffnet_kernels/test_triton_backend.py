@@ -17,9 +17,9 @@ from test_bad_input import CASES as BAD
 
 import ffnet_kernels as fk
 from ffnet_kernels.backends import triton
+from ffnet_kernels.backends.activations import ACTIVATIONS
 from ffnet_kernels.backends.triton import interpreter
 from ffnet_kernels.backends.triton.launch import recording
-from ffnet_kernels.ops._arguments import ACTIVATIONS
 
 interpreted = triton_cases.needs_interpreter
 every_operator = pytest.mark.parametrize("operator", parity.OPERATORS)

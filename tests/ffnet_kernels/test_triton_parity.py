@@ -10,8 +10,8 @@ from examples import example
 from hypothesis import given, settings
 
 from ffnet_kernels.backends import choice
+from ffnet_kernels.backends.activations import ACTIVATIONS
 from ffnet_kernels.backends.triton import configs, launch
-from ffnet_kernels.ops._arguments import ACTIVATIONS
 
 pytestmark = triton_cases.needs_interpreter
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from parity import OPERATORS_BY_NAME, Case, Sizes, laid_out
 
 from ffnet_kernels.backends import triton
+from ffnet_kernels.backends.activations import ACTIVATIONS
 from ffnet_kernels.backends.triton.launch import INTERPRETED
 
 needs_interpreter = pytest.mark.skipif(
@@ -139,6 +140,11 @@ MIXER = {
     "batch 0": {"shape": (0, 3, 4, 5), "kernel": (3, 3)},
     "batch 0, fused": {"shape": (0, 3, 4, 5), "kernel": (3, 3), "dtype": BF16},
 }  # fmt: skip
+
+for _name in ACTIVATIONS:
+    _tiny = {"shape": (1, 3, 4, 5), "kernel": (3, 3), "activation": _name}
+    DEPTHWISE[_name] = ATTENTION[_name] = MIXER[_name] = _tiny
+    MIXER[f"{_name}, fused"] = {**_tiny, "dtype": BF16}
 
 OPTIONS = {"depthwise_conv2d": DEPTHWISE, "ffnified_attention": ATTENTION, "channel_mixer": MIXER}
 

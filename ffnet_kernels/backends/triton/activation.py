@@ -12,8 +12,12 @@ def activate(x, ACTIVATION: tl.constexpr):
         return x * tl.sigmoid(_tanh_argument(x))
     elif ACTIVATION == "relu":
         return tl.where(x <= 0, 0.0, x)  # NaN stays
+    elif ACTIVATION == "relu6":
+        return _clamp6(x)
     elif ACTIVATION == "silu":
         return x * tl.sigmoid(x)
+    elif ACTIVATION == "hardswish":
+        return x * (_clamp6(x + 3.0) * 0.16666667)
     else:
         return x
 
@@ -29,11 +33,20 @@ def derivative(x, ACTIVATION: tl.constexpr):
         return s + x * s * tl.sigmoid(-u) * (1.5957691216057308 + 0.21406444881780073 * x * x)
     elif ACTIVATION == "relu":
         return tl.where(x <= 0, 0.0, 1.0)
+    elif ACTIVATION == "relu6":
+        return tl.where((x <= 0) | (x >= 6), 0.0, 1.0)
+    elif ACTIVATION == "hardswish":
+        return tl.where(x <= -3, 0.0, tl.where(x < 3, x * 0.33333333 + 0.5, 1.0))
     elif ACTIVATION == "silu":
         s = tl.sigmoid(x)
         return s * (1.0 + x * tl.sigmoid(-x))
     else:
         return tl.full(x.shape, 1.0, tl.float32)
+
+
+@triton.jit
+def _clamp6(x):
+    return tl.where(x <= 0, 0.0, tl.where(x >= 6, 6.0, x))  # NaN stays
 
 
 @triton.jit
