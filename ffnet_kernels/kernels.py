@@ -30,9 +30,25 @@ def convolution(
 ) -> Tensor:
     """``torch.conv2d`` with its padding spelled out."""
     top, bottom, left, right = padding
+    if x.is_cpu and weight.numel() > x.numel() and not weight.is_contiguous(memory_format=torch.channels_last):
+        x = x.contiguous()  # oneDNN takes the longer to transpose the larger of them
     if top != bottom or left != right:
         return torch.conv2d(F.pad(x, (left, right, top, bottom)), weight, bias, stride, 0, dilation, groups)
     return torch.conv2d(x, weight, bias, stride, (top, left), dilation, groups)
+
+
+def packed_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> Tensor:
+    """``torch.conv2d`` with a weight of `onednn.pack`."""
+    run = torch.ops.mkldnn._convolution_pointwise.default
+    return run(x, weight, bias, padding, stride, dilation, groups, "none", [], "")
 
 
 def depthwise_conv2d(

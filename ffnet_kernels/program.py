@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from . import kernels, patterns
+from . import kernels, onednn, patterns
 from .backends import choice, cpu
 from .capture import NotCapturable, capture
 from .normalize import normalize
@@ -43,6 +43,8 @@ class Program:
         if not any(node.target in kernels.FUSED or node.meta.get("is_folded") for node in graph.nodes):
             raise NotCapturable("nothing in it is for an operator")
         self.state, self.graph, self.differentiable = state, graph, differentiable
+        if not differentiable and x.device.type == "cpu":
+            onednn.pack_weights(graph)
         self.constants = Constants(graph, computed=not differentiable)
         self.tensors = [node.meta["tensor"] for node in self.constants.leaves]
         self.dtype, self.device = self.constants.kind()
@@ -179,7 +181,8 @@ _COMMUTES = (operator.add, torch.add, operator.mul, torch.mul)
 
 #: What gives a map that nobody else has.
 _FRESH = {
-    *kernels.FUSED, kernels.convolution, kernels.batch_norm, F.linear, F.layer_norm, F.avg_pool2d, torch.cat,
+    *kernels.FUSED, kernels.convolution, kernels.packed_convolution, kernels.batch_norm,
+    F.linear, F.layer_norm, F.avg_pool2d, torch.cat,
     *_IN_PLACE, *_IN_PLACE.values(),
 }  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -77,9 +78,9 @@ def _example(module: nn.Module) -> Tensor:
 
 def _steps(program: Program, path: str) -> Iterator[Row]:
     for node in program.graph.nodes:
-        if not node.op.startswith("call") or node in program.constants.order:
-            continue
         target: Any = node.target
+        if not node.op.startswith("call") or node in program.constants.order or target in (getattr, operator.getitem):
+            continue
         layers = dict.fromkeys(f"{path}.{layer}".strip(".") for layer in node.meta.get("paths", []))
         function = target if isinstance(target, str) else target.__name__
         is_fused = target in kernels.FUSED

@@ -104,6 +104,43 @@ class ConvNeXt(nn.Module):
         return x + (self.gamma * self.fc2(self.act(self.fc1(y)))).permute(0, 3, 1, 2)
 
 
+@of_a_library
+class Tokens(nn.Module):
+    """A depthwise layer between linear ones, all on tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.conv, self.act, self.fc2 = nn.Linear(8, 16), depthwise(16), nn.GELU(), nn.Linear(16, 8)
+
+    def forward(self, x):
+        images, channels, height, width = x.shape
+        y = self.fc1(x.flatten(2).transpose(1, 2))
+        y = self.conv(y.transpose(1, 2).reshape(images, 16, height, width))
+        y = self.fc2(self.act(y.flatten(2).transpose(1, 2)))
+        return y.transpose(1, 2).reshape(images, channels, height, width)
+
+
+@of_a_library
+class Keeps(nn.Module):
+    """Keeps what it computed of a parameter, until it is trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bias, self.kept = depthwise(), nn.Parameter(torch.randn(8, 1, 1)), {"maps": [{}]}
+
+    def train(self, mode=True):
+        if mode:
+            self.kept["maps"][0].clear()
+        return super().train(mode)
+
+    def forward(self, x):
+        if self.training:
+            return self.conv(x) + 2 * self.bias
+        if "bias" not in self.kept["maps"][0]:
+            self.kept["maps"][0]["bias"] = 2 * self.bias
+        return self.conv(x) + self.kept["maps"][0]["bias"]
+
+
 def conv_norm(*conv, act=None, **options):
     outputs = conv[1]
     return [nn.Conv2d(*conv, bias=False, **options), nn.BatchNorm2d(outputs), *([act] if act else [])]
@@ -245,6 +282,14 @@ PATTERNS = {
         ["torch: pad", "depthwise_conv2d"],
         ["torch: pad", "depthwise_conv2d"],
     ),
+    "tokens": Pattern(
+        Tokens,
+        ["torch: flatten", "torch: transpose", "linear", "torch: transpose", "torch: reshape", "depthwise_conv2d",
+         "torch: flatten", "torch: transpose", "linear", "torch: transpose", "torch: reshape"],
+        ["torch: flatten", "torch: transpose", "torch: linear", "torch: transpose", "torch: reshape",
+         "depthwise_conv2d", "torch: flatten", "torch: transpose", "torch: linear", "torch: transpose",
+         "torch: reshape"],
+    ),
     "by the size of the map": Pattern(Unsquare, ["depthwise_conv2d"], ["depthwise_conv2d"]),
 }  # fmt: skip
 every_pattern = pytest.mark.parametrize("name", PATTERNS)
@@ -305,6 +350,29 @@ def test_the_report_names_the_layers_of_a_step():
 
 
 # ---- What it computes ----
+
+
+@torch.no_grad()
+def test_what_a_module_keeps_elsewhere_than_in_its_registries():
+    x, plain = maps(), randomised(Keeps())
+    model = fk.optimize(copy.deepcopy(plain))
+
+    def same():
+        for _ in range(3):
+            torch.testing.assert_close(model(x), plain(x))
+        steps(model)
+
+    same()
+    for change in (
+        lambda m: m.bias.mul_(3),  # which it does not look at again
+        lambda m: m.train().eval(),
+        lambda m: m.kept["maps"][0].update(bias=torch.ones(8, 1, 1)),
+        lambda m: m.kept["maps"][0]["bias"].mul_(5),
+        lambda m: m.kept["maps"].__setitem__(0, {}),
+        lambda m: m.kept.update(maps=[{"bias": torch.zeros(())}]),
+    ):
+        change(model), change(plain)
+        same()
 
 
 def assert_close(got, expected, plain):
