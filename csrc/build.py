@@ -64,7 +64,7 @@ ISA_FLAGS = {
 KERNEL_SOURCES = [
     "conv_row.cpp", "wgrad_row.cpp", "conv_row_pairs.cpp", "product.cpp", "channel_mixer.cpp", "conv2d.cpp",
     "depthwise_conv2d.cpp", "depthwise_conv2d_backward.cpp", "ffnified_attention.cpp",
-    "ffnified_attention_backward.cpp", "pointwise_conv2d.cpp", "pointwise_conv2d_backward.cpp",
+    "ffnified_attention_backward.cpp", "pointwise_conv2d.cpp", "pointwise_conv2d_backward.cpp", "few_pixels.cpp",
     "branched_depthwise.cpp", "branched_depthwise_backward.cpp", "batch_norm.cpp", "feed_forward.cpp", "peak.cpp",
     "kernels.cpp",
 ]  # fmt: skip

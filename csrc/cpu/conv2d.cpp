@@ -253,6 +253,15 @@ bool weight_goes_left(const Conv2d& op) {
   return op.n * op.h * op.w * (op.channels + op.outputs) < whole_panels * op.channels * op.outputs;
 }
 
+// Images of one pixel as the pixels of one image, whatever their strides within an image say.
+Conv2d in_one_row(const Conv2d& op) {
+  if (!is_pointwise(op) || op.h * op.w != 1) return op;
+  Conv2d row = op;
+  row.n = 1, row.w = row.out_w = op.n;
+  row.x_stride.w = op.x_stride.n, row.out_stride.w = op.out_stride.n;
+  return row;
+}
+
 // One row of all pixels, or one for each image, where rows of a 1x1 convolution follow each other in memory.
 Conv2d flattened(const Conv2d& op) {
   if (!is_pointwise(op) || !rows_follow(op)) return op;
@@ -267,8 +276,10 @@ Conv2d flattened(const Conv2d& op) {
 }  // namespace
 
 void conv2d(const Conv2d& given, const Executor& executor) {
+  constexpr int64_t kFewPixels = 8;  // of 16, products were faster on all instruction sets
+  if (is_pointwise(given) && given.n * given.h * given.w <= kFewPixels) return few_pixels_conv2d(given, executor);
   if (weight_goes_left(given)) return pointwise_conv2d(given, executor);
-  const Conv2d op = flattened(given);
+  const Conv2d op = flattened(in_one_row(given));
 #if defined(__AVX512BF16__)
   if (op.storage == Storage::bfloat16) return Convolution<BFloat16, PairTaps>(op, executor.threads).run(executor);
 #endif

@@ -1,4 +1,5 @@
-// conv2d, one group, as two products: conv2d.cpp has the pixels on the left, pointwise_conv2d.cpp the weight.
+// conv2d, one group, as two products: conv2d.cpp has the pixels on the left, pointwise_conv2d.cpp the weight; and
+// few_pixels.cpp for so few pixels that neither pays.
 #pragma once
 
 #include "kernels.h"
@@ -13,5 +14,6 @@ inline bool rows_follow(const Conv2d& op) {
 
 // Takes 1x1 filters, stride 1, no padding.
 void pointwise_conv2d(const Conv2d& op, const Executor& executor);
+void few_pixels_conv2d(const Conv2d& op, const Executor& executor);
 
 }  // namespace ffnet::FFNET_ISA

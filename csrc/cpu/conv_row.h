@@ -56,7 +56,7 @@ using ConvRow = void (*)(const RowInput&, const PackedFilter&, const RowOutput&)
 constexpr int kMaxBlock = Vec::registers == 32 ? 16 : 8;
 
 // Whether a filter has rows of its own, unrolled; beyond nine rows one running sum would round worse than conv_row_any.
-FFNET_INLINE bool is_unrolled(int64_t kh, int64_t kw) { return kh <= 9 && (kw == 3 || kw == 7); }
+FFNET_INLINE bool is_unrolled(int64_t kh, int64_t kw) { return kh <= 9 && (kw == 3 || kw == 5 || kw == 7); }
 
 // The code for rows of a filter.
 template <class Taps>

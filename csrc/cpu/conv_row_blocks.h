@@ -148,6 +148,7 @@ template <class Taps>
 ConvRow select_conv_row(const Filter& filter, int64_t stride) {
   if (!is_unrolled(filter.kh, filter.kw)) return stride == 1 ? conv_row_any<Taps, 1> : conv_row_any<Taps, 2>;
   if (filter.kw == 7) return stride == 1 ? conv_row<Taps, 7, 1> : conv_row<Taps, 7, 2>;
+  if (filter.kw == 5) return stride == 1 ? conv_row<Taps, 5, 1> : conv_row<Taps, 5, 2>;
   return stride == 1 ? conv_row<Taps, 3, 1> : conv_row<Taps, 3, 2>;
 }
 
