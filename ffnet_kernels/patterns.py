@@ -474,17 +474,17 @@ class Rewriter:
             if not conv.is_pointwise:
                 return
             name, end = "none", node
-        args = (conv.x, self.said_channels_last(conv), conv.bias, conv.stride, conv.padding, name)
+        args = (conv.x, self.said_channels_last(node, conv), conv.bias, conv.stride, conv.padding, name)
         if conv.is_depthwise:
             self.put(end, kernels.depthwise_conv2d, (*args, conv.groups))
         else:
             self.put(end, kernels.conv2d, args)
 
-    def said_channels_last(self, conv: Convolution) -> Node:
+    def said_channels_last(self, node: Node, conv: Convolution) -> Node:
         """The weight, which has to say how the result is laid out where the map's strides may not."""
         if not self.fold or not is_view(conv.x):
             return conv.weight
-        with self.graph.inserting_before(conv.x):
+        with self.graph.inserting_before(node):
             return self.const(folding.channels_last, conv.weight, shape=conv.weight.meta["shape"], like=conv.weight)
 
 

@@ -121,6 +121,22 @@ class Tokens(nn.Module):
 
 
 @of_a_library
+class Ghost(nn.Module):
+    """As GhostNet's: half of the channels from the other half, and fewer of them than there are."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(8, 6, 1, bias=False), nn.BatchNorm2d(6))
+        self.second = nn.Sequential(nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=False), nn.BatchNorm2d(6))
+        self.last = nn.Sequential(nn.Conv2d(10, 10, 5, 2, 2, groups=10, bias=False), nn.BatchNorm2d(10), nn.ReLU6())
+
+    def forward(self, x):
+        y = self.first(x)
+        y = torch.cat([y, self.second(y)], 1)[:, :10]
+        return self.last(y)
+
+
+@of_a_library
 class Keeps(nn.Module):
     """Keeps what it computed of a parameter, until it is trained."""
 
@@ -289,6 +305,11 @@ PATTERNS = {
         ["torch: flatten", "torch: transpose", "torch: linear", "torch: transpose", "torch: reshape",
          "depthwise_conv2d", "torch: flatten", "torch: transpose", "torch: linear", "torch: transpose",
          "torch: reshape"],
+    ),
+    "a ghost": Pattern(
+        Ghost,
+        ["conv2d", "depthwise_conv2d", "torch: cat", "depthwise_conv2d"],
+        ["conv2d", "batch_norm_training", "branched_depthwise", "torch: cat", "branched_depthwise"],
     ),
     "by the size of the map": Pattern(Unsquare, ["depthwise_conv2d"], ["depthwise_conv2d"]),
 }  # fmt: skip
