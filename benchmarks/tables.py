@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from . import goals, growth, memory
+from . import goals, growth, memory, timm_report
 from .machine import machine_line
 from .peers import OURS
 from .report import SLOWER, WRONG, error_text, share_text
@@ -81,6 +81,10 @@ def peak_memory(result: dict) -> str:
     return f"Measured on {machine_line(result['machine'])}.\n\n{memory.table(result['rows'])}"
 
 
+def timm(result: Result) -> str:
+    return f"Measured on {timm_report.overview(result)}"
+
+
 class Table(NamedTuple):
     """A table of the README, and the results it is made of."""
 
@@ -95,9 +99,15 @@ TABLES = {
     "growth": Table("cpu-zen5-2threads-quick.json", growing),
     "record": Table("cpu-zen5-2threads-record.json", record),
     "memory": Table("cpu-zen5-2threads-memory.json", peak_memory),
+    "timm": Table("cpu-zen5-timm.json", timm),
+    "timm, AVX2": Table("cpu-zen5-timm-avx2.json", timm),
 }
 #: Files that are written whole from the results beside them.
-FILES = {"cpu-zen5-2threads-record.md": Table("cpu-zen5-2threads-record.json", goals.report)}
+FILES = {
+    "cpu-zen5-2threads-record.md": Table("cpu-zen5-2threads-record.json", goals.report),
+    "cpu-zen5-timm.md": Table("cpu-zen5-timm.json", timm_report.report),
+    "cpu-zen5-timm-avx2.md": Table("cpu-zen5-timm-avx2.json", timm_report.report),
+}
 
 
 def fresh(readme: str, tables: dict[str, Table], folder: Path) -> str:

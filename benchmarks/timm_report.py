@@ -116,6 +116,20 @@ def summary(rows: Sequence[Row]) -> str:
     )
 
 
+def overview(result: Result) -> str:
+    """A line a number of threads: mean, least and greatest gain."""
+    lines = []
+    for threads in sorted({row.parameters["threads"] for row in result.rows}):
+        rows = [row for row in result.rows if row.parameters["threads"] == threads]
+        gains = sorted((ratio, row.parameters["model"]) for row in rows if (ratio := gain(row)))
+        mean = statistics.geometric_mean(ratio for ratio, _ in gains)
+        ends = [f"{ratio:.2f}× ({name})" for ratio, name in (gains[0], gains[-1])]
+        below = sum(ratio < NOT_SLOWER for ratio, _ in gains)
+        lines.append((str(threads), str(len(gains)), f"{mean:.2f}×", *ends, str(below)))
+    headers = ("threads", "models", "geometric mean", "least", "greatest", f"below {NOT_SLOWER}")
+    return f"{machine_line(result.machine)}, timm {result.extra['timm']}:\n\n{markdown(headers, lines)}"
+
+
 def _listed(names: Sequence[str]) -> str:
     return f" ({', '.join(names)})" if names else ""
 

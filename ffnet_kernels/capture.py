@@ -52,7 +52,18 @@ def capture(root: nn.Module, x: Tensor, *, any_size: bool = True) -> fx.Graph:
         home = str(getattr(function, "__module__", ""))
         if callable(function) and not isinstance(function, type) and not home.startswith(("torch", "typing")):
             raise NotCapturable(f"torch.nn.functional.{name} is not PyTorch's own")
-    return _Capture(root, x, any_size).graph
+    before = _random_states(x.device)
+    graph = _Capture(root, x, any_size).graph
+    if not all(map(torch.equal, before, _random_states(x.device))):
+        torch.set_rng_state(before[0])
+        if len(before) > 1:
+            torch.cuda.set_rng_state(before[1], x.device)
+        raise NotCapturable("it draws random numbers that do not depend on its map")
+    return graph
+
+
+def _random_states(device: torch.device) -> list[Tensor]:
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
 def is_library(kind: type) -> bool:

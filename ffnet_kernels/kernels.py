@@ -30,25 +30,9 @@ def convolution(
 ) -> Tensor:
     """``torch.conv2d`` with its padding spelled out."""
     top, bottom, left, right = padding
-    if x.is_cpu and weight.numel() > x.numel() and not weight.is_contiguous(memory_format=torch.channels_last):
-        x = x.contiguous()  # oneDNN takes the longer to transpose the larger of them
     if top != bottom or left != right:
         return torch.conv2d(F.pad(x, (left, right, top, bottom)), weight, bias, stride, 0, dilation, groups)
     return torch.conv2d(x, weight, bias, stride, (top, left), dilation, groups)
-
-
-def packed_convolution(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
-) -> Tensor:
-    """``torch.conv2d`` with a weight of `onednn.pack`."""
-    run = torch.ops.mkldnn._convolution_pointwise.default
-    return run(x, weight, bias, padding, stride, dilation, groups, "none", [], "")
 
 
 def depthwise_conv2d(
@@ -66,9 +50,17 @@ def depthwise_conv2d(
 
 
 def conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: Pads, activation: str
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, int],
+    padding: Pads,
+    activation: str,
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    return _run("conv2d", x, weight, bias, stride, padding, activation)
+    scale = scale if scale is None else scale.reshape(-1)
+    return _run("conv2d", x, weight, bias, stride, padding, activation, scale, residual)
 
 
 def conv2d_pair(x: Tensor, *first_and_second: Any) -> Tensor:
@@ -80,13 +72,28 @@ def conv2d_pair(x: Tensor, *first_and_second: Any) -> Tensor:
     return ACTIVATE[activation](convolution(x, weight, bias, stride, padding, (1, 1), 1))
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """``act(x · weight + bias)`` over the last dimension, whose rows are the pixels of a channels-last map."""
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``residual + scale · act(x · weight + bias)`` over the last dimension, whose rows are the pixels of a
+    channels-last map."""
     rows = x.numel() // x.shape[-1]
     if rows < _FEW_ROWS or x.shape[-1] != weight.shape[1]:  # or it is wrong
-        return ACTIVATE[activation](F.linear(x, weight, bias))
-    pixels = x.reshape(1, rows, 1, x.shape[-1]).permute(0, 3, 1, 2)
-    out = conv2d(pixels, weight[:, :, None, None], bias, (1, 1), (0, 0, 0, 0), activation)
+        out = ACTIVATE[activation](F.linear(x, weight, bias))
+        out = out if scale is None else out * scale.reshape(-1)
+        return out if residual is None else residual + out
+
+    def pixels(map: Tensor) -> Tensor:
+        return map.reshape(1, rows, 1, map.shape[-1]).permute(0, 3, 1, 2)
+
+    residual = residual if residual is None else pixels(residual)
+    geometry = (1, 1), (0, 0, 0, 0)
+    out = conv2d(pixels(x), weight[:, :, None, None], bias, *geometry, activation, scale, residual)
     return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
 
 

@@ -1,7 +1,8 @@
-"""Dense convolutions that stay with PyTorch, on weights in the order in which oneDNN reads them.
+"""Dense convolutions that stay with PyTorch, in the memory formats in which oneDNN computes them.
 
-PyTorch has oneDNN put them into that order in every call, which can take as long as the convolution of a small map.
-Where a program computes a weight anyway, it keeps it in that order instead.
+PyTorch has oneDNN put weights into an order of its own in every call, which can take longer than to convolve a small
+map. A weight that a program computes anyway it keeps in that order; one that is a parameter decides the format of a
+small map.
 """
 
 from __future__ import annotations
@@ -16,20 +17,31 @@ from . import folding, kernels
 from .shapes import has_dimensions
 
 
-@functools.cache
-def is_available() -> bool:
-    """Whether this PyTorch has what its own compiler packs weights with, and it gives what a convolution does."""
-    x, weight = torch.linspace(-1, 1, 96).reshape(1, 6, 4, 4), torch.linspace(-1, 1, 216).reshape(4, 6, 3, 3)
-    try:
-        with torch.no_grad():
-            packed = pack(weight, (1, 1), (1, 1), (1, 1), 1, tuple(x.shape))
-            out = kernels.packed_convolution(x, packed, None, (1, 1), (1, 1), (1, 1), 1)
-            return torch.allclose(out, torch.conv2d(x, weight, None, 1, 1), atol=1e-5)
-    except Exception:  # of names that are not PyTorch's interface
-        return False
+def lower(graph: fx.Graph, *, pack: bool) -> None:
+    """Puts the functions below in the place of `kernels.convolution`, in a rewritten graph for the CPU."""
+    for node in list(graph.nodes):
+        if node.target is not kernels.convolution:
+            continue
+        x, weight, bias, stride, (top, bottom, left, right), dilation, groups = node.args
+        computed = weight.target is folding.rounded and len(weight.users) == 1 and weight.args[1] == torch.float32
+        centred = top == bottom and left == right and has_dimensions(x, 4)
+        if not (pack and computed and centred and is_available()):
+            node.target = convolution
+            continue
+        geometry = stride, (top, left), dilation, groups
+        with graph.inserting_before(node):
+            packed = graph.call_function(packed_weight, (weight, *geometry, tuple(x.meta["value"].shape)))
+        node.target, node.args = packed_convolution, (x, packed, bias, *geometry)
 
 
-def pack(
+def convolution(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
+    """`kernels.convolution`; the map in the format of the weight, where that is the larger of them to transpose."""
+    if weight.numel() > x.numel() and not weight.is_contiguous(memory_format=torch.channels_last):
+        x = x.contiguous()
+    return kernels.convolution(x, weight, *args)
+
+
+def packed_weight(
     weight: Tensor,
     stride: tuple[int, int],
     padding: tuple[int, int],
@@ -37,21 +49,33 @@ def pack(
     groups: int,
     size: tuple[int, ...],
 ) -> Tensor:
-    """A weight for `kernels.packed_convolution`, best for maps of a size."""
+    """A weight for `packed_convolution`, best for maps of a size."""
     geometry: Any = padding, stride, dilation, groups, size
     return torch._C._nn.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), *geometry)
 
 
-def pack_weights(graph: fx.Graph) -> None:
-    """Packs the computed weights of convolutions in a rewritten graph, of float32 on the CPU."""
-    for node in list(graph.nodes):
-        if node.target is not kernels.convolution or not is_available():
-            continue
-        x, weight, bias, stride, (top, bottom, left, right), dilation, groups = node.args
-        computed = weight.target is folding.rounded and len(weight.users) == 1 and weight.args[1] == torch.float32
-        if not computed or top != bottom or left != right or not has_dimensions(x, 4):
-            continue
-        geometry = stride, (top, left), dilation, groups
-        with graph.inserting_before(node):
-            packed = graph.call_function(pack, (weight, *geometry, tuple(x.meta["value"].shape)))
-        node.target, node.args = kernels.packed_convolution, (x, packed, bias, *geometry)
+def packed_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> Tensor:
+    """``torch.conv2d`` with a `packed_weight`."""
+    run = torch.ops.mkldnn._convolution_pointwise.default
+    return run(x, weight, bias, padding, stride, dilation, groups, "none", [], "")
+
+
+@functools.cache
+def is_available() -> bool:
+    """Whether this PyTorch has what its own compiler packs weights with, and it gives what a convolution does."""
+    x, weight = torch.linspace(-1, 1, 96).reshape(1, 6, 4, 4), torch.linspace(-1, 1, 216).reshape(4, 6, 3, 3)
+    try:
+        with torch.no_grad():
+            packed = packed_weight(weight, (1, 1), (1, 1), (1, 1), 1, tuple(x.shape))
+            out = packed_convolution(x, packed, None, (1, 1), (1, 1), (1, 1), 1)
+            return torch.allclose(out, torch.conv2d(x, weight, None, 1, 1), atol=1e-5)
+    except Exception:  # of names that are not PyTorch's interface
+        return False

@@ -9,62 +9,38 @@ operators are found, the mixers first.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import fx
 
 from . import folding, kernels
-from .backends.activations import name_of
+from .nodes import (
+    MULS,
+    Convolution,
+    activation,
+    describe_constant,
+    has_shape_of,
+    has_statistics,
+    is_folded,
+    is_mean_of_pixels,
+    is_node,
+    is_parameter,
+    is_permuted_to_channels_first,
+    is_sum,
+    other_argument,
+    parse,
+    vector_of_product,
+    why_not,
+)
 from .normalize import argument, is_view
 from .shapes import Node, has_dimensions
 
-_ADDS = (operator.add, torch.add)
-_MULS = (operator.mul, torch.mul)
+_NORM_NAMES = ("input", "running_mean", "running_var", "weight", "bias")
 #: Which give every element of their map once, so that what is done to each can be done before.
 _SHAPE_VIEWS = ("reshape", "flatten", "permute", "transpose", torch.flatten, torch.permute, torch.transpose)
-
-
-class Convolution(NamedTuple):
-    """The arguments of the node of a 2-D convolution, padding spelled out as (top, bottom, left, right)."""
-
-    x: Node
-    weight: Node
-    bias: Node | None
-    stride: tuple[int, int]
-    padding: tuple[int, int, int, int]
-    dilation: tuple[int, int]
-    groups: int
-
-    @property
-    def kernel(self) -> tuple[int, int]:
-        return tuple(self.weight.meta["shape"][2:])
-
-    @property
-    def inputs(self) -> int:
-        return self.weight.meta["shape"][1] * self.groups
-
-    @property
-    def outputs(self) -> int:
-        return self.weight.meta["shape"][0]
-
-    @property
-    def is_depthwise(self) -> bool:
-        return self.groups > 1 and self.groups == self.inputs and self.outputs in (self.inputs, 2 * self.inputs)
-
-    @property
-    def is_pointwise(self) -> bool:
-        return self.kernel == self.stride == (1, 1) and self.padding == (0, 0, 0, 0) and self.groups == 1
-
-    @property
-    def keeps_size(self) -> bool:
-        """Whether result and map have one size, each tap of the kernel being centred on its pixel."""
-        kh, kw = self.kernel
-        centred = (kh // 2, kh // 2, kw // 2, kw // 2)
-        return self.stride == self.dilation == (1, 1) and kh % 2 == kw % 2 == 1 and self.padding == centred
 
 
 def rewrite(graph: fx.Graph, *, fold: bool = True) -> None:
@@ -218,7 +194,7 @@ class Rewriter:
 
     def fold_head(self, node: Node) -> None:
         """A batch normalisation before the mean over pixels that only a linear layer reads."""
-        if node.target is not F.linear or len(node.args) < 2 or not _is_parameter(node.args[1]):
+        if node.target is not F.linear or len(node.args) < 2 or not is_parameter(node.args[1]):
             return
         x, weight, bias = node.args[0], node.args[1], argument(node, 2, "bias", None)
         while is_node(x) and len(x.users) == 1 and is_mean_of_pixels(x):
@@ -265,7 +241,7 @@ class Rewriter:
                 return self.merge_branches(conv, other)
             if not conv.keeps_size or conv.inputs != conv.outputs or not (conv.is_depthwise or conv.is_pointwise):
                 return None
-            if b is conv.x and (conv.is_pointwise or _is_folded(conv)):  # a residual sum of one convolution stays
+            if b is conv.x and (conv.is_pointwise or is_folded(conv)):  # a residual sum of one convolution stays
                 args = (conv.weight, None, conv.groups)
                 weight = self.const(folding.add_identity, *args, shape=conv.weight.meta["shape"], like=conv.weight)
                 return conv._replace(weight=weight)
@@ -306,7 +282,7 @@ class Rewriter:
             return
         y, scale = found
         conv = self.sole(y)
-        if conv is None or self.ends_mixer(y) or not _is_folded(conv):
+        if conv is None or self.ends_mixer(y) or not is_folded(conv):
             return
         with self.graph.inserting_before(node):
             vector = self.const(folding.vector, scale, shape=(conv.outputs,), like=conv.weight)
@@ -314,11 +290,11 @@ class Rewriter:
 
     def layer_scale(self, node: Any) -> tuple[Node, Node] | None:
         """(map, scale per channel) of a product of them."""
-        if not is_node(node) or node.target not in _MULS or len(node.args) != 2:
+        if not is_node(node) or node.target not in MULS or len(node.args) != 2:
             return None
         for y, scale in (node.args, node.args[::-1]):
             conv = self.convolution(y)
-            if conv is None or not _is_parameter(scale):
+            if conv is None or not is_parameter(scale):
                 continue
             if scale.meta.get("shape") in ((conv.outputs, 1, 1), (1, conv.outputs, 1, 1)):
                 return y, scale
@@ -428,43 +404,43 @@ class Rewriter:
 
     def mixer(self, node: Node, function: Callable, args: tuple) -> None:
         """An operator in the place of the node and of the scale and the residual sum that may follow."""
+        scale, residual, end = self.epilogue(node)
+        self.put(end, function, (*args, scale, residual))
+
+    def epilogue(self, node: Node) -> tuple[Node | None, Node | None, Node]:
+        """The scale per channel and the residual that a convolution's result is multiplied with and added to, and where
+        the result then is."""
         scale = residual = None
         end, following = node, self.next(node)
         found = self.layer_scale(following)
         if found is not None and following is not None:
             scale, end, following = found[1], following, self.next(following)
-        if following is not None and is_sum(following):
-            others = [a for a in following.args[:2] if a is not end]
-            if len(others) == 1 and has_shape_of(others[0], end):
-                residual, end = others[0], following
-        self.put(end, function, (*args, scale, residual))
+        if following is not None and is_sum(following) and has_shape_of(other_argument(following, end), end):
+            residual, end = other_argument(following, end), following
+        return scale, residual, end
 
     def stem_before(self, conv: Convolution) -> Node | None:
         """The convolution of an image, by an operator, that only a dense one of several taps reads."""
         if not self.fold or conv.groups != 1 or conv.kernel == (1, 1) or not is_node(conv.x):
             return None
         takes = conv.dilation == (1, 1) and set(conv.stride) <= {1, 2} and conv.x.target is kernels.conv2d
-        return conv.x if takes and len(conv.x.users) == 1 and conv.x.args[1].meta["shape"][1] <= 4 else None
+        takes = takes and len(conv.x.users) == 1 and conv.x.args[6:] == (None, None)
+        return conv.x if takes and conv.x.args[1].meta["shape"][1] <= 4 else None
 
     def lower(self, node: Node) -> None:
         """What is left of convolutions onto operators, with the activation that follows, or back to torch's."""
-        if self.fold and node.target is F.linear and _is_parameter(node.args[1]):
-            weight, bias = node.args[1], argument(node, 2, "bias", None)
-            # Of a classifier's head, weights are read rather than multiplied: PyTorch does that as well.
-            if not has_dimensions(node, 2) and len(weight.meta["shape"]) == 2 and (bias is None or _is_parameter(bias)):
-                name, end = self.following_activation(node)
-                self.put(end, kernels.linear, (node.args[0], weight, bias, name))
-            return
         conv = self.convolution(node)
         if conv is None:
+            if self.fold and node.target is F.linear:
+                self.linear(node)
             return
         first = self.stem_before(conv)
         if first is not None:
             name, end = self.following_activation(node)
             second = (conv.weight, conv.bias, conv.stride, conv.padding, name)
-            self.put(end, kernels.conv2d_pair, (*first.args, *second))
+            self.put(end, kernels.conv2d_pair, (*first.args[:6], *second))
             return
-        node.meta["reason"] = _why_not(conv)
+        node.meta["reason"] = why_not(conv)
         takes = conv.dilation == (1, 1) and set(conv.stride) <= {1, 2}
         is_dense = conv.groups == 1 and (conv.kernel == (1, 1) or conv.inputs <= 4)
         if not takes or not (conv.is_depthwise or is_dense):
@@ -477,8 +453,42 @@ class Rewriter:
         args = (conv.x, self.said_channels_last(node, conv), conv.bias, conv.stride, conv.padding, name)
         if conv.is_depthwise:
             self.put(end, kernels.depthwise_conv2d, (*args, conv.groups))
-        else:
-            self.put(end, kernels.conv2d, args)
+            return
+        scale, residual, end = self.epilogue(node) if self.fold and name == "none" else (None, None, end)
+        self.put(end, kernels.conv2d, (*args, scale, residual))
+
+    def linear(self, node: Node) -> None:
+        """A linear layer on pixels or tokens, with the activation, or the scale and the residual sum, that follow."""
+        x, weight, bias = node.args[0], argument(node, 1, "weight", None), argument(node, 2, "bias", None)
+        # Of a classifier's head, weights are read rather than multiplied: PyTorch does that as well.
+        if has_dimensions(node, 2) or not is_parameter(weight) or len(weight.meta["shape"]) != 2:
+            return
+        if bias is not None and not is_parameter(bias):
+            return
+        name, end = self.following_activation(node)
+        scale = residual = moved = None
+        while name == "none" and residual is None and (following := self.next(end)) is not None:
+            if scale is None and (found := vector_of_product(following, end, -1 if moved is None else -3)) is not None:
+                scale = found
+            elif moved is None and is_permuted_to_channels_first(following):
+                moved = following
+            elif is_sum(following) and has_shape_of(other := other_argument(following, end), end):
+                residual = other
+            else:
+                break
+            end = following
+        if scale is None and residual is None and moved is not None:
+            end, moved = node, None
+        if moved is None:
+            self.put(end, kernels.linear, (x, weight, bias, name, scale, residual))
+            return
+        with self.graph.inserting_before(end):
+            if residual is not None:
+                residual = self.graph.call_function(torch.permute, (residual, (0, 2, 3, 1)))
+            pixels = self.graph.call_function(kernels.linear, (x, weight, bias, name, scale, residual))
+        pixels.meta.update(value=node.meta.get("value"))
+        result = self.put(end, torch.permute, (pixels, (0, 3, 1, 2)))
+        pixels.meta["paths"], result.meta["paths"] = result.meta["paths"], []
 
     def said_channels_last(self, node: Node, conv: Convolution) -> Node:
         """The weight, which has to say how the result is laid out where the map's strides may not."""
@@ -486,106 +496,3 @@ class Rewriter:
             return conv.weight
         with self.graph.inserting_before(node):
             return self.const(folding.channels_last, conv.weight, shape=conv.weight.meta["shape"], like=conv.weight)
-
-
-def _why_not(conv: Convolution) -> str:
-    """Why a convolution stays with PyTorch, if it does."""
-    if conv.dilation != (1, 1):
-        return f"a dilation of {conv.dilation[0]}×{conv.dilation[1]}"
-    if not set(conv.stride) <= {1, 2}:
-        return f"a stride of {conv.stride[0]}×{conv.stride[1]}"
-    return "neither depthwise nor pointwise"
-
-
-_NORM_NAMES = ("input", "running_mean", "running_var", "weight", "bias")
-
-
-def parse(node: Node) -> Convolution | None:
-    """A node that calls ``torch.conv2d``, where all but the map is known."""
-    x, weight = argument(node, 0, "input", None), argument(node, 1, "weight", None)
-    bias = argument(node, 2, "bias", None)
-    if not is_node(x) or not _is_parameter(weight) or len(weight.meta["shape"]) != 4:
-        return None
-    if bias is not None and not _is_parameter(bias):
-        return None
-    stride, dilation = _pair(argument(node, 3, "stride", 1)), _pair(argument(node, 5, "dilation", 1))
-    groups = argument(node, 6, "groups", 1)
-    if stride is None or dilation is None or type(groups) is not int:
-        return None
-    padding = argument(node, 4, "padding", 0)
-    if padding == "same" and stride == (1, 1):
-        total = [d * (k - 1) for d, k in zip(dilation, weight.meta["shape"][2:], strict=True)]
-        pads = (total[0] // 2, total[0] - total[0] // 2, total[1] // 2, total[1] - total[1] // 2)
-    else:
-        pair = (0, 0) if padding == "valid" else _pair(padding)
-        if pair is None:
-            return None
-        pads = (pair[0], pair[0], pair[1], pair[1])
-    if min(pads) < 0:
-        return None
-    return Convolution(x, weight, bias, stride, pads, dilation, groups)
-
-
-def activation(node: Any) -> tuple[str, Node] | None:
-    """(name, map) of an activation that operators know."""
-    if not is_node(node) or node.op not in ("call_function", "call_method") or not node.args:
-        return None
-    name = name_of(node.target, node.args[1:], node.kwargs)
-    return None if name is None else (name, node.args[0])
-
-
-def is_node(value: Any) -> bool:
-    return isinstance(value, fx.Node)
-
-
-def has_statistics(norm: Node) -> bool:
-    return all(map(_is_parameter, norm.args[1:3]))
-
-
-def has_shape_of(node: Any, other: Node) -> bool:
-    values: list[Any] = [n.meta.get("value") if is_node(n) else None for n in (node, other)]
-    return all(isinstance(value, Tensor) for value in values) and values[0].shape == values[1].shape
-
-
-def is_mean_of_pixels(node: Node) -> bool:
-    """Whether a node takes the mean over pixels, or drops the dimensions of one pixel."""
-    if node.target in ("mean", torch.mean):
-        dims = argument(node, 1, "dim", None)
-        return isinstance(dims, tuple | list) and tuple(dims) in ((2, 3), (-2, -1), [2, 3])
-    if node.target is F.adaptive_avg_pool2d:
-        return argument(node, 1, "output_size", None) in (1, (1, 1), [1, 1])
-    if node.target in ("flatten", torch.flatten):
-        before, after = node.args[0].meta.get("value"), node.meta.get("value")
-        pixel = isinstance(before, Tensor) and before.dim() == 4 and before.shape[2:] == (1, 1)
-        return pixel and isinstance(after, Tensor) and after.dim() == 2
-    return False
-
-
-def is_sum(node: Node) -> bool:
-    """Whether a node is the plain sum of two maps."""
-    return node.target in (*_ADDS, "add") and len(node.args) == 2 and not node.kwargs
-
-
-def describe_constant(node: Node) -> None:
-    """Shape and dtype of a parameter, or of what is computed from parameters alone, into ``node.meta``."""
-    computed = node.op in ("call_function", "call_method") and bool(node.all_input_nodes)
-    value = node.meta.get("value")
-    is_constant = "tensor" in node.meta or (computed and all("shape" in other.meta for other in node.all_input_nodes))
-    if is_constant and isinstance(value, Tensor):
-        node.meta.update(shape=tuple(value.shape), dtype=value.dtype)
-
-
-def _is_parameter(node: Any) -> bool:
-    return is_node(node) and "shape" in node.meta
-
-
-def _is_folded(conv: Convolution) -> bool:
-    """Whether a convolution's weights are computed anyhow, so that further folding takes no memory."""
-    return conv.weight.op == "call_function"
-
-
-def _pair(value: Any) -> tuple[int, int] | None:
-    """An integer or a pair of them as a pair; None for anything else, numpy's integers included."""
-    values = tuple(value) if isinstance(value, tuple | list) else (value, value)
-    values = values * 2 if len(values) == 1 else values
-    return values if len(values) == 2 and all(type(v) is int for v in values) else None

@@ -15,8 +15,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from . import kernels, onednn, patterns
 from .backends import choice, cpu
 from .capture import NotCapturable, capture
+from .nodes import has_shape_of, is_node
 from .normalize import normalize
-from .patterns import has_shape_of, is_node
 from .shapes import Node, has_dimensions
 from .state import State
 
@@ -43,12 +43,13 @@ class Program:
         if not any(node.target in kernels.FUSED or node.meta.get("is_folded") for node in graph.nodes):
             raise NotCapturable("nothing in it is for an operator")
         self.state, self.graph, self.differentiable = state, graph, differentiable
-        if not differentiable and x.device.type == "cpu":
-            onednn.pack_weights(graph)
+        if x.device.type == "cpu":
+            onednn.lower(graph, pack=not differentiable)
         self.constants = Constants(graph, computed=not differentiable)
         self.tensors = [node.meta["tensor"] for node in self.constants.leaves]
         self.dtype, self.device = self.constants.kind()
-        self.sample = next(t for t in self.tensors if t.is_floating_point())
+        registered = (node.meta["tensor"] for node in self.constants.leaves if not node.meta.get("is_kept"))
+        self.sample = next(t for t in registered if t.is_floating_point())
         gives_maps = any(not has_dimensions(node, 2) for node in _output(graph).all_input_nodes)
         self.filters = [tensor for tensor in self.tensors if gives_maps and tensor.dim() == 4]
         lowered = lower(graph, self.constants)
@@ -181,7 +182,7 @@ _COMMUTES = (operator.add, torch.add, operator.mul, torch.mul)
 
 #: What gives a map that nobody else has.
 _FRESH = {
-    *kernels.FUSED, kernels.convolution, kernels.packed_convolution, kernels.batch_norm,
+    *kernels.FUSED, kernels.convolution, onednn.convolution, onednn.packed_convolution, kernels.batch_norm,
     F.linear, F.layer_norm, F.avg_pool2d, torch.cat,
     *_IN_PLACE, *_IN_PLACE.values(),
 }  # fmt: skip
@@ -235,8 +236,8 @@ def _call_natively(graph: fx.Graph) -> None:
             if x.shape[1] != node.args[6]:
                 continue
             node.args = node.args[:6]
-        elif node.target in (kernels.ffnified_attention, kernels.channel_mixer):
-            scale = node.args[-2]
+        else:
+            scale = node.args[-2] if node.target is not kernels.conv2d_pair else None
             if scale is not None:  # as [C]
                 with graph.inserting_before(node):
                     node.args = (*node.args[:-2], graph.call_method("reshape", (scale, -1)), node.args[-1])

@@ -152,9 +152,13 @@ class Conv2dCall {
 }  // namespace
 
 Tensor conv2d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-              const std::vector<int64_t>& stride, const std::vector<int64_t>& padding, const std::string& activation) {
+              const std::vector<int64_t>& stride, const std::vector<int64_t>& padding, const std::string& activation,
+              const std::optional<Tensor>& scale, const std::optional<Tensor>& residual) {
   check_map(x, "x");
   Conv2dCall call(x, {x.size(0), x.size(1), x.size(2), x.size(3)}, weight, bias, stride, padding, activation);
+  const ChannelVector scale_vector(scale, "scale", call.op.outputs, x);
+  call.op.scale = scale_vector.data();
+  set_residual(call.op, residual, {call.op.n, call.op.outputs, call.op.out_h, call.op.out_w}, x);
   Tensor out = call.result(x, suggests_channels_last(x) || suggests_channels_last(weight));
   call.op.x = x.const_data_ptr(), call.op.x_stride = strides(x);
   if (call.op.n > 0) active_kernels().conv2d(call.op, executor());
@@ -175,8 +179,8 @@ Tensor conv2d_pair(const Tensor& x, const Tensor& weight, const std::optional<Te
   // What a map of single elements would make of the result's format is the map's to say.
   const bool single = one.op.n == 0 || one.op.outputs * one.op.out_h * one.op.out_w == 1;
   if (single || !kernels.pairs_conv2d(one.op, two.op))
-    return conv2d(conv2d(x, weight, bias, stride, padding, activation), next_weight, next_bias, next_stride,
-                  next_padding, next_activation);
+    return conv2d(conv2d(x, weight, bias, stride, padding, activation, {}, {}), next_weight, next_bias, next_stride,
+                  next_padding, next_activation, {}, {});
   const bool channels_last = suggests_channels_last(x) || suggests_channels_last(weight);
   Tensor out = two.result(x, channels_last || suggests_channels_last(next_weight));
   one.op.x = x.const_data_ptr(), one.op.x_stride = strides(x);

@@ -128,13 +128,14 @@ bool is_pointwise(const Tensor& grad, const Tensor& x, const Tensor& weight, con
 
 std::vector<Tensor> conv2d_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const Optional& bias,
                                     const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                                    const std::string& activation, const std::vector<bool>& mask) {
-  const bool bias_alone = mask.size() == 3 && mask[2] && !mask[1];
-  if (bias_alone || !is_pointwise(grad, x, weight, stride, padding, activation))
+                                    const std::string& activation, const Optional& scale, const Optional& residual,
+                                    const std::vector<bool>& mask) {
+  const bool bias_alone = mask.size() == 5 && mask[2] && !mask[1];
+  if (bias_alone || scale || residual || !is_pointwise(grad, x, weight, stride, padding, activation))
     return composed("ffnet_kernels::conv2d_backward_composed", mask, grad, x, weight, bias, stride, padding,
-                    activation);
+                    activation, scale, residual);
   const ChannelVector checked(bias, "bias", weight.size(0), x);
-  Gradients grads({&x, &weight, pointer(bias)}, mask);
+  Gradients grads({&x, &weight, pointer(bias), nullptr, nullptr}, mask);
   const auto data = [&](size_t i) { return static_cast<float*>(grads.data(i)); };
   ffnet::active_kernels().pointwise_conv2d_backward(
       {pixels(x), x.size(1), weight.size(0), grad.const_data_ptr<float>(), x.const_data_ptr<float>(),

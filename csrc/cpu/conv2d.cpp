@@ -1,4 +1,4 @@
-// conv2d forward, one group: act(conv(x; weight) + bias). What a depthwise model has around its mixers: 1x1 projections
+// conv2d forward, one group: residual + scale * act(conv(x; weight) + bias). What a depthwise model has around its mixers: 1x1 projections
 // and the strided convolutions of its stem.
 //
 // Here the pixels are on the left of the product and the weight, packed once a call, on the right. In a channels-last
@@ -115,7 +115,7 @@ class Convolution {
   int64_t scratch_floats(const Part& part) const {
     if (part.last_row == part.first_row || part.columns() == 0) return 0;
     const int64_t copied = in_place_ ? 0 : height(part) * width(part) * pixel_ + width(part) * kLanes;
-    return copied + kProductRows * kPanel + kProductRows * kLanes;
+    return copied + kProductRows * kPanel + 2 * kProductRows * kLanes;
   }
 
   // A part of the result, whose first pixel is `out`.
@@ -123,7 +123,7 @@ class Convolution {
     const int64_t width = this->width(part), height = in_place_ ? 0 : this->height(part);
     const int64_t top = this->top(part), left = this->left(part);
     float *rows = arena.floats(height * width * pixel_), *gathered = arena.floats(in_place_ ? 0 : width * kLanes);
-    float *block = arena.floats(kProductRows * kPanel), *line = arena.floats(kProductRows * kLanes);
+    float *block = arena.floats(kProductRows * kPanel), *line = arena.floats(2 * kProductRows * kLanes);
     if (first_)
       make_rows(part, arena, reinterpret_cast<T*>(rows));
     else
@@ -132,6 +132,10 @@ class Convolution {
 
     const int64_t pixel = in_place_ ? op_.x_stride.w / Taps::rows : pixel_, run = op_.kw * pixel_;
     const float* bias = packed_.panel(packed_.panels());
+    const Strides& residual_stride = op_.residual_stride;
+    const T* residual = static_cast<const T*>(op_.residual);
+    if (residual)
+      residual += part.image * residual_stride.n + part.first_row * residual_stride.h + part.first_column * residual_stride.w;
     for (int64_t j = 0; j < packed_.panels(); ++j) {
       const int64_t columns = packed_.columns(j);
       for (int64_t r = part.first_row; r < part.last_row; ++r) {
@@ -146,6 +150,9 @@ class Convolution {
             activate_row(block, kLanes, 2 * count, op_.activation);
           else
             activate_row(block, kPanel, count, op_.activation);
+          if (op_.scale || residual)
+            add_residual(block, count, j, line,
+                         residual ? residual + (r - part.first_row) * residual_stride.h + first * residual_stride.w : nullptr);
           write(block, count, j, line, out + (r - part.first_row) * out_stride.h + first * out_stride.w, out_stride);
         });
       }
@@ -215,6 +222,23 @@ class Convolution {
     }
   }
 
+  // residual + scale * block, in place.
+  void add_residual(float* block, int64_t count, int64_t panel, float* line, const T* residual) const {
+    const Strides& s = op_.residual_stride;
+    for (int64_t v = 0; v < packed_.columns(panel); v += kLanes) {
+      const int64_t o = panel * kPanel + v;
+      const Lanes lanes{o, min_of(kLanes, op_.outputs - o), 1};
+      const Vec scale = op_.scale ? load_lanes(op_.scale + o, lanes.count) : Vec::fill(1);
+      const bool direct = residual && s.c == 1 && lanes.count == kLanes;
+      if (residual && !direct) gather_row(Elements<T>{residual}, s.c, s.w, count, lanes, line);
+      for (int64_t i = 0; i < count; ++i) {
+        float* at = block + i * kPanel + v;
+        const Vec base = direct ? load(residual + i * s.w + o) : residual ? Vec::load(line + i * kLanes) : Vec::fill(0);
+        fma(Vec::load(at), scale, base).store(at);
+      }
+    }
+  }
+
   // A block's pixels, [count][kPanel], to `out` and the pixels after it; `line` is scratch.
   void write(const float* block, int64_t count, int64_t panel, float* line, T* out, const Strides& s) const {
     for (int64_t v = 0; v < packed_.columns(panel); v += kLanes) {
@@ -253,24 +277,14 @@ bool weight_goes_left(const Conv2d& op) {
   return op.n * op.h * op.w * (op.channels + op.outputs) < whole_panels * op.channels * op.outputs;
 }
 
-// Images of one pixel as the pixels of one image, whatever their strides within an image say.
-Conv2d in_one_row(const Conv2d& op) {
-  if (!is_pointwise(op) || op.h * op.w != 1) return op;
-  Conv2d row = op;
-  row.n = 1, row.w = row.out_w = op.n;
-  row.x_stride.w = op.x_stride.n, row.out_stride.w = op.out_stride.n;
-  return row;
-}
-
-// One row of all pixels, or one for each image, where rows of a 1x1 convolution follow each other in memory.
-Conv2d flattened(const Conv2d& op) {
+// One row of all pixels, or one for each image, where rows of a 1x1 convolution follow each other in memory. Of images of
+// one pixel strides within an image say nothing.
+Conv2d flattened(Conv2d op) {
   if (!is_pointwise(op) || !rows_follow(op)) return op;
-  Conv2d flat = op;
-  flat.w = op.h * op.w, flat.h = 1;
-  if (op.x_stride.n == flat.w * op.x_stride.w && op.out_stride.n == flat.w * op.out_stride.w)
-    flat.w *= op.n, flat.n = 1;
-  flat.out_h = flat.h, flat.out_w = flat.w;
-  return flat;
+  const int64_t pixels = op.h * op.w;
+  if (pixels == 1)
+    for (Strides* s : {&op.x_stride, &op.out_stride, &op.residual_stride}) s->w = s->n;
+  return images_follow(op, pixels) ? with_rows(op, 1, 1, op.n * pixels) : with_rows(op, op.n, 1, pixels);
 }
 
 }  // namespace
@@ -279,7 +293,7 @@ void conv2d(const Conv2d& given, const Executor& executor) {
   constexpr int64_t kFewPixels = 8;  // of 16, products were faster on all instruction sets
   if (is_pointwise(given) && given.n * given.h * given.w <= kFewPixels) return few_pixels_conv2d(given, executor);
   if (weight_goes_left(given)) return pointwise_conv2d(given, executor);
-  const Conv2d op = flattened(in_one_row(given));
+  const Conv2d op = flattened(given);
 #if defined(__AVX512BF16__)
   if (op.storage == Storage::bfloat16) return Convolution<BFloat16, PairTaps>(op, executor.threads).run(executor);
 #endif

@@ -1,4 +1,5 @@
-// conv2d of 1x1 filters on a few pixels, such as those of squeeze-and-excitation: act(weight * x + bias).
+// conv2d of 1x1 filters on a few pixels, such as those of squeeze-and-excitation:
+// residual + scale * act(weight * x + bias).
 //
 // Each weight is used for a pixel or a few, so that reading it is what takes time: rows of the weight are read in order,
 // a vector along the channels at a time. As many sums as a vector has lanes run side by side, of some outputs of some
@@ -98,7 +99,14 @@ class FewPixels {
     activate_row(values, kLanes, 1, op_.activation);
     for (int p = 0; p < P; ++p) {
       T* out = static_cast<T*>(op_.out) + offset(op_.out_stride, pixel + p) + first * op_.out_stride.c;
-      for (int64_t i = 0; i < count; ++i) from_float(values[p * kOutputs + i], out[i * op_.out_stride.c]);
+      const T* residual = static_cast<const T*>(op_.residual);
+      if (residual) residual += offset(op_.residual_stride, pixel + p) + first * op_.residual_stride.c;
+      for (int64_t i = 0; i < count; ++i) {
+        float value = values[p * kOutputs + i];
+        if (op_.scale) value *= op_.scale[first + i];
+        if (residual) value += to_float(residual[i * op_.residual_stride.c]);
+        from_float(value, out[i * op_.out_stride.c]);
+      }
     }
   }
 

@@ -90,7 +90,7 @@ struct ChannelMixer {
   Strides out_stride;
 };
 
-// out = act(conv(x; weight) + bias), one group.
+// out = residual + scale * act(conv(x; weight) + bias), one group.
 struct Conv2d {
   Storage storage;
   int64_t n, channels, outputs;
@@ -103,6 +103,9 @@ struct Conv2d {
   bool channels_inside;  // order of a row: [kh][kw][channels], else [channels][kh][kw]
   const float* bias;     // [outputs] contiguous, may be null
   Activation activation;
+  const float* scale;    // [outputs] contiguous, may be null
+  const void* residual;  // may be null
+  Strides residual_stride;
   void* out;
   Strides out_stride;
 };

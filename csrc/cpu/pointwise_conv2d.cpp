@@ -1,4 +1,4 @@
-// conv2d of 1x1 filters with the weight on the left (gemm.h): act(weight * x + bias).
+// conv2d of 1x1 filters with the weight on the left (gemm.h): residual + scale * act(weight * x + bias).
 //
 // A task makes a strip of rows: its pixels become panels of the product, and panels of the result become pixels.
 #include "conv2d.h"
@@ -68,7 +68,7 @@ template <class T, class Taps>
 bool PointwiseTask<T, Taps>::run(int64_t) {
   const int64_t first_row = tiling.first_row(task), pixels = (tiling.last_row(task) - first_row) * op.w;
   const bool pairs_in = Taps::rows == 2 && is_paired(op.x_stride, op.channels, op.x),
-             pairs_out = Taps::rows == 2 && is_paired(op.out_stride, op.outputs, op.out);
+             pairs_out = Taps::rows == 2 && !op.scale && !op.residual && is_paired(op.out_stride, op.outputs, op.out);
   Conv2d map = op, result = op;
   if (pairs_in) map.channels /= 2, map.x_stride = halved(op.x_stride);
   if (pairs_out) result.outputs /= 2, result.out_stride = halved(op.out_stride);
@@ -104,22 +104,19 @@ bool PointwiseTask<T, Taps>::run(int64_t) {
     if (pairs_out)
       PanelOutput<float>(result, first_row).write(out + p * out_panel, p * kPanel, count, unused);
     else
-      PanelOutput<T>(result, first_row).write(out + p * out_panel, p * kPanel, count, unused);
+      PanelOutput<T>(result, first_row, {op.scale, op.residual, op.residual_stride})
+          .write(out + p * out_panel, p * kPanel, count, unused);
   }
   return false;
 }
 
 // Rows that follow each other in memory are cut anew, into whole panels.
 Conv2d flattened(const Conv2d& op) {
-  if (!rows_follow(op) || op.h * op.w % kLanes != 0) return op;
-  Conv2d flat = op;
-  int64_t pixels = op.h * op.w;
-  if (op.x_stride.n == pixels * op.x_stride.w && op.out_stride.n == pixels * op.out_stride.w)
-    pixels *= op.n, flat.n = 1;
-  flat.w = flat.out_w = pixels % kPanel == 0 ? kPanel : kLanes;
-  flat.h = flat.out_h = pixels / flat.w;
-  flat.x_stride.h = flat.w * op.x_stride.w, flat.out_stride.h = flat.w * op.out_stride.w;
-  return flat;
+  int64_t pixels = op.h * op.w, images = op.n;
+  if (!rows_follow(op) || pixels % kLanes != 0) return op;
+  if (images_follow(op, pixels)) pixels *= images, images = 1;
+  const int64_t width = pixels % kPanel == 0 ? kPanel : kLanes;
+  return with_rows(op, images, pixels / width, width);
 }
 
 // Rows per strip: what fits L2, whole panels, threads that end together; a strip streams all weights through L1.

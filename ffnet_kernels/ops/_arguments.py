@@ -98,14 +98,14 @@ def matrix(name: str, weight, inputs: int, like: Tensor) -> Tensor:
     return weight
 
 
-def check_residual(residual, x: Tensor, channels: int) -> None:
+def check_residual(residual, x: Tensor, channels: int, size: tuple[int, ...] | None = None) -> None:
+    """One of as many channels, of x's size or another."""
     if residual is None:
         return
     check_like("residual", residual, x)
-    images, _, *size = x.shape
-    if residual.shape != (images, channels, *size):
-        expected = [images, channels, *size]
-        raise ValueError(f"residual: expected the shape {expected}, got {list(residual.shape)}")
+    expected = (x.shape[0], channels, *(size or x.shape[2:]))
+    if residual.shape != expected:
+        raise ValueError(f"residual: expected the shape {list(expected)}, got {list(residual.shape)}")
 
 
 def check_activation(activation) -> None:
@@ -123,6 +123,13 @@ def strides_and_padding(kernel, stride, padding) -> tuple[tuple[int, int], tuple
 
 def spelled_convolution(x, weight, bias, stride, padding, activation) -> tuple:
     return x, weight, bias, *strides_and_padding(weight.shape[2:], stride, padding), activation
+
+
+def result_size(x: Tensor, weight: Tensor, stride, padding) -> tuple[int, int]:
+    """Height and width behind a convolution."""
+    height = (x.shape[2] + padding[0] + padding[1] - weight.shape[2]) // stride[0] + 1
+    width = (x.shape[3] + padding[2] + padding[3] - weight.shape[3]) // stride[1] + 1
+    return height, width
 
 
 def spelled_mixer(*arguments) -> tuple:

@@ -6,9 +6,9 @@ from torch import Tensor
 
 from ..backends import reference as plain
 from ..backends.activations import ACTIVATE
+from ..backends.maps import empty_output
 from . import _arguments
 from ._operator import Operator
-from .depthwise_conv2d import empty as empty
 
 
 def conv2d(
@@ -19,26 +19,30 @@ def conv2d(
     stride: int | tuple[int, int] = 1,
     padding: str | int | tuple[int, int] = "same",
     activation: str = "none",
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """Convolution of one group with its activation: ``act(conv(x; weight) + bias)``, for what stands around depthwise
-    layers: 1×1 projections and strided stems.
+    """Convolution of one group with what follows it: ``residual + scale · act(conv(x; weight) + bias)``. It is for what
+    stands around depthwise layers: 1×1 projections and strided stems.
 
-    It has a kernel on the CPU, and one for the gradients of 1×1 convolutions of channels-last float32 maps without
-    activation; elsewhere plain PyTorch runs.
+    It has a kernel on the CPU, and one for the gradients of 1×1 convolutions of channels-last float32 maps that
+    nothing follows; elsewhere plain PyTorch runs.
 
     Args:
         x: ``[N, C, H, W]``.
         weight: ``[O, C, kh, kw]``.
         bias: ``[O]`` or None.
         stride, padding, activation: as in :func:`ffnet_kernels.depthwise_conv2d`.
+        scale: layer scale ``[O]`` or ``[O, 1, 1]``, or None.
+        residual: ``[N, O, H', W']`` or None.
 
     Returns:
         ``[N, O, H', W']``.
     """
-    return OPERATOR.run(x, weight, bias, stride, padding, activation)
+    return OPERATOR.run(x, weight, bias, stride, padding, activation, scale, residual)
 
 
-def checked(x, weight, bias, stride, padding, activation) -> tuple:
+def checked(x, weight, bias, stride, padding, activation, scale=None, residual=None) -> tuple:
     _arguments.check_map("x", x)
     _arguments.check_like("weight", weight, x)
     shape = weight.shape
@@ -47,25 +51,40 @@ def checked(x, weight, bias, stride, padding, activation) -> tuple:
     bias = _arguments.channel_vector("bias", bias, shape[0], x)
     strides, pads = _arguments.geometry(x, weight, stride, padding)
     _arguments.check_activation(activation)
-    return x, weight, bias, strides, pads, activation
+    scale = _arguments.channel_vector("scale", scale, shape[0], x)
+    _arguments.check_residual(residual, x, shape[0], _arguments.result_size(x, weight, strides, pads))
+    return x, weight, bias, strides, pads, activation, scale, residual
 
 
-spelled = _arguments.spelled_convolution
+def spelled(x, weight, bias, stride, padding, activation, scale, residual) -> tuple:
+    arguments = _arguments.spelled_convolution(x, weight, bias, stride, padding, activation)
+    return _arguments.spelled_mixer(*arguments, scale, residual)
 
 
-def reference(x, weight, bias, stride, padding, activation) -> Tensor:
-    return ACTIVATE[activation](plain.convolve(x, weight, bias, stride, padding, groups=1))
+def reference(x, weight, bias, stride, padding, activation, scale, residual) -> Tensor:
+    out = ACTIVATE[activation](plain.convolve(x, weight, bias, stride, padding, groups=1))
+    return plain.scaled_residual(out, scale, residual)
 
 
-def gradient(p, grad, x, weight, bias, stride, padding, activation, mask) -> list:
+def empty(x, weight, bias, stride, padding, *_) -> Tensor:
+    size = _arguments.result_size(x, weight, stride, padding)
+    return empty_output((x.shape[0], weight.shape[0], *size), (x, weight))
+
+
+def gradient(p, grad, x, weight, bias, stride, padding, activation, scale, residual, mask) -> list:
     """In plain PyTorch on every backend: there are no primitives of dense convolutions."""
+    scale_grad = None
+    if mask[3]:
+        scale_grad = (grad * reference(x, weight, bias, stride, padding, activation, None, None)).sum((0, 2, 3))
+    grad = plain.scaled(grad, scale)
     if activation != "none":
         grad = plain.activation_backward(grad, x, weight, bias, stride, padding, activation, groups=1)
-    return plain.convolve_backward(grad, x, weight, stride, padding, mask, groups=1)
+    return [*plain.convolve_backward(grad, x, weight, stride, padding, mask[:3], groups=1), scale_grad]
 
 
 OPERATOR = Operator(
     __name__,
-    "Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[4] padding, str activation",
+    "Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[4] padding, str activation, "
+    "Tensor? scale, Tensor? residual",
     weights=("weight",),
 )

@@ -60,9 +60,8 @@ def reference(x, weight, bias, stride, padding, activation) -> Tensor:
 
 
 def empty(x, weight, bias, stride, padding, activation) -> Tensor:
-    height = (x.shape[2] + padding[0] + padding[1] - weight.shape[2]) // stride[0] + 1
-    width = (x.shape[3] + padding[2] + padding[3] - weight.shape[3]) // stride[1] + 1
-    return empty_output((x.shape[0], weight.shape[0], height, width), (x, weight))
+    size = _arguments.result_size(x, weight, stride, padding)
+    return empty_output((x.shape[0], weight.shape[0], *size), (x, weight))
 
 
 def gradient(p, grad, x, weight, bias, stride, padding, activation, mask) -> list:

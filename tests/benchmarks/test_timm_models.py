@@ -65,6 +65,15 @@ def test_what_failed_or_is_wrong_is_listed():
     assert lines["none"][4:11] == ["-"] * 7
 
 
+def test_backends_of_torch_compile_have_a_table_of_their_own():
+    plain = row("small", (8.0, 6.0), (4.0, 3.0))
+    times = zip(timm_report.COMPILED, (6.0, 4.0), strict=True)
+    compiled = [Measurement(name, samples_ms=(ms, ms), repeats=1, error=1e-7, passed=True) for name, ms in times]
+    both = Row(plain.case, 1, 1, (*plain.measurements, *compiled), plain.parameters)
+    assert timm_report.compiled_table([plain]) == ""
+    assert cells(timm_report.compiled_table([plain, both]).splitlines()[-1]) == ["small", "6.00", "4.00", "1.50×", ""]
+
+
 def test_outputs_that_are_not_finite_have_no_error_ratio():
     broken = row("nan", (8.0, 6.0), (4.0, 3.0))
     nan = Measurement(OPTIMIZED[0], samples_ms=(1.0,), repeats=1)
@@ -139,7 +148,7 @@ def test_a_model_that_fails_does_not_end_the_run(timm, capsys, monkeypatch, tmp_
 
 def test_a_process_that_fails_says_why(monkeypatch):
     monkeypatch.setattr(timm_models.sys, "executable", "false")
-    options = SimpleNamespace(threads=(1,), samples=1)
+    options = SimpleNamespace(threads=(1,), samples=1, compiled=False)
     assert timm_models.in_fresh_process("any", options) == "exit code 1: "
 
 

@@ -189,7 +189,7 @@ def limit_of(operator: str, args: tuple, expected: Tensor, eager: Tensor) -> flo
         generator = torch.Generator().manual_seed(0)
         more = list(args)
         for i, values in enumerate(args):
-            if values is args[0] or ("conv2d" not in operator and i == len(args) - 1 and values is not None):
+            if values is args[0] or (i == OPERATORS_BY_NAME[operator].residual and values is not None):
                 images = -(-_SAMPLE * values.shape[0] // expected.numel())
                 extra = torch.randn(images, *values.shape[1:], generator=generator)
                 more[i] = torch.cat([values, extra.to(values.dtype)])

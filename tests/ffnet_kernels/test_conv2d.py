@@ -31,8 +31,15 @@ def cases(draw: st.DrawFn) -> parity.Case:
     layout = draw(st.sampled_from(["nchw", "channels_last", "stepped", "transposed"]))
     weight = parity.laid_out((outputs, channels, *kernel), layout, generator, gain, dtype)
     bias = draw(st.sampled_from([None, torch.randn(outputs, generator=generator).to(dtype)]))
-    activation = draw(st.sampled_from(ACTIVATIONS))
-    return parity.Case("conv2d", (x, weight, bias), {"stride": stride, "padding": padding, "activation": activation})
+    options = {"stride": stride, "padding": padding, "activation": draw(st.sampled_from(ACTIVATIONS))}
+    if draw(st.booleans()):
+        options["scale"] = torch.randn(outputs, generator=generator).to(dtype)
+    if draw(st.booleans()):
+        size = fk.ops.conv2d.reference(
+            *fk.ops.conv2d.checked(x, weight, bias, stride, padding, "none", None, None)
+        ).shape
+        options["residual"] = parity.laid_out(size, draw(st.sampled_from(parity.LAYOUTS)), generator, dtype=dtype)
+    return parity.Case("conv2d", (x, weight, bias), options)
 
 
 @parity.needs_native
@@ -57,14 +64,21 @@ def example(dtype=torch.float32, requires_grad=False, **options):
 
 def test_gradients():
     args, options = example(torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda *a: fk.conv2d(*a, **options), args)
-    assert torch.autograd.gradgradcheck(lambda *a: fk.conv2d(*a, **options), args)
+    more = torch.randn(4).double().requires_grad_(), torch.randn(2, 4, 4, 3).double().requires_grad_()
+
+    def run(x, weight, bias, scale, residual):
+        return fk.conv2d(x, weight, bias, **options, scale=scale, residual=residual)
+
+    assert torch.autograd.gradcheck(run, (*args, *more))
+    assert torch.autograd.gradgradcheck(run, (*args, *more))
 
 
 @parity.needs_native
 def test_the_dispatcher_knows_it():
     args, options = example(requires_grad=True)
-    torch.library.opcheck(torch.ops.ffnet_kernels.conv2d.default, fk.ops.conv2d.checked(*args, **options))
+    for scale, residual in ((None, None), (torch.randn(4), torch.randn(2, 4, 4, 3, requires_grad=True))):
+        call = fk.ops.conv2d.checked(*args, **options, scale=scale, residual=residual)
+        torch.library.opcheck(torch.ops.ffnet_kernels.conv2d.default, call)
 
 
 @pytest.fixture
@@ -103,6 +117,8 @@ WITHOUT_KERNEL = {
     "a stride": {"stride": 2},
     "padding": {"padding": 1},
     "an activation": {"activation": "relu"},
+    "a scale": {"scale": torch.linspace(-1, 1, 20)},
+    "a residual": {"residual": torch.linspace(-1, 1, 2 * 20 * 8 * 9).reshape(2, 20, 8, 9)},
 }
 
 
@@ -184,7 +200,7 @@ def test_bad_arguments(changes, message):
 @pytest.mark.parametrize("position", [0, 1, 2])
 def test_the_raw_operator_checks_what_it_reads(position):
     args, options = example()
-    call = list(fk.ops.conv2d.checked(*args, **options))
+    call = list(fk.ops.conv2d.checked(*args, **options, scale=None, residual=None))
     call[position] = call[position].double()
     with torch.no_grad(), pytest.raises(RuntimeError, match="must be"):
         torch.ops.ffnet_kernels.conv2d.default(*call)
@@ -196,7 +212,9 @@ def test_the_raw_gradients_check_what_they_write(bias):
     x, weight, _ = pointwise((2, 8, 5, 4), 9).args
     grad = torch.ones(2, 9, 5, 4).contiguous(memory_format=torch.channels_last)
     with pytest.raises(RuntimeError, match="bias must"):
-        torch.ops.ffnet_kernels.conv2d_backward(grad, x, weight, bias, [1, 1], [0] * 4, "none", [True] * 3)
+        torch.ops.ffnet_kernels.conv2d_backward(
+            grad, x, weight, bias, [1, 1], [0] * 4, "none", None, None, [True] * 3 + [False] * 2
+        )
 
 
 def test_an_optimised_model():
@@ -250,7 +268,7 @@ def test_uneven_padding_of_the_raw_operator():
     """A 1×1 filter that reaches a row below the map; the public function cannot ask for it."""
     x = torch.randn(1, 16, 4, 4).contiguous(memory_format=torch.channels_last)
     weight = torch.randn(8, 16, 1, 1)
-    out = torch.ops.ffnet_kernels.conv2d(x, weight, None, [1, 1], [0, 1, 0, 2], "none")
+    out = torch.ops.ffnet_kernels.conv2d(x, weight, None, [1, 1], [0, 1, 0, 2], "none", None, None)
     torch.testing.assert_close(out, F.conv2d(F.pad(x, (0, 2, 0, 1)), weight), rtol=1e-5, atol=1e-5)
 
 

@@ -4,17 +4,16 @@ import copy
 import gc
 import re
 import weakref
-from collections.abc import Callable
-from typing import NamedTuple
 
 import pytest
 import torch
 from contract import agree, depthwise, randomised, twins
+from patterns_zoo import PATTERNS, Draws, Keeps, depthwise_norm
 from torch import nn
 
 import ffnet
 import ffnet_kernels as fk
-from ffnet import layers, mixers
+from ffnet import mixers
 from ffnet_kernels import dynamo
 from ffnet_kernels.selftest import error_limit
 
@@ -29,290 +28,6 @@ def seeded():
     torch.manual_seed(0)
 
 
-# ---- Models ----
-
-
-def of_a_library(kind):
-    """The class as if timm had it: programs take those for what they are."""
-    for value in vars(kind).values():
-        if hasattr(value, "__module__"):
-            value.__module__ = "timm.layers"
-    kind.__module__ = "timm.layers"
-    return kind
-
-
-@of_a_library
-class Residual(nn.Module):
-    def __init__(self, *branch):
-        super().__init__()
-        self.branch = nn.Sequential(*branch)
-
-    def forward(self, x):
-        return x + self.branch(x)
-
-
-@of_a_library
-class Branches(nn.Module):
-    """Parallel branches on one map, as in RepVGG and MobileOne."""
-
-    def __init__(self, *branches, act=None):
-        super().__init__()
-        self.branches, self.act = nn.ModuleList(branches), act or nn.Identity()
-
-    def forward(self, x):
-        out = 0
-        for branch in self.branches:
-            out = out + branch(x)
-        return self.act(out)
-
-
-@of_a_library
-class UsedTwice(nn.Module):
-    """An activation that is not alone in reading its convolution."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.act = depthwise(), nn.GELU()
-
-    def forward(self, x):
-        y = self.conv(x)
-        return self.act(y) + y
-
-
-@of_a_library
-class Unsquare(nn.Module):
-    """Decides by the size of the map."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv = depthwise()
-
-    def forward(self, x):
-        return self.conv(x) if x.shape[2] > x.shape[3] else -self.conv(x)
-
-
-@of_a_library
-class ConvNeXt(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv, self.norm = depthwise(8, 7), nn.LayerNorm(8)
-        self.fc1, self.act, self.fc2 = nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)
-        self.gamma = nn.Parameter(torch.ones(8))
-
-    def forward(self, x):
-        y = self.norm(self.conv(x).permute(0, 2, 3, 1))
-        return x + (self.gamma * self.fc2(self.act(self.fc1(y)))).permute(0, 3, 1, 2)
-
-
-@of_a_library
-class Tokens(nn.Module):
-    """A depthwise layer between linear ones, all on tokens."""
-
-    def __init__(self):
-        super().__init__()
-        self.fc1, self.conv, self.act, self.fc2 = nn.Linear(8, 16), depthwise(16), nn.GELU(), nn.Linear(16, 8)
-
-    def forward(self, x):
-        images, channels, height, width = x.shape
-        y = self.fc1(x.flatten(2).transpose(1, 2))
-        y = self.conv(y.transpose(1, 2).reshape(images, 16, height, width))
-        y = self.fc2(self.act(y.flatten(2).transpose(1, 2)))
-        return y.transpose(1, 2).reshape(images, channels, height, width)
-
-
-@of_a_library
-class Ghost(nn.Module):
-    """As GhostNet's: half of the channels from the other half, and fewer of them than there are."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Sequential(nn.Conv2d(8, 6, 1, bias=False), nn.BatchNorm2d(6))
-        self.second = nn.Sequential(nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=False), nn.BatchNorm2d(6))
-        self.last = nn.Sequential(nn.Conv2d(10, 10, 5, 2, 2, groups=10, bias=False), nn.BatchNorm2d(10), nn.ReLU6())
-
-    def forward(self, x):
-        y = self.first(x)
-        y = torch.cat([y, self.second(y)], 1)[:, :10]
-        return self.last(y)
-
-
-@of_a_library
-class Keeps(nn.Module):
-    """Keeps what it computed of a parameter, until it is trained."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.bias, self.kept = depthwise(), nn.Parameter(torch.randn(8, 1, 1)), {"maps": [{}]}
-
-    def train(self, mode=True):
-        if mode:
-            self.kept["maps"][0].clear()
-        return super().train(mode)
-
-    def forward(self, x):
-        if self.training:
-            return self.conv(x) + 2 * self.bias
-        if "bias" not in self.kept["maps"][0]:
-            self.kept["maps"][0]["bias"] = 2 * self.bias
-        return self.conv(x) + self.kept["maps"][0]["bias"]
-
-
-def conv_norm(*conv, act=None, **options):
-    outputs = conv[1]
-    return [nn.Conv2d(*conv, bias=False, **options), nn.BatchNorm2d(outputs), *([act] if act else [])]
-
-
-def depthwise_norm(kernel=3, act=None, **options):
-    return conv_norm(8, 8, kernel, padding=kernel // 2, groups=8, act=act, **options)
-
-
-def inverted_residual():
-    return Residual(
-        *conv_norm(8, 24, 1, act=nn.ReLU6(inplace=True)),
-        *conv_norm(24, 24, 3, padding=1, groups=24, act=nn.SiLU(inplace=True)),
-        *conv_norm(24, 8, 1),
-    )
-
-
-def attention(key, value, act=None):
-    return nn.Sequential(key, act or nn.GELU(), value)
-
-
-class Pattern(NamedTuple):
-    """A model of maps of 8 channels, and the steps of its program."""
-
-    make: Callable[[], nn.Module]
-    steps: list[str]
-    training: list[str] | None = None  # those of the program with gradients, in training mode; None for no program
-
-
-PATTERNS = {
-    "a convolution": Pattern(depthwise, ["depthwise_conv2d"], ["depthwise_conv2d"]),
-    "an activation": Pattern(
-        lambda: nn.Sequential(depthwise(8, 7, stride=2), nn.SiLU(inplace=True)),
-        ["depthwise_conv2d"],
-        ["depthwise_conv2d"],
-    ),
-    "two channels a group": Pattern(
-        lambda: nn.Sequential(nn.Conv2d(8, 16, 5, padding=2, groups=8), nn.GELU("tanh")),
-        ["depthwise_conv2d"],
-        ["depthwise_conv2d"],
-    ),
-    "a norm and an activation": Pattern(
-        lambda: nn.Sequential(*depthwise_norm(act=nn.ReLU())), ["depthwise_conv2d"], ["branched_depthwise"]
-    ),
-    "a pointwise layer": Pattern(
-        lambda: nn.Sequential(*conv_norm(8, 12, 1, act=nn.GELU())), ["conv2d"], ["conv2d", "batch_norm_training"]
-    ),
-    "a dense layer": Pattern(
-        lambda: nn.Sequential(*conv_norm(8, 12, 3, act=nn.ReLU())),
-        ["torch: convolution", "torch: relu"],
-        ["torch: convolution", "batch_norm_training"],
-    ),
-    "a norm without weights": Pattern(
-        lambda: nn.Sequential(depthwise(), nn.BatchNorm2d(8, affine=False)),
-        ["depthwise_conv2d"],
-        ["depthwise_conv2d", "batch_norm_training"],
-    ),
-    "a norm ahead": Pattern(lambda: layers.BNConv(8, 12), ["conv2d"], ["batch_norm_training", "conv2d"]),
-    "a norm ahead of taps": Pattern(
-        lambda: nn.Sequential(nn.BatchNorm2d(8), depthwise()),
-        ["torch: batch_norm", "depthwise_conv2d"],
-        ["batch_norm_training", "depthwise_conv2d"],
-    ),
-    "two branches": Pattern(
-        lambda: layers.BranchedDepthwise(8, 16, 7, stride=2), ["depthwise_conv2d"], ["branched_depthwise"]
-    ),
-    "an identity branch": Pattern(
-        lambda: Branches(
-            nn.Sequential(*depthwise_norm(5)), nn.Sequential(*depthwise_norm(1)), nn.BatchNorm2d(8), act=nn.ReLU()
-        ),
-        ["depthwise_conv2d"],
-        ["branched_depthwise", "batch_norm_training", "torch: add", "torch: relu"],
-    ),
-    "a pointwise layer and its map": Pattern(
-        lambda: layers.SkipConv(8), ["conv2d"], ["batch_norm_training", "conv2d", "torch: add"]
-    ),
-    "an inverted residual": Pattern(
-        inverted_residual,
-        ["conv2d", "depthwise_conv2d", "conv2d", "torch: add"],
-        ["conv2d", "batch_norm_training", "branched_depthwise", "conv2d", "batch_norm_training",
-         "torch: add"],
-    ),
-    "a token mixer": Pattern(
-        lambda: mixers.ResidualMixer(mixers.ffnified_attention_mixer(8, 7), 8, layer_scale_init=0.5),
-        ["conv2d", "ffnified_attention"],
-        ["conv2d", "batch_norm_training", "branched_depthwise", "branched_depthwise", "torch: mul", "torch: add"],
-    ),
-    "a token mixer of plain layers": Pattern(
-        lambda: mixers.ResidualMixer(mixers.ffnified_attention_mixer(8, 3), 8, layer_scale_init=0.5),
-        ["conv2d", "ffnified_attention"],
-        ["conv2d", "batch_norm_training", "ffnified_attention"],
-    ),
-    "a channel mixer": Pattern(
-        lambda: mixers.ResidualMixer(mixers.conv_ffn_mixer(8, 7, 2), 8, layer_scale_init=0.5),
-        ["channel_mixer"],
-        ["branched_depthwise", "feed_forward"],
-    ),
-    "a channel mixer of one branch": Pattern(
-        lambda: mixers.ResidualMixer(mixers.conv_ffn_mixer(8, 3, 2), 8), ["channel_mixer"],
-        ["branched_depthwise", "feed_forward"],
-    ),
-    "keys and values of two sizes": Pattern(
-        lambda: attention(depthwise(8, 3), depthwise(8, 5)), ["depthwise_conv2d"] * 2, ["depthwise_conv2d"] * 2
-    ),
-    "dilated values": Pattern(
-        lambda: attention(depthwise(), depthwise(padding=2, dilation=2)),
-        ["depthwise_conv2d", "torch: convolution"],
-        ["depthwise_conv2d", "torch: convolution"],
-    ),
-    "a mixer of another activation": Pattern(
-        lambda: attention(depthwise(), depthwise(), nn.LeakyReLU()),
-        ["depthwise_conv2d", "torch: leaky_relu", "depthwise_conv2d"],
-        ["depthwise_conv2d", "torch: leaky_relu", "depthwise_conv2d"],
-    ),
-    "a grouped projection": Pattern(
-        lambda: nn.Sequential(depthwise(), nn.Conv2d(8, 16, 1), nn.GELU(), nn.Conv2d(16, 8, 1, groups=4)),
-        ["depthwise_conv2d", "conv2d", "torch: convolution"],
-        ["depthwise_conv2d", "conv2d", "torch: gelu", "torch: convolution"],
-    ),
-    "an activation with a companion": Pattern(
-        UsedTwice, ["depthwise_conv2d", "torch: gelu", "torch: add"], ["depthwise_conv2d", "torch: gelu", "torch: add"]
-    ),
-    "a norm ahead of the head": Pattern(
-        lambda: nn.Sequential(
-            depthwise(), nn.ReLU(), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
-        ),
-        ["depthwise_conv2d", "torch: adaptive_avg_pool2d", "torch: flatten", "torch: linear"],
-        ["depthwise_conv2d", "batch_norm_training", "torch: adaptive_avg_pool2d", "torch: flatten", "torch: linear"],
-    ),
-    "ConvNeXt": Pattern(
-        ConvNeXt,
-        ["depthwise_conv2d", "torch: permute", "torch: layer_norm", "linear", "linear", "torch: mul", "torch: permute",
-         "torch: add"],
-        ["depthwise_conv2d", "torch: permute", "torch: layer_norm", "torch: linear", "torch: gelu", "torch: linear",
-         "torch: mul", "torch: permute", "torch: add"],
-    ),
-    "circular padding": Pattern(
-        lambda: depthwise(padding_mode="circular"),
-        ["torch: pad", "depthwise_conv2d"],
-        ["torch: pad", "depthwise_conv2d"],
-    ),
-    "tokens": Pattern(
-        Tokens,
-        ["torch: flatten", "torch: transpose", "linear", "torch: transpose", "torch: reshape", "depthwise_conv2d",
-         "torch: flatten", "torch: transpose", "linear", "torch: transpose", "torch: reshape"],
-        ["torch: flatten", "torch: transpose", "torch: linear", "torch: transpose", "torch: reshape",
-         "depthwise_conv2d", "torch: flatten", "torch: transpose", "torch: linear", "torch: transpose",
-         "torch: reshape"],
-    ),
-    "a ghost": Pattern(
-        Ghost,
-        ["conv2d", "depthwise_conv2d", "torch: cat", "depthwise_conv2d"],
-        ["conv2d", "batch_norm_training", "branched_depthwise", "torch: cat", "branched_depthwise"],
-    ),
-    "by the size of the map": Pattern(Unsquare, ["depthwise_conv2d"], ["depthwise_conv2d"]),
-}  # fmt: skip
 every_pattern = pytest.mark.parametrize("name", PATTERNS)
 
 
@@ -371,6 +86,18 @@ def test_the_report_names_the_layers_of_a_step():
 
 
 # ---- What it computes ----
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_what_a_module_draws_is_drawn_anew(grad):
+    model = fk.optimize(Draws())
+    torch.manual_seed(0)
+    with torch.set_grad_enabled(grad):
+        found = [model(maps()) for _ in range(3)]
+    torch.manual_seed(0)
+    for got in found:
+        torch.testing.assert_close(got, Draws.forward(model, maps()))
+    assert "random" in str(fk.report(model))
 
 
 @torch.no_grad()

@@ -447,7 +447,7 @@ def test_wrong_arguments_are_named():
 def test_the_short_way_to_gradients_is_taken_in_eager_mode_only():
     operator = torch.ops.ffnet_kernels.conv2d.default
     x, weight = random(2, 8, 5, 5).requires_grad_(), random(4, 8, 1, 1, seed=1).requires_grad_()
-    args = (x, weight, None, [1, 1], [0, 0, 0, 0], "gelu")
+    args = (x, weight, None, [1, 1], [0, 0, 0, 0], "gelu", None, None)
     short, registered = _operator.call(operator, *args), operator(*args)
     assert type(short.grad_fn) is not type(registered.grad_fn)
     found, expected = (torch.autograd.grad(out.square().sum(), (x, weight)) for out in (short, registered))

@@ -1,0 +1,182 @@
+"""What nodes of a graph compute: convolutions, activations, sums, and what is known of parameters."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from .backends.activations import name_of
+from .normalize import argument
+from .shapes import Node
+
+ADDS = (operator.add, torch.add, "add")
+MULS = (operator.mul, torch.mul, "mul")
+
+
+class Convolution(NamedTuple):
+    """The arguments of the node of a 2-D convolution, padding spelled out as (top, bottom, left, right)."""
+
+    x: Node
+    weight: Node
+    bias: Node | None
+    stride: tuple[int, int]
+    padding: tuple[int, int, int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+    @property
+    def kernel(self) -> tuple[int, int]:
+        return tuple(self.weight.meta["shape"][2:])
+
+    @property
+    def inputs(self) -> int:
+        return self.weight.meta["shape"][1] * self.groups
+
+    @property
+    def outputs(self) -> int:
+        return self.weight.meta["shape"][0]
+
+    @property
+    def is_depthwise(self) -> bool:
+        return self.groups > 1 and self.groups == self.inputs and self.outputs in (self.inputs, 2 * self.inputs)
+
+    @property
+    def is_pointwise(self) -> bool:
+        return self.kernel == self.stride == (1, 1) and self.padding == (0, 0, 0, 0) and self.groups == 1
+
+    @property
+    def keeps_size(self) -> bool:
+        """Whether result and map have one size, each tap of the kernel being centred on its pixel."""
+        kh, kw = self.kernel
+        centred = (kh // 2, kh // 2, kw // 2, kw // 2)
+        return self.stride == self.dilation == (1, 1) and kh % 2 == kw % 2 == 1 and self.padding == centred
+
+
+def why_not(conv: Convolution) -> str:
+    """Why a convolution stays with PyTorch, if it does."""
+    if conv.dilation != (1, 1):
+        return f"a dilation of {conv.dilation[0]}×{conv.dilation[1]}"
+    if not set(conv.stride) <= {1, 2}:
+        return f"a stride of {conv.stride[0]}×{conv.stride[1]}"
+    return "neither depthwise nor pointwise"
+
+
+def parse(node: Node) -> Convolution | None:
+    """A node that calls ``torch.conv2d``, where all but the map is known."""
+    x, weight = argument(node, 0, "input", None), argument(node, 1, "weight", None)
+    bias = argument(node, 2, "bias", None)
+    if not is_node(x) or not is_parameter(weight) or len(weight.meta["shape"]) != 4:
+        return None
+    if bias is not None and not is_parameter(bias):
+        return None
+    stride, dilation = _pair(argument(node, 3, "stride", 1)), _pair(argument(node, 5, "dilation", 1))
+    groups = argument(node, 6, "groups", 1)
+    if stride is None or dilation is None or type(groups) is not int:
+        return None
+    padding = argument(node, 4, "padding", 0)
+    if padding == "same" and stride == (1, 1):
+        total = [d * (k - 1) for d, k in zip(dilation, weight.meta["shape"][2:], strict=True)]
+        pads = (total[0] // 2, total[0] - total[0] // 2, total[1] // 2, total[1] - total[1] // 2)
+    else:
+        pair = (0, 0) if padding == "valid" else _pair(padding)
+        if pair is None:
+            return None
+        pads = (pair[0], pair[0], pair[1], pair[1])
+    if min(pads) < 0:
+        return None
+    return Convolution(x, weight, bias, stride, pads, dilation, groups)
+
+
+def activation(node: Any) -> tuple[str, Node] | None:
+    """(name, map) of an activation that operators know."""
+    if not is_node(node) or node.op not in ("call_function", "call_method") or not node.args:
+        return None
+    name = name_of(node.target, node.args[1:], node.kwargs)
+    return None if name is None else (name, node.args[0])
+
+
+def is_node(value: Any) -> bool:
+    return isinstance(value, fx.Node)
+
+
+def has_statistics(norm: Node) -> bool:
+    return all(map(is_parameter, norm.args[1:3]))
+
+
+def has_shape_of(node: Any, other: Node) -> bool:
+    values: list[Any] = [n.meta.get("value") if is_node(n) else None for n in (node, other)]
+    return all(isinstance(value, Tensor) for value in values) and values[0].shape == values[1].shape
+
+
+def is_mean_of_pixels(node: Node) -> bool:
+    """Whether a node takes the mean over pixels, or drops the dimensions of one pixel."""
+    if node.target in ("mean", torch.mean):
+        dims = argument(node, 1, "dim", None)
+        return isinstance(dims, tuple | list) and tuple(dims) in ((2, 3), (-2, -1), [2, 3])
+    if node.target is F.adaptive_avg_pool2d:
+        return argument(node, 1, "output_size", None) in (1, (1, 1), [1, 1])
+    if node.target in ("flatten", torch.flatten):
+        before, after = node.args[0].meta.get("value"), node.meta.get("value")
+        pixel = isinstance(before, Tensor) and before.dim() == 4 and before.shape[2:] == (1, 1)
+        return pixel and isinstance(after, Tensor) and after.dim() == 2
+    return False
+
+
+def other_argument(node: Node, one: Node) -> Any:
+    """The other of the two operands of a sum or a product; None where they are the same."""
+    others = [a for a in node.args[:2] if a is not one]
+    return others[0] if len(others) == 1 else None
+
+
+def vector_of_product(node: Node, map: Node, axis: int) -> Node | None:
+    """What a map is multiplied with, where that is a parameter along one axis, counted from the last."""
+    if node.target not in MULS or len(node.args) != 2:
+        return None
+    vector = other_argument(node, map)
+    value = map.meta.get("value")
+    if not is_parameter(vector) or not isinstance(value, Tensor) or value.dim() < -axis:
+        return None
+    shape, extents = vector.meta["shape"], [1] * value.dim()
+    extents[axis] = value.shape[axis]
+    return (
+        vector if -axis <= len(shape) <= len(extents) and list(shape) == extents[len(extents) - len(shape) :] else None
+    )
+
+
+def is_permuted_to_channels_first(node: Node) -> bool:
+    dims = node.args[1:] if len(node.args) != 2 else node.args[1]
+    return node.target in ("permute", torch.permute) and tuple(dims) == (0, 3, 1, 2)
+
+
+def is_sum(node: Node) -> bool:
+    """Whether a node is the plain sum of two maps."""
+    return node.target in ADDS and len(node.args) == 2 and not node.kwargs
+
+
+def describe_constant(node: Node) -> None:
+    """Shape and dtype of a parameter, or of what is computed from parameters alone, into ``node.meta``."""
+    computed = node.op in ("call_function", "call_method") and bool(node.all_input_nodes)
+    value = node.meta.get("value")
+    is_constant = "tensor" in node.meta or (computed and all("shape" in other.meta for other in node.all_input_nodes))
+    if is_constant and isinstance(value, Tensor):
+        node.meta.update(shape=tuple(value.shape), dtype=value.dtype)
+
+
+def is_parameter(node: Any) -> bool:
+    return is_node(node) and "shape" in node.meta
+
+
+def is_folded(conv: Convolution) -> bool:
+    """Whether a convolution's weights are computed anyhow, so that further folding takes no memory."""
+    return conv.weight.op == "call_function"
+
+
+def _pair(value: Any) -> tuple[int, int] | None:
+    """An integer or a pair of them as a pair; None for anything else, numpy's integers included."""
+    values = tuple(value) if isinstance(value, tuple | list) else (value, value)
+    values = values * 2 if len(values) == 1 else values
+    return values if len(values) == 2 and all(type(v) is int for v in values) else None
