@@ -116,8 +116,10 @@ class Shortcut:
         module: Any = self.module()
         if _local.is_plain:
             return module._call_impl(*args, **kwargs)
-        if len(args) == 1 and not kwargs and is_plain_eager(args[0]) and args[0].dim() == 4:
-            way = self.ways[torch.is_grad_enabled()]
+        way = self.ways[torch.is_grad_enabled()]
+        if way.program is None and way.waiting:
+            way.waiting -= 1
+        elif len(args) == 1 and not kwargs and is_plain_eager(args[0]) and args[0].dim() == 4:
             program = way.current_program(module, args[0])
             if program is not None and program.takes(args[0]):
                 return way.run(module, program, args[0])
@@ -142,7 +144,7 @@ class Way:
         if program is not None and program.size in (None, x.shape) and program.is_current(module):
             self.patience, self.refusal = max(self.patience - 1, 0), None
             return program
-        if self.waiting:
+        if self.waiting:  # there is a program, of an earlier state
             self.waiting -= 1
             return None
         # Made anew ever less often, where that is in vain or the model changes all the time.
@@ -199,13 +201,16 @@ class Way:
             self.refuse("its result is no tensor of its own")
             return expected
         self.example = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+        if program.is_small(x):
+            self.refuse("it is so small that PyTorch takes as long", logging.DEBUG)
+            return expected
         if len(self.layouts) >= _MOST_LAYOUTS:
             self.layouts = {}
         strides = self.layouts[key] = [leaf.stride() for leaf in leaves]
         return as_laid_out(result, strides)
 
-    def refuse(self, reason: str) -> None:
-        logger.warning("optimize: %s; plain PyTorch runs", reason)
+    def refuse(self, reason: str, level: int = logging.WARNING) -> None:
+        logger.log(level, "optimize: %s; plain PyTorch runs", reason)
         self.program, self.refusal, self.patience, self.waiting = None, reason, _LEAST_OFTEN, _LEAST_OFTEN
 
 

@@ -445,16 +445,16 @@ class Rewriter:
         is_dense = conv.groups == 1 and (conv.kernel == (1, 1) or conv.inputs <= 4)
         if not takes or not (conv.is_depthwise or is_dense):
             return
+        if not self.fold and not conv.is_depthwise:
+            if conv.is_pointwise:
+                self.put(node, kernels.projection, (conv.x, conv.weight, conv.bias))
+            return
         name, end = self.following_activation(node)
-        if not self.fold and not conv.is_depthwise:  # what has gradients of its own
-            if not conv.is_pointwise:
-                return
-            name, end = "none", node
         args = (conv.x, self.said_channels_last(node, conv), conv.bias, conv.stride, conv.padding, name)
         if conv.is_depthwise:
             self.put(end, kernels.depthwise_conv2d, (*args, conv.groups))
             return
-        scale, residual, end = self.epilogue(node) if self.fold and name == "none" else (None, None, end)
+        scale, residual, end = self.epilogue(node) if name == "none" else (None, None, end)
         self.put(end, kernels.conv2d, (*args, scale, residual))
 
     def linear(self, node: Node) -> None:

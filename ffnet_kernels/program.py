@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterator
 from operator import is_
@@ -16,9 +17,12 @@ from . import kernels, onednn, patterns
 from .backends import choice, cpu
 from .capture import NotCapturable, capture
 from .nodes import has_shape_of, is_node
-from .normalize import normalize
+from .normalize import is_view, normalize
 from .shapes import Node, has_dimensions
 from .state import State
+
+_FEW_STEPS = 4
+_LITTLE_WORK = 2e6  # multiplications, which take some 30 µs
 
 
 class Program:
@@ -56,9 +60,13 @@ class Program:
         if not differentiable:
             _reuse(lowered)
         self.channels = x.shape[1]
+        steps = [node for node in lowered.nodes if node.op.startswith("call") and not is_view(node)]
+        #: Whether maps stay in the format they come in: to convert them there and back takes as long as a few steps.
+        self.keeps_format = gives_maps and len(steps) <= _FEW_STEPS
+        self.lone_weight = _lone_weight(steps, self.constants)
         self.code = self.direct = _compile(lowered)
         if not differentiable and kernels.is_direct(x):
-            _call_natively(lowered)
+            _call_natively(lowered, self.keeps_format)
             self.direct = _compile(lowered)
         for node in graph.nodes:  # nodes refer to each other, so they outlive the model; its weights should not
             node.meta.pop("tensor", None), node.meta.pop("counted_by", None)
@@ -82,12 +90,17 @@ class Program:
             and self.size in (None, x.shape)
         )
 
+    def is_small(self, x: Tensor) -> bool:
+        """Whether it is no more than a 1×1 convolution, and that of less work than it takes to know what to run."""
+        pixels = x.shape[0] * x.shape[2] * x.shape[3]
+        return self.lone_weight is not None and self.lone_weight * pixels < _LITTLE_WORK
+
     def weight_strides(self) -> Iterator[tuple[int, ...]]:
         """What decides, with those of the map, the strides of results that are maps; nothing where none is."""
         return map(Tensor.stride, self.filters)
 
     def run(self, x: Tensor) -> Any:
-        if self.device.type == "cpu":
+        if self.device.type == "cpu" and not self.keeps_format:
             if x.requires_grad and torch.is_grad_enabled() and x.is_contiguous():
                 x = x.view_as(x)  # the gradient, too, is laid out as the modules would have it
                 x.register_hook(Tensor.contiguous)
@@ -222,13 +235,24 @@ def lower(graph: fx.Graph, constants: Constants) -> fx.Graph:
     return lowered
 
 
-def _call_natively(graph: fx.Graph) -> None:
+def _lone_weight(steps: list[Node], constants: Constants) -> int | None:
+    """The elements of a weight that is not folded, where all there is to do is to multiply with it."""
+    if len(steps) != 1 or len(constants.order) != len(constants.leaves):
+        return None
+    bare = steps[0].target is kernels.conv2d and steps[0].args[5:] == ("none", None, None)
+    return math.prod(constants.leaves[0].meta["shape"]) if bare or steps[0].target is kernels.projection else None
+
+
+def _call_natively(graph: fx.Graph, any_format: bool) -> None:
     """Calls native operators without what `kernels` looks at before: 2 µs each, where a choice is the same every time.
 
-    All of it holds for every map that has the channels of the one the graph was captured for.
+    All of it holds for every map that has the channels of the one the graph was captured for; of dense convolutions,
+    where maps are channels-last.
     """
     for node in graph.nodes:
         native, maps = kernels.NATIVE.get(node.target), node.args[:1]
+        if any_format and node.target is kernels.conv2d:
+            continue
         x = maps[0].meta.get("value") if maps and is_node(maps[0]) else None
         if native is None or not isinstance(x, Tensor) or x.dim() != 4 or cpu.slower_map(x) is not None:
             continue

@@ -6,7 +6,7 @@ Looked at in every call of an optimised model, so in bulk: a thousand dictionari
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch.nn.functional as F
@@ -51,9 +51,8 @@ class State:
         self.kinds = [type(root), *map(type, below)]
         self.hooks = [vars(m)[name] for m in modules for name in HOOKS]
         classes = {cls for kind in set(self.kinds) for cls in kind.__mro__ if cls is not object}
-        self.classes = list(map(vars, classes))
-        self.methods = [(cls, name) for cls in self.classes for name, value in cls.items() if callable(value)]
-        self.method_values = self._methods()
+        self.classes = [(vars(cls), _methods_of(vars(cls))) for cls in classes]
+        self.methods = self._methods()
         self.touched = 0  # how often attributes were set to what they had been
 
     def is_current(self, root: nn.Module) -> bool:
@@ -68,7 +67,7 @@ class State:
             [type(root), *map(type, self.modules)] == self.kinds
             and not any(self.hooks)
             and self._same_lists()
-            and self._methods() == self.method_values
+            and self._methods() == self.methods
         )
 
     def _versions(self, root: nn.Module) -> list[int] | None:
@@ -86,8 +85,17 @@ class State:
         except Exception:  # as above
             return False
 
-    def _methods(self) -> list:
-        return [*map(len, self.classes), *(attributes.get(name) for attributes, name in self.methods)]
+    def _methods(self) -> list | None:
+        try:
+            return [(len(attributes), read(attributes)) for attributes, read in self.classes]
+        except KeyError:  # one was deleted
+            return None
+
+
+def _methods_of(attributes: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], Any]:
+    """What reads the methods of a class, all at once, from its attributes."""
+    names = [name for name, value in attributes.items() if callable(value)]
+    return operator.itemgetter(*names, "__module__")
 
 
 def _containers(values: Iterable[Any]) -> Iterator[dict | list]:

@@ -36,7 +36,19 @@ def refusal(operator: str, args: tuple) -> str | None:
 
 
 def slower(operator: str, args: tuple) -> str | None:
+    if operator == "conv2d":
+        return slower_projection(args)
     return slower_map(args[0]) if operator in _DEPTHWISE else None
+
+
+def slower_projection(args: tuple) -> str | None:
+    """Why plain PyTorch is the faster one for a 1×1 convolution that nothing follows."""
+    x, weight, *_, activation, scale, residual = args
+    least = 128 if native.lanes() < 16 else 32
+    if x.stride(1) == 1 or x.shape[1] >= least or activation != "none" or scale is not None or residual is not None:
+        return None
+    is_pointwise = tuple(getattr(weight, "shape", ())[2:]) == (1, 1)
+    return f"slower on an NCHW map of fewer than {least} channels" if is_pointwise else None
 
 
 def slower_map(x: Tensor) -> str | None:

@@ -210,7 +210,7 @@ PATTERNS = {
         lambda: nn.Sequential(*depthwise_norm(act=nn.ReLU())), ["depthwise_conv2d"], ["branched_depthwise"]
     ),
     "a pointwise layer": Pattern(
-        lambda: nn.Sequential(*conv_norm(8, 12, 1, act=nn.GELU())), ["conv2d"], ["conv2d", "batch_norm_training"]
+        lambda: nn.Sequential(*conv_norm(8, 12, 1, act=nn.GELU())), ["conv2d"], ["projection", "batch_norm_training"]
     ),
     "a dense layer": Pattern(
         lambda: nn.Sequential(*conv_norm(8, 12, 3, act=nn.ReLU())),
@@ -222,7 +222,7 @@ PATTERNS = {
         ["depthwise_conv2d"],
         ["depthwise_conv2d", "batch_norm_training"],
     ),
-    "a norm ahead": Pattern(lambda: layers.BNConv(8, 12), ["conv2d"], ["batch_norm_training", "conv2d"]),
+    "a norm ahead": Pattern(lambda: layers.BNConv(8, 12), ["conv2d"], ["batch_norm_training", "projection"]),
     "a norm ahead of taps": Pattern(
         lambda: nn.Sequential(nn.BatchNorm2d(8), depthwise()),
         ["torch: batch_norm", "depthwise_conv2d"],
@@ -239,23 +239,23 @@ PATTERNS = {
         ["branched_depthwise", "batch_norm_training", "torch: add", "torch: relu"],
     ),
     "a pointwise layer and its map": Pattern(
-        lambda: layers.SkipConv(8), ["conv2d"], ["batch_norm_training", "conv2d", "torch: add"]
+        lambda: layers.SkipConv(8), ["conv2d"], ["batch_norm_training", "projection", "torch: add"]
     ),
     "an inverted residual": Pattern(
         inverted_residual,
         ["conv2d", "depthwise_conv2d", "conv2d"],
-        ["conv2d", "batch_norm_training", "branched_depthwise", "conv2d", "batch_norm_training",
+        ["projection", "batch_norm_training", "branched_depthwise", "projection", "batch_norm_training",
          "torch: add"],
     ),
     "a token mixer": Pattern(
         lambda: mixers.ResidualMixer(mixers.ffnified_attention_mixer(8, 7), 8, layer_scale_init=0.5),
         ["conv2d", "ffnified_attention"],
-        ["conv2d", "batch_norm_training", "branched_depthwise", "branched_depthwise", "torch: mul", "torch: add"],
+        ["projection", "batch_norm_training", "branched_depthwise", "branched_depthwise", "torch: mul", "torch: add"],
     ),
     "a token mixer of plain layers": Pattern(
         lambda: mixers.ResidualMixer(mixers.ffnified_attention_mixer(8, 3), 8, layer_scale_init=0.5),
         ["conv2d", "ffnified_attention"],
-        ["conv2d", "batch_norm_training", "ffnified_attention"],
+        ["projection", "batch_norm_training", "ffnified_attention"],
     ),
     "a channel mixer": Pattern(
         lambda: mixers.ResidualMixer(mixers.conv_ffn_mixer(8, 7, 2), 8, layer_scale_init=0.5),
@@ -282,7 +282,7 @@ PATTERNS = {
     "a grouped projection": Pattern(
         lambda: nn.Sequential(depthwise(), nn.Conv2d(8, 16, 1), nn.GELU(), nn.Conv2d(16, 8, 1, groups=4)),
         ["depthwise_conv2d", "conv2d", "torch: convolution"],
-        ["depthwise_conv2d", "conv2d", "torch: gelu", "torch: convolution"],
+        ["depthwise_conv2d", "projection", "torch: gelu", "torch: convolution"],
     ),
     "an activation with a companion": Pattern(
         UsedTwice, ["depthwise_conv2d", "torch: gelu", "torch: add"], ["depthwise_conv2d", "torch: gelu", "torch: add"]
@@ -330,7 +330,7 @@ PATTERNS = {
     "a ghost": Pattern(
         Ghost,
         ["conv2d", "depthwise_conv2d", "torch: cat", "depthwise_conv2d"],
-        ["conv2d", "batch_norm_training", "branched_depthwise", "torch: cat", "branched_depthwise"],
+        ["projection", "batch_norm_training", "branched_depthwise", "torch: cat", "branched_depthwise"],
     ),
     "by the size of the map": Pattern(Unsquare, ["depthwise_conv2d"], ["depthwise_conv2d"]),
 }  # fmt: skip

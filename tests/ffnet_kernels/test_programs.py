@@ -412,3 +412,45 @@ def test_a_compiled_model_trains(own_dynamo, training):
                     parameter.sub_(0.01 * parameter.grad)
     for own, other in zip(models[0].buffers(), models[1].buffers(), strict=True):
         torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-4)
+
+
+# ---- Single layers, in models of other classes ----
+
+
+class Layers(nn.Module):
+    """Of nobody's library, so that its layers have programs of their own."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x):
+        strides = []
+        for layer in self.layers:
+            x = layer(x)
+            strides.append(x.stride())
+        return x, strides
+
+
+@every_format
+@torch.no_grad()
+def test_layers_of_other_models_keep_the_format_of_the_map(memory_format):
+    layers = depthwise(64, 5), nn.Conv2d(64, 48, 1), nn.Sequential(depthwise(48), nn.ReLU6()), nn.Conv2d(48, 64, 1)
+    model = randomised(Layers(*layers)).to(memory_format=memory_format)
+    x = maps(1, 64, 30, 32).contiguous(memory_format=memory_format)
+    expected, plain = copy.deepcopy(model).double()(x.double())[0], model(x)
+    fk.optimize(model)
+    for _ in range(3):
+        out, strides = model(x)
+        assert_close(out, expected, plain[0])
+        assert strides == plain[1]
+    assert len([row for row in fk.report(model).rows if row.runs_on == "a program"]) == 4
+
+
+@torch.no_grad()
+def test_a_layer_of_little_work_stays_with_its_module(caplog):
+    model, x = fk.optimize(randomised(Layers(nn.Conv2d(8, 8, 1)))), maps()
+    for _ in range(3):
+        model(x)
+    assert "so small" in str(fk.report(model))
+    assert not caplog.records
