@@ -15,12 +15,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import ffnet
 import ffnet_kernels
+from ffnet_kernels import dynamo
 from ffnet_kernels.selftest import error_limit
 
 from . import progress
@@ -116,7 +118,9 @@ class Compiled:
     def prepare(self, work: TimmWork) -> Program:
         torch._dynamo.reset()
         program = work.as_trained("channels_last")
-        compiled = torch.compile(program.function, backend=self.backend, dynamic=False, fullgraph=True)
+        # By name it is known only where the package is installed.
+        backend: Any = dynamo.backend if self.backend == "ffnet_kernels" else self.backend
+        compiled = torch.compile(program.function, backend=backend, dynamic=False, fullgraph=True)
         return replace(program, function=compiled)
 
 

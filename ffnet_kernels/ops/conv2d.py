@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..backends import reference as plain
 from ..backends.activations import ACTIVATE
 from ..backends.maps import empty_output
 from . import _arguments
-from ._operator import Operator
+from ._operator import LIBRARIES, Operator
 
 
 def conv2d(
@@ -88,3 +89,10 @@ OPERATOR = Operator(
     "Tensor? scale, Tensor? residual",
     weights=("weight",),
 )
+
+
+def _empty_pair(x, weight, bias, stride, padding, activation, *following) -> Tensor:
+    return empty(empty(x, weight, bias, stride, padding), *following)
+
+
+torch.library.register_fake("ffnet_kernels::conv2d_pair", _empty_pair, lib=LIBRARIES["ffnet_kernels"])

@@ -277,3 +277,13 @@ def test_uneven_padding_of_the_raw_operator():
 def test_planes_of_any_size(size):
     x, weight = torch.randn(3, 20, *size), torch.randn(33, 20, 1, 1) / 4
     parity.check(parity.Case("conv2d", (x, weight, torch.randn(33)), {"activation": "gelu"}))
+
+
+@parity.needs_native
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_pair_is_known_without_data(memory_format):
+    x = torch.randn(2, 3, 17, 19).contiguous(memory_format=memory_format)
+    first = torch.randn(8, 3, 3, 3), torch.randn(8), [2, 2], [1, 1, 1, 1], "relu6"
+    second = torch.randn(12, 8, 3, 3), None, [2, 2], [0, 1, 0, 1], "gelu"
+    pair = torch.ops.ffnet_kernels.conv2d_pair.default
+    torch.library.opcheck(pair, (x, *first, *second), test_utils=("test_schema", "test_faketensor"))
