@@ -7,6 +7,7 @@ small map.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from typing import Any
 
@@ -50,8 +51,15 @@ def packed_weight(
     size: tuple[int, ...],
 ) -> Tensor:
     """A weight for `packed_convolution`, best for maps of a size."""
-    geometry: Any = padding, stride, dilation, groups, size
-    return torch._C._nn.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), *geometry)
+    reorder = torch.ops.mkldnn._reorder_convolution_weight.default
+    return reorder(weight, padding, stride, dilation, groups, size)
+
+
+def give_back_memory() -> None:
+    """To the system, where the C library can: copies that packing let go lie between what it keeps."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def packed_convolution(

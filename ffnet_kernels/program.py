@@ -6,7 +6,7 @@ import math
 import operator
 from collections.abc import Callable, Iterator
 from operator import is_
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -131,7 +131,7 @@ class Constants:
         self.counters = list(counters.values())
         #: Gone where conversions gave parameters new memory, which PyTorch does not count as a change.
         self.storages: list[StorageWeakRef] = []
-        self.known: tuple[list[Tensor], list[int], list[Tensor]] | None = None
+        self.known: Known | None = None
 
     def kind(self) -> tuple[torch.dtype, torch.device]:
         """The dtype and the device of all floating-point tensors."""
@@ -143,15 +143,15 @@ class Constants:
 
     def values(self, tensors: list[Tensor]) -> list[Tensor]:
         """Of ``inputs``, for the tensors of ``leaves``; computed anew where one of these has changed."""
-        versions = [*(_version(tensors[i]) for i in self.sources), *map(_version, self.counters)]
         known = self.known  # as one: other threads may be here
-        if any(storage.expired() for storage in self.storages):
-            known = None
-        if known is None or versions != known[1] or not (tensors is known[0] or all(map(is_, tensors, known[0]))):
-            known = self.known = tensors, versions, self._compute(tensors)
+        same = known is not None and (tensors is known.tensors or all(map(is_, tensors, known.tensors)))
+        sources = known.sources if known and same else [*(tensors[i] for i in self.sources), *self.counters]
+        versions = _versions(sources)
+        if not known or not same or versions != known.versions or any(s.expired() for s in self.storages):
+            known = self.known = Known(tensors, sources, versions, self._compute(tensors))
             if not self.counters:  # else new buffers tell
                 self.storages = [StorageWeakRef(tensors[i].untyped_storage()) for i in self.sources]
-        return known[2]
+        return known.values
 
     @torch.no_grad()
     def _compute(self, tensors: list[Tensor]) -> list[Tensor]:
@@ -162,11 +162,28 @@ class Constants:
             for other in node.all_input_nodes:  # one copy of the weights, not one for each fold
                 if other not in self.leaves and other not in self.inputs and all(user in env for user in other.users):
                     env[other] = None
+        if any(node.target is onednn.packed_weight for node in self.order):
+            onednn.give_back_memory()
         return [env[node] for node in self.inputs]
 
 
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version  # those made in inference mode have none
+class Known(NamedTuple):
+    """What constants were computed from, and what they are."""
+
+    tensors: list[Tensor]
+    sources: list[Tensor]  # of these, and what counts for running statistics
+    versions: list[int]
+    values: list[Tensor]
+
+
+_version_of = operator.attrgetter("_version")
+
+
+def _versions(tensors: list[Tensor]) -> list[int]:
+    try:
+        return list(map(_version_of, tensors))  # hundreds, in every call
+    except RuntimeError:  # of those that were made in inference mode, which have none
+        return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def call(node: Node, value_of: Callable[[Node], Any]) -> Any:

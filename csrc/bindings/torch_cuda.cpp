@@ -25,6 +25,12 @@ namespace {
 
 #define FFNET_CHECK(condition, ...) STD_TORCH_CHECK(condition, "ffnet_kernels (cuda): ", __VA_ARGS__)
 
+Activation kernel_activation(const std::string& name) {
+  const Activation activation = parse_activation(name);
+  FFNET_CHECK(has_kernel(activation), "has no kernel for the activation ", name);
+  return activation;
+}
+
 // Makes the tensor's device the current one while a call runs, on torch's current stream there.
 class Session {
  public:
@@ -194,7 +200,7 @@ Tensor depthwise_conv2d(const Tensor& x, const Tensor& weight, const std::option
   const ChannelVector bias_vector(bias, x, "bias", weight.size(0));
   Convolution call =
       convolution(x, filter_of(weight, x, "weight", bias_vector.data()), weight.size(0), stride, padding);
-  call.activation = parse_activation(activation);
+  call.activation = kernel_activation(activation);
   const Session session(x);
   Tensor out = empty_map(x, {call.n, weight.size(0), call.out_h, call.out_w},
                          suggests_channels_last(x) || suggests_channels_last(weight));
@@ -213,7 +219,7 @@ Tensor depthwise_conv2d_activation_backward(const Tensor& grad, const Tensor& x,
   Convolution call =
       convolution(x, filter_of(weight, x, "weight", bias_vector.data()), weight.size(0), stride, padding);
   check_shape(grad, "grad", {call.n, weight.size(0), call.out_h, call.out_w});
-  call.activation = parse_activation(activation);
+  call.activation = kernel_activation(activation);
   const Session session(x);
   Tensor out = empty_map(x, {call.n, weight.size(0), call.out_h, call.out_w},
                          suggests_channels_last(x) || suggests_channels_last(weight));
@@ -299,7 +305,7 @@ struct AttentionCall {
     call.dtype = dtype_of(query);
     call.n = query.size(0), call.channels = query.size(1);
     call.h = static_cast<int>(query.size(2)), call.w = static_cast<int>(query.size(3));
-    call.activation = parse_activation(activation);
+    call.activation = kernel_activation(activation);
     call.query = map_of(query);
     call.key = filter_of(key, query, "key", key_bias.data()),
     call.value = filter_of(value, query, "value", value_bias.data());
@@ -442,7 +448,7 @@ void channel_mixer_pointwise(const Tensor& x, const Tensor& expand_weight, const
   check_shape(out, "out", {call.n, call.outputs, call.h, call.w});
   const ChannelVector expand(expand_bias, x, "expand_bias", call.hidden),
       project(project_bias, x, "project_bias", call.outputs), scales(scale, x, "scale", call.outputs);
-  call.activation = parse_activation(activation);
+  call.activation = kernel_activation(activation);
   call.expand = matrix_of(expand_weight), call.project = matrix_of(project_weight);
   call.expand_bias = expand.data(), call.project_bias = project.data(), call.scale = scales.data();
   call.out = written(out);
@@ -455,7 +461,7 @@ void bias_activation_(Tensor map, const std::optional<Tensor>& bias, const std::
   const ChannelVector vector(bias, map, "bias", map.size(1));
   const Session session(map);
   if (maps.n > 0)
-    bias_activation(maps, parse_activation(activation), map.mutable_data_ptr(), vector.data(),
+    bias_activation(maps, kernel_activation(activation), map.mutable_data_ptr(), vector.data(),
                     session.device());
 }
 
@@ -470,7 +476,7 @@ void activation_backward_(Tensor map, const std::optional<Tensor>& bias, Tensor 
   const ChannelVector vector(bias, map, "bias", map.size(1));
   const Session session(map);
   if (maps.n > 0)
-    activation_backward(maps, parse_activation(activation), map.mutable_data_ptr(), vector.data(),
+    activation_backward(maps, kernel_activation(activation), map.mutable_data_ptr(), vector.data(),
                         gradient.mutable_data_ptr(), session.device());
 }
 

@@ -8,39 +8,15 @@
 
 namespace ffnet {
 
-// ---- those made of pieces; comparisons are such that NaN stays, and the derivative there is 1, as torch's ----
-
-FFNET_DEVICE bool is_smooth(Activation activation) {
-  return activation == Activation::gelu || activation == Activation::gelu_tanh || activation == Activation::silu;
-}
-
-FFNET_DEVICE float bounded(float x, float least, float most) { return x < least ? least : x > most ? most : x; }
-
-FFNET_DEVICE float hardswish(float x) { return x * (bounded(x + 3.0f, 0.0f, 6.0f) * (1.0f / 6.0f)); }
-
-// What bounds those that are the identity between two values.
-FFNET_DEVICE float least_of(Activation activation) { return activation == Activation::none ? -INFINITY : 0.0f; }
-FFNET_DEVICE float most_of(Activation activation) { return activation == Activation::relu6 ? 6.0f : INFINITY; }
-
-FFNET_DEVICE float activate_pieces(Activation activation, float x) {
-  if (activation == Activation::hardswish) return hardswish(x);
-  return bounded(x, least_of(activation), most_of(activation));
-}
-
-FFNET_DEVICE float derivative_of_pieces(Activation activation, float x) {
-  if (activation == Activation::hardswish) return x <= -3.0f ? 0.0f : x < 3.0f ? x * (1.0f / 3.0f) + 0.5f : 1.0f;
-  if (activation == Activation::none) return 1.0f;
-  return x <= 0.0f || x >= most_of(activation) ? 0.0f : 1.0f;
-}
-
 // ---- float32, as torch computes them ----
 
 FFNET_DEVICE float activate_exact(Activation activation, float x) {
   switch (activation) {
     case Activation::gelu: return 0.5f * x * (1.0f + erff(x * 0.70710678f));
     case Activation::gelu_tanh: return 0.5f * x * (1.0f + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
+    case Activation::relu: return x < 0.0f ? 0.0f : x;  // keeps NaN
     case Activation::silu: return x / (1.0f + expf(-x));
-    default: return activate_pieces(activation, x);
+    default: return x;
   }
 }
 
@@ -51,11 +27,12 @@ FFNET_DEVICE float derivative_exact(Activation activation, float x) {
       const float t = tanhf(0.79788456f * (x + 0.044715f * x * x * x));
       return 0.5f * (1.0f + t) + 0.5f * x * (1.0f - t * t) * 0.79788456f * (1.0f + 3.0f * 0.044715f * x * x);
     }
+    case Activation::relu: return x <= 0.0f ? 0.0f : 1.0f;  // 1 at NaN, as torch's
     case Activation::silu: {
       const float s = 1.0f / (1.0f + expf(-x));
       return s * (1.0f + x * (1.0f - s));
     }
-    default: return derivative_of_pieces(activation, x);
+    default: return 1.0f;
   }
 }
 
@@ -93,16 +70,19 @@ FFNET_DEVICE float sigmoid_fast(const ActivationParameters& p, float x, float& s
 }
 
 FFNET_DEVICE float activate_fast(const ActivationParameters& p, float x) {
-  if (!is_smooth(p.kind)) return activate_pieces(p.kind, x);
+  if (p.kind == Activation::none) return x;
+  if (p.kind == Activation::relu) return x < 0.0f ? 0.0f : x;
   float square;
   return x * sigmoid_fast(p, x, square);
 }
 
 // The derivative at x, and the activation itself in `value`.
 FFNET_DEVICE float derivative_fast(const ActivationParameters& p, float x, float& value) {
-  if (!is_smooth(p.kind)) {
-    value = activate_pieces(p.kind, x);
-    return derivative_of_pieces(p.kind, x);
+  value = x;
+  if (p.kind == Activation::none) return 1.0f;
+  if (p.kind == Activation::relu) {
+    value = x < 0.0f ? 0.0f : x;
+    return x <= 0.0f ? 0.0f : 1.0f;  // 1 at NaN, as torch's
   }
   float square;
   const float s = sigmoid_fast(p, x, square);
@@ -115,17 +95,14 @@ FFNET_DEVICE float derivative_fast(const ActivationParameters& p, float x, float
 // Over a few values at once: the kind is asked for once.
 template <int COUNT>
 FFNET_DEVICE void activate_fast(const ActivationParameters& p, const float (&x)[COUNT], float (&y)[COUNT]) {
-  if (is_smooth(p.kind)) {
+  if (p.kind != Activation::none && p.kind != Activation::relu) {
     float square;
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) y[i] = x[i] * sigmoid_fast(p, x[i], square);
-  } else if (p.kind == Activation::hardswish) {
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) y[i] = hardswish(x[i]);
   } else {
-    const float least = least_of(p.kind), most = most_of(p.kind);
+    const float least = p.kind == Activation::relu ? 0.0f : -INFINITY;
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i) y[i] = bounded(x[i], least, most);
+    for (int i = 0; i < COUNT; ++i) y[i] = x[i] < least ? least : x[i];  // keeps NaN
   }
 }
 

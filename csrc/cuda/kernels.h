@@ -11,6 +11,13 @@ namespace ffnet {
 
 enum class Dtype { float32, float16, bfloat16 };
 
+// Which activations activation.h has. A further one cost the kernels' main loops a fifth more instructions, whatever a
+// call asked for.
+inline bool has_kernel(Activation activation) {
+  return activation == Activation::none || activation == Activation::relu || activation == Activation::gelu ||
+         activation == Activation::gelu_tanh || activation == Activation::silu;
+}
+
 // A map [N, C, H, W] in any layout; strides in elements.
 struct Map {
   void* data = nullptr;

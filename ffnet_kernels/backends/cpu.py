@@ -38,6 +38,8 @@ def refusal(operator: str, args: tuple) -> str | None:
 def slower(operator: str, args: tuple) -> str | None:
     if operator == "conv2d":
         return slower_projection(args)
+    if operator == "batch_norm":
+        return slower_norm(*args)
     return slower_map(args[0]) if operator in _DEPTHWISE else None
 
 
@@ -49,6 +51,15 @@ def slower_projection(args: tuple) -> str | None:
         return None
     is_pointwise = tuple(getattr(weight, "shape", ())[2:]) == (1, 1)
     return f"slower on an NCHW map of fewer than {least} channels" if is_pointwise else None
+
+
+def slower_norm(x: Tensor, activation: str | None = None) -> str | None:
+    """Why plain PyTorch is the faster one for a batch normalisation in training."""
+    if activation in ("none", "relu"):
+        return "no faster with nothing or a ReLU behind it"
+    if activation is not None and not x.is_contiguous(memory_format=torch.channels_last):
+        return "slower on a map that is not channels-last"
+    return None
 
 
 def slower_map(x: Tensor) -> str | None:

@@ -22,6 +22,8 @@ _ops = torch.ops.ffnet_kernels_cuda
 OPERATORS = ("depthwise_conv2d", "ffnified_attention", "channel_mixer")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OLDEST = (7, 5)
+#: Those of csrc/cuda/activation.h.
+ACTIVATIONS = ("none", "gelu", "gelu_tanh", "relu", "silu")
 _MOST, _MOST_PIXELS = 2**28, 2**30
 _DEVICE = "cpu" if native.cuda_host_library() else "cuda"
 
@@ -53,6 +55,9 @@ def refusal(operator: str, args: tuple) -> str | None:
         return f"takes float32, bfloat16 and float16, got {x.dtype}"
     if max(x.shape[1:]) > _MOST or x.shape[0] * x.shape[2] * x.shape[3] > _MOST_PIXELS:
         return f"takes up to 2^28 channels, rows and columns and 2^30 pixels, got the shape {list(x.shape)}"
+    for activation in (a for a in args if isinstance(a, str)):
+        if activation not in ACTIVATIONS:
+            return f"has no kernel for the activation {activation}"
     return _device_error(x.device.index or 0)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -71,22 +71,21 @@ def batch_norm(x: Tensor, norm: Norm, activation: str = "none") -> Tensor:
         ``[N, C, H, W]``.
     """
     pixels = x.numel() // x.shape[1]
-    pays = activation not in ("none", "relu") and x.is_contiguous(memory_format=torch.channels_last)
-    if not (pays and runs_natively(x) and norm.applies(x, x.shape[1], pixels)):
+    if not runs_natively(x, activation) or not norm.applies(x, x.shape[1], pixels):
         return ACTIVATE[activation](norm(x))
     assert norm.weight is not None
     assert norm.bias is not None
-    args = (x, norm.weight.contiguous(), norm.bias.contiguous(), norm.eps, activation)
+    args = (channels_last(x), norm.weight.contiguous(), norm.bias.contiguous(), norm.eps, activation)
     out, mean, variance = OPERATOR.on("cpu", *args)
     track([norm], mean[None], variance[None], pixels)
     return out
 
 
-def runs_natively(x: Tensor) -> bool:
-    """Whether the native kernels of training steps are chosen for a map."""
+def runs_natively(x: Tensor, *arguments: Any) -> bool:
+    """Whether the native kernels of training steps are chosen for a map, and what batch normalisation is asked for."""
     if not isinstance(x, Tensor) or x.dim() != 4 or torch.is_autocast_enabled("cpu"):
         return False
-    return choice.prefers(cpu, "batch_norm", (x,))
+    return choice.prefers(cpu, "batch_norm", (x, *arguments))
 
 
 def track(norms: Sequence[Norm], mean: Tensor, variance: Tensor, count: int) -> None:

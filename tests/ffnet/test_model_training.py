@@ -207,7 +207,7 @@ def test_fine_tuning_a_reparameterised_model(options):
             torch.manual_seed(seed)
             step(m, seed)
             optimizer.step()
-    assert {"depthwise_conv2d", "ffnified_attention", "conv2d"} <= fused(fast)
+    assert {"depthwise_conv2d", "ffnified_attention", "projection"} <= fused(fast)
     for own, other, before in zip(fast.parameters(), model.parameters(), start, strict=True):
         moved = (other - before).norm()
         assert (own - other).norm() <= 1e-2 * moved + 1e-6
@@ -223,11 +223,11 @@ def test_fine_tuning_a_reparameterised_model(options):
 @pytest.mark.parametrize(
     ("layer", "operators"),
     [
-        (ffnet.layers.ConvBN(8, 16), {"conv2d", "batch_norm_training"}),
+        (ffnet.layers.ConvBN(8, 16), {"projection", "batch_norm_training"}),
         (ffnet.layers.ConvBN(8, 16, 3, stride=2), {"batch_norm_training"}),
         (ffnet.layers.ConvBN(8, 16, 3, groups=2), {"batch_norm_training"}),
         (ffnet.layers.ConvBN(8, 16, 3, groups=8), {"branched_depthwise"}),
-        (ffnet.layers.BNConv(8, 16), {"batch_norm_training", "conv2d"}),
+        (ffnet.layers.BNConv(8, 16), {"batch_norm_training", "projection"}),
     ],
 )
 def test_operators_of_a_layer(layer, operators, native_calls):
@@ -236,4 +236,4 @@ def test_operators_of_a_layer(layer, operators, native_calls):
         layer(torch.randn(2, 8, 6, 6))
     assert fused(layer) == operators
     if "cpu" in ffnet_kernels.available_backends():
-        assert set(native_calls) == {name.removesuffix("_training") for name in operators} - {"conv2d"}
+        assert set(native_calls) == operators - {"projection", "batch_norm_training"}  # of which PyTorch is as fast

@@ -21,7 +21,7 @@ from parity import Case, Sizes
 
 from ffnet_kernels import native
 from ffnet_kernels.backends import cuda
-from ffnet_kernels.backends.activations import ACTIVATIONS
+from ffnet_kernels.backends.cuda import ACTIVATIONS
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 DTYPES, HALVES = (F32, F16, BF16), (F16, BF16)

@@ -376,6 +376,7 @@ RAW = {
         (1, FILTER[:2], "filters a channel"),
         (1, torch.ones(3, 1, 11, 11), "smaller than the kernel"), (2, VECTOR[:2], "bias must have 3"),
         (3, [3, 1], "stride"), (4, [1, 1, -1, 1], "padding"), (5, "tanh", "unknown activation"),
+        (5, "relu6", "no kernel for the activation"),
     ]),
     "depthwise_conv2d_activation_backward": ((MAP, MAP, FILTER, None, ONE, SAME, "gelu"), [
         (0, MAP[:, :, 1:], "wrong shape"), (0, MAP.half(), "the map's dtype"),
