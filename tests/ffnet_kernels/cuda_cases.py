@@ -216,6 +216,7 @@ OTHERS: Table = {
         f"{op}: {name}": (op, dict(options))
         for op, cases in triton_cases.OPTIONS.items()
         for name, options in cases.items()
+        if options.get("activation", "none") in ACTIVATIONS
     },
 }
 TABLE: Table = {**PLANAR, **OTHERS}
@@ -243,6 +244,7 @@ SIZES = Sizes(
     kernels=st.one_of(st.sampled_from([(3, 3), (7, 7), (5, 5)]), st.tuples(st.integers(1, 31), st.integers(1, 31))),
     dtypes=st.sampled_from([F16, BF16, F32]),
     work=600_000,
+    activations=st.sampled_from(ACTIVATIONS),
 )
 #: Filters that the fused attention takes, mostly.
 PAIRS = SIZES._replace(

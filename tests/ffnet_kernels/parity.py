@@ -296,7 +296,6 @@ _sides = st.one_of(st.sampled_from([1, 2, 3, 3, 5, 7, 7, 9, 31]), st.integers(1,
 _kernels = st.one_of(
     _sides.map(lambda k: (k, k)), st.tuples(_sides, _sides), st.sampled_from([(1, 51), (3, 7), (11, 3)])
 )
-_activations = st.sampled_from(ACTIVATIONS)
 
 
 class Sizes(NamedTuple):
@@ -308,6 +307,7 @@ class Sizes(NamedTuple):
     kernels: st.SearchStrategy
     dtypes: st.SearchStrategy
     work: int  # multiplications of a case
+    activations: st.SearchStrategy = st.sampled_from(ACTIVATIONS)
 
     def shape(self, draw: st.DrawFn, cost: int) -> tuple[int, int, int, int]:
         """[N, C, H, W], the largest of C, H and W halved until the work is affordable."""
@@ -354,7 +354,7 @@ def depthwise_cases(draw: st.DrawFn, sizes: Sizes = NATIVE) -> Case:
     gain = (kernel[0] * kernel[1]) ** -0.5
     weight = laid_out((outputs, 1, *kernel), draw(st.sampled_from(WEIGHT_LAYOUTS)), generator, gain, dtype)
     stride = draw(st.sampled_from([1, 1, 2, (2, 1), (1, 2)]))
-    kwargs = {"stride": stride, "padding": draw(st.sampled_from(paddings)), "activation": draw(_activations)}
+    kwargs = {"stride": stride, "padding": draw(st.sampled_from(paddings)), "activation": draw(sizes.activations)}
     return Case("depthwise_conv2d", (x, weight, draw(_vectors(outputs, generator, dtype))), kwargs)
 
 
@@ -376,7 +376,7 @@ def attention_cases(draw: st.DrawFn, sizes: Sizes = NATIVE) -> Case:
     vectors = [draw(_vectors(shape[1], generator, dtype)) for _ in range(3)]
     layout = draw(st.sampled_from([None, *LAYOUTS]))
     residual = None if layout is None else laid_out(shape, layout, generator, dtype=dtype)
-    kwargs = {"activation": draw(_activations), "scale": vectors[2], "residual": residual}
+    kwargs = {"activation": draw(sizes.activations), "scale": vectors[2], "residual": residual}
     return Case("ffnified_attention", (query, key, vectors[0], value, vectors[1]), kwargs)
 
 
@@ -400,5 +400,5 @@ def channel_mixer_cases(draw: st.DrawFn, sizes: Sizes = NATIVE) -> Case:
     biases = [draw(_vectors(length, generator, dtype)) for length in (shape[1], hidden, outputs, outputs)]
     layout = draw(st.sampled_from([None, *LAYOUTS]))
     residual = None if layout is None else laid_out((shape[0], outputs, *shape[2:]), layout, generator, dtype=dtype)
-    kwargs = {"activation": draw(_activations), "scale": biases[3], "residual": residual}
+    kwargs = {"activation": draw(sizes.activations), "scale": biases[3], "residual": residual}
     return Case("channel_mixer", (x, weight, biases[0], expand, biases[1], project, biases[2]), kwargs)
