@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from .backends import choice, triton
-from .backends.activations import ACTIVATIONS
+from .backends import choice, cuda, triton
 from .backends.maps import same_padding
 from .ops._operator import OPERATORS, Operator
 
@@ -251,7 +250,8 @@ def _convolution(
     **how: Any,
 ) -> Case:
     x, weight, bias = _random(generator, shape), *_filter(generator, shape[1] * multiplier, kernel)
-    activation = ACTIVATIONS[(kernel + stride) % len(ACTIVATIONS)]
+    every_backend_has = cuda.ACTIVATIONS
+    activation = every_backend_has[(kernel + stride) % len(every_backend_has)]
     args = (x, weight, bias, (stride, stride), same_padding(weight), activation)
     name = f"depthwise_conv2d k={kernel} s={stride} m={multiplier} {_text(shape)} {activation}"
     return Case(name, "depthwise_conv2d", args, **how)
