@@ -1,8 +1,9 @@
 // Every activation of the kernels, once. FFNET_ACTIVATIONS(X) puts X(name) for each: names of the schemas, and of the
-// functions in cpu/activation.h. What they are in PyTorch is in ffnet_kernels/backends/activations.py.
+// functions in cpu/activation.h. What they are in PyTorch is in ffnet_kernels/backends/activations.py. Those that CUDA
+// has come first: its kernels compare these numbers, and another order costs some of them registers.
 #pragma once
 
-#define FFNET_ACTIVATIONS(X) X(none) X(relu) X(relu6) X(gelu) X(gelu_tanh) X(silu) X(hardswish)
+#define FFNET_ACTIVATIONS(X) X(none) X(gelu) X(gelu_tanh) X(relu) X(silu) X(relu6) X(hardswish)
 
 namespace ffnet {
 
