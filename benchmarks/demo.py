@@ -255,7 +255,7 @@ def _parser() -> argparse.ArgumentParser:
         "latency, their error against float64 and their five best classes.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    demo.add_argument("--model", default="ffnet_1", help=f"one of {', '.join(list_models())}")
+    demo.add_argument("--model", default="ffnet_1", help=f"one of {', '.join(list_models('classification'))}")
     demo.add_argument(
         "--image", nargs="+", type=Path, default=[], metavar="PATH", help="photographs (none: two of scikit-learn's)"
     )

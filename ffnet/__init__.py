@@ -7,8 +7,9 @@
 from .checkpoint import KeyReport, load_checkpoint
 from .folding import reparameterize
 from .mixers import MetaMixer, conv_ffn_mixer, ffnified_attention_mixer, self_attention_mixer
-from .model import FFNet, create_model, ffnet_1, ffnet_2, ffnet_3, ffnet_4, list_models
+from .model import FFNet, ffnet_1, ffnet_2, ffnet_3, ffnet_4
 from .profile import count_macs, count_parameters
+from .registry import create_model, list_models
 from .timm_registry import register_timm, register_when_imported
 
 __all__ = [

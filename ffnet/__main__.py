@@ -8,6 +8,7 @@ import sys
 from ffnet_kernels import suite
 
 from . import count_macs, count_parameters, create_model, list_models, reparameterize
+from .registry import model_entry
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,14 +26,15 @@ def _run(arguments: list[str], may_restart: bool) -> int:
 
 
 def _list() -> None:
-    print(f"{'model':10}{'parameters':>14}{'as trained':>14}{'input':>10}{'MACs':>12}")
+    print(f"{'model':10}{'task':>16}{'parameters':>14}{'as trained':>14}{'input':>10}{'MACs':>12}  published")
     for name in list_models():
+        entry = model_entry(name)
         model = create_model(name, device="meta")
         fused = reparameterize(model, extra_folds=False)  # the form whose parameters are published
         size = model.config["input_size"]
         print(
-            f"{name:10}{count_parameters(fused):14,}{count_parameters(model):14,}{size[-1]:>6}x{size[-2]}"
-            f"{count_macs(fused, size) / 1e9:10.3f} G"
+            f"{name:10}{entry.task:>16}{count_parameters(fused):14,}{count_parameters(model):14,}"
+            f"{size[-1]:>6}x{size[-2]}{count_macs(fused, size) / 1e9:10.3f} G  {entry.published}"
         )
 
 

@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as run_checkpointed
 
-from .checkpoint import load_checkpoint
 from .layers import BranchedDepthwise, ConvBN, LayerNorm2d, SkipConv, norm_as_affine, widen
 from .mixers import ResidualMixer, conv_ffn_mixer, ffnified_attention_mixer
+from .registry import register_model
 
-__all__ = ["FFNet", "create_model", "ffnet_1", "ffnet_2", "ffnet_3", "ffnet_4", "list_models"]
+__all__ = ["FFNet", "ffnet_1", "ffnet_2", "ffnet_3", "ffnet_4"]
 
 IMAGENET_CONFIG: dict[str, Any] = {
     "input_size": (3, 256, 256),
@@ -301,24 +300,28 @@ def _stage_indices(indices: int | Sequence[int] | None, stages: int) -> set[int]
     return {i % stages for i in indices}
 
 
+@register_model(task="classification", published="81.3 % ImageNet-1K top-1")
 def ffnet_1(**kwargs: Any) -> FFNet:
     """FFNet-1: 13.7 M parameters, 3.0 G multiply–adds, 81.3 % ImageNet-1K top-1 as published."""
     preset = {"depths": (2, 2, 8, 2), "dims": (80, 160, 320, 640), "channel_kernel": 3, "drop_path_rate": 0.1}
     return _build(preset, kwargs)
 
 
+@register_model(task="classification", published="82.9 % ImageNet-1K top-1")
 def ffnet_2(**kwargs: Any) -> FFNet:
     """FFNet-2: 26.9 M parameters, 6.0 G multiply–adds, 82.9 % ImageNet-1K top-1 as published."""
     preset = {"depths": (3, 3, 15, 3), "dims": (88, 176, 352, 704), "drop_path_rate": 0.15}
     return _build(preset, kwargs)
 
 
+@register_model(task="classification", published="83.9 % ImageNet-1K top-1")
 def ffnet_3(**kwargs: Any) -> FFNet:
     """FFNet-3: 48.3 M parameters, 10.1 G multiply–adds, 83.9 % ImageNet-1K top-1 as published."""
     preset = {"depths": (4, 4, 22, 5), "dims": (96, 192, 384, 768), "drop_path_rate": 0.35}
     return _build({**preset, "layer_scale_init": 1e-6, "config": {"crop_pct": 0.95}}, kwargs)
 
 
+@register_model(task="classification", published="85.3 % ImageNet-1K top-1 at 384²")
 def ffnet_4(**kwargs: Any) -> FFNet:
     """FFNet-4: 79.2 M parameters, 19.2 G multiply–adds; 43.1 G and 85.3 % ImageNet-1K top-1 at 384² as published."""
     preset = {"depths": (4, 4, 27, 3), "dims": (128, 256, 512, 1024), "drop_path_rate": 0.4}
@@ -327,31 +330,3 @@ def ffnet_4(**kwargs: Any) -> FFNet:
 
 def _build(preset: dict[str, Any], overrides: dict[str, Any]) -> FFNet:
     return FFNet(**{**preset, **overrides})
-
-
-_MODELS = {entry.__name__: entry for entry in (ffnet_1, ffnet_2, ffnet_3, ffnet_4)}
-
-
-def list_models() -> list[str]:
-    """Names that `create_model` knows."""
-    return list(_MODELS)
-
-
-def create_model(name: str, *, checkpoint: str | PathLike[str] | None = None, **kwargs: Any) -> FFNet:
-    """Builds a model by name.
-
-    Args:
-        name: One of `list_models`.
-        checkpoint: File to load, see `ffnet.load_checkpoint`; without it the weights are random.
-        **kwargs: Arguments of `FFNet` that replace those of the named model.
-
-    Raises:
-        ValueError: If the name is unknown.
-        TypeError: If `FFNet` does not know a keyword argument.
-    """
-    if name not in _MODELS:
-        raise ValueError(f"expected one of {', '.join(_MODELS)}, got {name!r}")
-    model = _MODELS[name](**kwargs)
-    if checkpoint is not None:
-        load_checkpoint(model, checkpoint)
-    return model

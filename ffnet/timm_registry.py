@@ -13,16 +13,17 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from .model import FFNet, create_model, list_models
+from .model import FFNet
+from .registry import create_model, list_models
 
 __all__ = ["register_timm"]
 
 
 def register_timm() -> None:
-    """Registers every model of `ffnet.list_models` with timm, which it imports; repeating it is harmless."""
+    """Registers every classifier of `ffnet.list_models` with timm, which it imports; repeating it is harmless."""
     from timm.models import register_model
 
-    for name in list_models():
+    for name in list_models("classification"):
         register_model(_entrypoint(name))
 
 
@@ -36,7 +37,7 @@ def _entrypoint(name: str) -> Any:
     ) -> FFNet:
         if pretrained or pretrained_cfg:
             raise RuntimeError(f"no weights of {name} are registered with timm; use ffnet.load_checkpoint")
-        model = create_model(name, **kwargs)
+        model: FFNet = create_model(name, **kwargs)
         # Where timm.data.resolve_model_data_config looks.
         model.pretrained_cfg = model.default_cfg = {  # type: ignore[assignment]
             **model.config,

@@ -159,8 +159,8 @@ def test_wrong_options(options):
 def test_list(capsys):
     assert main(["list"]) == 0
     first = capsys.readouterr().out.splitlines()[1].split()
-    assert first[:3] == ["ffnet_1", "13,660,152", "13,775,656"]
-    assert first[-2:] == ["2.985", "G"]
+    assert first[:4] == ["ffnet_1", "classification", "13,660,152", "13,775,656"]
+    assert first[5:8] == ["2.985", "G", "81.3"]
 
 
 @pytest.mark.parametrize(("width", "height"), [(100, 100), (640, 427), (50, 300)])
