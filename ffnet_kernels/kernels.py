@@ -112,10 +112,7 @@ def ffnified_attention(query: Tensor, *args: Any) -> Tensor:
 
 def channel_mixer(x: Tensor, *args: Any) -> Tensor:
     *weights, scale, residual = args
-    if (
-        torch.is_grad_enabled() or not x.is_cpu or x.dtype not in cpu.DTYPES
-    ):  # the CPU's kernel takes 1×1 filters as well
-        weights[2], weights[4] = weights[2].flatten(1), weights[4].flatten(1)
+    weights[2], weights[4] = weights[2].flatten(1), weights[4].flatten(1)
     return _run("channel_mixer", x, *weights, scale if scale is None else scale.reshape(-1), residual)
 
 

@@ -180,6 +180,7 @@ class Way:
     def first_run(self, module: Any, program: Program, x: Tensor, key: tuple) -> Any:
         """Runs the modules, which tells the strides of the result; and, where that has no effect, the program as well,
         to see whether it computes the same."""
+        self.example = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
         _local.is_plain = True
         try:
             result = expected = module._call_impl(x)
@@ -200,7 +201,6 @@ class Way:
         if not all(type(leaf) is Tensor for leaf in leaves) or any(_shares_memory(leaf, x) for leaf in leaves):
             self.refuse("its result is no tensor of its own")
             return expected
-        self.example = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
         if program.is_small(x):
             self.refuse("it is so small that PyTorch takes as long", logging.DEBUG)
             return expected

@@ -143,6 +143,25 @@ def test_results(name, dtype, memory_format):
     steps(model)
 
 
+@every_pattern
+@every_format
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(("backend", "size"), [("reference", 7), ("auto", 2)])
+def test_results_where_no_kernel_runs(name, memory_format, grad, backend, size):
+    """The reference in a program: asked for, or chosen for maps of a few pixels."""
+    if name == "a dense layer" and size < 3:
+        pytest.skip("its filter is larger")
+    model = randomised(PATTERNS[name].make())
+    model.train(grad)
+    x = maps(3, 8, size, size).contiguous(memory_format=memory_format)
+    with torch.set_grad_enabled(grad), fk.use_backend(backend):
+        expected, plain = copy.deepcopy(model).double()(x.double()), copy.deepcopy(model)(x)
+        fk.optimize(model)
+        for _ in range(2):
+            assert_close(model(x), expected, plain)
+    assert any(row.runs_on.startswith("a program") for row in fk.report(model).rows)
+
+
 @every_dtype
 @every_format
 @pytest.mark.parametrize("options", [{}, {"channel_kernel": 3, "layer_scale_init": 0.5}, {"norm": "layer"}], ids=str)
