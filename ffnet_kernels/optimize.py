@@ -122,7 +122,10 @@ class Shortcut:
         elif len(args) == 1 and not kwargs and is_plain_eager(args[0]) and args[0].dim() == 4:
             program = way.current_program(module, args[0])
             if program is not None and program.takes(args[0]):
+                way.bypass = None
                 return way.run(module, program, args[0])
+        if not torch.compiler.is_compiling():
+            way.bypass = why_not_program(way, args, kwargs)
         return module._call_impl(*args, **kwargs)
 
 
@@ -137,6 +140,7 @@ class Way:
         self.example: Tensor | None = None  # a map as the last one, without data
         self.lock = threading.Lock()
         self.patience = self.waiting = 0
+        self.bypass: str | None = None  # why the last call ran the modules, where it would not do for any call
 
     def current_program(self, module: nn.Module, x: Tensor) -> Program | None:
         """The program of the module as it is now, or None."""
@@ -228,6 +232,17 @@ def is_plain_eager(x: Any) -> bool:
         and torch._C._autograd._top_saved_tensors_default_hooks(False) is None  # of checkpointing, above all
         and not globally_hooked()
     )
+
+
+def why_not_program(way: Way, args: tuple, kwargs: dict) -> str | None:
+    """Why a call was not for a program that there may be, as far as the call itself is the reason."""
+    if way.program is None and way.refusal is not None:
+        return None
+    if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
+        return "it was called with other arguments than one map"
+    if torch.is_autocast_enabled(args[0].device.type):
+        return "it was called under autocast"
+    return None if is_plain_eager(args[0]) else "it was called in a way that is not plain eager PyTorch"
 
 
 def as_laid_out(out: Any, strides: list[tuple]) -> Any:

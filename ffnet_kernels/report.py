@@ -63,7 +63,8 @@ def _rows(module: nn.Module, path: str) -> Iterator[Row]:
         except Exception as error:  # NotCapturable, or of a model that is wrong
             yield Row(path or "(model)", f"as it is: {error}")
         else:
-            yield Row(path or "(model)", "a program" + (", with gradients" if way.differentiable else ""))
+            bypass = f"; the last call ran it as it is: {way.bypass}" if way.bypass else ""
+            yield Row(path or "(model)", "a program" + (", with gradients" if way.differentiable else "") + bypass)
             yield from _steps(program, path)
             return
     for name, child in module.named_children():

@@ -85,6 +85,20 @@ def test_the_report_names_the_layers_of_a_step():
     assert "stages.0.0.token_mixer.0.main.conv2" in row.layers
 
 
+def test_the_report_says_that_calls_run_the_modules():
+    model = fk.optimize(tiny()).train()
+    x = maps(2, 3, 32, 32)
+    assert "as it is" not in str(fk.report(model))
+    model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x)
+    assert "the last call ran it as it is: it was called under autocast" in str(fk.report(model))
+    model(x)
+    assert "as it is" not in str(fk.report(model))
+    torch.func.vmap(lambda image: model.eval()(image[None]))(x)
+    assert "not plain eager" in str(fk.report(model.train()))
+
+
 # ---- What it computes ----
 
 
