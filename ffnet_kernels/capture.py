@@ -10,20 +10,32 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections import OrderedDict
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules import module as nn_module
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import kernels
-from .shapes import evaluate
+from .shapes import LARGER, evaluate
 
 #: Packages, or parts of one, whose classes are taken for what they are.
 LIBRARIES = ("torch.nn.modules.", "torchvision.", "timm.", "ffnet.", "ffnet_kernels.")
 _PLAIN_BASES = ("builtins", "abc", "typing")
+#: Whose functions these packages may call: none of a user's.
+_HOMES = {
+    *sys.stdlib_module_names, "torch", "torchvision", "timm", "ffnet", "ffnet_kernels", "numpy", "PIL", "yaml",
+    "huggingface_hub", "safetensors", "packaging", "typing_extensions", "requests", "tqdm",
+}  # fmt: skip
+
+#: Where nn.Module itself keeps what its compile() makes, and an optimised one its programs; no copy or pickle takes it
+#: along.
+PLACE = "_compiled_call_impl"
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -34,43 +46,82 @@ class NotCapturable(Exception):
     """Why a module cannot be a program."""
 
 
-def capture(root: nn.Module, x: Tensor, *, any_size: bool = True) -> fx.Graph:
+def capture(root: nn.Module, x: Tensor, grows: tuple[bool, bool] = (True, True)) -> fx.Graph:
     """The graph of ``root(x)`` for maps like x, in the present mode of the modules.
 
     Parameters and buffers are ``get_attr`` nodes, whose ``meta["tensor"]`` is the tensor. ``meta["value"]`` of a node
-    is what it is for x, without data; ``meta["paths"]`` the modules it is from.
+    is what it is for x, without data, ``meta[LARGER]`` what it is for a larger map; ``meta["paths"]`` the modules it is
+    from.
 
     Args:
         root: the module.
         x: a map. Its number of dimensions and its dtype hold for the graph.
-        any_size: whether the graph is to hold for other sizes, too; else forward may decide by them.
+        grows: whether the graph is to hold for other numbers of images, and for other heights and widths. Where for
+            neither, forward may decide by them.
 
     Raises:
         NotCapturable: with the reason.
     """
-    for name, function in vars(F).items():
-        home = str(getattr(function, "__module__", ""))
-        if callable(function) and not isinstance(function, type) and not home.startswith(("torch", "typing")):
-            raise NotCapturable(f"torch.nn.functional.{name} is not PyTorch's own")
-    before = _random_states(x.device)
-    graph = _Capture(root, x, any_size).graph
-    if not all(map(torch.equal, before, _random_states(x.device))):
-        torch.set_rng_state(before[0])
-        if len(before) > 1:
-            torch.cuda.set_rng_state(before[1], x.device)
-        raise NotCapturable("it draws random numbers that do not depend on its map")
-    return graph
+    kinds = {type(module) for _, module in named_modules(root)}
+    classes = {cls for kind in filter(is_library, kinds) for cls in kind.__mro__ if cls is not object}
+    for holder in (Tensor, *modules_of(classes)):
+        refuse_foreign(holder, vars(holder))
+    with _NoDraws():
+        return _Capture(root, x, grows).graph
 
 
-def _random_states(device: torch.device) -> list[Tensor]:
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+class _NoDraws(TorchDispatchMode):
+    """Refuses random numbers that are drawn for no symbol, before they are."""
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded in operator.tags:
+            tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+            device = tensors[0].device if tensors else kwargs.get("device")
+            if device is None or torch.device(device).type != "meta":
+                raise NotCapturable("it draws random numbers that do not depend on its map")
+        return operator(*args, **kwargs)
+
+
+def modules_of(classes: Iterable[type]) -> Iterator[Any]:
+    """The modules of Python's in which methods of the classes look up the functions that they call."""
+    for name in dict.fromkeys(("torch", F.__name__, *(cls.__module__ for cls in classes))):
+        if name in sys.modules and name not in _PLAIN_BASES:
+            yield sys.modules[name]
+
+
+def refuse_foreign(holder: Any, attributes: Any) -> None:
+    """Refuses what a module of Python's or a class was given by others: capture would run it."""
+    for name, value in list(attributes.items()):
+        if not (name.startswith("__") and name.endswith("__") and holder is not Tensor) and is_foreign(value, _HOMES):
+            raise NotCapturable(f"{getattr(holder, '__name__', holder)}.{name} is not its own")
+
+
+def named_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """As ``root.named_modules()``, without a method of theirs."""
+    seen: set[int] = set()
+    waiting = [("", root)]
+    while waiting:
+        path, module = waiting.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield path, module
+        children = vars(module).get("_modules") or {}
+        below = [(f"{path}.{name}".lstrip("."), child) for name, child in children.items() if child is not None]
+        waiting += reversed(below)
+
+
+@functools.cache
+def _is_of_library(module: str) -> bool:
+    return module.startswith(LIBRARIES)
 
 
 def is_library(kind: type) -> bool:
     """Whether a class of modules, with all that it is derived from, is one of those taken for what they are."""
     return all(
         cls.__module__ in _PLAIN_BASES
-        or (cls.__module__.startswith(LIBRARIES) and not any(map(_is_foreign, vars(cls).values())))
+        or (_is_of_library(cls.__module__) and not any(is_foreign(value, _HOMES) for value in vars(cls).values()))
         for cls in kind.__mro__
     )
 
@@ -83,25 +134,53 @@ def is_patched(module: nn.Module) -> bool:
     """Whether something that the class defines, or code from elsewhere, was put onto the module itself."""
     kind = type(module)
     return any(
-        name != "_compiled_call_impl" and (callable(getattr(kind, name, None)) or _is_foreign(value))
+        name not in OF_EVERY_MODULE and (callable(getattr(kind, name, None)) or is_foreign(value, _HOMES))
         for name, value in vars(module).items()
     )
 
 
-def _is_foreign(value: Any) -> bool:
-    """Whether calling a value would run user code."""
-    while isinstance(value, functools.partial | property):
-        value = value.func if isinstance(value, functools.partial) else value.fget
-    if inspect.isfunction(value) or inspect.ismethod(value):
-        return not str(value.__module__).startswith((*LIBRARIES, "torch."))
-    return False
+OF_EVERY_MODULE = frozenset((*vars(nn.Module()), PLACE))
+
+
+def is_foreign(value: Any, homes: set[str]) -> bool:
+    """Whether calling a value, or what it holds, would run code from outside of some packages.
+
+    Where the code stands tells, not the name that the function bears: a patch may bear another's.
+    """
+    if isinstance(value, functools.partial):
+        return is_foreign(value.func, homes)
+    if isinstance(value, property):
+        return any(is_foreign(part, homes) for part in (value.fget, value.fset, value.fdel))
+    if isinstance(value, staticmethod | classmethod) or inspect.ismethod(value):
+        return is_foreign(value.__func__, homes)
+    if inspect.isfunction(value):
+        return _home(value.__globals__.get("__name__")) not in homes or is_foreign(
+            getattr(value, "__wrapped__", None), homes
+        )
+    if type(value) in (list, tuple, set, frozenset):
+        return any(is_foreign(item, homes) for item in value)
+    if type(value) in (dict, OrderedDict):
+        return any(is_foreign(item, homes) for item in value.values())
+    kind = value if isinstance(value, type) else type(value)
+    return (callable(value) or hasattr(kind, "__get__")) and _home(kind.__module__) not in homes
+
+
+def _home(module: Any) -> str:
+    return str(module).partition(".")[0]
 
 
 def _copy_containers(value: Any) -> Any:
-    """Lists and the like copied, so that nobody sees what is put into them."""
+    """Lists and the like copied, so that nobody sees what is put into them; keys and elements of sets are not asked for
+    their hash, which may be a user's function."""
     if type(value) in (dict, OrderedDict):
-        return type(value)((key, _copy_containers(item)) for key, item in value.items())
-    return type(value)(map(_copy_containers, value)) if type(value) in (list, set) else value
+        copy = value.copy()
+        if all(type(key) in (str, int) for key in copy):
+            for key, item in value.items():
+                copy[key] = _copy_containers(item)
+        return copy
+    if type(value) is set:
+        return value.copy()
+    return list(map(_copy_containers, value)) if type(value) is list else value
 
 
 class _Symbol(fx.Proxy):
@@ -143,15 +222,36 @@ class _Symbol(fx.Proxy):
         return symbols[0].tracer.create_proxy(kind, target, args, kwargs or {})
 
 
+class _Foreign:
+    """In the place of a module whose class is no library's: a call of it ends the capture."""
+
+    def __init__(self, kind: type, refuse: Any) -> None:
+        self.kind, self.refuse = kind, refuse
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # which isinstance asks, too
+        return self.kind
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.refuse()
+
+    def __getattr__(self, name: str) -> Any:
+        return self.refuse()
+
+
 class _Capture(fx.proxy.GraphAppendingTracer):
-    def __init__(self, root: nn.Module, x: Tensor, any_size: bool) -> None:
+    def __init__(self, root: nn.Module, x: Tensor, grows: tuple[bool, bool]) -> None:
         super().__init__(fx.Graph())
-        self.any_size, self.device = any_size, next((t.device for t in root.parameters()), x.device)
-        self.stand_ins: dict[nn.Module, nn.Module] = {}
-        self.paths = {module: path for path, module in root.named_modules()}
+        self.any_size, self.device = any(grows), next((t.device for t in root.parameters()), x.device)
+        self.stand_ins: dict[int, Any] = {}
+        self.paths = {id(module): path for path, module in named_modules(root)}
+        self.is_library: Any = functools.cache(is_library)
         self.inside: list[str] = []
         symbol = self.create_proxy("placeholder", "x", (), {})
         symbol.node.meta["value"] = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+        images, pixels = grows
+        larger = [n if i == 1 else 2 * n if (pixels if i else images) else n for i, n in enumerate(x.shape)]
+        symbol.node.meta[LARGER] = x.new_empty(larger, device="meta")
         try:
             result = self.stand_in(root)(symbol)
             self.graph.output(self.create_arg(result))
@@ -161,7 +261,7 @@ class _Capture(fx.proxy.GraphAppendingTracer):
             raise NotCapturable(f"{type(root).__name__} cannot run on symbols: {error}") from error
         finally:
             for stand_in in self.stand_ins.values():  # which refer to themselves, and to the model
-                stand_in.__dict__.clear()
+                vars(stand_in).clear()
             self.stand_ins.clear()
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -175,15 +275,19 @@ class _Capture(fx.proxy.GraphAppendingTracer):
         if kind.startswith("call"):
             with torch.no_grad():
                 node.meta["value"] = evaluate(node, lambda other: other.meta["value"])
+                node.meta[LARGER] = evaluate(node, lambda other: other.meta[LARGER])
         return node
 
-    def stand_in(self, module: nn.Module) -> nn.Module:
+    def stand_in(self, module: nn.Module) -> Any:
         """An object of the module's class and attributes whose tensors are symbols and whose calls come here."""
-        known = self.stand_ins.get(module)
+        known = self.stand_ins.get(id(module))
         if known is not None:
             return known
+        if not self.is_library(type(module)):  # even to make one, or to let it go, may run code of the class
+            self.stand_ins[id(module)] = _Foreign(type(module), functools.partial(self.call, module, None))
+            return self.stand_ins[id(module)]
         stand_in = object.__new__(type(module))
-        self.stand_ins[module] = stand_in
+        self.stand_ins[id(module)] = stand_in
         attributes: dict[str, Any] = {name: _copy_containers(value) for name, value in vars(module).items()}
         for registry in ("_parameters", "_buffers"):
             attributes[registry] = {
@@ -193,12 +297,12 @@ class _Capture(fx.proxy.GraphAppendingTracer):
         attributes["_modules"] = {
             name: None if child is None else self.stand_in(child) for name, child in attributes["_modules"].items()
         }
-        attributes["_compiled_call_impl"] = functools.partial(self.call, module, stand_in)
+        attributes[PLACE] = functools.partial(self.call, module, stand_in)
         stand_in.__dict__.update(attributes)
         return stand_in
 
     def symbol(self, module: nn.Module, name: str, tensor: Tensor) -> fx.Proxy:
-        symbol = self.constant(f"{self.paths[module]}.{name}".lstrip("."), tensor)
+        symbol = self.constant(f"{self.paths[id(module)]}.{name}".lstrip("."), tensor)
         if name in ("running_mean", "running_var"):  # which batch normalisation moves without PyTorch's counting it
             symbol.node.meta["counted_by"] = module._buffers.get("num_batches_tracked")
         return symbol
@@ -213,14 +317,15 @@ class _Capture(fx.proxy.GraphAppendingTracer):
 
     def constant(self, name: str, tensor: Tensor) -> fx.Proxy:
         symbol = self.create_proxy("get_attr", name, (), {})
-        symbol.node.meta.update(tensor=tensor, value=torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
+        value = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        symbol.node.meta.update({"tensor": tensor, "value": value, LARGER: value})
         return symbol
 
-    def call(self, module: nn.Module, stand_in: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def call(self, module: nn.Module, stand_in: Any, *args: Any, **kwargs: Any) -> Any:
         """What nn.Module's ``__call__`` does on a stand-in."""
         kind: Any = type(module)
-        where = f"{self.paths[module] or 'the model'} ({kind.__name__})"
-        if not is_library(kind):
+        where = f"{self.paths[id(module)] or 'the model'} ({kind.__name__})"
+        if not self.is_library(kind):
             raise NotCapturable(f"{where} is of a class whose code may do more than its result shows")
         if is_hooked(module):
             raise NotCapturable(f"{where} has a hook")
@@ -228,9 +333,10 @@ class _Capture(fx.proxy.GraphAppendingTracer):
             raise NotCapturable(f"{where} has a patched method")
         if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
             raise NotCapturable(f"{where} is called under torch.utils.checkpoint")
-        if module._compiled_call_impl is not None and not getattr(module._compiled_call_impl, "is_program", False):
+        compiled = vars(module).get(PLACE)
+        if compiled is not None and not getattr(compiled, "is_program", False):
             raise NotCapturable(f"{where} is compiled by torch.compile")
-        self.inside.append(self.paths[module])
+        self.inside.append(self.paths[id(module)])
         if kind in _NORMS and len(args) == 1 and not kwargs:
             result = self.batch_norm(module, stand_in, args[0])
         else:

@@ -13,7 +13,7 @@ from . import patterns
 from .capture import NotCapturable
 from .normalize import normalize
 from .program import Constants, lower
-from .shapes import Node
+from .shapes import LARGER, Node
 
 
 def backend(module: fx.GraphModule, example_inputs: list[Any], **options: Any) -> Callable[..., Any]:
@@ -65,7 +65,8 @@ def _copy(source: fx.Graph, graph: fx.Graph, example_inputs: list[Any]) -> list[
     placeholders = []
     for node in source.nodes:
         copy = env[node] = graph.node_copy(node, env.__getitem__)
-        copy.meta = {"value": node.meta.get("example_value")}
+        value = node.meta.get("example_value")
+        copy.meta = {"value": value, LARGER: value}
         if node.op == "placeholder":
             placeholders.append(copy)
     for copy, value in zip(placeholders, example_inputs, strict=True):

@@ -128,13 +128,17 @@ def batch_norm(
     """``nn.BatchNorm`` by its running statistics, of maps of so many dimensions."""
     if x.dim() not in dimensions:
         raise ValueError(f"expected a map of {dimensions} dimensions, got {x.dim()}")
+    # PyTorch's gradients on channels-last maps take the strides of vectors for one.
+    weight, bias, running_mean, running_var = map(dense, (weight, bias, running_mean, running_var))
     return torch.batch_norm(x, weight, bias, running_mean, running_var, False, 0.0, eps, torch.backends.cudnn.enabled)
+
+
+def dense(vector: Tensor | None) -> Tensor | None:
+    return vector if vector is None or vector.is_contiguous() else vector.contiguous()
 
 
 def batch_norm_training(x: Tensor, *norm_and_activation: Any) -> Tensor:
     """``act(norm(x))`` by the statistics of the batch: the fields of a `training.Norm`, then the activation, if any."""
-    if x.dim() != 4:
-        raise ValueError(f"expected a map of 4 dimensions, got {x.dim()}")
     return training.batch_norm(x, training.Norm(*norm_and_activation[:7]), *norm_and_activation[7:])
 
 

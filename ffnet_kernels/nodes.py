@@ -6,12 +6,11 @@ import operator
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 
 from .backends.activations import name_of
 from .normalize import argument
-from .shapes import Node
+from .shapes import Node, shapes
 
 ADDS = (operator.add, torch.add, "add")
 MULS = (operator.mul, torch.mul, "mul")
@@ -108,22 +107,7 @@ def has_statistics(norm: Node) -> bool:
 
 
 def has_shape_of(node: Any, other: Node) -> bool:
-    values: list[Any] = [n.meta.get("value") if is_node(n) else None for n in (node, other)]
-    return all(isinstance(value, Tensor) for value in values) and values[0].shape == values[1].shape
-
-
-def is_mean_of_pixels(node: Node) -> bool:
-    """Whether a node takes the mean over pixels, or drops the dimensions of one pixel."""
-    if node.target in ("mean", torch.mean):
-        dims = argument(node, 1, "dim", None)
-        return isinstance(dims, tuple | list) and tuple(dims) in ((2, 3), (-2, -1), [2, 3])
-    if node.target is F.adaptive_avg_pool2d:
-        return argument(node, 1, "output_size", None) in (1, (1, 1), [1, 1])
-    if node.target in ("flatten", torch.flatten):
-        before, after = node.args[0].meta.get("value"), node.meta.get("value")
-        pixel = isinstance(before, Tensor) and before.dim() == 4 and before.shape[2:] == (1, 1)
-        return pixel and isinstance(after, Tensor) and after.dim() == 2
-    return False
+    return shapes(node) is not None and shapes(node) == shapes(other)
 
 
 def other_argument(node: Node, one: Node) -> Any:
@@ -137,11 +121,11 @@ def vector_of_product(node: Node, map: Node, axis: int) -> Node | None:
     if node.target not in MULS or len(node.args) != 2:
         return None
     vector = other_argument(node, map)
-    value = map.meta.get("value")
-    if not is_parameter(vector) or not isinstance(value, Tensor) or value.dim() < -axis:
+    of_map = shapes(map)
+    if not is_parameter(vector) or of_map is None or len(of_map[0]) < -axis or of_map[0][axis] != of_map[1][axis]:
         return None
-    shape, extents = vector.meta["shape"], [1] * value.dim()
-    extents[axis] = value.shape[axis]
+    shape, extents = vector.meta["shape"], [1] * len(of_map[0])
+    extents[axis] = of_map[0][axis]
     return (
         vector if -axis <= len(shape) <= len(extents) and list(shape) == extents[len(extents) - len(shape) :] else None
     )

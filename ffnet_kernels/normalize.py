@@ -15,7 +15,7 @@ from torch import fx
 
 from . import kernels
 from .capture import NotCapturable
-from .shapes import Node, has_dimensions
+from .shapes import Node, has_dimensions, shapes
 
 _DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 
@@ -83,7 +83,7 @@ def normalize(graph: fx.Graph, *, draws: bool = False) -> None:
     for node in list(graph.nodes):
         if node.op in ("call_function", "call_method") and not (_is_pure(node) or (draws and _is_draw(node))):
             raise NotCapturable(f"{_name(node)} is not known to depend on values alone")
-    graph.eliminate_dead_code()
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure() or _is_draw(node))
 
 
 def _normalize(graph: fx.Graph, node: Node, seen: set[Node], draws: bool) -> None:
@@ -91,7 +91,7 @@ def _normalize(graph: fx.Graph, node: Node, seen: set[Node], draws: bool) -> Non
     if target in _DROPOUTS:
         if argument(node, 2, "training", True) is False:
             _replace(graph, node, node.args[0])
-        elif not draws or not has_dimensions(node.args[0], 2) or argument(node, 3, "inplace", False):
+        elif not draws or not _is_in_rows(node.args[0]) or argument(node, 3, "inplace", False):
             raise NotCapturable("dropout draws random numbers, in the order of a map's memory")
     elif node.op == "call_method" and target == "contiguous" and len(node.args) == 1 and not node.kwargs:
         _replace(graph, node, node.args[0])
@@ -108,6 +108,20 @@ def _normalize(graph: fx.Graph, node: Node, seen: set[Node], draws: bool) -> Non
         others = [a for a in node.args if isinstance(a, fx.Node)]
         if len(others) == 1:
             _replace(graph, node, others[0])
+
+
+_ROWWISE = {F.linear, F.gelu, F.relu, F.silu, F.hardswish, F.batch_norm, F.layer_norm, kernels.batch_norm, F.dropout}
+
+
+def _is_in_rows(node: Any) -> bool:
+    """Whether a node is a matrix in row-major order in every format of the map."""
+    while isinstance(node, fx.Node) and has_dimensions(node, 2) and not is_mean_of_pixels(node):
+        if node.target is F.linear:
+            return True
+        if node.target not in _ROWWISE and node.target is not kernels.batch_norm_training:
+            return False
+        node = node.args[0]
+    return isinstance(node, fx.Node) and has_dimensions(node, 2)
 
 
 def _replace(graph: fx.Graph, node: Node, other: Any) -> None:
@@ -197,3 +211,17 @@ def is_view(node: Node) -> bool:
 def argument(node: Node, place: int, name: str, default: Any) -> Any:
     """An argument that may have come by place or by name."""
     return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
+
+
+def is_mean_of_pixels(node: Node) -> bool:
+    """Whether a node takes the mean over pixels, or drops the dimensions of one pixel."""
+    if node.target in ("mean", torch.mean):
+        dims = argument(node, 1, "dim", None)
+        return isinstance(dims, tuple | list) and tuple(dims) in ((2, 3), (-2, -1), [2, 3])
+    if node.target is F.adaptive_avg_pool2d:
+        return argument(node, 1, "output_size", None) in (1, (1, 1), [1, 1])
+    if node.target in ("flatten", torch.flatten):
+        before, after = shapes(node.args[0]), shapes(node)
+        one_pixel = before is not None and all(len(shape) == 4 and shape[2:] == (1, 1) for shape in before)
+        return one_pixel and after is not None and len(after[0]) == 2
+    return False

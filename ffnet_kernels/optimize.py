@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import math
+import sys
 import threading
 import weakref
 from typing import Any, TypeVar
@@ -12,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .backends.choice import BackendError
-from .capture import NotCapturable, globally_hooked, is_library
+from .capture import PLACE, NotCapturable, globally_hooked, is_library, named_modules
 from .ops._operator import is_eager
 from .program import Program
 from .state import State
@@ -21,9 +24,6 @@ logger = logging.getLogger("ffnet_kernels")
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
-_PLACE = (
-    "_compiled_call_impl"  # where nn.Module itself keeps what its compile() makes; no copy or pickle takes it along
-)
 _MOST_LAYOUTS = 64
 _LEAST_OFTEN = 1024
 
@@ -51,22 +51,25 @@ def optimize(model: ModuleT) -> ModuleT:
     5. A program takes at most one further copy of the weights that folding changes.
     6. `report` tells what runs where, and why not; `restore` takes all of it back.
 
-    ``nn.DataParallel`` is not for optimised models: its replicas would call the original.
+    Copies of a module's ``__dict__``, such as the replicas of ``nn.DataParallel``, run the modules as they are.
 
     Raises:
         TypeError: if ``model`` is no ``nn.Module``.
     """
     require_module(model, "optimize")
-    for module in model.modules():
-        if is_library(type(module)) and module._compiled_call_impl is None and _has_convolution(module):
-            module.__dict__[_PLACE] = Shortcut(module)
+    known: Any = functools.cache(is_library)
+    for _, module in named_modules(model):
+        place = vars(module).get(PLACE)
+        is_free = place is None or (isinstance(place, Shortcut) and place.module() is not module)
+        if is_free and known(type(module)) and _has_convolution(module):
+            module.__dict__[PLACE] = Shortcut(module)
     return model
 
 
 def restore(model: ModuleT) -> ModuleT:
     """Takes back what `optimize` did to a model, in place, and returns it."""
     for module, _ in _shortcuts(model, "restore"):
-        del module.__dict__[_PLACE]
+        del module.__dict__[PLACE]
     return model
 
 
@@ -81,7 +84,7 @@ def refresh(model: ModuleT) -> ModuleT:
 
 def _shortcuts(model: nn.Module, asker: str) -> list[tuple[nn.Module, Shortcut]]:
     require_module(model, asker)
-    found = ((module, vars(module).get(_PLACE)) for module in model.modules())
+    found = ((module, vars(module).get(PLACE)) for _, module in named_modules(model))
     return [(module, shortcut) for module, shortcut in found if isinstance(shortcut, Shortcut)]
 
 
@@ -91,7 +94,7 @@ def require_module(model: Any, asker: str) -> None:
 
 
 def _has_convolution(module: nn.Module) -> bool:
-    return any(isinstance(m, nn.Conv2d) for m in module.modules())
+    return any(isinstance(m, nn.Conv2d) for _, m in named_modules(module))
 
 
 class _Local(threading.local):
@@ -114,9 +117,13 @@ class Shortcut:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module: Any = self.module()
-        if _local.is_plain:
+        if torch.compiler.is_compiling() or _local.is_plain:
             return module._call_impl(*args, **kwargs)
-        way = self.ways[torch.is_grad_enabled()]
+        # What copies a module's attributes, as DataParallel does, copies this, too: then the copy is called.
+        caller = sys._getframe(1).f_locals.get("self")
+        if caller is not module and isinstance(caller, nn.Module) and vars(caller).get(PLACE) is self:
+            return caller._call_impl(*args, **kwargs)
+        way = self.ways[torch.is_grad_enabled() and not torch.is_inference_mode_enabled()]
         if way.program is None and way.waiting:
             way.waiting -= 1
         elif len(args) == 1 and not kwargs and is_plain_eager(args[0]) and args[0].dim() == 4:
@@ -124,8 +131,7 @@ class Shortcut:
             if program is not None and program.takes(args[0]):
                 way.bypass = None
                 return way.run(module, program, args[0])
-        if not torch.compiler.is_compiling():
-            way.bypass = why_not_program(way, args, kwargs)
+        way.bypass = why_not_program(way, args, kwargs)
         return module._call_impl(*args, **kwargs)
 
 
@@ -137,6 +143,7 @@ class Way:
         self.program: Program | None = None
         self.refusal: str | None = None
         self.layouts: dict[tuple, list[tuple]] = {}
+        self.grad_strides: dict[tuple, tuple] = {}  # of the map's gradient
         self.example: Tensor | None = None  # a map as the last one, without data
         self.lock = threading.Lock()
         self.patience = self.waiting = 0
@@ -145,7 +152,7 @@ class Way:
     def current_program(self, module: nn.Module, x: Tensor) -> Program | None:
         """The program of the module as it is now, or None."""
         program = self.program
-        if program is not None and program.size in (None, x.shape) and program.is_current(module):
+        if program is not None and program.fits(x) and program.is_current(module):
             self.patience, self.refusal = max(self.patience - 1, 0), None
             return program
         if self.waiting:  # there is a program, of an earlier state
@@ -163,7 +170,7 @@ class Way:
             except Exception as error:  # a model that is wrong: its modules say how
                 self.refusal = f"no program can be made of it: {error}"
                 return None
-            self.layouts, self.refusal = {}, None
+            self.layouts, self.grad_strides, self.refusal = {}, {}, None
             return self.program
 
     def run(self, module: Any, program: Program, x: Tensor) -> Any:
@@ -171,11 +178,20 @@ class Way:
         strides = self.layouts.get(key)
         if strides is None:
             return self.first_run(module, program, x, key)
+        given = x
+        if self.differentiable and x.requires_grad:
+            grad_strides = self.grad_strides.get(key, x.stride() if x.is_contiguous() else None)
+            if grad_strides is not None:
+                given = x.view_as(x)
+                given.register_hook(lambda grad: grad if is_batched(grad) else as_laid_out(grad, [grad_strides]))
+        effects = Effects(program) if self.differentiable else None
         try:
-            out = program.run(x)
+            out = program.run(given)
         except BackendError:  # of one that was asked for
             raise
         except Exception as error:  # plain modules say in their own words what is wrong with the map
+            if effects is not None:
+                effects.take_back()
             result = module._call_impl(x)
             self.refuse(f"its program failed where the modules do not: {error}")
             return result
@@ -185,16 +201,19 @@ class Way:
         """Runs the modules, which tells the strides of the result; and, where that has no effect, the program as well,
         to see whether it computes the same."""
         self.example = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-        _local.is_plain = True
-        try:
-            result = expected = module._call_impl(x)
-        finally:
-            _local.is_plain = False
+        given = x
+        if self.differentiable and x.requires_grad:
+            given = x.view_as(x)
+            given.register_hook(lambda grad: self.grad_strides.__setitem__(key, grad.stride()))
+        result = expected = plainly(module, given)
         leaves, _ = tree_flatten(expected)
         if not self.differentiable:
             try:
                 result = program.run(x)
                 reason = difference(result, expected)
+                if reason is None and is_flat(x):  # of which a wrong program may make the same
+                    probe = torch.empty_like(x).uniform_(generator=torch.Generator(x.device).manual_seed(0))
+                    reason = difference(program.run(probe), plainly(module, probe))
             except BackendError:
                 raise
             except Exception as error:
@@ -218,6 +237,44 @@ class Way:
         self.program, self.refusal, self.patience, self.waiting = None, reason, _LEAST_OFTEN, _LEAST_OFTEN
 
 
+class Effects:
+    """What a training program changes besides giving a result, to be taken back where it fails."""
+
+    def __init__(self, program: Program) -> None:
+        self.moved = program.moved
+        with torch.no_grad():
+            self.before = [tensor.clone() for tensor in self.moved]
+        self.random = random_states(program.device) if program.draws else None
+
+    def take_back(self) -> None:
+        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(tuple(self.moved)):
+            for tensor, before in zip(self.moved, self.before, strict=True):
+                tensor.copy_(before)
+        if self.random is not None:
+            torch.set_rng_state(self.random[0])
+            if len(self.random) > 1:
+                torch.cuda.set_rng_state(self.random[1])
+
+
+def random_states(device: torch.device) -> list[Tensor]:
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def plainly(module: Any, x: Tensor) -> Any:
+    """What a module gives as written, without the programs of those below it."""
+    _local.is_plain = True
+    try:
+        return module._call_impl(x)
+    finally:
+        _local.is_plain = False
+
+
+def is_flat(x: Tensor) -> bool:
+    """Whether a map has no two values, or one that is not finite."""
+    least, most = (value.item() for value in x.aminmax()) if x.numel() else (0.0, 0.0)
+    return not (least < most and math.isfinite(least) and math.isfinite(most))
+
+
 def is_plain_eager(x: Any) -> bool:
     """Whether a call on x does what it seems to and nothing else: no tracing, transforms, modes or subclasses."""
     return (
@@ -238,11 +295,20 @@ def why_not_program(way: Way, args: tuple, kwargs: dict) -> str | None:
     """Why a call was not for a program that there may be, as far as the call itself is the reason."""
     if way.program is None and way.refusal is not None:
         return None
-    if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
+    if len(args) != 1 or kwargs:
         return "it was called with other arguments than one map"
-    if torch.is_autocast_enabled(args[0].device.type):
+    if type(args[0]) is not Tensor or torch._C._len_torch_function_stack() > 0:  # which would see what is asked below
+        return _NOT_PLAIN
+    device = args[0].device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return "it was called under autocast"
-    return None if is_plain_eager(args[0]) else "it was called in a way that is not plain eager PyTorch"
+    return None if is_plain_eager(args[0]) else _NOT_PLAIN
+
+
+_NOT_PLAIN = "it was called in a way that is not plain eager PyTorch"
+
+
+is_batched = torch._C._functorch.is_legacy_batchedtensor  # in a vectorised Jacobian
 
 
 def as_laid_out(out: Any, strides: list[tuple]) -> Any:
@@ -250,7 +316,7 @@ def as_laid_out(out: Any, strides: list[tuple]) -> Any:
     if type(out) is Tensor:
         return (
             out
-            if out.stride() == strides[0]
+            if out.stride() == strides[0] or 0 in strides[0]
             else torch.empty_strided(out.shape, strides[0], dtype=out.dtype, device=out.device).copy_(out)
         )
     leaves, spec = tree_flatten(out)
@@ -266,9 +332,13 @@ def difference(out: Any, expected: Any) -> str | None:
     for a, b in zip(leaves, expected_leaves, strict=True):
         if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
             return f"{list(a.shape)} {a.dtype} instead of {list(b.shape)} {b.dtype}"
-        error = (a.double() - b.double()).abs().amax().item() if a.numel() and a.is_floating_point() else 0.0
-        size = b.double().abs().amax().item() if b.numel() else 0.0
-        if error > size * _ROUNDING.get(a.dtype, 0.0):
+        if not a.numel():
+            continue
+        wide, expected_wide = a.double(), b.double()
+        same = (wide == expected_wide) | (wide.isnan() & expected_wide.isnan())
+        error = (wide - expected_wide).abs().masked_fill(same, 0.0).amax().item()
+        size = expected_wide.abs().nan_to_num(0.0, 0.0).amax().item()
+        if not error <= size * _ROUNDING.get(a.dtype, 0.0):
             return f"results differ by {error} of {size}"
     return None
 

@@ -25,7 +25,6 @@ from .nodes import (
     has_shape_of,
     has_statistics,
     is_folded,
-    is_mean_of_pixels,
     is_node,
     is_parameter,
     is_permuted_to_channels_first,
@@ -35,8 +34,8 @@ from .nodes import (
     vector_of_product,
     why_not,
 )
-from .normalize import argument, is_view
-from .shapes import Node, has_dimensions
+from .normalize import argument, is_mean_of_pixels, is_view
+from .shapes import Node, has_dimensions, values_of
 
 _NORM_NAMES = ("input", "running_mean", "running_var", "weight", "bias")
 #: Which give every element of their map once, so that what is done to each can be done before.
@@ -87,7 +86,7 @@ class Rewriter:
         """A node in the place of another, which goes."""
         with self.graph.inserting_before(at):
             new = self.graph.call_function(function, args)
-        new.meta.update(value=at.meta.get("value"), paths=[])
+        new.meta.update(values_of(at), paths=[])
         at.replace_all_uses_with(new)
         self.erase(at, new.meta["paths"])
         return new
@@ -156,7 +155,7 @@ class Rewriter:
             return
         with self.graph.inserting_after(x):
             new = self.graph.call_function(node.target, (x, *node.args[1:]), node.kwargs)
-        new.meta.update(value=x.meta.get("value"), paths=node.meta.get("paths", []))
+        new.meta.update(values_of(x), paths=node.meta.get("paths", []))
         x.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
         node.replace_all_uses_with(before)
         self.graph.erase_node(node)
@@ -264,7 +263,7 @@ class Rewriter:
         top, left = conv.padding[0] - other.padding[0], conv.padding[2] - other.padding[2]
         bottom, right = conv.padding[1] - other.padding[1], conv.padding[3] - other.padding[3]
         (kh, kw), (other_kh, other_kw) = conv.kernel, other.kernel
-        if min(top, left) < 0 or top + other_kh + bottom != kh or left + other_kw + right != kw or bottom < 0 > right:
+        if min(top, left, bottom, right) < 0 or top + other_kh + bottom != kh or left + other_kw + right != kw:
             return None
         shape = conv.weight.meta["shape"]
         weight = self.const(
@@ -486,7 +485,7 @@ class Rewriter:
             if residual is not None:
                 residual = self.graph.call_function(torch.permute, (residual, (0, 2, 3, 1)))
             pixels = self.graph.call_function(kernels.linear, (x, weight, bias, name, scale, residual))
-        pixels.meta.update(value=node.meta.get("value"))
+        pixels.meta.update(values_of(node))
         result = self.put(end, torch.permute, (pixels, (0, 3, 1, 2)))
         pixels.meta["paths"], result.meta["paths"] = result.meta["paths"], []
 

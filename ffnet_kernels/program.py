@@ -18,10 +18,11 @@ from .backends import choice, cpu
 from .capture import NotCapturable, capture
 from .nodes import has_shape_of, is_node
 from .normalize import is_view, normalize
-from .shapes import Node, has_dimensions
+from .shapes import LARGER, Node, has_dimensions
 from .state import State
 
 _FEW_STEPS = 4
+_ANY_SIZE = (None, None)
 _LITTLE_WORK = 2e6  # multiplications, which take some 30 µs
 
 
@@ -34,12 +35,9 @@ class Program:
     """
 
     def __init__(self, module: nn.Module, state: State, x: Tensor, differentiable: bool) -> None:
-        self.size: torch.Size | None = None
-        try:
-            graph = capture(module, x)
-        except NotCapturable:  # it may decide by the size of the map
-            self.size = x.shape
-            graph = capture(module, x, any_size=False)
+        graph, grows = _capture(module, x)
+        #: The numbers of images, and height and width, that it is for; None for any.
+        self.size = None if grows[0] else x.shape[0], None if grows[1] else x.shape[2:]
         if not state.is_current(module):
             raise NotCapturable("its forward changes the modules")
         normalize(graph, draws=differentiable)
@@ -52,10 +50,15 @@ class Program:
         self.constants = Constants(graph, computed=not differentiable)
         self.tensors = [node.meta["tensor"] for node in self.constants.leaves]
         self.dtype, self.device = self.constants.kind()
+        if x.dtype != self.dtype:
+            raise NotCapturable(f"its parameters are of {self.dtype}, its map of {x.dtype}")
         registered = (node.meta["tensor"] for node in self.constants.leaves if not node.meta.get("is_kept"))
         self.sample = next(t for t in registered if t.is_floating_point())
         gives_maps = any(not has_dimensions(node, 2) for node in _output(graph).all_input_nodes)
         self.filters = [tensor for tensor in self.tensors if gives_maps and tensor.dim() == 4]
+        #: Running statistics that a training step moves, and whether it draws random numbers.
+        self.moved = [node.meta["tensor"] for node in self.constants.leaves if _is_statistic(node)]
+        self.draws = any(node.target in (F.dropout, "bernoulli_") for node in graph.nodes)
         lowered = lower(graph, self.constants)
         if not differentiable:
             _reuse(lowered)
@@ -87,8 +90,12 @@ class Program:
             and x.device == self.device
             and x.dim() == 4
             and x.shape[1] == self.channels
-            and self.size in (None, x.shape)
+            and self.fits(x)
         )
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether it is for maps of this size."""
+        return self.size == _ANY_SIZE or (self.size[0] in (None, x.shape[0]) and self.size[1] in (None, x.shape[2:]))
 
     def is_small(self, x: Tensor) -> bool:
         """Whether it is no more than a 1×1 convolution, and that of less work than it takes to know what to run."""
@@ -101,15 +108,25 @@ class Program:
 
     def run(self, x: Tensor) -> Any:
         if self.device.type == "cpu" and not self.keeps_format:
-            if x.requires_grad and torch.is_grad_enabled() and x.is_contiguous():
-                x = x.view_as(x)  # the gradient, too, is laid out as the modules would have it
-                x.register_hook(Tensor.contiguous)
             x = x.contiguous(memory_format=torch.channels_last)
         if self.differentiable:
             return self.code(None, x, *self.constants.values(self.tensors))
         with torch._C._AutoDispatchBelowAutograd():
             code = self.direct if choice.prefers_cpu() else self.code
             return code(None, x, *self.constants.values(self.tensors))
+
+
+def _capture(module: nn.Module, x: Tensor) -> tuple[fx.Graph, tuple[bool, bool]]:
+    """The graph of a module for as many sizes of maps as it holds for, and which may change: see `capture`."""
+    for grows in ((True, True), (True, False)):
+        try:
+            graph = capture(module, x, grows)
+        except NotCapturable:  # it may decide by the size of the map
+            break
+        values = [node.meta for node in graph.nodes if node.op != "output"]
+        if all(meta["value"] is None or meta[LARGER] is not None for meta in values):
+            return graph, grows
+    return capture(module, x, (False, False)), (False, False)
 
 
 class Constants:
@@ -129,8 +146,6 @@ class Constants:
         self.sources = [i for i, node in enumerate(self.leaves) if node in sources]
         counters = {id(t): t for t in (self.leaves[i].meta.get("counted_by") for i in self.sources) if t is not None}
         self.counters = list(counters.values())
-        #: Gone where conversions gave parameters new memory, which PyTorch does not count as a change.
-        self.storages: list[StorageWeakRef] = []
         self.known: Known | None = None
 
     def kind(self) -> tuple[torch.dtype, torch.device]:
@@ -146,11 +161,18 @@ class Constants:
         known = self.known  # as one: other threads may be here
         same = known is not None and (tensors is known.tensors or all(map(is_, tensors, known.tensors)))
         sources = known.sources if known and same else [*(tensors[i] for i in self.sources), *self.counters]
-        versions = _versions(sources)
-        if not known or not same or versions != known.versions or any(s.expired() for s in self.storages):
-            known = self.known = Known(tensors, sources, versions, self._compute(tensors))
-            if not self.counters:  # else new buffers tell
-                self.storages = [StorageWeakRef(tensors[i].untyped_storage()) for i in self.sources]
+        versions, places = _versions(sources), _places(sources)
+        if (
+            not known or not same or versions != known.versions or places != known.places
+            or any(map(_is_gone, known.storages))
+        ):  # fmt: skip
+            kinds = {(t.dtype, t.device) for t in tensors if t.is_floating_point()}
+            if len(kinds) > 1:
+                raise RuntimeError(f"parameters are of {len(kinds)} kinds: {kinds}")
+            memory = [StorageWeakRef(source.untyped_storage()) for source in sources]
+            values = self._compute(tensors)
+            storages = [reference.cdata for reference in memory]
+            known = self.known = Known(tensors, sources, versions, places, memory, storages, values)
         return known.values
 
     @torch.no_grad()
@@ -173,9 +195,15 @@ class Known(NamedTuple):
     tensors: list[Tensor]
     sources: list[Tensor]  # of these, and what counts for running statistics
     versions: list[int]
+    # PyTorch does not count it as a change where a parameter is given other memory. That at the same address may be
+    # other memory, too: then what was there is gone.
+    places: list[int]
+    memory: list[StorageWeakRef]
+    storages: list[int]
     values: list[Tensor]
 
 
+_is_gone = torch.UntypedStorage._expired
 _version_of = operator.attrgetter("_version")
 
 
@@ -184,6 +212,13 @@ def _versions(tensors: list[Tensor]) -> list[int]:
         return list(map(_version_of, tensors))  # hundreds, in every call
     except RuntimeError:  # of those that were made in inference mode, which have none
         return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
+def _places(tensors: list[Tensor]) -> list[int]:
+    try:
+        return list(map(Tensor.data_ptr, tensors))
+    except RuntimeError:  # of those that torch.compile traces with
+        return []
 
 
 def call(node: Node, value_of: Callable[[Node], Any]) -> Any:
@@ -230,6 +265,10 @@ def _reuse(graph: fx.Graph) -> None:
                 node.args = node.args if place == 0 else (x, node.args[0])
                 node.target = in_place
                 break
+
+
+def _is_statistic(node: Node) -> bool:
+    return str(node.target).rpartition(".")[2] in ("running_mean", "running_var", "num_batches_tracked")
 
 
 def _output(graph: fx.Graph) -> fx.Node:

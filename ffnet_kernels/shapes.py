@@ -20,6 +20,24 @@ from . import kernels
 Node = Any
 
 
+#: In ``node.meta``, beside "value": what the node is for a map of twice the images, height and width. What is to hold
+#: for maps of any size has to hold for both.
+LARGER = "larger"
+
+
+def shapes(node: Any) -> tuple[torch.Size, torch.Size] | None:
+    """The shapes of a node's value for the map and for a larger one; None where they are not known."""
+    if not isinstance(node, fx.Node):
+        return None
+    value, larger = node.meta.get("value"), node.meta.get(LARGER)
+    return (value.shape, larger.shape) if isinstance(value, Tensor) and isinstance(larger, Tensor) else None
+
+
+def values_of(node: Node) -> dict[str, Any]:
+    """What `shapes` looks at, for a node that takes another's place."""
+    return {which: node.meta.get(which) for which in ("value", LARGER)}
+
+
 def evaluate(node: Node, value_of: Callable[[Node], Any]) -> Any:
     """What a call gives for the values of its arguments; None where it does not take them."""
     target: Any = node.target

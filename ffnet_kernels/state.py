@@ -1,18 +1,22 @@
 """What a program was made of, and whether it still is so.
 
-Looked at in every call of an optimised model, so in bulk: a thousand dictionaries in tens of microseconds.
+Looked at in every call of an optimised model, so in bulk: a thousand dictionaries in tens of microseconds. No code of
+users' runs: objects are compared by identity, never by their own ``==``.
 """
 
 from __future__ import annotations
 
 import operator
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from itertools import chain
+from operator import is_
+from typing import Any, NamedTuple
 
-import torch.nn.functional as F
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from .capture import HOOKS
+from .capture import HOOKS, OF_EVERY_MODULE, PLACE, modules_of, named_modules
 
 _version_of: Callable[[dict], int] | None
 try:
@@ -21,10 +25,39 @@ try:
 except ImportError:
     _version_of = None
 
+_CONTAINERS_OF_MODULES = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _REGISTRIES = ("_modules", "_parameters", "_buffers")
 
 
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+class Contents(NamedTuple):
+    """Of a dictionary, in their order."""
+
+    of: dict
+    names: tuple
+    values: tuple
+
+    @classmethod
+    def taken_of(cls, of: dict) -> Contents:
+        return cls(of, tuple(of), tuple(of.values()))
+
+    def are_same(self) -> bool:
+        now = self.of
+        return (
+            len(now) == len(self.names)
+            and all(map(is_, now, self.names))
+            and (all(map(is_, now.values(), self.values)) or all(map(is_same, now.values(), self.values)))
+        )
+
+
+class Globals(NamedTuple):
+    """What functions of a module of Python's may call; that it gets more does not matter."""
+
+    of: dict
+    names: tuple
+    values: tuple
+
+    def are_same(self) -> bool:
+        return all(map(is_, map(self.of.get, self.names), self.values))
 
 
 class State:
@@ -34,24 +67,28 @@ class State:
     """
 
     def __init__(self, root: nn.Module) -> None:
-        modules = list(root.modules())
+        modules = [module for _, module in named_modules(root)]
         below = modules[1:]
         registries = [vars(m)[name] for m in modules for name in _REGISTRIES]
-        containers = [m._modules for m in modules if isinstance(m, nn.Sequential | nn.ModuleList | nn.ModuleDict)]
-        own = [value for m in modules for name, value in vars(m).items() if name not in _OF_EVERY_MODULE]
+        containers = [vars(m)["_modules"] for m in modules if isinstance(m, _CONTAINERS_OF_MODULES)]
+        own = [value for m in modules for name, value in vars(m).items() if name not in OF_EVERY_MODULE]
         own = list(_containers(own))
         self.lists = [value for value in own if isinstance(value, list)]
-        self.list_contents = [list(value) for value in self.lists]
+        self.items = list(chain.from_iterable(self.lists))
+        self.lengths = list(map(len, self.lists))
         self.modules = below
-        self.dicts = [*map(vars, below), *filter(None, registries), *(d for d in containers if not d)]
-        self.dicts += [value for value in own if isinstance(value, dict)]
-        self.dicts.append(vars(F))  # which tools patch that count or rewrite
-        self.contents = [_without_program(vars(root)), *map(dict, self.dicts)]
-        self.versions = self._versions(root)
+        dicts = [*map(vars, below), *filter(None, registries), *(d for d in containers if not d)]
+        dicts += [value for value in own if isinstance(value, dict)]
         self.kinds = [type(root), *map(type, below)]
-        self.hooks = [vars(m)[name] for m in modules for name in HOOKS]
         classes = {cls for kind in set(self.kinds) for cls in kind.__mro__ if cls is not object}
+        self.contents: list[Contents | Globals] = list(map(Contents.taken_of, dicts))
+        self.contents += [_globals_of(vars(module)) for module in modules_of(classes)]
+        self.dicts = [known.of for known in self.contents]
+        self.root = Contents.taken_of(_without_program(vars(root)))
+        self.versions = self._versions(root)
+        self.hooks = [vars(m)[name] for m in modules for name in HOOKS]
         self.classes = [(vars(cls), _methods_of(vars(cls))) for cls in classes]
+        self.classes.append((vars(Tensor), _methods_of(vars(Tensor), _TENSOR_METHODS)))
         self.methods = self._methods()
         self.touched = 0  # how often attributes were set to what they had been
 
@@ -59,12 +96,14 @@ class State:
         """Whether nothing has changed, and no hook waits."""
         versions = self._versions(root)
         if versions is None or versions != self.versions:
-            if not self._unchanged(root):
+            root_now = self.root._replace(of=_without_program(vars(root)))
+            if not (root_now.are_same() and all(known.are_same() for known in self.contents)):
                 return False
             self.versions = versions
             self.touched += 1
         return (
-            [type(root), *map(type, self.modules)] == self.kinds
+            all(map(is_, map(type, self.modules), self.kinds[1:]))
+            and type(root) is self.kinds[0]
             and not any(self.hooks)
             and self._same_lists()
             and self._methods() == self.methods
@@ -73,17 +112,11 @@ class State:
     def _versions(self, root: nn.Module) -> list[int] | None:
         return None if _version_of is None else [_version_of(vars(root)), *map(_version_of, self.dicts)]
 
-    def _unchanged(self, root: nn.Module) -> bool:
-        try:
-            return all(map(operator.eq, (_without_program(vars(root)), *self.dicts), self.contents))
-        except Exception:  # of a comparison of whatever users keep in a module; of tensors, too
-            return False
-
     def _same_lists(self) -> bool:
-        try:
-            return self.lists == self.list_contents
-        except Exception:  # as above
-            return False
+        if not self.lists:
+            return True
+        items = list(chain.from_iterable(self.lists))
+        return list(map(len, self.lists)) == self.lengths and all(map(is_same, items, self.items))
 
     def _methods(self) -> list | None:
         try:
@@ -92,20 +125,49 @@ class State:
             return None
 
 
-def _methods_of(attributes: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], Any]:
-    """What reads the methods of a class, all at once, from its attributes."""
-    names = [name for name, value in attributes.items() if callable(value)]
-    return operator.itemgetter(*names, "__module__")
+def is_same(a: Any, b: Any) -> bool:
+    """Whether values are one object, or equal ones of a type that tells nothing but its value."""
+    if a is b:
+        return True
+    kind = type(a)
+    if kind is not type(b):
+        return False
+    if kind in (int, float, complex, str, bytes):
+        return a == b
+    return kind in (tuple, torch.Size) and len(a) == len(b) and all(map(is_same, a, b))
+
+
+def _globals_of(namespace: dict) -> Globals:
+    names = tuple(name for name, value in namespace.items() if callable(value))
+    return Globals(namespace, names, tuple(map(namespace.get, names)))
+
+
+#: Of Tensor's own, those that models call; all of them would take as long to look at as a hundred modules.
+_TENSOR_METHODS = ("split", "norm", "__rsub__", "__rpow__", "__rdiv__", "__rmatmul__", "__len__", "unflatten")
+
+
+def _methods_of(attributes: Mapping[str, Any], names: Iterable[str] | None = None) -> Callable:
+    """What reads the methods and properties of a class, all at once, from its attributes."""
+    if names is None:
+        names = [name for name, value in attributes.items() if callable(value) or hasattr(type(value), "__get__")]
+    return operator.itemgetter(*(name for name in names if name in attributes), "__module__")
+
+
+_CONTAINERS = (list, dict, OrderedDict, defaultdict)
 
 
 def _containers(values: Iterable[Any]) -> Iterator[dict | list]:
     """Dictionaries and lists among values, and in them."""
-    for value in values:
-        if isinstance(value, dict | list):
+    seen: set[int] = set()
+    waiting = list(values)
+    while waiting:
+        value = waiting.pop()
+        if type(value) in _CONTAINERS and id(value) not in seen:
+            seen.add(id(value))
             yield value
-            yield from _containers(value.values() if isinstance(value, dict) else value)
+            waiting += value if type(value) is list else value.values()
 
 
 def _without_program(attributes: dict) -> dict:
     """Attributes of a root, which must not be held by what it holds itself."""
-    return {name: value for name, value in attributes.items() if name != "_compiled_call_impl"}
+    return {name: value for name, value in attributes.items() if name != PLACE}

@@ -153,9 +153,17 @@ class Operator:
         stored = [tensors.index(i) if i in tensors else kept.stop + others.index(i) for i in range(arity)]
         found_at = [tensors.index(i) if i in tensors and i != residual else 0 for i in range(arity)]
         is_batched = torch._C._functorch.is_legacy_batchedtensor  # in a vectorised Jacobian
+        # Plain layers do not keep their biases, which then may change before the backward pass.
+        biases = [place for place, i in enumerate(tensors) if self.names[i].endswith(("bias", "beta"))]
 
         def setup_context(ctx, inputs, output):
             saved = [inputs[i] for i in tensors]
+            ctx.biases = []
+            if is_eager():
+                for place in biases:
+                    if saved[place] is not None:
+                        ctx.biases.append((place, saved[place], saved[place]._version))
+                        saved[place] = saved[place].detach().clone()
             if isinstance(output, tuple):
                 saved += output[1:]
                 ctx.mark_non_differentiable(*output[1:])
@@ -169,6 +177,13 @@ class Operator:
             store, needed = (*ctx.saved_tensors, *ctx.others), ctx.needs_input_grad
             args = [store[i] for i in stored]
             if torch.is_grad_enabled() or is_batched(grad) or choice.is_transformed():
+                for place, bias, version in ctx.biases:  # with their graphs
+                    if bias._version != version:
+                        raise RuntimeError(
+                            "one of the variables needed for gradient computation has been modified by an inplace "
+                            f"operation: the {self.names[tensors[place]]} of {self.name}, for second derivatives"
+                        )
+                    args[tensors[place]] = bias
                 return _gradients_of(self.reference, grad, args, needed)
             mask = [needed[i] for i in tensors]
             if residual is not None:

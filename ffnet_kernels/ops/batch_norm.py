@@ -38,6 +38,8 @@ class Norm(NamedTuple):
     def __call__(self, x: Tensor) -> Tensor:
         """In plain PyTorch."""
         mean, variance, weight, bias, *_ = self
+        # PyTorch's gradients on channels-last maps take the strides of vectors for one.
+        weight, bias = (v if v is None or v.is_contiguous() else v.contiguous() for v in (weight, bias))
         return F.batch_norm(x, mean, variance, weight, bias, True, self.count_batch(), self.eps)
 
     def applies(self, x: Tensor, channels: int, pixels: int) -> bool:
@@ -70,7 +72,7 @@ def batch_norm(x: Tensor, norm: Norm, activation: str = "none") -> Tensor:
     Returns:
         ``[N, C, H, W]``.
     """
-    pixels = x.numel() // x.shape[1]
+    pixels = x.numel() // max(x.shape[1], 1) if x.dim() > 1 else 0
     if not runs_natively(x, activation) or not norm.applies(x, x.shape[1], pixels):
         return ACTIVATE[activation](norm(x))
     assert norm.weight is not None
@@ -102,7 +104,8 @@ def track(norms: Sequence[Norm], mean: Tensor, variance: Tensor, count: int) -> 
         if {norm.running_mean.dtype, norm.running_var.dtype} != {mean.dtype}:
             towards = [batch.to(running.dtype) for batch, running in zip(towards, moved, strict=True)]
         with torch.autograd._unsafe_preserve_version_counter(tuple(moved)):  # as PyTorch's own moves them
-            torch._foreach_lerp_(moved, towards, factor)
+            torch._foreach_mul_(moved, 1 - factor)  # no lerp, which makes NaN of infinity
+            torch._foreach_add_(moved, towards, alpha=factor)
 
 
 def channels_last(x: Tensor) -> Tensor:

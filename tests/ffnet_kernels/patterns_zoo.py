@@ -1,6 +1,7 @@
 """Small models, each of a pattern that programs have operators for, or that looks like one; and what they become."""
 
 from collections.abc import Callable
+from types import FunctionType
 from typing import NamedTuple
 
 import torch
@@ -11,10 +12,13 @@ from ffnet import layers, mixers
 
 
 def of_a_library(kind):
-    """The class as if timm had it: programs take those for what they are."""
-    for value in vars(kind).values():
-        if hasattr(value, "__module__"):
-            value.__module__ = "timm.layers"
+    """The class as if timm had it, its code included: programs take those for what they are."""
+    for name, value in list(vars(kind).items()):
+        if isinstance(value, FunctionType):
+            moved = {**value.__globals__, "__name__": "timm.layers"}
+            function = FunctionType(value.__code__, moved, name, value.__defaults__, value.__closure__)
+            function.__module__ = "timm.layers"
+            setattr(kind, name, function)
     kind.__module__ = "timm.layers"
     return kind
 
