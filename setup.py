@@ -76,6 +76,7 @@ setup(
         "ffnet_kernels.lib",
         "ffnet_kernels.ops",
         "ffnet",
+        "ffnet.commands",
         SUITE,
     ],
     package_dir={SUITE: "benchmarks"},

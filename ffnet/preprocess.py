@@ -9,23 +9,41 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
-__all__ = ["load_image", "preprocess"]
+__all__ = ["load_image", "normalised", "preprocess", "resized"]
 
 
 def load_image(path: str | PathLike[str]) -> Image.Image:
-    """Reads a picture as RGB.
+    """Reads a picture as RGB, turned as its EXIF orientation says.
+
+    Palettes, CMYK and grey become RGB. Of 16 bits the upper 8 are taken; transparent pixels are laid over white; of an
+    animation the first frame is read.
 
     Raises:
-        OSError: If it cannot be read, or is no picture Pillow knows.
+        OSError: If it cannot be read, is no picture Pillow knows, or has pixels of floating point or 32 bits,
+            whose range is unknown.
     """
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return _as_rgb(ImageOps.exif_transpose(image))
     except (ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what decoders raise on broken files
         raise OSError(f"broken picture: {error}") from error
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # which Pillow would clip at 255
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 0xFFFF:
+            raise OSError(f"expected 8 or 16 bits a channel, got values from {values.min()} to {values.max()}")
+        image = Image.fromarray((values.astype(np.uint16) >> 8).astype(np.uint8))
+    elif image.mode == "F":
+        raise OSError("expected 8 or 16 bits a channel, got floating point")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
 
 
 def preprocess(image: Image.Image, config: Mapping[str, Any], size: int | None = None) -> Tensor:
@@ -40,14 +58,20 @@ def preprocess(image: Image.Image, config: Mapping[str, Any], size: int | None =
         size: S; by default that of ``config``.
     """
     size = config["input_size"][-1] if size is None else size
-    image = _resized(image, math.floor(size / config["crop_pct"]), config["interpolation"])
+    image = resized(image, math.floor(size / config["crop_pct"]), config["interpolation"])
     left, top = round((image.width - size) / 2), round((image.height - size) / 2)
     image = image.crop((left, top, left + size, top + size))
+    return normalised(image, config)
+
+
+def normalised(image: Image.Image, config: Mapping[str, Any]) -> Tensor:
+    """All of an RGB picture, each channel normalised as ``config`` says: [3, H, W], float32."""
     pixels = torch.from_numpy(np.array(image, dtype=np.float32) / 255)
     return ((pixels - torch.tensor(config["mean"])) / torch.tensor(config["std"])).permute(2, 0, 1).contiguous()
 
 
-def _resized(image: Image.Image, shorter: int, interpolation: str) -> Image.Image:
+def resized(image: Image.Image, shorter: int, interpolation: str) -> Image.Image:
+    """A picture with its shorter side of ``shorter`` pixels, by an antialiasing filter."""
     side = min(image.size)
     size = (int(shorter * image.width / side), int(shorter * image.height / side))
     return image if size == image.size else image.resize(size, Image.Resampling[interpolation.upper()])

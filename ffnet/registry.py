@@ -23,21 +23,23 @@ class ModelEntry(NamedTuple):
             multiply–adds are for.
         task: such as ``"classification"``.
         published: score in the paper, as text.
+        checked: what the tests hold it to, as text.
     """
 
     build: Callable[..., nn.Module]
     task: str
     published: str
+    checked: str = ""
 
 
 _ENTRIES: dict[str, ModelEntry] = {}
 
 
-def register_model(*, task: str, published: str) -> Callable[[BuildT], BuildT]:
+def register_model(*, task: str, published: str, checked: str = "") -> Callable[[BuildT], BuildT]:
     """Makes a function that builds a model known by its name."""
 
     def register(build: BuildT) -> BuildT:
-        _ENTRIES[build.__name__] = ModelEntry(build, task, published)
+        _ENTRIES[build.__name__] = ModelEntry(build, task, published, checked)
         return build
 
     return register

@@ -10,7 +10,7 @@ from PIL import Image
 
 from benchmarks.demo import closing
 from benchmarks.results import Measurement, Row
-from ffnet import create_model
+from ffnet import create_model, list_models
 from ffnet.__main__ import main
 from ffnet.preprocess import load_image, preprocess
 
@@ -157,8 +157,10 @@ def test_wrong_options(options):
 
 
 def test_list(capsys):
-    assert main(["list"]) == 0
-    first = capsys.readouterr().out.splitlines()[1].split()
+    assert main(["list", "--task", "classification"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == list_models("classification")
+    first = lines[1].split()
     assert first[:4] == ["ffnet_1", "classification", "13,660,152", "13,775,656"]
     assert first[5:8] == ["2.985", "G", "81.3"]
 

@@ -1,0 +1,106 @@
+"""What commands share: their errors, models, pictures, and files that are never half-written."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from ..registry import create_model, list_models, model_entry
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["CommandError", "add_model_options", "labels_from", "model_from", "new_file", "picture_from"]
+
+
+class CommandError(Exception):
+    """What the user can put right; printed as one line, without a traceback."""
+
+
+def add_model_options(parser: argparse.ArgumentParser, task: str) -> None:
+    """``--model``, one of a task, ``--checkpoint``, ``--classes`` and ``--labels``."""
+    parser.add_argument("--model", required=True, metavar="NAME", help=f"one of {', '.join(list_models(task))}")
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="trained weights")
+    parser.add_argument("--classes", type=int, metavar="N", help="classes of the checkpoint; default: the model's own")
+    parser.add_argument("--labels", type=Path, metavar="FILE", help="names of the classes, one a line")
+
+
+def model_from(options: argparse.Namespace, task: str, **kwargs: Any) -> Any:
+    """The model of `add_model_options`, in eval mode, with its checkpoint's weights and folded.
+
+    Raises:
+        CommandError: If the model is unknown or for another task, or the checkpoint cannot be read or does not fit.
+    """
+    from ..folding import reparameterize
+
+    try:
+        entry = model_entry(options.model)
+    except ValueError as error:
+        raise CommandError(f"unknown model: {error}") from error
+    if entry.task != task:
+        raise CommandError(f"expected a model for {task}, one of {', '.join(list_models(task))}; got {options.model}")
+    if options.classes is not None:
+        if options.classes < 1:
+            raise CommandError(f"expected --classes of 1 or more, got {options.classes}")
+        kwargs["num_classes"] = options.classes
+    try:
+        model = create_model(options.model, checkpoint=options.checkpoint, **kwargs)
+    except (OSError, ValueError, ImportError) as error:
+        raise CommandError("; ".join(line.strip() for line in str(error).splitlines())) from error
+    return reparameterize(model.eval())
+
+
+def picture_from(path: Path) -> Image:
+    """A picture as RGB, see `ffnet.preprocess.load_image`.
+
+    Raises:
+        CommandError: If it cannot be read or Pillow is not installed.
+    """
+    try:
+        from ..preprocess import load_image
+    except ModuleNotFoundError as error:
+        raise CommandError(f"{error} (pip install 'ffnet-kernels[demo]' brings what it needs)") from error
+    try:
+        return load_image(path)
+    except OSError as error:
+        raise CommandError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def labels_from(path: Path | None, classes: int) -> list[str]:
+    """The names of classes in a text file, one a line; their numbers where there is none.
+
+    Raises:
+        CommandError: If it cannot be read or has another number of lines.
+    """
+    if path is None:
+        return [f"class {i}" for i in range(classes)]
+    try:
+        labels = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CommandError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    if len(labels) != classes:
+        raise CommandError(f"{path}: expected {classes} lines, one a class, got {len(labels)}")
+    return labels
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write that takes its place, over one that is there, only when it is whole.
+
+    Raises:
+        CommandError: If it cannot be written.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        try:
+            with part.open("xb") as file:
+                yield file
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise CommandError(f"cannot write {path}: {error.strerror or error}") from error
