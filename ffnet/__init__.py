@@ -1,21 +1,26 @@
-"""FFNet image classifiers in PyTorch (arXiv 2406.02021).
+"""FFNet models in PyTorch (arXiv 2406.02021).
 
 >>> model = ffnet.create_model("ffnet_1", checkpoint="ffnet_1.pth").eval()
 >>> fused = ffnet.reparameterize(model)  # same outputs, plain convolutions
 """
 
+from .backbone import FFNetBackbone
 from .checkpoint import KeyReport, load_checkpoint
 from .folding import reparameterize
 from .mixers import MetaMixer, conv_ffn_mixer, ffnified_attention_mixer, self_attention_mixer
 from .model import FFNet, ffnet_1, ffnet_2, ffnet_3, ffnet_4
 from .profile import count_macs, count_parameters
 from .registry import create_model, list_models
+from .segmentation import FFNetSeg, UPerNet
 from .timm_registry import register_timm, register_when_imported
 
 __all__ = [
     "FFNet",
+    "FFNetBackbone",
+    "FFNetSeg",
     "KeyReport",
     "MetaMixer",
+    "UPerNet",
     "conv_ffn_mixer",
     "count_macs",
     "count_parameters",

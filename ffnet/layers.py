@@ -7,13 +7,24 @@ training-time form; `FoldableConv.fused` gives the inference-time form, one bias
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["BNConv", "BranchedDepthwise", "ConvBN", "DropPath", "FoldableConv", "LayerNorm2d", "SkipConv"]
+__all__ = [
+    "BNConv",
+    "BranchedDepthwise",
+    "ConvBN",
+    "DepthwiseBranches",
+    "DropPath",
+    "FoldableConv",
+    "LayerNorm2d",
+    "SkipConv",
+    "StripDepthwise",
+]
 
 
 def widen(tensor: Tensor) -> Tensor:
@@ -26,6 +37,10 @@ def norm_as_affine(bn: Any) -> tuple[Tensor, Tensor]:
     """Scale and shift [C] (float64) of a batch normalisation that uses its running statistics."""
     scale = widen(bn.weight) / (widen(bn.running_var) + bn.eps).sqrt()
     return scale, widen(bn.bias) - widen(bn.running_mean) * scale
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
 
 
 class FoldableConv(nn.Module, ABC):
@@ -59,13 +74,16 @@ class FoldableConv(nn.Module, ABC):
 
 
 class ConvBN(FoldableConv):
-    """Convolution without bias, zero padding k//2, then batch normalisation: [N, I, H, W] → [N, O, H', W']."""
+    """Convolution without bias, zero padding k//2, then batch normalisation: [N, I, H, W] → [N, O, H', W'].
+
+    ``kernel_size`` may be (height, width).
+    """
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int = 1,
+        kernel_size: int | tuple[int, int] = 1,
         stride: int = 1,
         groups: int = 1,
         *,
@@ -74,8 +92,10 @@ class ConvBN(FoldableConv):
     ) -> None:
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        height, width = _pair(kernel_size)
+        padding = height // 2, width // 2
         self.c = nn.Conv2d(
-            in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=False, **factory
+            in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False, **factory
         )
         self.bn = nn.BatchNorm2d(out_channels, **factory)
 
@@ -135,18 +155,64 @@ class SkipConv(FoldableConv):
         return weight + identity[:, :, None, None], bias
 
 
-class BranchedDepthwise(FoldableConv):
-    """Large and small depthwise `ConvBN` in parallel, outputs added: [N, I, H, W] → [N, O, H', W'].
+class DepthwiseBranches(FoldableConv):
+    """Depthwise `ConvBN` of several kernels in parallel, outputs added: [N, I, H, W] → [N, O, H', W'].
 
-    Each branch is padded by half its own kernel, so that both are centred on the same input pixel.
+    Each branch is padded by half its own kernel, so that all are centred on the same input pixel.
 
     Args:
         in_channels: I, also the number of groups.
         out_channels: O, a multiple of I.
-        kernel_size: Odd size of the large kernel.
-        small_kernel: Odd size of the small kernel, at most ``kernel_size``.
-        stride: Stride of both branches.
+        kernels: Odd size, or (height, width), of each branch's kernel by the name of its child; the first is the one
+            that the others fit into.
+        stride: Stride of all branches.
     """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernels: Mapping[str, int | tuple[int, int]],
+        stride: int = 1,
+        *,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        height, width = _pair(next(iter(kernels.values())))
+        if not all(h % 2 and w % 2 and h <= height and w <= width for h, w in map(_pair, kernels.values())):
+            raise ValueError(f"expected odd kernels, none larger than the first, got {dict(kernels)}")
+        for name, kernel in kernels.items():
+            self.add_module(
+                name, ConvBN(in_channels, out_channels, kernel, stride, in_channels, device=device, dtype=dtype)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, *others = self.children()
+        y = first(x)
+        for branch in others:
+            y = y + branch(x)
+        return y
+
+    def template(self) -> nn.Conv2d:
+        return self._branches()[0].template()
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        first, *others = self._branches()
+        weight, bias = first.folded()
+        for branch in others:
+            small_weight, small_bias = branch.folded()
+            top, left = ((weight.shape[i] - small_weight.shape[i]) // 2 for i in (2, 3))
+            weight = weight + F.pad(small_weight, (left, left, top, top))
+            bias = bias + small_bias
+        return weight, bias
+
+    def _branches(self) -> list[FoldableConv]:
+        return [branch for branch in self.children() if isinstance(branch, FoldableConv)]
+
+
+class BranchedDepthwise(DepthwiseBranches):
+    """A large and a small square kernel in parallel, as children ``conv`` and ``conv1``."""
 
     def __init__(
         self,
@@ -159,24 +225,21 @@ class BranchedDepthwise(FoldableConv):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        if not (kernel_size % 2 and small_kernel % 2 and small_kernel <= kernel_size):
-            raise ValueError(f"expected odd kernels, the small one first, got {small_kernel} and {kernel_size}")
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.conv = ConvBN(in_channels, out_channels, kernel_size, stride, in_channels, **factory)
-        self.conv1 = ConvBN(in_channels, out_channels, small_kernel, stride, in_channels, **factory)
+        kernels = {"conv": kernel_size, "conv1": small_kernel}
+        super().__init__(in_channels, out_channels, kernels, stride, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x) + self.conv1(x)
 
-    def template(self) -> nn.Conv2d:
-        return self.conv.template()
+class StripDepthwise(DepthwiseBranches):
+    """A square kernel, a 5×5 where that is smaller, and strips of the kernel's length across and down."""
 
-    def folded(self) -> tuple[Tensor, Tensor]:
-        weight, bias = self.conv.folded()
-        small_weight, small_bias = self.conv1.folded()
-        margin = (weight.shape[-1] - small_weight.shape[-1]) // 2
-        return weight + F.pad(small_weight, [margin] * 4), bias + small_bias
+    def __init__(
+        self, channels: int, kernel_size: int = 9, *, device: Any = None, dtype: torch.dtype | None = None
+    ) -> None:
+        kernels: dict[str, int | tuple[int, int]] = {"conv1": kernel_size}
+        if kernel_size > 5:
+            kernels["conv2"] = 5
+        kernels |= {"strip_conv1": (1, kernel_size), "strip_conv2": (kernel_size, 1)}
+        super().__init__(channels, channels, kernels, device=device, dtype=dtype)
 
 
 class LayerNorm2d(nn.LayerNorm):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layers import BranchedDepthwise, ConvBN, DropPath, widen
+from .layers import BranchedDepthwise, ConvBN, DropPath, StripDepthwise, widen
 
 __all__ = [
     "AttentionScores",
@@ -68,16 +68,25 @@ class MetaMixer(nn.Module):
         return z
 
 
+def _branched(dim: int, kernel_size: int, strips: bool, factory: dict[str, Any]) -> nn.Module | None:
+    """The depthwise layer of parallel branches, where one of that kernel has them."""
+    if strips:
+        return StripDepthwise(dim, kernel_size, **factory)
+    return BranchedDepthwise(dim, dim, kernel_size, **factory) if kernel_size == BRANCHED_KERNEL else None
+
+
 def ffnified_attention_mixer(
-    dim: int, kernel_size: int = 7, *, device: Any = None, dtype: torch.dtype | None = None
+    dim: int, kernel_size: int = 7, *, strips: bool = False, device: Any = None, dtype: torch.dtype | None = None
 ) -> MetaMixer:
-    """FFNified attention, which mixes tokens: 1×1 → DWk (static keys) → GELU → DWk (static values)."""
+    """FFNified attention, which mixes tokens: 1×1 → DWk (static keys) → GELU → DWk (static values).
+
+    With ``strips``, keys and values have the branches of `ffnet.layers.StripDepthwise`.
+    """
     factory: dict[str, Any] = {"device": device, "dtype": dtype}
 
     def depthwise() -> nn.Module:
-        if kernel_size == BRANCHED_KERNEL:
-            return BranchedDepthwise(dim, dim, kernel_size, **factory)
-        return nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, **factory)
+        plain = {"padding": kernel_size // 2, "groups": dim, **factory}
+        return _branched(dim, kernel_size, strips, factory) or nn.Conv2d(dim, dim, kernel_size, **plain)
 
     return MetaMixer(
         query=("fc", ConvBN(dim, dim, **factory)),
@@ -92,17 +101,17 @@ def conv_ffn_mixer(
     kernel_size: int = 7,
     expansion: float = 3,
     *,
+    strips: bool = False,
     device: Any = None,
     dtype: torch.dtype | None = None,
 ) -> MetaMixer:
-    """Convolutional FFN, which mixes channels: DWk → 1×1, C → ``expansion``·C → GELU → 1×1 back to C."""
+    """Convolutional FFN, which mixes channels: DWk → 1×1, C → ``expansion``·C → GELU → 1×1 back to C.
+
+    With ``strips``, the depthwise layer has the branches of `ffnet.layers.StripDepthwise`.
+    """
     factory: dict[str, Any] = {"device": device, "dtype": dtype}
     hidden = int(expansion * dim)
-    query: nn.Module
-    if kernel_size == BRANCHED_KERNEL:
-        query = BranchedDepthwise(dim, dim, kernel_size, **factory)
-    else:
-        query = ConvBN(dim, dim, kernel_size, groups=dim, **factory)
+    query = _branched(dim, kernel_size, strips, factory) or ConvBN(dim, dim, kernel_size, groups=dim, **factory)
     return MetaMixer(
         query=("conv", query),
         interaction=("fc1", nn.Conv2d(dim, hidden, 1, **factory)),

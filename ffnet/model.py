@@ -6,7 +6,7 @@ Module names follow the published checkpoints, which load unchanged (`ffnet.load
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from .layers import BranchedDepthwise, ConvBN, LayerNorm2d, SkipConv, norm_as_af
 from .mixers import ResidualMixer, conv_ffn_mixer, ffnified_attention_mixer
 from .registry import register_model
 
-__all__ = ["FFNet", "ffnet_1", "ffnet_2", "ffnet_3", "ffnet_4"]
+__all__ = ["FFNet", "FFNetTrunk", "ffnet_1", "ffnet_2", "ffnet_3", "ffnet_4"]
 
 IMAGENET_CONFIG: dict[str, Any] = {
     "input_size": (3, 256, 256),
@@ -62,12 +62,13 @@ class Block(nn.Module):
         layer_scale_init: float | None,
         drop_path: float,
         slot: bool,
+        strips: bool = False,
         **factory: Any,
     ) -> None:
         super().__init__()
         residual = {"layer_scale_init": layer_scale_init, "drop_path": drop_path, **factory}
         self.token_mixer = nn.Sequential(
-            ResidualMixer(ffnified_attention_mixer(dim, token_kernel, **factory), dim, **residual)
+            ResidualMixer(ffnified_attention_mixer(dim, token_kernel, strips=strips, **factory), dim, **residual)
         )
         if slot:  # the reference's place for squeeze-and-excitation, which every published model leaves empty
             self.token_mixer.append(nn.Identity())
@@ -77,8 +78,8 @@ class Block(nn.Module):
         return self.channel_mixer(self.token_mixer(x))
 
 
-class FFNet(nn.Module):
-    """FFNet classifier: [N, in_chans, H, W] → [N, num_classes], any H and W.
+class FFNetTrunk(nn.Module):
+    """Stem and stages, which every FFNet on images has; subclasses say what becomes of the maps.
 
     Args:
         depths: Blocks of each stage.
@@ -86,14 +87,156 @@ class FFNet(nn.Module):
         token_kernels: Depthwise kernel of the token mixers of each stage; 7 gets a parallel 3×3 branch.
         channel_kernel: Depthwise kernel of all channel mixers; 7 gets a parallel 3×3 branch.
         expansion: Hidden width of the channel mixers over C.
-        stem_width: Channels between the two convolutions of the stem.
+        stem_width: Channels inside the stem.
         layer_scale_init: Initial layer scale, or None for none.
         drop_path_rate: Stochastic depth rate of the last block; rises linearly from 0 over the blocks.
+        in_chans: Channels of the input.
+        strips: Token mixers with the branches of `ffnet.layers.StripDepthwise`.
+        config: Preprocessing entries that differ from ``IMAGENET_CONFIG``; the result is ``model.config``.
+
+    Raises:
+        ValueError: If an argument is out of its range, with the value that came.
+    """
+
+    stem_type: type[nn.Module] = Stem
+    downsample_type: type[nn.Module] = Downsample
+
+    def __init__(
+        self,
+        depths: Sequence[int],
+        dims: Sequence[int],
+        token_kernels: Sequence[int] = (3, 3, 7, 7),
+        channel_kernel: int = 7,
+        expansion: float = 3,
+        stem_width: int = 64,
+        layer_scale_init: float | None = None,
+        drop_path_rate: float = 0.0,
+        in_chans: int = 3,
+        strips: bool = False,
+        config: Mapping[str, Any] | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not len(depths) == len(dims) == len(token_kernels) > 0:
+            raise ValueError(
+                f"expected depths, dims and token_kernels of one length, got {depths}, {dims}, {token_kernels}"
+            )
+        if any(dim % in_dim for in_dim, dim in itertools.pairwise(dims)):
+            raise ValueError(f"expected each of dims to be a multiple of the one before, got {dims}")
+        if any(kernel < 1 or kernel % 2 == 0 for kernel in (*token_kernels, channel_kernel)):
+            raise ValueError(f"expected odd kernels, got {token_kernels} for tokens and {channel_kernel} for channels")
+        if not 0.0 <= drop_path_rate < 1.0:
+            raise ValueError(f"expected drop_path_rate in [0, 1), got {drop_path_rate}")
+        if in_chans < 1:
+            raise ValueError(f"expected in_chans >= 1, got {in_chans}")
+
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.in_chans = in_chans
+        self.num_features = self.head_hidden_size = dims[-1]
+        self.grad_checkpointing = False
+        self.config = {**IMAGENET_CONFIG, **(config or {})}
+        self.config["input_size"] = (in_chans, *self.config["input_size"][1:])
+        self.feature_info = [
+            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(dims)
+        ]
+
+        self.patch_embed = self.stem_type(in_chans, stem_width, dims[0], **factory)
+        self.stages = nn.ModuleList()
+        steps = max(sum(depths) - 1, 1)
+        for i, (depth, dim, token_kernel) in enumerate(zip(depths, dims, token_kernels, strict=True)):
+            first = sum(depths[:i])
+            rates = [drop_path_rate * (first + j) / steps for j in range(depth)]
+            shape = (dim, token_kernel, channel_kernel, expansion, layer_scale_init)
+            blocks = [Block(*shape, rate, slot=j % 2 == 0, strips=strips, **factory) for j, rate in enumerate(rates)]
+            downsample = [self.downsample_type(dims[i - 1], dim, **factory)] if i > 0 else []
+            self.stages.append(nn.Sequential(*downsample, *blocks))
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recomputes each block in the backward pass instead of storing its maps.
+
+        Batch normalisation in training mode then sees every batch twice, so its running statistics move twice as fast.
+        """
+        self.grad_checkpointing = enable
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Map of the last stage before the final norm: [N, dims[-1], H/32, W/32]."""
+        x = self.patch_embed(x)
+        for stage in self.stages:
+            x = self._forward_stage(stage, x)
+        return x
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Maps of several stages, with timm's signature.
+
+        Args:
+            x: Input [N, in_chans, H, W].
+            indices: Which stages, negative from the end; n for the last n; None for all.
+            norm: Apply the norm that a stage has; of classifiers only the last has one.
+            stop_early: Do not run the stages after the last one asked for.
+            output_fmt: ``"NCHW"``, the only format.
+            intermediates_only: Return the maps alone.
+
+        Returns:
+            The maps in the order of the stages (strides 4, 8, 16, 32), preceded, unless ``intermediates_only``, by what
+            `forward_features` returns (with ``stop_early``, by the map of the last stage that ran).
+
+        Raises:
+            ValueError: If ``output_fmt`` is another or an index is out of range.
+            RuntimeError: With ``norm``, if the final norm has been folded into the head.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"expected output_fmt 'NCHW', got {output_fmt!r}")
+        wanted = stage_indices(indices, len(self.stages))
+        norms = {i: self._stage_norm(i) for i in wanted} if norm else {}
+        intermediates = []
+        x = self.patch_embed(x)
+        for i, stage in enumerate(self.stages):
+            if stop_early and i > max(wanted, default=-1):
+                break
+            x = self._forward_stage(stage, x)
+            if i in wanted:
+                intermediates.append(norms[i](x) if norm else x)
+        return intermediates if intermediates_only else (x, intermediates)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns of parameter names that group layers, as timm's layer-wise learning rates read them."""
+        blocks = r"^stages\.(\d+)" if coarse else [(r"^stages\.(\d+)\.(\d+)", None), (r"^norm", (99999,))]
+        return {"stem": r"^patch_embed", "blocks": blocks}
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that are not to decay beside those of one dimension: the layer scales."""
+        return {name for name, _ in self.named_parameters() if name.endswith("layer_scale")}
+
+    def _stage_norm(self, stage: int) -> Callable[[Tensor], Tensor]:
+        """The norm of a stage's map, for those who ask for it."""
+        return _as_it_is
+
+    def _forward_stage(self, stage: nn.Module, x: Tensor) -> Tensor:
+        if not (self.grad_checkpointing and torch.is_grad_enabled()):
+            return stage(x)
+        for block in stage.children():
+            x = run_checkpointed(block, x, use_reentrant=False)
+        return x
+
+
+class FFNet(FFNetTrunk):
+    """FFNet classifier: [N, in_chans, H, W] → [N, num_classes], any H and W.
+
+    Args:
+        depths, dims, token_kernels, channel_kernel, expansion, stem_width: As of `FFNetTrunk`.
+        layer_scale_init, drop_path_rate, in_chans, config: As of `FFNetTrunk`.
         drop_rate: Dropout rate before the head.
         num_classes: Outputs of the head; 0 for pooled features [N, dims[-1]].
-        in_chans: Channels of the input.
         norm: Final normalisation, ``"batch"`` or ``"layer"``.
-        config: Preprocessing entries that differ from ``IMAGENET_CONFIG``; the result is ``model.config``.
 
     Raises:
         ValueError: If an argument is out of its range, with the value that came.
@@ -117,83 +260,40 @@ class FFNet(nn.Module):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        if not len(depths) == len(dims) == len(token_kernels) > 0:
-            raise ValueError(
-                f"expected depths, dims and token_kernels of one length, got {depths}, {dims}, {token_kernels}"
-            )
-        if any(dim % in_dim for in_dim, dim in itertools.pairwise(dims)):
-            raise ValueError(f"expected each of dims to be a multiple of the one before, got {dims}")
-        if any(kernel < 1 or kernel % 2 == 0 for kernel in (*token_kernels, channel_kernel)):
-            raise ValueError(f"expected odd kernels, got {token_kernels} for tokens and {channel_kernel} for channels")
-        if not 0.0 <= drop_path_rate < 1.0:
-            raise ValueError(f"expected drop_path_rate in [0, 1), got {drop_path_rate}")
-        if in_chans < 1:
-            raise ValueError(f"expected in_chans >= 1, got {in_chans}")
+        super().__init__(
+            depths, dims, token_kernels, channel_kernel, expansion, stem_width, layer_scale_init, drop_path_rate,
+            in_chans, config=config, device=device, dtype=dtype,
+        )  # fmt: skip
         if norm not in ("batch", "layer"):
             raise ValueError(f"expected norm 'batch' or 'layer', got {norm!r}")
-
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.in_chans = in_chans
-        self.num_features = self.head_hidden_size = dims[-1]
-        self.grad_checkpointing = False
         self.norm_folded = False
-        self.feature_info = [
-            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(dims)
-        ]
-
-        self.patch_embed = Stem(in_chans, stem_width, dims[0], **factory)
-        self.stages = nn.ModuleList()
-        steps = max(sum(depths) - 1, 1)
-        for i, (depth, dim, token_kernel) in enumerate(zip(depths, dims, token_kernels, strict=True)):
-            first = sum(depths[:i])
-            rates = [drop_path_rate * (first + j) / steps for j in range(depth)]
-            blocks = [
-                Block(dim, token_kernel, channel_kernel, expansion, layer_scale_init, rate, slot=j % 2 == 0, **factory)
-                for j, rate in enumerate(rates)
-            ]
-            downsample = [Downsample(dims[i - 1], dim, **factory)] if i > 0 else []
-            self.stages.append(nn.Sequential(*downsample, *blocks))
-        self.norm: nn.Module = (nn.BatchNorm2d if norm == "batch" else LayerNorm2d)(dims[-1], **factory)
+        make_norm = nn.BatchNorm2d if norm == "batch" else LayerNorm2d
+        self.norm: nn.Module = make_norm(dims[-1], device=device, dtype=dtype)
         self.head_drop = nn.Dropout(drop_rate)
-        self.config = {**IMAGENET_CONFIG, **(config or {})}
-        self.config["input_size"] = (in_chans, *self.config["input_size"][1:])
         self.reset_classifier(num_classes)
-        self.apply(_init_weights)
+        self.apply(init_weights)
 
     def get_classifier(self) -> nn.Module:
         return self.head
 
-    def reset_classifier(self, num_classes: int) -> None:
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replaces the head by a new one with ``num_classes`` outputs, 0 for none.
 
         Raises:
-            ValueError: If ``num_classes`` is negative.
+            ValueError: If ``num_classes`` is negative, or ``global_pool``, timm's argument, is not ``"avg"``.
             RuntimeError: If the final norm has been folded into the present head.
         """
         if num_classes < 0:
             raise ValueError(f"expected num_classes >= 0, got {num_classes}")
+        if global_pool not in (None, "avg"):
+            raise ValueError(f"expected global_pool 'avg', got {global_pool!r}")
         self._require_norm("a new head")
         self.num_classes = self.config["num_classes"] = num_classes
         self.head: nn.Module = nn.Identity()
         if num_classes > 0:
             like = next(self.parameters())
             self.head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
-            _init_weights(self.head)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recomputes each block in the backward pass instead of storing its maps.
-
-        Batch normalisation in training mode then sees every batch twice, so its running statistics move twice as fast.
-        """
-        self.grad_checkpointing = enable
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Map of the last stage before the final norm: [N, dims[-1], H/32, W/32]."""
-        x = self.patch_embed(x)
-        for stage in self.stages:
-            x = self._forward_stage(stage, x)
-        return x
+            init_weights(self.head)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Norm, global average pool and head: map of the last stage → [N, num_classes].
@@ -211,49 +311,6 @@ class FFNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
 
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | Sequence[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Maps of several stages, with timm's signature.
-
-        Args:
-            x: Input [N, in_chans, H, W].
-            indices: Which stages, negative from the end; n for the last n; None for all.
-            norm: Apply the final norm to the map of the last stage.
-            stop_early: Do not run the stages after the last one asked for.
-            output_fmt: ``"NCHW"``, the only format.
-            intermediates_only: Return the maps alone.
-
-        Returns:
-            The maps in the order of the stages (strides 4, 8, 16, 32), preceded, unless ``intermediates_only``, by what
-            `forward_features` returns (with ``stop_early``, by the map of the last stage that ran).
-
-        Raises:
-            ValueError: If ``output_fmt`` is another or an index is out of range.
-            RuntimeError: With ``norm``, if the final norm has been folded into the head.
-        """
-        if output_fmt != "NCHW":
-            raise ValueError(f"expected output_fmt 'NCHW', got {output_fmt!r}")
-        if norm:
-            self._require_norm("norm=True")
-        wanted = _stage_indices(indices, len(self.stages))
-        last = len(self.stages) - 1
-        intermediates = []
-        x = self.patch_embed(x)
-        for i, stage in enumerate(self.stages):
-            if stop_early and i > max(wanted, default=-1):
-                break
-            x = self._forward_stage(stage, x)
-            if i in wanted:
-                intermediates.append(self.norm(x) if norm and i == last else x)
-        return intermediates if intermediates_only else (x, intermediates)
-
     @torch.no_grad()
     def fold_norm(self) -> None:
         """Folds the final batch norm, in place, into the head: being affine, it commutes with the average pool."""
@@ -266,12 +323,11 @@ class FFNet(nn.Module):
         self.norm = nn.Identity().train(self.training)
         self.norm_folded = True
 
-    def _forward_stage(self, stage: nn.Module, x: Tensor) -> Tensor:
-        if not (self.grad_checkpointing and torch.is_grad_enabled()):
-            return stage(x)
-        for block in stage.children():
-            x = run_checkpointed(block, x, use_reentrant=False)
-        return x
+    def _stage_norm(self, stage: int) -> Callable[[Tensor], Tensor]:
+        if stage < len(self.stages) - 1:
+            return super()._stage_norm(stage)
+        self._require_norm("norm=True")
+        return self.norm
 
     def _require_norm(self, request: str) -> None:
         if self.norm_folded:
@@ -281,14 +337,20 @@ class FFNet(nn.Module):
             )
 
 
-def _init_weights(module: nn.Module) -> None:
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
+def init_weights(module: nn.Module) -> None:
+    """Fills a convolution or a linear layer: weight truncated normal of standard deviation .02, bias zero."""
     if isinstance(module, (nn.Conv2d, nn.Linear)):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 
 
-def _stage_indices(indices: int | Sequence[int] | None, stages: int) -> set[int]:
+def stage_indices(indices: int | Sequence[int] | None, stages: int) -> set[int]:
+    """Stages counted from 0: the last n, those named (negative from the end), or all for None."""
     if indices is None:
         return set(range(stages))
     if isinstance(indices, int):
@@ -300,33 +362,40 @@ def _stage_indices(indices: int | Sequence[int] | None, stages: int) -> set[int]
     return {i % stages for i in indices}
 
 
-@register_model(task="classification", published="81.3 % ImageNet-1K top-1")
+#: What the classifiers share with the backbones of the same name.
+PRESETS: dict[str, dict[str, Any]] = {
+    "ffnet_1": {"depths": (2, 2, 8, 2), "dims": (80, 160, 320, 640), "channel_kernel": 3, "drop_path_rate": 0.1},
+    "ffnet_2": {"depths": (3, 3, 15, 3), "dims": (88, 176, 352, 704), "drop_path_rate": 0.15},
+    "ffnet_3": {
+        "depths": (4, 4, 22, 5), "dims": (96, 192, 384, 768), "drop_path_rate": 0.35, "layer_scale_init": 1e-6
+    },
+    "ffnet_4": {
+        "depths": (4, 4, 27, 3), "dims": (128, 256, 512, 1024), "drop_path_rate": 0.4, "layer_scale_init": 1e-6
+    },
+}  # fmt: skip
+LARGE_CONFIG = {"crop_pct": 0.95}
+CHECKED = "sizes, keys, folds, training"
+
+
+@register_model(task="classification", published="81.3 % ImageNet-1K top-1", checked=CHECKED)
 def ffnet_1(**kwargs: Any) -> FFNet:
     """FFNet-1: 13.7 M parameters, 3.0 G multiply–adds, 81.3 % ImageNet-1K top-1 as published."""
-    preset = {"depths": (2, 2, 8, 2), "dims": (80, 160, 320, 640), "channel_kernel": 3, "drop_path_rate": 0.1}
-    return _build(preset, kwargs)
+    return FFNet(**{**PRESETS["ffnet_1"], **kwargs})
 
 
-@register_model(task="classification", published="82.9 % ImageNet-1K top-1")
+@register_model(task="classification", published="82.9 % ImageNet-1K top-1", checked=CHECKED)
 def ffnet_2(**kwargs: Any) -> FFNet:
     """FFNet-2: 26.9 M parameters, 6.0 G multiply–adds, 82.9 % ImageNet-1K top-1 as published."""
-    preset = {"depths": (3, 3, 15, 3), "dims": (88, 176, 352, 704), "drop_path_rate": 0.15}
-    return _build(preset, kwargs)
+    return FFNet(**{**PRESETS["ffnet_2"], **kwargs})
 
 
-@register_model(task="classification", published="83.9 % ImageNet-1K top-1")
+@register_model(task="classification", published="83.9 % ImageNet-1K top-1", checked=CHECKED)
 def ffnet_3(**kwargs: Any) -> FFNet:
     """FFNet-3: 48.3 M parameters, 10.1 G multiply–adds, 83.9 % ImageNet-1K top-1 as published."""
-    preset = {"depths": (4, 4, 22, 5), "dims": (96, 192, 384, 768), "drop_path_rate": 0.35}
-    return _build({**preset, "layer_scale_init": 1e-6, "config": {"crop_pct": 0.95}}, kwargs)
+    return FFNet(**{**PRESETS["ffnet_3"], "config": LARGE_CONFIG, **kwargs})
 
 
-@register_model(task="classification", published="85.3 % ImageNet-1K top-1 at 384²")
+@register_model(task="classification", published="85.3 % ImageNet-1K top-1 at 384²", checked=CHECKED)
 def ffnet_4(**kwargs: Any) -> FFNet:
     """FFNet-4: 79.2 M parameters, 19.2 G multiply–adds; 43.1 G and 85.3 % ImageNet-1K top-1 at 384² as published."""
-    preset = {"depths": (4, 4, 27, 3), "dims": (128, 256, 512, 1024), "drop_path_rate": 0.4}
-    return _build({**preset, "layer_scale_init": 1e-6, "config": {"crop_pct": 0.95}}, kwargs)
-
-
-def _build(preset: dict[str, Any], overrides: dict[str, Any]) -> FFNet:
-    return FFNet(**{**preset, **overrides})
+    return FFNet(**{**PRESETS["ffnet_4"], "config": LARGE_CONFIG, **kwargs})
