@@ -55,7 +55,7 @@ def check(timm):
     assert isinstance(model, ffnet.FFNet)
     assert model.head.out_features == 5
     assert model.default_cfg["crop_pct"] == 0.9
-    assert set(timm.entrypoints) == set(ffnet.list_models())
+    assert set(timm.entrypoints) == set(ffnet.list_models("classification"))
 
 
 def test_timm_first(timm_to_import):
