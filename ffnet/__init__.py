@@ -11,7 +11,7 @@ from .mixers import MetaMixer, conv_ffn_mixer, ffnified_attention_mixer, self_at
 from .model import FFNet, ffnet_1, ffnet_2, ffnet_3, ffnet_4
 from .profile import count_macs, count_parameters
 from .registry import create_model, list_models
-from .segmentation import FFNetSeg, UPerNet
+from .segmentation import FFNetSeg, UPerNet, ffnet_seg
 from .timm_registry import register_timm, register_when_imported
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "ffnet_2",
     "ffnet_3",
     "ffnet_4",
+    "ffnet_seg",
     "ffnified_attention_mixer",
     "list_models",
     "load_checkpoint",

@@ -13,14 +13,18 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from .model import FFNet
+from torch import nn
+
 from .registry import create_model, list_models
 
 __all__ = ["register_timm"]
 
 
 def register_timm() -> None:
-    """Registers every classifier of `ffnet.list_models` with timm, which it imports; repeating it is harmless."""
+    """Registers every classifier of `ffnet.list_models` with timm, which it imports; repeating it is harmless.
+
+    ``timm.create_model(name, features_only=True, out_indices=…)`` gives the backbone ``<name>_features``.
+    """
     from timm.models import register_model
 
     for name in list_models("classification"):
@@ -33,13 +37,14 @@ def _entrypoint(name: str) -> Any:
         pretrained_cfg: Any = None,
         pretrained_cfg_overlay: Mapping[str, Any] | None = None,
         cache_dir: Any = None,
+        features_only: bool = False,
         **kwargs: Any,
-    ) -> FFNet:
+    ) -> nn.Module:
         if pretrained or pretrained_cfg:
             raise RuntimeError(f"no weights of {name} are registered with timm; use ffnet.load_checkpoint")
-        model: FFNet = create_model(name, **kwargs)
+        model = create_model(f"{name}_features" if features_only else name, **kwargs)
         # Where timm.data.resolve_model_data_config looks.
-        model.pretrained_cfg = model.default_cfg = {  # type: ignore[assignment]
+        model.pretrained_cfg = model.default_cfg = {
             **model.config,
             "architecture": name,
             **(pretrained_cfg_overlay or {}),
