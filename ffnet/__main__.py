@@ -7,13 +7,14 @@ import sys
 
 from ffnet_kernels import suite
 
-from .commands import classify
+from .commands import classify, segment
 from .commands import list as list_models
 from .commands.common import CommandError
 
 COMMANDS = (
     list_models,
     classify,
+    segment,
 )
 
 

@@ -5,12 +5,16 @@ import contextlib
 import numpy as np
 import pytest
 import torch
+from ffnet_testing import randomise
 from PIL import Image
 
 import ffnet
+from ffnet import create_model, registry
 from ffnet.__main__ import main
 from ffnet.commands.common import CommandError, new_file
-from ffnet.preprocess import load_image, preprocess
+from ffnet.commands.segment import palette
+from ffnet.preprocess import load_image, normalised, preprocess
+from ffnet.registry import ModelEntry, model_entry
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (48, 72, 3), dtype=np.uint8)
 
@@ -105,6 +109,7 @@ def broken(tmp_path, picture):
         ("text.jpg", [], "cannot identify"),
         ("cut.png", [], "cannot read"),
         ("picture.png", ["--model", "ffnet_9"], "ffnet_9"),
+        ("picture.png", ["--model", "ffnet_1_features"], "expected a model for classification"),
         ("picture.png", ["--checkpoint", "{}/none.pth"], "none.pth"),
         ("picture.png", ["--checkpoint", "{}/text.pth"], "not a readable checkpoint"),
         ("picture.png", ["--classes", "4"], "head.weight: expected [4, 640], got [3, 640]"),
@@ -122,6 +127,75 @@ def test_one_line_for_what_the_user_can_put_right(image, options, message, broke
     assert captured.err.startswith("ffnet classify: ")
     assert captured.err.count("\n") == 1
     assert captured.out == ""
+
+
+SEGMENTER = {
+    "depths": (1, 1, 1, 1), "dims": (8, 16, 32, 64), "stem_width": 8, "num_classes": 5,
+    "head": {"width": 16, "align_width": 24, "blocks": 1},
+}  # fmt: skip
+
+
+@pytest.fixture
+def segmenter(tmp_path, monkeypatch):
+    """A small one, by the name of a published one, and the options that name its checkpoint."""
+    torch.manual_seed(0)
+    build = model_entry("ffnet_seg_ade20k").build
+    entry = ModelEntry(lambda **options: build(**{**SEGMENTER, **options}), "segmentation", "")
+    monkeypatch.setitem(registry._ENTRIES, "ffnet_seg_ade20k", entry)
+    model = randomise(create_model("ffnet_seg_ade20k"))
+    torch.save(model.state_dict(), tmp_path / "seg.pth")
+    return model.eval(), ["--model", "ffnet_seg_ade20k", "--checkpoint", tmp_path / "seg.pth"]
+
+
+@pytest.mark.parametrize("size", [None, 40])
+def test_segment(size, tmp_path, picture, segmenter, capsys):
+    model, options = segmenter
+    out, overlay = tmp_path / "mask.png", tmp_path / "overlay.PNG"
+    out.write_text("what was there")
+    more = [] if size is None else ["--size", size]
+    assert run("segment", picture, *options, "--out", out, "--overlay", overlay, *more) == 0
+    image = load_image(picture)
+    seen = image if size is None else image.resize((60, 40), Image.Resampling.BICUBIC)
+    with torch.inference_mode():
+        expected = model.predict(normalised(seen, model.config)[None], (48, 72))[0].numpy()
+    with Image.open(out) as mask:
+        assert mask.mode == "P"
+        assert (np.asarray(mask) == expected).mean() > 0.999  # of near ties
+        colours = np.asarray(mask.convert("RGB"), dtype=int)
+    assert np.abs(np.asarray(load_image(overlay), dtype=int) - (colours + PIXELS) / 2).max() <= 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == f"wrote {out} and {overlay}"
+    shares = {int(line.split()[-1]): float(line.split("%")[0]) for line in lines[:-1]}
+    assert set(shares) == set(np.unique(expected))
+    assert sum(shares.values()) == pytest.approx(100, abs=0.05)
+
+
+def test_colours_differ():
+    colours = np.array(palette()).reshape(256, 3)
+    assert len(np.unique(colours, axis=0)) == 256
+    assert colours[:4].tolist() == [[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--out", "{}/mask.jpg"], "ends in .png"),
+        (["--out", "{}/none/mask.png"], "no folder"),
+        (["--overlay", "{}/overlay.jpg"], "ends in .png"),
+        (["--out", "{}/folder.png"], "Is a directory"),
+        (["--size", "16"], "--size of 32 or more, got 16"),
+        (["--classes", "300"], "decode_head.conv_seg.weight: expected [300, 24, 1, 1], got [5, 24, 1, 1]"),
+        (["--model", "ffnet_1"], "expected a model for segmentation"),
+    ],
+)
+def test_segment_refuses(options, message, tmp_path, picture, segmenter, capsys):
+    (tmp_path / "folder.png").mkdir()
+    defaults = [*segmenter[1], "--out", tmp_path / "mask.png"]
+    assert run("segment", picture, *defaults, *(o.format(tmp_path) for o in options)) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert (captured.err.count("\n"), captured.out) == (1, "")
+    assert not (tmp_path / "mask.png").exists()
 
 
 def test_a_file_is_whole_or_not_there(tmp_path):
