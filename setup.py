@@ -77,6 +77,7 @@ setup(
         "ffnet_kernels.ops",
         "ffnet",
         "ffnet.commands",
+        "ffnet.examples",
         SUITE,
     ],
     package_dir={SUITE: "benchmarks"},

@@ -106,8 +106,8 @@ class ModelCase:
     @property
     def bytes(self) -> int:
         """Each fused parameter, the input and the logits moved once."""
-        parameters = model_counts(self.model, self.size)[0]
-        return (parameters + self.batch * (3 * self.size**2 + 1000)) * itemsize(self.dtype)
+        parameters, _, outputs = model_counts(self.model, self.size)
+        return (parameters + self.batch * (3 * self.size**2 + outputs)) * itemsize(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -186,10 +186,11 @@ def itemsize(dtype: str) -> int:
 
 
 @functools.cache
-def model_counts(name: str, size: int) -> tuple[int, int]:
-    """Parameters and multiply–adds per image of the reparameterised model."""
-    model = ffnet.reparameterize(ffnet.create_model(name, device="meta"))
-    return ffnet.count_parameters(model), ffnet.count_macs(model, (3, size, size))
+def model_counts(name: str, size: int) -> tuple[int, int, int]:
+    """Parameters of the reparameterised model, and multiply–adds and elements of the output of one image."""
+    model = ffnet.reparameterize(ffnet.create_model(name, device="meta").eval())
+    outputs = model(torch.empty(1, 3, size, size, device="meta")).numel()
+    return ffnet.count_parameters(model), ffnet.count_macs(model, (3, size, size)), outputs
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Peak memory of FFNet-1, ours against eager PyTorch: ``python -m benchmarks memory``.
+"""Peak memory of FFNet-1 and FFNet-Seg, ours against eager PyTorch: ``python -m benchmarks memory``.
 
 Each contender runs in a fresh process. There the model and its input are made and the resident high-water mark is set
 to what is resident. After some calls the mark, VmHWM, says how much was resident at most; ``calls`` is what that is
@@ -29,6 +29,8 @@ CASES: tuple[Case, ...] = (
     ModelCase("ffnet_1", 8),
     ModelCase("ffnet_1", 8, dtype="bfloat16"),
     TrainingCase("ffnet_1", 4),
+    ModelCase("ffnet_seg_ade20k", 1, 512),
+    ModelCase("ffnet_seg_ade20k", 1, 1024),
 )
 NAMES = (OURS, "eager nchw", "eager channels-last")
 CALLS = 3

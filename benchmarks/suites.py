@@ -119,6 +119,13 @@ def _models(quick: bool) -> Iterator[Case]:
         yield ModelCase(model, batch, dtype=dtype)
 
 
+def _dense(quick: bool) -> Iterator[Case]:
+    """Segmentation, which holds the backbones: a quarter of a megapixel, and a whole one."""
+    cases = itertools.product(DTYPES, ("ffnet_seg_ade20k", "ffnet_2_upernet"), (512, 1024))
+    for dtype, model, size in itertools.islice(cases, 1 if quick else None):
+        yield ModelCase(model, 1, size, dtype)
+
+
 def _training(quick: bool) -> Iterator[Case]:
     models = ("ffnet_1",) if quick else ("ffnet_1", "ffnet_2")
     yield from (TrainingCase(model, 4) for model in models)
@@ -159,6 +166,7 @@ SUITES: dict[str, Callable[[bool], Iterable[Case]]] = {
     "growth": _growth,
     "layers": _layers,
     "models": _models,
+    "dense": _dense,
     "train": _training,
     "record": _record,
 }

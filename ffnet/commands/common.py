@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,8 +23,9 @@ class CommandError(Exception):
 
 
 def add_model_options(parser: argparse.ArgumentParser, task: str) -> None:
-    """``--model``, one of a task, ``--checkpoint``, ``--classes`` and ``--labels``."""
+    """``--model``, one of a task, ``--model-arguments``, ``--checkpoint``, ``--classes`` and ``--labels``."""
     parser.add_argument("--model", required=True, metavar="NAME", help=f"one of {', '.join(list_models(task))}")
+    parser.add_argument("--model-arguments", default="{}", metavar="JSON", help="those of its class that differ")
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="trained weights")
     parser.add_argument("--classes", type=int, metavar="N", help="classes of the checkpoint; default: the model's own")
     parser.add_argument("--labels", type=Path, metavar="FILE", help="names of the classes, one a line")
@@ -43,15 +45,26 @@ def model_from(options: argparse.Namespace, task: str, **kwargs: Any) -> Any:
         raise CommandError(f"unknown model: {error}") from error
     if entry.task != task:
         raise CommandError(f"expected a model for {task}, one of {', '.join(list_models(task))}; got {options.model}")
+    kwargs |= _arguments(options.model_arguments)
     if options.classes is not None:
         if options.classes < 1:
             raise CommandError(f"expected --classes of 1 or more, got {options.classes}")
         kwargs["num_classes"] = options.classes
     try:
         model = create_model(options.model, checkpoint=options.checkpoint, **kwargs)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, TypeError) as error:  # TypeError: of a keyword that is none
         raise CommandError("; ".join(line.strip() for line in str(error).splitlines())) from error
     return reparameterize(model.eval())
+
+
+def _arguments(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise CommandError(f"--model-arguments: no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise CommandError(f"--model-arguments: expected an object, such as {{}}, got {text}")
+    return found
 
 
 def picture_from(path: Path) -> Image:

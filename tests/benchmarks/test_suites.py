@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+import ffnet
 import ffnet_kernels
 from benchmarks.cases import OPERATORS, LayerCase, ModelCase, OperatorCase
 from benchmarks.peers import CONTENDERS, Eager
@@ -91,6 +92,15 @@ def test_counts_of_models():
     case = ModelCase("ffnet_1", batch=2)
     assert case.flops == pytest.approx(2 * 2 * 2.985e9, rel=1e-3)
     assert case.bytes == pytest.approx(4 * (13.66e6 + 2 * 3 * 256**2), rel=1e-3)
+
+
+@pytest.mark.long
+def test_counts_of_segmentation():
+    (case,) = suite("dense", quick=True)
+    assert case.name == "ffnet_seg_ade20k 512x512 b1 float32"
+    outputs = 150 * 64**2
+    fused = ffnet.count_parameters(ffnet.reparameterize(ffnet.create_model(case.model, device="meta")))
+    assert case.bytes == 4 * (fused + 3 * 512**2 + outputs)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

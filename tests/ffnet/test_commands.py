@@ -116,6 +116,10 @@ def broken(tmp_path, picture):
         ("picture.png", ["--classes", "0"], "--classes of 1 or more, got 0"),
         ("picture.png", ["--labels", "{}/none.txt"], "none.txt"),
         ("picture.png", ["--labels", "{}/labels.txt"], "expected 3 lines, one a class, got 2"),
+        ("picture.png", ["--model-arguments", "{{"], "no JSON"),
+        ("picture.png", ["--model-arguments", "[1]"], "expected an object"),
+        ("picture.png", ["--model-arguments", '{{"window": 7}}'], "window"),
+        ("picture.png", ["--model-arguments", '{{"norm": "layer"}}'], "norm.running_mean"),
         ("picture.png", ["--size", "8"], "--size of 32 or more, got 8"),
     ],
 )
