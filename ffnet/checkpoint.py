@@ -32,7 +32,9 @@ class KeyReport(NamedTuple):
         )
 
 
-def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = True) -> KeyReport:
+def load_checkpoint(
+    model: nn.Module, path: str | os.PathLike[str], *, strict: bool = True, prefix: str = ""
+) -> KeyReport:
     """Loads a checkpoint file into ``model``.
 
     The file holds a state dict, bare or under ``state_dict_ema``, ``state_dict`` or ``model`` (the first of these that
@@ -43,6 +45,7 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, strict: b
         model: The model, changed only if the checkpoint is accepted.
         path: The file.
         strict: Accept only exactly the model's keys and shapes. Otherwise load those that fit and leave the rest.
+        prefix: Of the keys to read, such as ``"backbone."`` where the file is a detector's and the model its backbone.
 
     Returns:
         The keys that do not fit, all three lists empty if ``strict``.
@@ -57,6 +60,7 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, strict: b
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint file {path}")
     loaded = _state_dict(_read(path), path)
+    loaded = {key.removeprefix(prefix): value for key, value in loaded.items() if key.startswith(prefix)}
     own = model.state_dict()
     report = KeyReport(
         missing=[key for key in own if key not in loaded],

@@ -144,3 +144,24 @@ def test_safetensors(tmp_path, source):
     model = small_ffnet()
     ffnet.load_checkpoint(model, path)
     assert same(model, source.state_dict())
+
+
+def test_keys_under_a_prefix(tmp_path, source):
+    state = {f"backbone.{key}": value for key, value in source.state_dict().items()}
+    torch.save({"state_dict": {**state, "neck.weight": torch.zeros(1)}}, tmp_path / "detector.pth")
+    model = small_ffnet()
+    assert ffnet.load_checkpoint(model, tmp_path / "detector.pth", prefix="backbone.") == ([], [], [])
+    assert same(model, source.state_dict())
+    with pytest.raises(ValueError, match="missing"):
+        ffnet.load_checkpoint(model, tmp_path / "detector.pth", prefix="body.")
+
+
+def test_a_classifiers_checkpoint_starts_a_backbone(tmp_path, source):
+    torch.save(source.state_dict(), tmp_path / "classifier.pth")
+    options = {"depths": (1, 1, 2, 1), "dims": (8, 16, 32, 64), "stem_width": 8}
+    backbone = ffnet.create_model("ffnet_2_features", **options)
+    report = ffnet.load_checkpoint(backbone, tmp_path / "classifier.pth", strict=False)
+    assert {key.split(".")[0] for key in report.missing} == {f"norm{i}" for i in range(4)}
+    assert {key.split(".")[0] for key in report.unexpected} == {"norm", "head"}
+    state = source.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in backbone.state_dict().items() if "norm" not in key)
