@@ -54,6 +54,8 @@ def model_from(options: argparse.Namespace, task: str, **kwargs: Any) -> Any:
         model = create_model(options.model, checkpoint=options.checkpoint, **kwargs)
     except (OSError, ValueError, ImportError, TypeError) as error:  # TypeError: of a keyword that is none
         raise CommandError("; ".join(line.strip() for line in str(error).splitlines())) from error
+    if model.config["input_size"][0] != 3:
+        raise CommandError(f"expected a model of 3 channels, as pictures have; got {model.config['input_size'][0]}")
     return reparameterize(model.eval())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from typing import Any
 
 from ..folding import reparameterize
@@ -10,6 +11,7 @@ from ..profile import count_macs, count_parameters
 from ..registry import create_model, list_models, model_entry
 
 HEAD = ("model", "task", "parameters", "as trained", "input", "MACs", "published", "checked here")
+NUMBERS = 11  # characters of the columns of numbers
 
 
 def add_parser(commands: Any) -> None:
@@ -19,14 +21,12 @@ def add_parser(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    rows = [HEAD, *(_row(name) for name in list_models(options.task))]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(HEAD))]
-    for row in rows:
-        cells = (
-            cell.rjust(width) if 2 <= i <= 5 else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        print("  ".join(cells).rstrip())
+    names = list_models(options.task)
+    known = [HEAD, *((name, entry.task, *[""] * 4, entry.published) for name in names for entry in [model_entry(name)])]
+    widths = {i: max(len(row[i]) for row in known) for i in (0, 1, 6)}
+    for row in itertools.chain([HEAD], map(_row, names)):
+        cells = (cell.ljust(widths[i]) if i in widths else cell.rjust(NUMBERS) for i, cell in enumerate(row[:-1]))
+        print("  ".join((*cells, row[-1])).rstrip(), flush=True)
     return 0
 
 

@@ -60,7 +60,9 @@ def detector() -> Any:
     anchors = AnchorGenerator(((16,), (32,), (64,), (128,), (256,)), ((0.8, 1.0, 1.25),) * 5)
     # Pictures come with mean 0 and deviation 1.
     normalised = {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
-    return FasterRCNN(backbone, 2, rpn_anchor_generator=anchors, min_size=128, max_size=384, **normalised)
+    few = {"box_batch_size_per_image": 128, "rpn_pre_nms_top_n_train": 300, "rpn_post_nms_top_n_train": 300}
+    sizes = {"min_size": 128, "max_size": 384}
+    return FasterRCNN(backbone, 2, rpn_anchor_generator=anchors, **normalised, **few, **sizes)
 
 
 def train(model: Any, pieces: Sequence[tuple[Tensor, Tensor]], steps: int) -> None:
@@ -127,7 +129,7 @@ def picture(image: Any, areas: Sequence[Sequence[int]], found: Sequence[Tensor])
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ffnet.examples.detect_coins", description=__doc__)
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("build/detect_coins"), metavar="FOLDER")
     options = parser.parse_args(argv)

@@ -188,12 +188,14 @@ def test_colours_differ():
         (["--overlay", "{}/overlay.jpg"], "ends in .png"),
         (["--out", "{}/folder.png"], "Is a directory"),
         (["--size", "16"], "--size of 32 or more, got 16"),
+        (["--checkpoint", "{}/grey.pth", "--model-arguments", '{{"in_chans": 1}}'], "of 3 channels"),
         (["--classes", "300"], "decode_head.conv_seg.weight: expected [300, 24, 1, 1], got [5, 24, 1, 1]"),
         (["--model", "ffnet_1"], "expected a model for segmentation"),
     ],
 )
 def test_segment_refuses(options, message, tmp_path, picture, segmenter, capsys):
     (tmp_path / "folder.png").mkdir()
+    torch.save(create_model("ffnet_seg_ade20k", in_chans=1).state_dict(), tmp_path / "grey.pth")
     defaults = [*segmenter[1], "--out", tmp_path / "mask.png"]
     assert run("segment", picture, *defaults, *(o.format(tmp_path) for o in options)) == 2
     captured = capsys.readouterr()

@@ -15,6 +15,7 @@ def test_a_mosaic_shows_each_pixels_class():
     assert images.shape == (6, 1, 128, 128)
     assert torch.equal(images[:, 0], masks.float())
     assert len(masks.unique()) > 2
+    assert segment_textures.by_brightness(pieces, images, masks) == 1
 
 
 def test_halves_do_not_overlap(monkeypatch):
