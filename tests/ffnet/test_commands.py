@@ -1,6 +1,7 @@
 """The commands of ffnet: what they print and write, and one line for what the user can put right."""
 
 import contextlib
+import json
 
 import numpy as np
 import pytest
@@ -91,13 +92,16 @@ def test_classify(tmp_path, picture, capsys):
         assert float(lines[0].split()[0].rstrip("%")) == pytest.approx(100 * expected.max().item(), abs=0.02)
 
 
+TRUNK = {"depths": [1, 1, 1, 1], "dims": [8, 16, 32, 64]}
+
+
 @pytest.fixture
 def broken(tmp_path, picture):
     """A folder of things that are not what they should be."""
     (tmp_path / "text.jpg").write_text("no picture")
     (tmp_path / "cut.png").write_bytes(picture.read_bytes()[:200])
     (tmp_path / "text.pth").write_text("no checkpoint")
-    torch.save(ffnet.create_model("ffnet_1", num_classes=3).state_dict(), tmp_path / "three.pth")
+    torch.save(ffnet.create_model("ffnet_1", num_classes=3, **TRUNK).state_dict(), tmp_path / "three.pth")
     (tmp_path / "labels.txt").write_text("one\ntwo\n")
     return tmp_path
 
@@ -112,19 +116,20 @@ def broken(tmp_path, picture):
         ("picture.png", ["--model", "ffnet_1_features"], "expected a model for classification"),
         ("picture.png", ["--checkpoint", "{}/none.pth"], "none.pth"),
         ("picture.png", ["--checkpoint", "{}/text.pth"], "not a readable checkpoint"),
-        ("picture.png", ["--classes", "4"], "head.weight: expected [4, 640], got [3, 640]"),
+        ("picture.png", ["--classes", "4"], "head.weight: expected [4, 64], got [3, 64]"),
         ("picture.png", ["--classes", "0"], "--classes of 1 or more, got 0"),
         ("picture.png", ["--labels", "{}/none.txt"], "none.txt"),
         ("picture.png", ["--labels", "{}/labels.txt"], "expected 3 lines, one a class, got 2"),
         ("picture.png", ["--model-arguments", "{{"], "no JSON"),
         ("picture.png", ["--model-arguments", "[1]"], "expected an object"),
         ("picture.png", ["--model-arguments", '{{"window": 7}}'], "window"),
-        ("picture.png", ["--model-arguments", '{{"norm": "layer"}}'], "norm.running_mean"),
+        ("picture.png", ["--model-arguments", '{{"norm": "layer"}}'], "stages.0.1"),
         ("picture.png", ["--size", "8"], "--size of 32 or more, got 8"),
     ],
 )
 def test_one_line_for_what_the_user_can_put_right(image, options, message, broken, capsys):
     defaults = ["--model", "ffnet_1", "--checkpoint", broken / "three.pth", "--classes", 3]
+    defaults += ["--model-arguments", json.dumps(TRUNK)]
     assert run("classify", broken / image, *defaults, *(o.format(broken) for o in options)) == 2
     captured = capsys.readouterr()
     assert message in captured.err

@@ -15,7 +15,7 @@ from ffnet.segmentation import BAND, label_map
 
 EXACT = 1e-10
 TRUNK = {"depths": (1, 1, 2, 1), "dims": (8, 16, 32, 64), "stem_width": 8}
-SEG = {**TRUNK, "num_classes": 5, "head": {"width": 16, "align_width": 24, "blocks": 2}}
+SEG = {**TRUNK, "num_classes": 5, "head": {"width": 16, "align_width": 24, "blocks": 1}}
 SMALL = {
     "ffnet_1_features": TRUNK,
     "ffnet_3_features": {**TRUNK, "out_indices": (1, -1)},
@@ -275,10 +275,12 @@ def operators(model):
     return {row.runs_on for row in ffnet_kernels.report(model).rows if row.is_fused}
 
 
+#: Of two that differ in numbers only, one.
+every_kind = pytest.mark.parametrize("name", [name for name in SMALL if name != "ffnet_seg_cityscapes"])
 EXPECTED = {"conv2d", "ffnified_attention", "channel_mixer"}
 
 
-@every_model
+@every_kind
 @torch.no_grad()
 def test_optimised_in_inference(name, caplog):
     model = small(name, layer_scale_init=0.5).eval()
@@ -295,7 +297,7 @@ def test_optimised_in_inference(name, caplog):
     assert not caplog.records  # of a program that is refused
 
 
-@every_model
+@every_kind
 def test_optimised_in_training(name):
     model = small(name, layer_scale_init=0.5).train()
     for module in model.modules():
@@ -386,8 +388,7 @@ def test_bad_arguments():
         small("ffnet_seg_ade20k").eval()(torch.randn(1, 4, 32, 32))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-@every_model
-def test_factory(name, dtype):
-    model = ffnet.create_model(name, dtype=dtype, device="meta", **SMALL[name])
-    assert {(p.dtype, p.device.type) for p in model.parameters()} == {(dtype, "meta")}
+@every_kind
+def test_factory(name):
+    model = ffnet.create_model(name, dtype=torch.bfloat16, device="meta", **SMALL[name])
+    assert {(p.dtype, p.device.type) for p in model.parameters()} == {(torch.bfloat16, "meta")}
