@@ -19,6 +19,7 @@ __all__ = [
     "BranchedDepthwise",
     "ConvBN",
     "DepthwiseBranches",
+    "DropChannels",
     "DropPath",
     "FoldableConv",
     "LayerNorm2d",
@@ -271,8 +272,21 @@ class DropPath(nn.Module):
         if not self.active:
             return x
         keep = 1.0 - self.rate
-        mask = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep)
+        mask = x.new_empty(self.mask_shape(x)).bernoulli_(keep)
         return x * mask.div_(keep)
+
+    def mask_shape(self, x: Tensor) -> tuple[int, ...]:
+        return (x.shape[0],) + (1,) * (x.ndim - 1)
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:.3f}"
+
+
+class DropChannels(DropPath):
+    """In training, zeroes channels of a map [N, C, H, W] and rescales the rest, as ``nn.Dropout2d`` does.
+
+    Written so that the draws do not depend on the map's memory format: programs of training steps may hold it.
+    """
+
+    def mask_shape(self, x: Tensor) -> tuple[int, ...]:
+        return (x.shape[0], x.shape[1], 1, 1)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backbone import DENSE_CONFIG, FFNetBackbone
-from .layers import ConvBN
+from .layers import ConvBN, DropChannels
 from .mixers import ResidualMixer, conv_ffn_mixer, ffnified_attention_mixer
 from .model import PRESETS, FFNetTrunk, init_weights
 from .registry import register_model
@@ -192,7 +192,7 @@ class SegHead(nn.Module):
         )
         self.head_blocks = nn.Sequential(*(HeadBlock(width, kernel_size, expansion, **factory) for _ in range(blocks)))
         self.align = nn.Sequential(ConvBN(width, align_width, **factory), nn.GELU())
-        self.dropout = nn.Dropout2d(drop_rate)
+        self.dropout = DropChannels(drop_rate)
         self.conv_seg = nn.Conv2d(align_width, num_classes, 1, **factory)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import ConvBN
+from .layers import ConvBN, DropChannels
 
 __all__ = ["UPerHead"]
 
@@ -41,7 +41,7 @@ class UPerHead(nn.Module):
         self.laterals = nn.ModuleList(layer(channels, 1) for channels in larger)
         self.outputs = nn.ModuleList(layer(width, 3) for _ in larger)
         self.fuse = layer(len(in_channels) * width, 3)
-        self.dropout = nn.Dropout2d(drop_rate)
+        self.dropout = DropChannels(drop_rate)
         self.conv_seg = nn.Conv2d(width, num_classes, 1, **factory)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from ffnet_testing import randomise, relative_error
 from torch import nn
 
-from ffnet.layers import BNConv, BranchedDepthwise, ConvBN, DropPath, LayerNorm2d, SkipConv
+from ffnet.layers import BNConv, BranchedDepthwise, ConvBN, DropChannels, DropPath, LayerNorm2d, SkipConv
 
 LAYERS = {
     "dense": lambda: ConvBN(4, 6, 3, stride=2),
@@ -87,3 +87,17 @@ def test_drop_path_drops_whole_samples_and_keeps_the_mean():
 def test_drop_path_rejects_rate(rate):
     with pytest.raises(ValueError, match=r"\[0, 1\)"):
         DropPath(rate)
+
+
+def test_dropped_channels_are_those_of_dropout2d():
+    x = torch.randn(3, 40, 2, 5)
+    for drop in (DropChannels(0.3), torch.nn.Dropout2d(0.3)):
+        torch.manual_seed(1)
+        y = drop(x)
+        dropped = (y == 0).flatten(2).all(2)
+        assert torch.equal(dropped, (y == 0).flatten(2).any(2))
+        assert 10 < dropped.sum() < 70
+        torch.testing.assert_close(y[~dropped], x[~dropped] / 0.7)
+        assert drop.eval()(x) is x or torch.equal(drop(x), x)
+        torch.manual_seed(1)
+        assert torch.equal((DropChannels(0.3)(x) == 0), y == 0)
