@@ -133,6 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("build/detect_coins"), metavar="FOLDER")
     options = parser.parse_args(argv)
+    options.out.mkdir(parents=True, exist_ok=True)  # where that fails, before minutes of training
     torch.manual_seed(options.seed)
     photo = photograph("scikit-image", "coins.png")
     image = grey(photo).expand(3, -1, -1)
@@ -145,7 +146,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     held_out, more = score(model, unknown)
     result = {"steps": options.steps, "seconds": seconds, "trained on": trained, "held out": held_out}
     print(json.dumps(result, indent=2))
-    options.out.mkdir(parents=True, exist_ok=True)
     with new_file(options.out / "result.json") as file:
         file.write(json.dumps(result, indent=2).encode())
     with new_file(options.out / "picture.png") as file:

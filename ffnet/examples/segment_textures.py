@@ -139,6 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("build/segment_textures"), metavar="FOLDER")
     options = parser.parse_args(argv)
+    options.out.mkdir(parents=True, exist_ok=True)  # where that fails, before minutes of training
     torch.manual_seed(options.seed)
     generator = torch.Generator().manual_seed(options.seed)
     left, right = halves()
@@ -155,7 +156,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         "pixel accuracy by brightness alone": by_brightness(left, images, masks),
     }
     print(json.dumps(result, indent=2))
-    options.out.mkdir(parents=True, exist_ok=True)
     with new_file(options.out / "result.json") as file:
         file.write(json.dumps(result, indent=2).encode())
     with new_file(options.out / "model.pth") as file:

@@ -299,6 +299,18 @@ def test_optimised_in_inference(name, caplog):
     assert not caplog.records  # of a program that is refused
 
 
+@pytest.mark.parametrize("name", ["ffnet_3_features", "ffnet_seg_ade20k"])
+@torch.no_grad()
+def test_optimised_in_bfloat16(name):
+    model, x = small(name, layer_scale_init=0.5).eval().bfloat16(), torch.randn(2, 3, 96, 128).bfloat16()
+    exact = as_list(copy.deepcopy(model).double()(x.double()))
+    eager, fast = as_list(model(x)), ffnet_kernels.optimize(copy.deepcopy(model))
+    fast(x)
+    for out, plain, expected in zip(as_list(fast(x)), eager, exact, strict=True):
+        assert out.dtype == torch.bfloat16
+        assert relative_error(out.double(), expected) <= 2 * relative_error(plain.double(), expected)
+
+
 @every_kind
 def test_optimised_in_training(name):
     model = small(name, layer_scale_init=0.5).train()
