@@ -8,6 +8,7 @@ from .modules import ChannelMixer, DepthwiseConv2d, FFNifiedAttention
 from .ops import explain
 from .ops.channel_mixer import channel_mixer
 from .ops.conv2d import conv2d
+from .ops.depthwise_conv1d import depthwise_conv1d
 from .ops.depthwise_conv2d import depthwise_conv2d
 from .ops.ffnified_attention import ffnified_attention
 from .optimize import optimize, refresh, restore
@@ -26,6 +27,7 @@ __all__ = [
     "available_backends",
     "channel_mixer",
     "conv2d",
+    "depthwise_conv1d",
     "depthwise_conv2d",
     "explain",
     "ffnified_attention",

@@ -1,8 +1,8 @@
 """The operators, one file each: the public function, its checks, its meaning, its schema and its gradient.
 
-Maps are ``[N, C, H, W]`` in any layout; the result has the memory format that ``torch.nn.functional.conv2d`` would
-give. float64, float32, bfloat16 and float16 are taken; sums are accumulated in float32 or wider. All functions are
-differentiable to any order and honour ``torch.autocast`` as a convolution does.
+Maps are ``[N, C, H, W]``, series ``[N, C, L]``, in any layout; the result of a map has the memory format that
+``torch.nn.functional.conv2d`` would give. float64, float32, bfloat16 and float16 are taken; sums are accumulated in
+float32 or wider. All functions are differentiable to any order and honour ``torch.autocast`` as a convolution does.
 
 A NaN or an infinity in a map is never lost. It may show in more results than plain PyTorch would show it in: the CUDA
 kernels for 16-bit NCHW maps multiply rows of a map with banded matrices, whose zeros make NaN of it in all columns of
@@ -28,6 +28,7 @@ from . import batch_norm as batch_norm
 from . import branched_depthwise as branched_depthwise
 from . import channel_mixer as channel_mixer
 from . import conv2d as conv2d
+from . import depthwise_conv1d as depthwise_conv1d
 from . import depthwise_conv2d as depthwise_conv2d
 from . import feed_forward as feed_forward
 from . import ffnified_attention as ffnified_attention
@@ -35,6 +36,7 @@ from ._operator import OPERATORS as OPERATORS
 
 _PUBLIC: dict[str, Callable[..., Tensor]] = {
     "depthwise_conv2d": depthwise_conv2d.depthwise_conv2d,
+    "depthwise_conv1d": depthwise_conv1d.depthwise_conv1d,
     "conv2d": conv2d.conv2d,
     "ffnified_attention": ffnified_attention.ffnified_attention,
     "channel_mixer": channel_mixer.channel_mixer,
@@ -49,7 +51,8 @@ def explain(operator: str | Callable[..., Tensor], *args, **kwargs) -> choice.De
     Nothing is computed. The result prints as text.
 
     Args:
-        operator: ``depthwise_conv2d``, ``conv2d``, ``ffnified_attention`` or ``channel_mixer``, or its name.
+        operator: ``depthwise_conv2d``, ``depthwise_conv1d``, ``conv2d``, ``ffnified_attention`` or ``channel_mixer``,
+            or its name.
 
     Raises:
         ValueError: for an unknown operator, and whatever the call itself would raise.
@@ -59,5 +62,7 @@ def explain(operator: str | Callable[..., Tensor], *args, **kwargs) -> choice.De
         raise ValueError(f"explain: expected one of {', '.join(_PUBLIC)}, got {operator!r}")
     bound = inspect.signature(_PUBLIC[name]).bind(*args, **kwargs)
     bound.apply_defaults()
-    checked = OPERATORS[name].defined.checked(*_arguments.autocast(*bound.arguments.values()))
-    return choice.decide(name, checked)
+    arguments = _arguments.autocast(*bound.arguments.values())
+    if name == "depthwise_conv1d":  # which is depthwise_conv2d on maps of one row
+        return choice.decide(depthwise_conv1d.NAME, depthwise_conv1d.checked(*arguments))
+    return choice.decide(name, OPERATORS[name].defined.checked(*arguments))
