@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .layers import FoldableConv
-from .mixers import ResidualMixer
+from .mixers import MetaMixer, ResidualMixer
 from .model import FFNet
 
 __all__ = ["reparameterize"]
@@ -45,12 +45,13 @@ def reparameterize(model: nn.Module, *, extra_folds: bool = True) -> nn.Module:
         The new model; a single foldable layer gives a single ``Conv2d``.
     """
     fused = _fused(copy.deepcopy(model))
-    if extra_folds:
-        for module in fused.modules():
-            if isinstance(module, ResidualMixer):
-                module.fold_layer_scale()
-            elif isinstance(module, FFNet):
-                module.fold_norm()
+    for module in fused.modules():
+        if isinstance(module, MetaMixer):
+            module.fold_norms()
+        elif extra_folds and isinstance(module, ResidualMixer):
+            module.fold_layer_scale()
+        elif extra_folds and isinstance(module, FFNet):
+            module.fold_norm()
     return fused
 
 

@@ -44,6 +44,26 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else size
 
 
+def normed_convolution(conv: nn.Conv2d, norm: Any) -> tuple[Tensor, Tensor]:
+    """Weight and bias (float64) of a convolution and the batch normalisation behind it.
+
+    A normalisation of fewer channels than the convolution has is one that groups of channels share.
+    """
+    scale, shift = (v.repeat(conv.out_channels // len(v)) for v in norm_as_affine(norm))
+    bias = shift if conv.bias is None else widen(conv.bias) * scale + shift
+    return widen(conv.weight) * scale.view(-1, *[1] * (conv.weight.dim() - 1)), bias
+
+
+def fold_norm_into(conv: nn.Conv2d, norm: Any) -> None:
+    """Folds the batch normalisation behind a convolution into it, in place."""
+    weight, bias = normed_convolution(conv, norm)
+    conv.weight.copy_(weight)
+    if conv.bias is None:
+        conv.bias = nn.Parameter(bias.to(conv.weight), requires_grad=conv.weight.requires_grad)
+    else:
+        conv.bias.copy_(bias)
+
+
 class FoldableConv(nn.Module, ABC):
     """A layer that equals one biased convolution once its normalisation uses running statistics."""
 
@@ -58,7 +78,7 @@ class FoldableConv(nn.Module, ABC):
     def fused(self) -> nn.Conv2d:
         """The equivalent convolution, as a new module that shares no storage with this one."""
         like = self.template()
-        conv = nn.Conv2d(
+        conv = type(like)(
             like.in_channels,
             like.out_channels,
             like.kernel_size,  # type: ignore[arg-type]
@@ -107,8 +127,7 @@ class ConvBN(FoldableConv):
         return self.c
 
     def folded(self) -> tuple[Tensor, Tensor]:
-        scale, shift = norm_as_affine(self.bn)
-        return widen(self.c.weight) * scale[:, None, None, None], shift
+        return normed_convolution(self.c, self.bn)
 
 
 class BNConv(FoldableConv):
@@ -203,8 +222,8 @@ class DepthwiseBranches(FoldableConv):
         weight, bias = first.folded()
         for branch in others:
             small_weight, small_bias = branch.folded()
-            top, left = ((weight.shape[i] - small_weight.shape[i]) // 2 for i in (2, 3))
-            weight = weight + F.pad(small_weight, (left, left, top, top))
+            margins = [(weight.shape[i] - small_weight.shape[i]) // 2 for i in range(weight.dim() - 1, 1, -1)]
+            weight = weight + F.pad(small_weight, [margin for each in margins for margin in (each, each)])
             bias = bias + small_bias
         return weight, bias
 

@@ -1,4 +1,4 @@
-"""MetaMixer, its three instances, and the residual wrappers that FFNet's blocks are built from.
+"""MetaMixer, its instances, and the residual wrappers that FFNet's blocks are built from.
 
 Section 3 of "FFNet: MetaMixer-based Efficient Convolutional Mixer Design" (arXiv 2406.02021) reads self-attention
 and the feed-forward network as one mixer: query projection, query–key interaction, activation, coefficient–value
@@ -7,26 +7,39 @@ interaction. The three functions below are the rows of that table.
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import BranchedDepthwise, ConvBN, DropPath, StripDepthwise, widen
+from .layers import BranchedDepthwise, ConvBN, DropPath, LayerNorm2d, StripDepthwise, fold_norm_into, widen
+from .rows import RegroupedConv, RowConv, RowNorm
 
 __all__ = [
+    "TOKEN_MIXERS",
     "AttentionScores",
     "AttentionValues",
+    "FusedAttention",
     "InputDependent",
     "MetaMixer",
+    "Part",
     "ResidualMixer",
     "conv_ffn_mixer",
     "ffnified_attention_mixer",
     "self_attention_mixer",
+    "token_mixer",
 ]
 
 # The published models add a small branch to kernels of exactly this size.
 BRANCHED_KERNEL = 7
+
+
+#: What plays a role: a module and its name, or several, one behind the other.
+Part: TypeAlias = "tuple[str, nn.Module] | Sequence[tuple[str, nn.Module]]"
 
 
 class InputDependent(nn.Module):
@@ -37,35 +50,44 @@ class MetaMixer(nn.Module):
     """``aggregation(activation(interaction(query(x))))``, the frame common to attention and FFN (section 3).
 
     Each part is a ``(name, module)`` pair and becomes the child ``name``, so that a mixer keeps the state-dict keys
-    of its checkpoints. Parts derived from `InputDependent` receive the mixer's input as well.
+    of its checkpoints; or a list of such pairs, where several modules in a row play the role, such as a projection
+    with a normalisation. Modules derived from `InputDependent` receive the mixer's input as well.
     """
 
-    def __init__(
-        self,
-        *,
-        query: tuple[str, nn.Module],
-        interaction: tuple[str, nn.Module],
-        activation: tuple[str, nn.Module],
-        aggregation: tuple[str, nn.Module],
-    ) -> None:
+    def __init__(self, *, query: Part, interaction: Part, activation: Part, aggregation: Part) -> None:
         super().__init__()
-        parts = {"query": query, "interaction": interaction, "activation": activation, "aggregation": aggregation}
-        self.roles = {role: name for role, (name, _) in parts.items()}
-        if len(set(self.roles.values())) < len(parts):
+        given = {"query": query, "interaction": interaction, "activation": activation, "aggregation": aggregation}
+        parts: dict[str, Any] = {role: [part] if isinstance(part[0], str) else part for role, part in given.items()}
+        self.roles = {role: tuple(name for name, _ in part) for role, part in parts.items()}
+        names = [name for role in self.roles.values() for name in role]
+        if len(set(names)) < len(names) or not all(self.roles.values()):
             raise ValueError(f"expected parts with names of their own, got {self.roles}")
-        for name, module in parts.values():
-            self.add_module(name, module)
+        for part in parts.values():
+            for name, module in part:
+                self.add_module(name, module)
 
     def part(self, role: str) -> nn.Module:
-        """The module that plays ``role``: query, interaction, activation or aggregation."""
-        return getattr(self, self.roles[role])
+        """The module that plays ``role``: query, interaction, activation or aggregation; of several, the last."""
+        return getattr(self, self.roles[role][-1])
 
     def forward(self, x: Tensor) -> Tensor:
         z = x
-        for name in self.roles.values():
-            part = getattr(self, name)
-            z = part(z, x) if isinstance(part, InputDependent) else part(z)
+        for names in self.roles.values():
+            for name in names:
+                part = getattr(self, name)
+                z = part(z, x) if isinstance(part, InputDependent) else part(z)
         return z
+
+    @torch.no_grad()
+    def fold_norms(self) -> None:
+        """Folds each batch normalisation, in place, into the plain convolution of this mixer that it follows."""
+        names = [name for role in self.roles.values() for name in role]
+        for name, following in itertools.pairwise(names):
+            conv, norm = getattr(self, name), getattr(self, following)
+            is_plain = type(conv) in (nn.Conv2d, RowConv) or (type(conv) is RegroupedConv and not conv.restore)
+            if type(norm) in (nn.BatchNorm2d, RowNorm) and is_plain:
+                fold_norm_into(conv, norm)
+                setattr(self, following, nn.Identity().train(norm.training))
 
 
 def _branched(dim: int, kernel_size: int, strips: bool, factory: dict[str, Any]) -> nn.Module | None:
@@ -121,21 +143,64 @@ def conv_ffn_mixer(
 
 
 def self_attention_mixer(
-    dim: int, heads: int = 1, *, device: Any = None, dtype: torch.dtype | None = None
+    dim: int, heads: int = 1, *, fused: bool = False, device: Any = None, dtype: torch.dtype | None = None
 ) -> MetaMixer:
     """Dot-product self-attention on maps: X W_Q → Q Kᵀ/√d → softmax → · V, with K = X W_K and V = X W_V.
 
-    This is the defining form, with the [H·W, H·W] coefficients in memory and no output projection.
+    There is no output projection. The defining form has the [H·W, H·W] coefficients in memory; with ``fused`` the same
+    parts are computed by ``scaled_dot_product_attention``, which need not. Weights go from one to the other.
     """
     if heads < 1 or dim % heads:
         raise ValueError(f"expected heads to divide dim, got dim={dim} and heads={heads}")
     factory: dict[str, Any] = {"device": device, "dtype": dtype}
-    return MetaMixer(
+    return (FusedAttention if fused else MetaMixer)(
         query=("q", nn.Conv2d(dim, dim, 1, **factory)),
         interaction=("k", AttentionScores(dim, heads, **factory)),
         activation=("act", nn.Softmax(dim=-1)),
         aggregation=("v", AttentionValues(dim, heads, **factory)),
     )
+
+
+class FusedAttention(MetaMixer):
+    """The parts of `self_attention_mixer` in one call: what `MetaMixer` computes of them, to rounding."""
+
+    q: nn.Conv2d
+    k: AttentionScores
+    v: AttentionValues
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.k.heads
+        q, k, v = (_split_heads(z, heads).mT for z in (self.q(x), self.k.proj(x), self.v.proj(x)))
+        return F.scaled_dot_product_attention(q, k, v).mT.flatten(1, 2).unflatten(2, x.shape[2:])
+
+
+#: What `token_mixer` makes.
+TOKEN_MIXERS = ("ffnified", "attention")
+_HEAD_DIM = 32
+
+
+def token_mixer(
+    kind: str,
+    dim: int,
+    kernel_size: int,
+    *,
+    strips: bool = False,
+    device: Any = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """A token mixer for the residual of a block: FFNified attention, or self-attention behind a layer normalisation.
+
+    Self-attention has as many heads as divide ``dim``, of at least 32 channels; ``kernel_size`` and ``strips`` are for
+    the other.
+    """
+    factory: dict[str, Any] = {"device": device, "dtype": dtype}
+    if kind == "ffnified":
+        return ffnified_attention_mixer(dim, kernel_size, strips=strips, **factory)
+    if kind != "attention":
+        raise ValueError(f"expected a token mixer of {', '.join(TOKEN_MIXERS)}, got {kind!r}")
+    heads = max(heads for heads in range(1, max(dim // _HEAD_DIM, 1) + 1) if dim % heads == 0)
+    norm, attention = LayerNorm2d(dim, **factory), self_attention_mixer(dim, heads, fused=True, **factory)
+    return nn.Sequential(OrderedDict(norm=norm, attention=attention))
 
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:

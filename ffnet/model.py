@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as run_checkpointed
 
 from .layers import BranchedDepthwise, ConvBN, LayerNorm2d, SkipConv, norm_as_affine, widen
-from .mixers import ResidualMixer, conv_ffn_mixer, ffnified_attention_mixer
+from .mixers import TOKEN_MIXERS, ResidualMixer, conv_ffn_mixer, token_mixer
 from .registry import register_model
 
 __all__ = ["FFNet", "FFNetTrunk", "ffnet_1", "ffnet_2", "ffnet_3", "ffnet_4"]
@@ -63,12 +63,13 @@ class Block(nn.Module):
         drop_path: float,
         slot: bool,
         strips: bool = False,
+        mixer: str = "ffnified",
         **factory: Any,
     ) -> None:
         super().__init__()
         residual = {"layer_scale_init": layer_scale_init, "drop_path": drop_path, **factory}
         self.token_mixer = nn.Sequential(
-            ResidualMixer(ffnified_attention_mixer(dim, token_kernel, strips=strips, **factory), dim, **residual)
+            ResidualMixer(token_mixer(mixer, dim, token_kernel, strips=strips, **factory), dim, **residual)
         )
         if slot:  # the reference's place for squeeze-and-excitation, which every published model leaves empty
             self.token_mixer.append(nn.Identity())
@@ -92,6 +93,9 @@ class FFNetTrunk(nn.Module):
         drop_path_rate: Stochastic depth rate of the last block; rises linearly from 0 over the blocks.
         in_chans: Channels of the input.
         strips: Token mixers with the branches of `ffnet.layers.StripDepthwise`.
+        token_mixers: For each stage, ``"ffnified"``, ``"attention"`` (self-attention: a hybrid), or several that its
+            blocks take turns with; by default ``"ffnified"``. Which blocks of the paper's hybrid have which is not
+            known to us.
         config: Preprocessing entries that differ from ``IMAGENET_CONFIG``; the result is ``model.config``.
 
     Raises:
@@ -113,6 +117,7 @@ class FFNetTrunk(nn.Module):
         drop_path_rate: float = 0.0,
         in_chans: int = 3,
         strips: bool = False,
+        token_mixers: Sequence[str | Sequence[str]] | None = None,
         config: Mapping[str, Any] | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
@@ -130,6 +135,9 @@ class FFNetTrunk(nn.Module):
             raise ValueError(f"expected drop_path_rate in [0, 1), got {drop_path_rate}")
         if in_chans < 1:
             raise ValueError(f"expected in_chans >= 1, got {in_chans}")
+        kinds = [(k,) if isinstance(k, str) else tuple(k) for k in token_mixers or ["ffnified"] * len(dims)]
+        if len(kinds) != len(dims) or not all(stage and set(stage) <= set(TOKEN_MIXERS) for stage in kinds):
+            raise ValueError(f"expected token_mixers of {', '.join(TOKEN_MIXERS)} for each stage, got {token_mixers}")
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.in_chans = in_chans
@@ -148,7 +156,11 @@ class FFNetTrunk(nn.Module):
             first = sum(depths[:i])
             rates = [drop_path_rate * (first + j) / steps for j in range(depth)]
             shape = (dim, token_kernel, channel_kernel, expansion, layer_scale_init)
-            blocks = [Block(*shape, rate, slot=j % 2 == 0, strips=strips, **factory) for j, rate in enumerate(rates)]
+            cycle = itertools.cycle(kinds[i])
+            blocks = [
+                Block(*shape, rate, slot=j % 2 == 0, strips=strips, mixer=next(cycle), **factory)
+                for j, rate in enumerate(rates)
+            ]
             downsample = [self.downsample_type(dims[i - 1], dim, **factory)] if i > 0 else []
             self.stages.append(nn.Sequential(*downsample, *blocks))
 
@@ -233,7 +245,7 @@ class FFNet(FFNetTrunk):
 
     Args:
         depths, dims, token_kernels, channel_kernel, expansion, stem_width: As of `FFNetTrunk`.
-        layer_scale_init, drop_path_rate, in_chans, config: As of `FFNetTrunk`.
+        layer_scale_init, drop_path_rate, in_chans, token_mixers, config: As of `FFNetTrunk`.
         drop_rate: Dropout rate before the head.
         num_classes: Outputs of the head; 0 for pooled features [N, dims[-1]].
         norm: Final normalisation, ``"batch"`` or ``"layer"``.
@@ -256,13 +268,14 @@ class FFNet(FFNetTrunk):
         num_classes: int = 1000,
         in_chans: int = 3,
         norm: str = "batch",
+        token_mixers: Sequence[str | Sequence[str]] | None = None,
         config: Mapping[str, Any] | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
             depths, dims, token_kernels, channel_kernel, expansion, stem_width, layer_scale_init, drop_path_rate,
-            in_chans, config=config, device=device, dtype=dtype,
+            in_chans, token_mixers=token_mixers, config=config, device=device, dtype=dtype,
         )  # fmt: skip
         if norm not in ("batch", "layer"):
             raise ValueError(f"expected norm 'batch' or 'layer', got {norm!r}")

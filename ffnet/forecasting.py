@@ -1,0 +1,290 @@
+"""FFNet for time series: "FFNet: MetaMixer-based Efficient Convolutional Mixer Design" (arXiv 2406.02021).
+
+A series of M variables becomes M·D channels of a map of one row, in the order (variable, feature). Names follow the
+published checkpoints below ``model.``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .mixers import MetaMixer
+from .registry import register_model
+from .rows import BranchedRow, RegroupedConv, RowConv, RowConvBN, RowNorm
+
+__all__ = ["ForecastFFNet", "RevIN", "ffnet_ts", "forecast_arguments"]
+
+
+class RevIN(nn.Module):
+    """Reversible instance normalisation (Kim et al., ICLR 2022): each variable by its own look-back window.
+
+    Args:
+        variables: M.
+        affine: Whether each variable has a learnt scale and shift, too.
+    """
+
+    def __init__(
+        self,
+        variables: int,
+        affine: bool = False,
+        eps: float = 1e-5,
+        *,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.affine_weight: nn.Parameter | None
+        self.affine_bias: nn.Parameter | None
+        if affine:
+            self.affine_weight = nn.Parameter(torch.ones(variables, device=device, dtype=dtype))
+            self.affine_bias = nn.Parameter(torch.zeros(variables, device=device, dtype=dtype))
+        else:
+            self.register_parameter("affine_weight", None)
+            self.register_parameter("affine_bias", None)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Windows [N, L, M] → the same normalised, and mean and deviation [N, 1, M] to undo it with."""
+        mean = x.mean(1, keepdim=True)
+        deviation = (x.var(1, keepdim=True, unbiased=False) + self.eps).sqrt()
+        y = (x - mean) / deviation
+        if self.affine_weight is not None and self.affine_bias is not None:
+            y = y * self.affine_weight + self.affine_bias
+        return y, mean, deviation
+
+    def undo(self, y: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
+        """What is normalised, [N, H, M], in the units of the series."""
+        if self.affine_weight is not None and self.affine_bias is not None:
+            y = (y - self.affine_bias) / (self.affine_weight + self.eps**2)
+        return y * deviation + mean
+
+
+class SeriesBlock(nn.Module):
+    """Token mixer, then channel mixer, each residual: [N, M·D, 1, L] → the same.
+
+    The query of the token mixer mixes variables within each feature, then features within each variable; the channel
+    mixer does so the other way round.
+    """
+
+    def __init__(
+        self, variables: int, dim: int, kernel_size: int, small_kernel: int, expansion: int, **factory: Any
+    ) -> None:
+        super().__init__()
+        channels = variables * dim
+
+        def depthwise() -> RowConv:
+            return RowConv(channels, channels, kernel_size, 1, kernel_size // 2, groups=channels, **factory)
+
+        self.token_mixer = MetaMixer(
+            query=[
+                ("ffnpw1", RegroupedConv(channels, 2 * channels, variables, dim, **factory)),
+                ("ffnact", nn.GELU()),
+                ("ffnpw2", RegroupedConv(2 * channels, channels, dim, variables, **factory)),
+                ("norm", RowNorm(dim, variables, **factory)),
+            ],
+            interaction=("dw1", depthwise()),
+            activation=("act", nn.GELU()),
+            aggregation=("dw2", depthwise()),
+        )
+        hidden = expansion * channels
+        self.channel_mixer = MetaMixer(
+            query=[
+                ("dw", BranchedRow(channels, kernel_size, small_kernel, **factory)),
+                ("norm", RowNorm(dim, variables, **factory)),
+            ],
+            interaction=("ffnpw1", RowConv(channels, hidden, 1, groups=variables, **factory)),
+            activation=("act", nn.GELU()),
+            aggregation=("ffnpw2", RegroupedConv(hidden, channels, variables, dim, restore=True, **factory)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.token_mixer(x)
+        return x + self.channel_mixer(x)
+
+
+class SeriesStage(nn.Module):
+    """Blocks, one behind the other."""
+
+    def __init__(self, blocks: list[nn.Module]) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(x)
+
+
+class ForecastHead(nn.Module):
+    """All features of a variable to its horizon, one matrix for all variables: [N, M, D·L] → [N, M, horizon]."""
+
+    def __init__(self, features: int, horizon: int, drop_rate: float, **factory: Any) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(drop_rate)
+        self.linear = nn.Linear(features, horizon, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.linear(x))
+
+
+class SeriesNet(nn.Module):
+    """The network between normalisation and its undoing, all windows [N, L, M] → [N, horizon, M]."""
+
+    def __init__(self, *, variables: int, lookback: int, horizon: int, dim: int, patch: int, stride: int,
+                 depth: int, kernel_size: int, small_kernel: int, expansion: int, affine: bool, drop_rate: float,
+                 **factory: Any) -> None:  # fmt: skip
+        super().__init__()
+        self.variables, self.overhang = variables, patch - stride
+        self.revin_layer = RevIN(variables, affine, **factory)
+        embed = RowConvBN(1, dim, patch, stride, bias=True, names=("0", "1"), **factory)
+        self.downsample_layers = nn.ModuleList([embed])
+        blocks: list[nn.Module] = [
+            SeriesBlock(variables, dim, kernel_size, small_kernel, expansion, **factory) for _ in range(depth)
+        ]
+        self.stages = nn.ModuleList([SeriesStage(blocks)])
+        self.head = ForecastHead(dim * (lookback // stride), horizon, drop_rate, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, mean, deviation = self.revin_layer(x)
+        y = F.pad(y.transpose(1, 2), (0, self.overhang), mode="replicate")
+        y = self.downsample_layers[0](y.flatten(0, 1)[:, None, None])  # [N·M, D, 1, L]
+        y = y.unflatten(0, (-1, self.variables)).flatten(1, 2)
+        for stage in self.stages:
+            y = stage(y)
+        y = self.head(y.unflatten(1, (self.variables, -1)).flatten(2)).transpose(1, 2)
+        return self.revin_layer.undo(y, mean, deviation)
+
+
+class ForecastFFNet(nn.Module):
+    """FFNet for forecasting: windows of a series [N, lookback, M] → what follows [N, horizon, M], in its units.
+
+    Args:
+        variables: M.
+        lookback: Steps that are read, a multiple of ``stride``.
+        horizon: Steps that are forecast.
+        dim: D, features a variable.
+        patch: Steps a patch.
+        stride: Steps between patches; the series is continued by its last value for the last of them.
+        depth: Blocks.
+        kernel_size: Odd length of the depthwise kernels, in patches.
+        small_kernel: Odd length of the parallel branch in the channel mixers.
+        expansion: Hidden width of the channel mixers over D.
+        affine: Whether the normalisation of each window has learnt parameters, too.
+        drop_rate: Dropout behind the head.
+
+    Raises:
+        ValueError: If an argument is out of its range, or a series has other variables, another length, or a value
+            that is not finite.
+    """
+
+    def __init__(
+        self,
+        variables: int = 7,
+        lookback: int = 96,
+        horizon: int = 96,
+        dim: int = 64,
+        patch: int = 4,
+        stride: int = 2,
+        depth: int = 1,
+        kernel_size: int = 51,
+        small_kernel: int = 5,
+        expansion: int = 1,
+        affine: bool = False,
+        drop_rate: float = 0.0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = {
+            "variables": variables, "lookback": lookback, "horizon": horizon, "dim": dim, "patch": patch,
+            "stride": stride, "depth": depth, "expansion": expansion,
+        }  # fmt: skip
+        for name, value in sizes.items():
+            if value < 1:
+                raise ValueError(f"expected {name} >= 1, got {value}")
+        if patch < stride or lookback % stride:
+            raise ValueError(
+                f"expected a stride of at most the patch that divides lookback, got a stride of {stride}, a patch of "
+                f"{patch} and a lookback of {lookback}"
+            )
+        self.variables, self.lookback, self.horizon = variables, lookback, horizon
+        self.config: dict[str, Any] = {"input_size": (lookback, variables)}
+        self.model = SeriesNet(
+            **sizes, kernel_size=kernel_size, small_kernel=small_kernel, affine=affine, drop_rate=drop_rate,
+            device=device, dtype=dtype,
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 3 or x.shape[1] != self.lookback or x.shape[2] != self.variables:
+            raise ValueError(
+                f"expected windows [N, {self.lookback}, {self.variables}] (look-back, variables), got the shape "
+                f"{list(x.shape)}"
+            )
+        return self.model(x)
+
+    @torch.no_grad()
+    def forecast(self, series: Tensor) -> Tensor:
+        """What follows a series [L, M] of at least ``lookback`` steps, of which the last are read: [horizon, M].
+
+        Runs in eval mode, whichever the model is in.
+
+        Raises:
+            ValueError: If the series is too short, has other variables, or a value read is not finite.
+        """
+        if series.dim() != 2 or series.shape[1] != self.variables:
+            raise ValueError(f"expected a series [steps, {self.variables}], got the shape {list(series.shape)}")
+        if len(series) < self.lookback:
+            raise ValueError(f"expected at least the {self.lookback} steps of the look-back, got {len(series)}")
+        window = series[-self.lookback :]
+        if not window.isfinite().all():
+            raise ValueError("expected finite values, got NaN or infinity in the look-back")
+        like = next(self.parameters())
+        training = self.training
+        self.eval()
+        try:
+            return self(window[None].to(like))[0]
+        finally:
+            self.train(training)
+
+
+def forecast_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The arguments of the `ForecastFFNet` that a state dict is of, patches overlapping by half, as published.
+
+    Raises:
+        ValueError: If it is of no such model.
+    """
+    block = "model.stages.0.blocks.0"
+    try:
+        outputs, variables, _ = state[f"{block}.token_mixer.ffnpw1.weight"].shape
+        dim = outputs // (2 * variables)
+        patch = state["model.downsample_layers.0.0.weight"].shape[2]
+        horizon, features = state["model.head.linear.weight"].shape
+        dw = f"{block}.channel_mixer.dw"
+        found = {
+            "kernel_size": state[f"{block}.token_mixer.dw1.weight"].shape[2],
+            "small_kernel": state[f"{dw}.small_conv.conv.weight"].shape[2],
+            "expansion": state[f"{block}.channel_mixer.ffnpw1.weight"].shape[0] // (variables * dim),
+        }
+        prefix = "model.stages.0.blocks."
+        depth = 1 + max(int(key[len(prefix) :].split(".")[0]) for key in state if key.startswith(prefix))
+    except (KeyError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"these are no weights of FFNet for time series: {error}") from error
+    stride = max(patch // 2, 1)
+    return {
+        "variables": variables, "lookback": features // dim * stride, "horizon": horizon, "dim": dim, "patch": patch,
+        "stride": stride, "depth": depth, **found, "affine": "model.revin_layer.affine_weight" in state,
+    }  # fmt: skip
+
+
+@register_model(
+    task="forecasting",
+    published="MSE/MAE: ETT .376/.390, ECL .184/.278, Exchange .343/.392, Traffic .517/.338, Weather .244/.274",
+    checked="keys, folds, training",
+)
+def ffnet_ts(**kwargs: Any) -> ForecastFFNet:
+    """FFNet for time series: 7 variables, look-back 96, D = 64, kernel 51; published errors are means of the horizons
+    96, 192, 336 and 720."""
+    return ForecastFFNet(**kwargs)

@@ -1,0 +1,213 @@
+"""FFNet-SR, super-resolution of pictures: "FFNet: MetaMixer-based Efficient Convolutional Mixer Design"
+(arXiv 2406.02021). Module names follow the published checkpoints.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .layers import LayerNorm2d
+from .mixers import MetaMixer
+from .registry import register_model
+
+__all__ = ["SCALES", "FFNetSR", "ffnet_sr_large", "ffnet_sr_light", "sr_arguments", "upscale"]
+
+#: Factors that are offered.
+SCALES = (2, 3, 4)
+NORMS = ("none", "layer", "batch")
+
+
+def _numbered(dim: int, norm: str, modules: list[nn.Module], **factory: Any) -> MetaMixer:
+    """A mixer whose four parts have numbers for names; a norm, layer first or batch second, moves those behind it."""
+    if norm == "layer":
+        modules = [LayerNorm2d(dim, **factory), *modules]
+    elif norm == "batch":
+        modules = [modules[0], nn.BatchNorm2d(dim, **factory), *modules[1:]]
+    *query, interaction, activation, aggregation = ((str(i), module) for i, module in enumerate(modules))
+    return MetaMixer(query=query, interaction=interaction, activation=activation, aggregation=aggregation)
+
+
+class SRBlock(nn.Module):
+    """FFNified attention, then a convolutional FFN, each residual, all convolutions biased: [N, C, H, W] → the same."""
+
+    def __init__(self, dim: int, expansion: float, norm: str, **factory: Any) -> None:
+        super().__init__()
+        hidden = round(expansion * dim)
+
+        def pointwise(inputs: int, outputs: int) -> nn.Module:
+            return nn.Conv2d(inputs, outputs, 1, **factory)
+
+        def depthwise() -> nn.Module:
+            return nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **factory)
+
+        token = [pointwise(dim, dim), depthwise(), nn.GELU(), depthwise()]
+        channel = [depthwise(), pointwise(dim, hidden), nn.GELU(), pointwise(hidden, dim)]
+        self.token_mixer = _numbered(dim, norm, token, **factory)
+        self.channel_mixer = _numbered(dim, norm, channel, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.token_mixer(x)
+        return x + self.channel_mixer(x)
+
+
+class FFNetSR(nn.Module):
+    """FFNet-SR: a picture [N, in_chans, H, W] → [N, in_chans, scale·H, scale·W], any H and W; values in [0, 1].
+
+    The network adds detail to the nearest-neighbour enlargement. Results outside [0, 1] are left to the caller.
+
+    Args:
+        scale: Factor, one of ``SCALES``.
+        depth: Blocks.
+        dim: C.
+        expansion: Hidden width of the channel mixers over C.
+        norm: In each mixer: ``"none"``, as published, ``"layer"`` before it, or ``"batch"`` behind its first
+            convolution.
+        in_chans: Channels of the picture.
+
+    Raises:
+        ValueError: If an argument is out of its range, with the value that came.
+    """
+
+    def __init__(
+        self,
+        scale: int = 2,
+        depth: int = 36,
+        dim: int = 96,
+        expansion: float = 2,
+        norm: str = "none",
+        in_chans: int = 3,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if scale not in SCALES:
+            raise ValueError(f"expected a scale of 2, 3 or 4, got {scale!r}")
+        if norm not in NORMS:
+            raise ValueError(f"expected norm 'none', 'layer' or 'batch', got {norm!r}")
+        if min(depth, dim, in_chans, round(expansion * dim)) < 1:
+            raise ValueError(
+                f"expected depth, dim, in_chans and the hidden width to be positive, got {depth}, {dim}, {in_chans}, "
+                f"{round(expansion * dim)}"
+            )
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.scale, self.in_chans = scale, in_chans
+        self.config: dict[str, Any] = {"input_size": (in_chans, 360, 640)}
+        self.proj = nn.Conv2d(in_chans, dim, 3, padding=1, **factory)
+        self.body = nn.Sequential(*(SRBlock(dim, expansion, norm, **factory) for _ in range(depth)))
+        self.conv_bef_up = nn.Conv2d(dim, in_chans * scale**2, 3, padding=1, **factory)
+
+    @property
+    def receptive_radius(self) -> int:
+        """How many pixels of the small picture away a pixel still counts: one for every 3×3 convolution in a row."""
+        return 2 + 3 * len(self.body)
+
+    def forward(self, x: Tensor) -> Tensor:
+        details = self.conv_bef_up(self.body(self.proj(x)))
+        return F.pixel_shuffle(details + x.repeat_interleave(self.scale**2, dim=1), self.scale)
+
+
+@torch.no_grad()
+def upscale(model: FFNetSR, x: Tensor, *, tile: int | None = None, overlap: int | None = None) -> Tensor:
+    """A picture by tiles, so that the memory for maps is that of one tile, however large the picture is.
+
+    With the overlap that the network looks at, which is the default, the result is that of the whole picture but for
+    rounding: tiles at the picture's border get the network's zero padding there, all others real pixels. A smaller
+    overlap saves work and is an approximation: pixels nearer than the receptive radius to a seam may differ.
+
+    Args:
+        model: In eval mode.
+        x: [N, in_chans, H, W].
+        tile: Side of a tile in pixels of x, without its overlap; None for the whole picture at once.
+        overlap: Pixels of x on each side of a tile; None for ``model.receptive_radius``.
+
+    Returns:
+        [N, in_chans, scale·H, scale·W].
+
+    Raises:
+        ValueError: If the model is in training mode, x has another shape, or a number is out of its range.
+    """
+    if model.training:
+        raise ValueError("expected a model in eval mode, got one in training mode")
+    if x.dim() != 4 or x.shape[1] != model.in_chans or 0 in x.shape[2:]:
+        raise ValueError(f"expected a picture [N, {model.in_chans}, H, W], got the shape {list(x.shape)}")
+    if tile is not None and tile < 1:
+        raise ValueError(f"expected a tile of at least 1 pixel, got {tile}")
+    if overlap is not None and overlap < 0:
+        raise ValueError(f"expected an overlap of 0 or more pixels, got {overlap}")
+    height, width = x.shape[2:]
+    if tile is None or max(height, width) <= tile:
+        return model(x)
+    margin = model.receptive_radius if overlap is None else overlap
+    out = x.new_empty(*x.shape[:2], model.scale * height, model.scale * width)
+    for top, left in itertools.product(range(0, height, tile), range(0, width, tile)):
+        rows, columns = _span(top, tile, margin, height), _span(left, tile, margin, width)
+        enlarged = model(x[:, :, rows.read, columns.read])
+        s = model.scale
+        out[:, :, rows.written(s), columns.written(s)] = enlarged[:, :, rows.kept(s), columns.kept(s)]
+    return out
+
+
+class _span:
+    """Pixels of a tile along one side: what is read, and where of it is kept."""
+
+    def __init__(self, start: int, tile: int, margin: int, length: int) -> None:
+        self.start, self.stop = start, min(start + tile, length)
+        self.read = slice(max(start - margin, 0), min(self.stop + margin, length))
+
+    def written(self, scale: int) -> slice:
+        return slice(scale * self.start, scale * self.stop)
+
+    def kept(self, scale: int) -> slice:
+        first = self.read.start
+        return slice(scale * (self.start - first), scale * (self.stop - first))
+
+
+def sr_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The arguments of the `FFNetSR` that a state dict is of.
+
+    Raises:
+        ValueError: If it is of no such model.
+    """
+    try:
+        dim, in_chans = state["proj.weight"].shape[:2]
+        ratio = state["conv_bef_up.weight"].shape[0] / in_chans
+        depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("body."))
+        first = state["body.0.token_mixer.0.weight"]
+        norm = "layer" if first.dim() == 1 else "batch" if "body.0.token_mixer.1.running_mean" in state else "none"
+        hidden = state[f"body.0.channel_mixer.{1 if norm == 'none' else 2}.weight"].shape[0]
+    except (KeyError, IndexError, ValueError) as error:
+        raise ValueError(f"these are no weights of FFNet-SR: {error}") from error
+    scale = next((s for s in SCALES if s * s == ratio), None)
+    if scale is None:
+        raise ValueError(f"expected weights for a scale of 2, 3 or 4, got {ratio:g} output pixels a pixel")
+    return {
+        "scale": scale, "depth": depth, "dim": dim, "expansion": hidden / dim, "norm": norm, "in_chans": in_chans,
+    }  # fmt: skip
+
+
+@register_model(
+    task="super-resolution",
+    published="x2 PSNR: Set5 38.23, Urban100 32.81, Manga109 39.23",
+    checked="sizes, keys, folds, tiles, training",
+)
+def ffnet_sr_light(**kwargs: Any) -> FFNetSR:
+    """FFNet-SR light: 36 blocks, 1.79 M parameters (×2); PSNR/SSIM ×2 as published: Set5 38.23/.9613, Urban100
+    32.81/.9344, Manga109 39.23/.9781."""
+    return FFNetSR(**{"depth": 36, **kwargs})
+
+
+@register_model(
+    task="super-resolution",
+    published="x2 PSNR: Set5 38.32, Urban100 33.23, Manga109 39.76",
+    checked="sizes, keys",
+)
+def ffnet_sr_large(**kwargs: Any) -> FFNetSR:
+    """FFNet-SR large: 48 blocks, 2.38 M parameters (×2); PSNR ×2 as published: Set5 38.32, Urban100 33.23, Manga109
+    39.76."""
+    return FFNetSR(**{"depth": 48, **kwargs})
