@@ -7,7 +7,7 @@ import sys
 
 from ffnet_kernels import suite
 
-from .commands import classify, segment
+from .commands import classify, forecast, segment, upscale
 from .commands import list as list_models
 from .commands.common import CommandError
 
@@ -15,6 +15,8 @@ COMMANDS = (
     list_models,
     classify,
     segment,
+    upscale,
+    forecast,
 )
 
 

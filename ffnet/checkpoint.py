@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = ["KeyReport", "load_checkpoint"]
+__all__ = ["KeyReport", "load_checkpoint", "read_state_dict"]
 
 # Averaged weights first: they are what published accuracies are measured with.
 CONTAINER_KEYS = ("state_dict_ema", "state_dict", "model")
@@ -56,12 +56,8 @@ def load_checkpoint(
             nothing fits at all.
         ImportError: If the file needs safetensors and that is not installed.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint file {path}")
-    loaded = _state_dict(_read(path), path)
+    loaded, own = read_state_dict(path), model.state_dict()
     loaded = {key.removeprefix(prefix): value for key, value in loaded.items() if key.startswith(prefix)}
-    own = model.state_dict()
     report = KeyReport(
         missing=[key for key in own if key not in loaded],
         unexpected=[key for key in loaded if key not in own],
@@ -76,6 +72,20 @@ def load_checkpoint(
         raise ValueError(f"{path} does not fit {type(model).__name__}: {report}{shapes}")
     model.load_state_dict(fitting, strict=False)
     return report
+
+
+def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The state dict of a checkpoint file, found and read as by `load_checkpoint`.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is no checkpoint.
+        ImportError: If the file needs safetensors and that is not installed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint file {path}")
+    return _state_dict(_read(path), path)
 
 
 def _read(path: Path) -> Any:

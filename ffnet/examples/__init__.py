@@ -1,5 +1,5 @@
-"""Small models trained on real pictures that packages ship: each a command, minutes on two cores.
+"""Small models trained on real data that packages ship: each a command, minutes on two cores, without a network.
 
-``python -m ffnet.examples.segment_textures`` and ``python -m ffnet.examples.detect_coins``;
-``pip install 'ffnet-kernels[examples]'`` brings the pictures.
+``python -m ffnet.examples.segment_textures``, ``detect_coins``, ``super_resolution`` and ``forecasting``;
+``pip install 'ffnet-kernels[examples]'`` brings the data.
 """
