@@ -1,0 +1,95 @@
+"""The examples, shortened: they write what they say, and learn. What the whole ones reach is in docs/signals.md."""
+
+import json
+
+import pytest
+import torch
+
+from ffnet.__main__ import main as command
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Two on busy cores wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def written(folder, name: str) -> dict:
+    assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+@pytest.mark.long
+def test_super_resolution(tmp_path, capsys):
+    """Better than the nearest neighbour, which an untrained network is near to, on every photograph held out."""
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    from ffnet.examples import super_resolution
+
+    result = super_resolution.main(["--steps", "150", "--depth", "3", "--dim", "24", "--out", str(tmp_path)])
+    assert written(tmp_path, "super_resolution")["psnr"] == result["psnr"]
+    assert not set(result["psnr"]) & set(result["trained_on"])
+    assert all(score["FFNet-SR"] > score["nearest"] + 0.2 for score in result["psnr"].values())
+
+    capsys.readouterr()
+    small, checkpoint, out = tmp_path / "small.png", tmp_path / "super_resolution.pth", tmp_path / "out.png"
+    _, held_out = super_resolution.photographs()
+    super_resolution.pair(held_out["flower.jpg"], 2)[0].save(small)
+    assert command(["upscale", str(small), "--scale", "2", "--checkpoint", str(checkpoint), "--out", str(out)]) == 0
+    from ffnet.preprocess import load_image
+
+    truth = super_resolution.tensor(super_resolution.pair(held_out["flower.jpg"], 2)[1])
+    score = super_resolution.psnr(super_resolution.tensor(load_image(out)), truth, 2)
+    assert score == pytest.approx(result["psnr"]["flower.jpg"]["FFNet-SR"], abs=0.02)
+
+
+@pytest.mark.long
+def test_forecasting(tmp_path, capsys):
+    """Better than both naive forecasts after a few epochs."""
+    pytest.importorskip("statsmodels")
+    pytest.importorskip("matplotlib")
+    from ffnet.examples import forecasting
+
+    result = forecasting.main(["--epochs", "4", "--dim", "16", "--out", str(tmp_path)])
+    assert written(tmp_path, "forecasting") == result
+    for metric in ("mse", "mae"):
+        ours = result["errors"]["FFNet"][metric]
+        assert all(ours < result["errors"][name][metric] for name in ("last value", "seasonal naive"))
+
+    series = forecasting.weekly_co2()
+    (tmp_path / "co2.csv").write_text("co2\n" + "".join(f"{value}\n" for value in series[:-52, 0].tolist()))
+    capsys.readouterr()
+    argv = ["forecast", str(tmp_path / "co2.csv"), "--checkpoint", str(tmp_path / "forecasting.pth")]
+    assert command(argv) == 0
+    values = [float(line.split(",")[1]) for line in capsys.readouterr().out.splitlines()[1:]]
+    assert (torch.tensor(values) - series[-52:, 0]).abs().mean() < 2
+
+
+def test_psnr_of_luma():
+    from ffnet.examples.super_resolution import luma, psnr
+
+    black, white = torch.zeros(3, 8, 8), torch.ones(3, 8, 8)
+    torch.testing.assert_close(luma(black) * 255, torch.full((8, 8), 16.0))
+    torch.testing.assert_close(luma(white) * 255, torch.full((8, 8), 235.0), rtol=1e-3, atol=0)
+    assert psnr(white, black, 2) == pytest.approx(-20 * torch.log10(torch.tensor(219 / 255)).item(), abs=1e-3)
+    spoilt = black.clone()
+    spoilt[:, 0] = 1.0  # in the border that does not count
+    assert psnr(spoilt, black, 2) == float("inf")
+    assert psnr(spoilt, black, 1) == float("inf")
+
+
+def test_windows_do_not_see_what_they_are_tested_on():
+    from ffnet.examples import forecasting
+
+    series = torch.arange(400.0)[:, None]
+    past, future = forecasting.windows(series, 200, 300)
+    assert future[0, 0] == 200
+    assert future[-1, -1] == 299
+    assert torch.equal(past[:, -1] + 1, future[:, 0])
+    simple = forecasting.simple_forecasts(past)
+    assert torch.equal(simple["seasonal naive"] + 52, future)
+    assert torch.equal(simple["seasonal naive + drift"], future)
+    assert torch.equal(simple["last value"][:, 0] + 1, future[:, 0])
