@@ -1,6 +1,6 @@
 """FFNet for time series on the weekly CO2 at Mauna Loa that statsmodels ships, against simple forecasts.
 
-python -m ffnet.examples.forecasting [--epochs 30] [--out demo/forecasting]
+python -m ffnet.examples.forecasting [--epochs 30] [--out build/forecasting]
 
 1958 to 2001, ppm; missing weeks are interpolated. The last fifth of the weeks is tested, the tenth before it chooses
 the epoch, the rest is trained on. From 104 weeks the next 52 are forecast, from every week on. Simple forecasts are the
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,10 @@ METHODS = ("last value", "seasonal naive", "seasonal naive + drift")
 
 def weekly_co2() -> Tensor:
     """[weeks, 1] in ppm."""
-    from statsmodels.datasets import co2
-
+    try:
+        from statsmodels.datasets import co2
+    except ModuleNotFoundError:
+        sys.exit("the series of statsmodels is needed: pip install 'ffnet-kernels[examples]' brings it")
     values = co2.load_pandas().data["co2"].to_numpy()
     weeks, known = np.arange(len(values)), np.isfinite(values)
     return torch.tensor(np.interp(weeks, weeks[known], values[known]), dtype=torch.float32)[:, None]
@@ -104,8 +107,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--epochs", type=int, default=30, help="of training (default: %(default)s)")
     parser.add_argument("--dim", type=int, default=32, help="features (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("demo/forecasting"), help="folder (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("build/forecasting"), help="folder (default: %(default)s)")
     options = parser.parse_args(argv)
+    options.out.mkdir(parents=True, exist_ok=True)  # where that fails, before minutes of training
 
     torch.manual_seed(options.seed)
     series = weekly_co2()

@@ -1,6 +1,6 @@
 """A small FFNet-SR trained on photographs that packages ship, against bicubic interpolation.
 
-python -m ffnet.examples.super_resolution [--scale 2] [--steps 1500] [--out demo/super_resolution]
+python -m ffnet.examples.super_resolution [--scale 2] [--steps 1500] [--out build/super_resolution]
 
 Photographs are reduced by Pillow's bicubic filter and rounded to 8 bits. Scores are PSNR of luma, a border of ``scale``
 pixels cut off, as is usual for super-resolution, on photographs that training never sees. With scikit-image installed
@@ -11,6 +11,7 @@ the latter.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import time
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from torch import Tensor
 from ..profile import count_parameters
 from ..super_resolution import SCALES, FFNetSR, upscale
 from .files import save
+from .photographs import photograph
 
 #: Of scikit-image.
 TRAINED_ON = ("astronaut.png", "coffee.png", "motorcycle_left.png", "rocket.jpg", "hubble_deep_field.jpg")
@@ -36,19 +38,11 @@ TILE = 256
 
 def photographs() -> tuple[dict[str, Image.Image], dict[str, Image.Image]]:
     """By name: photographs to train on, and those held out."""
-    from sklearn.datasets import load_sample_images
-
-    samples = load_sample_images()
-    held_out = {
-        Path(name).name: Image.fromarray(pixels) for name, pixels in zip(samples.filenames, samples.images, strict=True)
-    }
-    try:
-        import skimage.data
-    except ModuleNotFoundError:
+    held_out = {name: photograph("scikit-learn", name) for name in (SPARE, "flower.jpg")}
+    if importlib.util.find_spec("skimage") is None:
         return {SPARE: held_out.pop(SPARE)}, held_out
-    folder = Path(skimage.data.__file__).parent
-    held_out[HELD_OUT] = Image.open(folder / HELD_OUT).convert("RGB")
-    return {name: Image.open(folder / name).convert("RGB") for name in TRAINED_ON}, held_out
+    held_out[HELD_OUT] = photograph("scikit-image", HELD_OUT)
+    return {name: photograph("scikit-image", name) for name in TRAINED_ON}, held_out
 
 
 def pair(image: Image.Image, scale: int) -> tuple[Image.Image, Image.Image]:
@@ -134,8 +128,8 @@ def draw(scores: dict[str, dict[str, float]], pictures: dict[str, Any], scale: i
     """A cut of each photograph side by side, where they have most detail."""
     from matplotlib.figure import Figure
 
-    methods = list(next(iter(pictures.values())))
-    figure = Figure(figsize=(2.2 * len(methods), 2.45 * len(pictures)), layout="constrained")
+    methods = [method for method in next(iter(pictures.values())) if method != "nearest"]
+    figure = Figure(figsize=(1.8 * len(methods), 2.05 * len(pictures)), layout="constrained")
     axes = figure.subplots(len(pictures), len(methods), squeeze=False)
     for row, (name, results) in zip(axes, pictures.items(), strict=True):
         detail = F.avg_pool2d(luma(results["photograph"]).diff(dim=1).abs()[None], side, side // 4)[0]
@@ -161,8 +155,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--depth", type=int, default=6, help="blocks (default: %(default)s)")
     parser.add_argument("--dim", type=int, default=32, help="channels (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("demo/super_resolution"), help="folder (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("build/super_resolution"), help="folder (default: %(default)s)"
+    )
     options = parser.parse_args(argv)
+    options.out.mkdir(parents=True, exist_ok=True)  # where that fails, before minutes of training
 
     trained, held_out = photographs()
     torch.manual_seed(options.seed)
