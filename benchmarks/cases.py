@@ -4,6 +4,7 @@ traffic that nobody can avoid."""
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -87,27 +88,33 @@ class OperatorCase:
 
 @dataclass(frozen=True)
 class ModelCase:
-    """One forward pass of a model in eval mode on [batch, 3, size, size]."""
+    """One forward pass of a model in eval mode on [batch, 3, size, width], the width being the size by default."""
 
     model: str
     batch: int
     size: int = 256
     dtype: str = "float32"
+    width: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of an image."""
+        return 3, self.size, self.size if self.width is None else self.width
 
     @property
     def name(self) -> str:
-        return f"{self.model} {self.size}x{self.size} b{self.batch} {self.dtype}"
+        return f"{self.model} {self.shape[2]}x{self.size} b{self.batch} {self.dtype}"
 
     @property
     def flops(self) -> int:
         """Two per multiply–add of the reparameterised model."""
-        return 2 * self.batch * model_counts(self.model, self.size)[1]
+        return 2 * self.batch * model_counts(self.model, self.shape)[1]
 
     @property
     def bytes(self) -> int:
-        """Each fused parameter, the input and the logits moved once."""
-        parameters, _, outputs = model_counts(self.model, self.size)
-        return (parameters + self.batch * (3 * self.size**2 + outputs)) * itemsize(self.dtype)
+        """Each fused parameter, the input and the output moved once."""
+        parameters, _, outputs = model_counts(self.model, self.shape)
+        return (parameters + self.batch * (math.prod(self.shape) + outputs)) * itemsize(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -186,11 +193,11 @@ def itemsize(dtype: str) -> int:
 
 
 @functools.cache
-def model_counts(name: str, size: int) -> tuple[int, int, int]:
+def model_counts(name: str, shape: tuple[int, int, int]) -> tuple[int, int, int]:
     """Parameters of the reparameterised model, and multiply–adds and elements of the output of one image."""
     model = ffnet.reparameterize(ffnet.create_model(name, device="meta").eval())
-    outputs = model(torch.empty(1, 3, size, size, device="meta")).numel()
-    return ffnet.count_parameters(model), ffnet.count_macs(model, (3, size, size)), outputs
+    outputs = model(torch.empty(1, *shape, device="meta")).numel()
+    return ffnet.count_parameters(model), ffnet.count_macs(model, shape), outputs
 
 
 @functools.cache

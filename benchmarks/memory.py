@@ -1,4 +1,4 @@
-"""Peak memory of FFNet-1 and FFNet-Seg, ours against eager PyTorch: ``python -m benchmarks memory``.
+"""Peak memory of FFNet-1, FFNet-Seg and FFNet-SR, ours against eager PyTorch: ``python -m benchmarks memory``.
 
 Each contender runs in a fresh process. There the model and its input are made and the resident high-water mark is set
 to what is resident. After some calls the mark, VmHWM, says how much was resident at most; ``calls`` is what that is
@@ -31,6 +31,7 @@ CASES: tuple[Case, ...] = (
     TrainingCase("ffnet_1", 4),
     ModelCase("ffnet_seg_ade20k", 1, 512),
     ModelCase("ffnet_seg_ade20k", 1, 1024),
+    ModelCase("ffnet_sr_light", 1, 360, width=640),
 )
 NAMES = (OURS, "eager nchw", "eager channels-last")
 CALLS = 3

@@ -126,6 +126,13 @@ def _dense(quick: bool) -> Iterator[Case]:
         yield ModelCase(model, 1, size, dtype)
 
 
+def _super_resolution(quick: bool) -> Iterator[Case]:
+    """640×360 to 1280×720."""
+    cases = itertools.product(DTYPES, ("ffnet_sr_light", "ffnet_sr_large"))
+    for dtype, model in itertools.islice(cases, 1 if quick else None):
+        yield ModelCase(model, 1, 360, dtype, width=640)
+
+
 def _training(quick: bool) -> Iterator[Case]:
     models = ("ffnet_1",) if quick else ("ffnet_1", "ffnet_2")
     yield from (TrainingCase(model, 4) for model in models)
@@ -167,6 +174,7 @@ SUITES: dict[str, Callable[[bool], Iterable[Case]]] = {
     "layers": _layers,
     "models": _models,
     "dense": _dense,
+    "super-resolution": _super_resolution,
     "train": _training,
     "record": _record,
 }

@@ -103,6 +103,14 @@ def test_counts_of_segmentation():
     assert case.bytes == 4 * (fused + 3 * 512**2 + outputs)
 
 
+def test_counts_of_super_resolution():
+    (case,) = suite("super-resolution", quick=True)
+    assert case.name == "ffnet_sr_light 640x360 b1 float32"
+    assert case.bytes == 4 * (1_789_452 + 3 * 640 * 360 * (1 + 2**2))
+    weights = 1_789_452 - 96 - 12 - 36 * (96 * 5 + 192)  # but for the biases
+    assert case.flops == 2 * 640 * 360 * weights
+
+
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 def test_contenders_get_what_their_names_say(operator, layout):
