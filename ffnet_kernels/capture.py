@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules import module as nn_module
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from . import kernels
 from .shapes import LARGER, evaluate
@@ -70,17 +70,24 @@ def capture(root: nn.Module, x: Tensor, grows: tuple[bool, bool] = (True, True))
         return _Capture(root, x, grows).graph
 
 
-class _NoDraws(TorchDispatchMode):
-    """Refuses random numbers that are drawn for no symbol, before they are."""
+class _NoDraws(TorchFunctionMode):
+    """Refuses random numbers that are drawn for no symbol, before they are. (A mode of the dispatcher would know them
+    by a tag, but imports torch.compile: two seconds.)"""
 
-    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded in operator.tags:
-            tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-            device = tensors[0].device if tensors else kwargs.get("device")
-            if device is None or torch.device(device).type != "meta":
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if str(getattr(function, "__name__", "")).rstrip("_") in _DRAWS:
+            arguments = (*args, *(kwargs or {}).values())
+            if not any(isinstance(a, fx.Proxy) or (isinstance(a, Tensor) and a.is_meta) for a in arguments):
                 raise NotCapturable("it draws random numbers that do not depend on its map")
-        return operator(*args, **kwargs)
+        return function(*args, **(kwargs or {}))
+
+
+_DRAWS = {
+    "rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "poisson", "binomial", "rand_like",
+    "randn_like", "randint_like", "dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout", "rrelu",
+    "native_dropout", "uniform", "random", "exponential", "cauchy", "log_normal", "geometric", "_standard_gamma",
+    "_sample_dirichlet", "fractional_max_pool2d", "fractional_max_pool3d", "gumbel_softmax",
+}  # fmt: skip
 
 
 def modules_of(classes: Iterable[type]) -> Iterator[Any]:
