@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -123,7 +123,7 @@ def upscale(model: FFNetSR, x: Tensor, *, tile: int | None = None, overlap: int 
     Args:
         model: In eval mode.
         x: [N, in_chans, H, W].
-        tile: Side of a tile in pixels of x, without its overlap; None for the whole picture at once.
+        tile: Most pixels of x along a tile's side, without its overlap; None for the whole picture at once.
         overlap: Pixels of x on each side of a tile; None for ``model.receptive_radius``.
 
     Returns:
@@ -140,32 +140,39 @@ def upscale(model: FFNetSR, x: Tensor, *, tile: int | None = None, overlap: int 
         raise ValueError(f"expected a tile of at least 1 pixel, got {tile}")
     if overlap is not None and overlap < 0:
         raise ValueError(f"expected an overlap of 0 or more pixels, got {overlap}")
-    height, width = x.shape[2:]
-    if tile is None or max(height, width) <= tile:
+    if tile is None:
         return model(x)
-    margin = model.receptive_radius if overlap is None else overlap
-    out = x.new_empty(*x.shape[:2], model.scale * height, model.scale * width)
-    for top, left in itertools.product(range(0, height, tile), range(0, width, tile)):
-        rows, columns = _span(top, tile, margin, height), _span(left, tile, margin, width)
-        enlarged = model(x[:, :, rows.read, columns.read])
-        s = model.scale
-        out[:, :, rows.written(s), columns.written(s)] = enlarged[:, :, rows.kept(s), columns.kept(s)]
+    height, width = x.shape[2:]
+    margin, s = model.receptive_radius if overlap is None else overlap, model.scale
+    out = x.new_empty(*x.shape[:2], s * height, s * width)
+    for rows, columns in itertools.product(_spans(height, tile, margin), _spans(width, tile, margin)):
+        enlarged = model(x[:, :, rows.first : rows.last, columns.first : columns.last])
+        out[:, :, s * rows.start : s * rows.stop, s * columns.start : s * columns.stop] = enlarged[
+            :, :, s * (rows.start - rows.first) : s * (rows.stop - rows.first),
+            s * (columns.start - columns.first) : s * (columns.stop - columns.first),
+        ]  # fmt: skip
     return out
 
 
-class _span:
-    """Pixels of a tile along one side: what is read, and where of it is kept."""
+class _Span(NamedTuple):
+    """Of a side of a tile: pixels from ``start`` to ``stop`` are kept of those read, from ``first`` to ``last``."""
 
-    def __init__(self, start: int, tile: int, margin: int, length: int) -> None:
-        self.start, self.stop = start, min(start + tile, length)
-        self.read = slice(max(start - margin, 0), min(self.stop + margin, length))
+    start: int
+    stop: int
+    first: int
+    last: int
 
-    def written(self, scale: int) -> slice:
-        return slice(scale * self.start, scale * self.stop)
 
-    def kept(self, scale: int) -> slice:
-        first = self.read.start
-        return slice(scale * (self.start - first), scale * (self.stop - first))
+def _spans(length: int, tile: int, margin: int) -> list[_Span]:
+    """Tiles along one side of a picture, all reading as many pixels: kernels and programs then meet one size only."""
+    if length <= tile + 2 * margin:
+        return [_Span(0, length, 0, length)]
+    count = -(-length // tile)
+    edges = [length * i // count for i in range(count + 1)]
+    needed = [(max(a - margin, 0), min(b + margin, length)) for a, b in itertools.pairwise(edges)]
+    most = max(last - first for first, last in needed)
+    firsts = [min(first, length - most) for first, _ in needed]
+    return [_Span(a, b, first, first + most) for (a, b), first in zip(itertools.pairwise(edges), firsts, strict=True)]
 
 
 def sr_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def expected_pixels(model, image) -> np.ndarray:
     return (model(pixels)[0].clamp(0, 1) * 255).permute(1, 2, 0).numpy()
 
 
-@pytest.mark.parametrize("options", [(), ("--tile", 4), ("--tile", 0), ("--scale", 2)])
+@pytest.mark.parametrize("options", [(), ("--tile", 2), ("--tile", 0), ("--scale", 2)])
 def test_a_picture_enlarged(tmp_path, sr, options, capsys):
     model, checkpoint = sr
     image = picture(tmp_path / "in.png")

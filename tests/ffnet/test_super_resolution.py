@@ -6,12 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ffnet_testing import randomise, relative_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import ffnet
 import ffnet_kernels
 from ffnet.layers import LayerNorm2d
-from ffnet.super_resolution import NORMS, FFNetSR, sr_arguments, upscale
+from ffnet.super_resolution import NORMS, FFNetSR, _spans, sr_arguments, upscale
 
 
 def small(**kwargs) -> FFNetSR:
@@ -111,8 +113,24 @@ def test_tiles_bound_what_the_network_sees():
     model, sizes = small(), []
     model.proj.register_forward_hook(lambda _, args, __: sizes.append(args[0].shape[2:]))
     upscale(model, torch.rand(1, 3, 90, 50), tile=20, overlap=3)
-    assert max(max(size) for size in sizes) == 26
     assert len(sizes) == 5 * 3
+    (size,) = set(sizes)
+    assert max(size) <= 26
+    sizes.clear()
+    upscale(model, torch.rand(1, 3, 26, 50), tile=20, overlap=3)  # no higher than a tile with its overlap
+    assert len(sizes) == 3
+
+
+@settings(max_examples=200)
+@given(st.integers(1, 300), st.integers(1, 60), st.integers(0, 40))
+def test_spans(length, tile, margin):
+    """Every pixel is kept once, with all of its surroundings that are in the picture, and no tile reads too much."""
+    spans = _spans(length, tile, margin)
+    assert [i for span in spans for i in range(span.start, span.stop)] == list(range(length))
+    for span in spans:
+        assert max(span.start - margin, 0) >= span.first >= 0
+        assert min(span.stop + margin, length) <= span.last <= length
+        assert span.last - span.first == spans[0].last - spans[0].first <= tile + 2 * margin
 
 
 def test_folds_in_float64():
