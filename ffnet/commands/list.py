@@ -40,7 +40,7 @@ def _row(name: str) -> tuple[str, ...]:
         entry.task,
         f"{count_parameters(fused):,}",
         f"{count_parameters(model):,}",
-        "x".join(map(str, reversed(size[1:]))),
+        "x".join(map(str, reversed(size[-2:]))),
         f"{count_macs(fused, size) / 1e9:.3f} G",
         entry.published,
         entry.checked,

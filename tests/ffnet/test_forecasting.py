@@ -158,6 +158,18 @@ def test_folds_in_float64(kwargs):
     assert relative_error(fused(x), model(x)) > 1e-8
 
 
+@torch.inference_mode()
+def test_the_published_size():
+    model = randomise(ffnet.create_model("ffnet_ts")).eval()
+    x = torch.randn(2, 96, 7)
+    assert model(x).shape == (2, 96, 7)
+    fast = ffnet_kernels.optimize(copy.deepcopy(model))
+    for _ in range(3):
+        assert relative_error(fast(x), model(x)) < 1e-4
+    wide, model = x.double(), model.double()
+    assert relative_error(ffnet.reparameterize(model)(wide), model(wide)) < 1e-10
+
+
 @pytest.mark.parametrize("reparameterized", [False, True])
 @torch.inference_mode()
 def test_optimised(reparameterized):

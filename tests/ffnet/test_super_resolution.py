@@ -162,6 +162,18 @@ def test_optimised(norm):
     assert relative_error(upscale(fast, x, tile=20), plain(x)) < 1e-4
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["ffnet_sr_light", "ffnet_sr_large"])
+@torch.inference_mode()
+def test_whole_models_optimised(name):
+    plain, x = ffnet.create_model(name).eval(), torch.rand(1, 3, 24, 32)
+    fast = ffnet_kernels.optimize(copy.deepcopy(plain))
+    for _ in range(3):
+        assert relative_error(fast(x), plain(x)) < 1e-4
+    assert fused_operators(fast).count("ffnified_attention") == len(plain.body)
+    assert relative_error(ffnet.reparameterize(plain)(x), plain(x)) == 0  # there is nothing to fold
+
+
 @pytest.mark.parametrize("norm", ["none", "batch"])
 def test_trains_the_same_when_optimised(norm):
     """From the second step on: in the first the modules run."""
