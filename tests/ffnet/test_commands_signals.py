@@ -3,6 +3,8 @@
 import csv
 import math
 import re
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -33,6 +35,18 @@ def picture(path, mode="RGB", size=(13, 9), dtype=np.uint8, high=256, **options)
 
 def upscale(image, checkpoint, out, *options) -> int:
     return main(["upscale", str(image), "--checkpoint", str(checkpoint), "--out", str(out), *map(str, options)])
+
+
+def save_deep_rgb(path):
+    """An RGB picture of 16 bits a channel, which Pillow reads and does not write."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = b"".join(b"\0" + bytes(range(6 * 5)) for _ in range(4))
+    header = struct.pack(">IIBBBBB", 5, 4, 16, 2, 0, 0, 0)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
 
 
 @torch.no_grad()
@@ -93,6 +107,7 @@ def broken(tmp_path, sr):
     picture(tmp_path / "good.png")
     picture(tmp_path / "clear.png", "RGBA")
     picture(tmp_path / "deep.png", "I;16", dtype=np.uint16, high=65536)
+    save_deep_rgb(tmp_path / "deep_rgb.png")
     picture(tmp_path / "ink.jpg", "CMYK")
     Image.fromarray(np.ones((4, 4), dtype=np.float32)).save(tmp_path / "float.tif")
     (tmp_path / "text.png").write_text("no picture")
@@ -114,6 +129,7 @@ def broken(tmp_path, sr):
         ({"image": "text.png"}, "text.png: cannot identify"),
         ({"image": "cut.png"}, "cut.png"),
         ({"image": "deep.png"}, "8 bits a channel, got 16 bits a channel; convert it first"),
+        ({"image": "deep_rgb.png"}, "8 bits a channel, got 16 bits a channel; convert it first"),
         ({"image": "ink.jpg"}, "8 bits a channel, got mode CMYK"),
         ({"image": "float.tif"}, "8 bits a channel, got mode F"),
         ({"--scale": "5"}, "expected --scale 2, 3 or 4, got 5"),

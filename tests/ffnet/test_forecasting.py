@@ -74,6 +74,23 @@ def test_a_regrouped_convolution_mixes_what_has_one_place():
     assert changed.tolist() == [True, False] * 3
 
 
+@pytest.mark.parametrize("restore", [False, True])
+@torch.no_grad()
+def test_a_norm_is_folded_only_where_its_channels_are_the_convolution_s(restore):
+    """Behind a convolution that restores the order of channels they are not."""
+    conv = RegroupedConv(12, 12, outer=3, groups=4, restore=restore)
+    parts = {
+        "interaction": ("a", nn.Identity()),
+        "activation": ("b", nn.Identity()),
+        "aggregation": ("c", nn.Identity()),
+    }
+    mixer = ffnet.MetaMixer(query=[("conv", conv), ("norm", RowNorm(3, 4))], **parts)
+    mixer = randomise(mixer).double().eval()
+    fused, x = ffnet.reparameterize(mixer), torch.randn(2, 12, 1, 5, dtype=torch.float64)
+    assert relative_error(fused(x), mixer(x)) < 1e-12
+    assert isinstance(fused.norm, RowNorm if restore else nn.Identity)
+
+
 @torch.no_grad()
 def test_what_it_computes():
     """With einsum over (variable, feature) in place of grouped convolutions."""
