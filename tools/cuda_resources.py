@@ -12,71 +12,28 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
 import sys
 import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-from cuda_machine_code import COUNTS, PHASES, RESOURCES, collect
+import cuda_predictions as predictions
+from cuda_machine_code import COUNTS, RESOURCES, collect
 
 GROWTH = 1.05
 NAME = "cuda-resources"  # of the tables in docs/
 
 
-# One multiprocessor of an H100 SXM: 3.35 TB/s over 132 of them at 1.755 GHz.
-BYTES_PER_CLOCK = 14.46
-PREDICTED_ARCHITECTURE = "90"
-PANEL_ROW = 128  # elements, of 16 bits: 16 windows of 8 columns
-
-
-@dataclass(frozen=True)
-class Case:
-    """Planes of size x size that a streaming kernel goes through, many of them."""
-
-    operator: str
-    kernel: str
-    rows: int  # of the filter, and steps of the main loop
-    convolutions: int
-    size: int
-    maps: int  # that are read or written
-    limit: float  # of the predicted ratio
-
-    def kernels(self) -> list[str]:
-        """Both dtypes; planes one window wide have a variant of their own."""
-        windows = "alone" if self.size <= 8 else "aligned"
-        return [self.kernel.format(dtype=dtype, windows=windows) for dtype in ("Half", "BFloat16")]
-
-    def passes(self) -> list[float]:
-        """How often the main loop's PHASES are executed for a panel of whole planes (stream_rows in stream.h)."""
-        steps = self.size + self.convolutions * (self.rows // 2)
-        turns = math.ceil(steps / self.rows)
-        row, residual = self.size / self.rows, self.maps > 2
-        return [turns, turns * residual, row, row, row * residual, 1]
-
-
-def _cases() -> list[Case]:
-    attention = "attention_forward_kernel<{dtype}, %d, {windows}>"
-    sizes = ((7, 8), (7, 16), (7, 32), (7, 64), (3, 32), (3, 64))
-    cases = [
-        Case(f"token mixer{text}", attention % rows, rows, 2, size, maps, 1.3 if size <= 16 else 1.5)
-        for text, maps in (("", 3), (", no residual", 2))
-        for rows, size in sizes
-    ]
-    depthwise = "depthwise_stream_kernel<{dtype}, 7, {windows}, activate>"
-    return cases + [Case("depthwise, GELU", depthwise, 7, 1, size, 2, 1.5) for size in (8, 16, 32, 64)]
-
-
-CASES = _cases()
+PREDICTED_ARCHITECTURE = predictions.ARCHITECTURE
 
 # What a pass through the main loop is, of a warp unless a thread is named. The first entry that matches counts.
 UNITS = (
     (
         r"(attention_(forward|backward)|depthwise_stream)_kernel",
-        "As many steps as the filter has rows (3 or 7), each for a row of a panel: 128 elements. Counted here are also "
-        "what only ReLU runs; `any` fetches in two ways.",
+        "PlaneRows: a whole panel. HighRows: as many steps as the filter has rows (3 or 7), each for a row of a panel, "
+        "128 elements. AnyRows: such steps twice, asking for each what it does, and without; what only ReLU runs is "
+        "counted, too, and `any` fetches in two ways.",
     ),
     (
         r"banded_kernel",
@@ -123,10 +80,10 @@ def frames(kernels: dict) -> list[str]:
     return problems
 
 
-def compare(kernels: dict, nvcc: str, committed: dict) -> list[str]:
-    """What is wrong with `kernels` against the committed table."""
+def compare(kernels: dict, predicted: list[dict], nvcc: str, committed: dict) -> list[str]:
+    """What is wrong with `kernels` and predictions against the committed table."""
     problems = []
-    if [*RESOURCES, *COUNTS] != committed["columns"] or [*PHASES] != committed["phases"]:
+    if [*RESOURCES, *COUNTS] != committed["columns"] or "predictions" not in committed:
         return ["the committed table has other columns: write it again"]
     # Another compiler makes other code of the same source: then only what must never be is looked at.
     same_compiler = nvcc == committed["nvcc"]
@@ -142,7 +99,7 @@ def compare(kernels: dict, nvcc: str, committed: dict) -> list[str]:
                 problems.append(f"{where} is not in the committed table: write it again")
             elif same_compiler:
                 problems += (f"{where}: {growth}" for growth in _growth(old[architecture], new[architecture]))
-    return problems
+    return problems + (compare_predictions(predicted, committed["predictions"]) if same_compiler else [])
 
 
 def _growth(old: list, new: list) -> Iterator[str]:
@@ -157,76 +114,27 @@ def _growth(old: list, new: list) -> Iterator[str]:
                 yield f"{name} {kind}grew from {a} to {b}"
 
 
-def write_table(path: Path, kernels: dict, nvcc: str) -> None:
-    """A line a kernel, so that a change of one shows as one."""
+def compare_predictions(predicted: list[dict], committed: list[dict]) -> list[str]:
+    """What grew by more than GROWTH against the committed predictions, and which are missing or new."""
+    shape = ("operator", "filter", "map", "channels", "gpu")
+    old, new = ({tuple(row[k] for k in shape): row for row in table} for table in (committed, predicted))
+    problems = [f"{', '.join(map(str, key))}: predicted in one table only" for key in old.keys() ^ new.keys()]
+    for key in old.keys() & new.keys():
+        for name, before in old[key].items():
+            if name not in (*shape, "blocks", "limit") and new[key][name] > before * GROWTH + 0.05:
+                problems.append(f"{', '.join(map(str, key))}: {name} grew from {before} to {new[key][name]}")
+    return sorted(problems)
+
+
+def write_table(path: Path, kernels: dict, nvcc: str, predicted: list[dict]) -> None:
+    """A line a kernel and a prediction, so that a change of one shows as one."""
     lines = ",\n".join(f"{json.dumps(n)}: {json.dumps(rows, separators=(',', ':'))}" for n, rows in kernels.items())
-    head = (
-        f'"nvcc": {json.dumps(nvcc)},\n"columns": {json.dumps([*RESOURCES, *COUNTS])},\n"phases": {json.dumps(PHASES)}'
-    )
-    path.write_text(f'{{\n{head},\n"kernels": {{\n{lines}\n}}\n}}\n')
+    head = f'"nvcc": {json.dumps(nvcc)},\n"columns": {json.dumps([*RESOURCES, *COUNTS])}'
+    rows = ",\n".join(map(json.dumps, predicted))
+    path.write_text(f'{{\n{head},\n"predictions": [\n{rows}\n],\n"kernels": {{\n{lines}\n}}\n}}\n')
 
 
-def clocks(phases: list[list[int]], passes: list[float], size: int, maps: int) -> dict[str, float]:
-    """Of one multiprocessor for a row of a panel, by what could be the bottleneck."""
-    sums = (sum(n * p for n, p in zip(column, passes, strict=True)) / size for column in zip(*phases, strict=True))
-    n = dict(zip(COUNTS, sums, strict=True))
-    return {
-        "issue": n["total"] / 4,
-        "tensor": n["hmma_k16"] * 2 + n["hmma_k8"],
-        "special": n["mufu"] * 2,
-        "shared": n["shared_clocks"],
-        "memory": PANEL_ROW * 2 * maps / BYTES_PER_CLOCK,
-    }
-
-
-def ratio(by_limit: dict[str, float]) -> float:
-    return max(by_limit.values()) / by_limit["memory"]
-
-
-def predict(kernels: dict, case: Case) -> tuple[dict[str, float], float] | None:
-    """Clocks and ratio of the slower dtype, and the ratio that the main loop alone would have; None if not built."""
-    rows = [kernels.get(name, {}).get(PREDICTED_ARCHITECTURE) for name in case.kernels()]
-    phases = [row[5] for row in rows if row is not None and row[5] is not None]
-    if not phases:
-        return None
-    slower = max((clocks(p, case.passes(), case.size, case.maps) for p in phases), key=ratio)
-    loop_alone = [clocks(p, [*case.passes()[:-1], 0], case.size, case.maps) for p in phases]
-    return slower, max(map(ratio, loop_alone))
-
-
-def predictions(kernels: dict) -> list[str]:
-    """What is wrong with them: limits exceeded, or main loops that are not what `passes` takes them to be."""
-    problems = []
-    for case in CASES:
-        for name in case.kernels():
-            row = kernels.get(name, {}).get(PREDICTED_ARCHITECTURE)
-            if row is not None and (wrong := _unlike(case, row[5])):
-                problems.append(f"{name}, sm_{PREDICTED_ARCHITECTURE}: {wrong}")
-        predicted = predict(kernels, case)
-        if predicted and (value := ratio(predicted[0])) > case.limit:
-            problems.append(
-                f"{case.operator}, {case.rows}x{case.rows} at {case.size}x{case.size}: predicted to take {value:.2f} "
-                f"times as long as its memory accesses, the limit is {case.limit}"
-            )
-    return problems
-
-
-def _unlike(case: Case, phases: list[list[int]] | None) -> str | None:
-    """Checks the reading of a main loop by what must be in it."""
-    if phases is None:
-        return "no main loop inside a loop over panels was found"
-    found = {phase: dict(zip(COUNTS, counts, strict=True)) for phase, counts in zip(PHASES, phases, strict=True)}
-    products = case.rows * case.rows * case.convolutions
-    if found["row"]["hmma_k16" if case.size > 8 else "hmma_k8"] != products:
-        return f"its main loop does not have {products} products in branches that a step without a row skips"
-    if found["result"]["global_store"] != 2 * case.rows:
-        return "its main loop does not have its stores in branches of their own"
-    if (case.convolutions == 2) != (found["fetch"]["global_load"] > 0 and found["residual"]["shared_load"] > 0):
-        return "its main loop does not have what a residual takes in branches of its own"
-    return None
-
-
-def markdown(kernels: dict, nvcc: str) -> str:
+def markdown(kernels: dict, nvcc: str, predicted: list[predictions.Prediction]) -> str:
     library, arguments = (
         "ffnet_kernels/lib/libffnet_kernels_cuda.so",
         f"--write docs/{NAME}.json --markdown docs/{NAME}.md",
@@ -237,49 +145,11 @@ Of the machine code that nvcc {nvcc} makes; do not edit. After a change of a ker
 
     python tools/cuda_resources.py {library} {arguments}
 
-With `--check docs/{NAME}.json` alone it fails where a kernel has a stack frame or spills, where a count has
-grown by more than {GROWTH - 1:.0%}, and where a prediction exceeds its limit. The JSON file has all counts of all architectures.
+With `--check docs/{NAME}.json` alone it fails where a kernel has a stack frame or spills, where a count or a
+prediction has grown by more than {GROWTH - 1:.0%}, and where a prediction exceeds its limit. The JSON file has all counts of all architectures.
 
-## Predicted until a GPU confirms it
-
-Clocks of one multiprocessor (sm_{PREDICTED_ARCHITECTURE}) for a row of a panel: {PANEL_ROW} elements of 16 bits. GELU, many images.
-
-    issue   = instructions / 4                       four schedulers
-    tensor  = 2 · HMMA.16816 + HMMA.1688
-    special = 2 · MUFU
-    shared  = 128-byte rows of LDS, LDSM, STS and LDGSTS + SHFL, without bank conflicts
-    memory  = 2 · {PANEL_ROW} · maps / {BYTES_PER_CLOCK}
-    ratio   = max(issue, tensor, special, shared, memory) / memory
-
-{BYTES_PER_CLOCK} bytes a clock are an H100's: 3.35 TB/s over 132 multiprocessors at 1.755 GHz. The ratio says how far a kernel would
-be from the speed of memory if its latencies were hidden and its limits overlapped fully: it is a lower bound of what a
-GPU will show. The instructions are those executed for a panel, divided by its rows H:
-
-    turns · (turn + fetch) / H + (row + result + residual) / K + setup / H      with turns = ⌈(H + lag) / K⌉
-
-The main loop is unrolled over the K rows of the filter, a turn; by lag rows, K/2 rounded down for each convolution,
-results are behind the input. Its code is split at branches: what a branch skips is a row's if there is HMMA in it, a
-result's if there is STG, the residual's if it is fetched (LDGSTS) or read from shared memory alone; all else is executed
-in every turn. Of an if-else the longer side counts. Setup, once a panel, is what the loop over panels does outside of
-the main loop and what opens a panel within it; integer divisions in it are for planes that are cut into parts, which
-these are not. The last column is the ratio without setup.
-
-| operator | filter | map | issue | tensor | special | shared | memory | **ratio** | limit | main loop alone |
-|---|---|---|---|---|---|---|---|---|---|---|
 """  # noqa: E501
-    for case in CASES:
-        if predicted := predict(kernels, case):
-            value = ratio(predicted[0])
-            limit = f"{case.limit}{' **exceeded**' if value > case.limit else ''}"
-            cells = [case.operator, f"{case.rows}×{case.rows}", f"{case.size}²"]
-            cells += [*(f"{c:.1f}" for c in predicted[0].values()), f"**{value:.2f}**", limit, f"{predicted[1]:.2f}"]
-            text += f"| {' | '.join(cells)} |\n"
-    shown = {case: kernels.get(case.kernels()[0], {}).get(PREDICTED_ARCHITECTURE) for case in CASES}
-    text += f"\nInstructions of a main loop, by phase, and of the setup:\n\n| kernel | {' | '.join(PHASES)} |\n"
-    text += "|---" * (len(PHASES) + 1) + "|\n"
-    for name, row in {case.kernels()[0]: row for case, row in shown.items() if row and row[5]}.items():
-        text += f"| `{name}` | {' | '.join(str(counts[0]) for counts in row[5])} |\n"
-    return text + _resource_tables(kernels)
+    return text + predictions.markdown(predicted) + _resource_tables(kernels)
 
 
 def _resource_tables(kernels: dict) -> str:
@@ -345,14 +215,20 @@ def main() -> None:
     options = parser.parse_args()
     if not options.library.exists():
         parser.error(f"{options.library} does not exist")
-    kernels, nvcc = collect(options.library), nvcc_of(options.library)
+    kernels, code = collect(options.library, PREDICTED_ARCHITECTURE, predictions.KNOWN)
+    nvcc, problems = nvcc_of(options.library), frames(kernels)
+    predicted: list[predictions.Prediction] = []
+    if code:  # a library without kernels for the architecture, or of others, has none
+        registers = {name: rows[PREDICTED_ARCHITECTURE][0] for name, rows in kernels.items() if name in code}
+        predicted, wrong = predictions.predict_all(code, registers)
+        problems += wrong if options.check else []
+    rows = predictions.table(predicted)
     if options.write:
-        write_table(options.write, kernels, nvcc)
+        write_table(options.write, kernels, nvcc, rows)
     if options.markdown:
-        options.markdown.write_text(markdown(kernels, nvcc))
-    problems = frames(kernels)
+        options.markdown.write_text(markdown(kernels, nvcc, predicted))
     if options.check:
-        problems += compare(kernels, nvcc, json.loads(options.check.read_text())) + predictions(kernels)
+        problems += compare(kernels, rows, nvcc, json.loads(options.check.read_text()))
     if problems:
         sys.exit("\n".join(problems))
     print(f"{len(kernels)} kernels, no stack frames" + (f", as in {options.check}" if options.check else ""))

@@ -506,12 +506,14 @@ std::string describe_ffnified_attention(const Tensor& query, const Tensor& key, 
 }
 
 #ifdef FFNET_HOST_EXECUTION
-void select_host(const std::string& schedule, int64_t seed, int64_t architecture, int64_t multiprocessors) {
+void select_host(const std::string& schedule, int64_t seed, int64_t architecture, int64_t multiprocessors,
+                 int64_t resident_blocks) {
   host::select_schedule(schedule == "forward"   ? host::Schedule::forward
                         : schedule == "reverse" ? host::Schedule::reverse
                                                 : host::Schedule::shuffled,
                         static_cast<uint32_t>(seed));
-  host::settings() = {static_cast<int>(architecture), static_cast<int>(multiprocessors)};
+  host::settings() = {static_cast<int>(architecture), static_cast<int>(multiprocessors),
+                      static_cast<int>(resident_blocks)};
 }
 
 std::string started_kernels() { return host::started_kernels(); }
@@ -563,7 +565,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ffnet_kernels_cuda, m) {
   m.def("describe_depthwise_conv2d(Tensor x, Tensor weight, int[2] stride, int[4] padding) -> str");
   m.def("describe_ffnified_attention(Tensor query, Tensor key, Tensor value, Tensor? residual) -> str");
 #ifdef FFNET_HOST_EXECUTION
-  m.def("select_host(str schedule, int seed, int architecture, int multiprocessors) -> ()");
+  m.def("select_host(str schedule, int seed, int architecture, int multiprocessors, int resident_blocks) -> ()");
   m.def("started_kernels() -> str");
 #endif
 }

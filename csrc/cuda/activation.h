@@ -76,6 +76,9 @@ FFNET_DEVICE float activate_fast(const ActivationParameters& p, float x) {
   return x * sigmoid_fast(p, x, square);
 }
 
+// x times the density of the normal distribution: GELU' = σ + this.
+FFNET_DEVICE float gelu_slope(float x) { return x * 0.39894228f * fast_exp2(-0.72134752f * x * x); }
+
 // The derivative at x, and the activation itself in `value`.
 FFNET_DEVICE float derivative_fast(const ActivationParameters& p, float x, float& value) {
   value = x;
@@ -87,23 +90,31 @@ FFNET_DEVICE float derivative_fast(const ActivationParameters& p, float x, float
   float square;
   const float s = sigmoid_fast(p, x, square);
   value = x * s;
-  if (p.kind == Activation::gelu) return s + x * 0.39894228f * fast_exp2(-0.72134752f * x * x);
+  if (p.kind == Activation::gelu) return s + gelu_slope(x);
   // σ(u)' = σ(1 - σ)·u' with u' = c0 + 3·c1·x²; the constant takes -log2(e) out again.
   return s + value * (1.0f - s) * -0.69314718f * (p.c[0] + 3.0f * p.c[1] * square);
 }
 
-// Over a few values at once: the kind is asked for once.
+// Over a few values at once: the kind is asked for once, or known to be smooth or not.
+FFNET_BOTH bool is_smooth(Activation kind) { return kind != Activation::none && kind != Activation::relu; }
+
+template <int COUNT>
+FFNET_DEVICE void activate_smooth(const ActivationParameters& p, const float (&x)[COUNT], float (&y)[COUNT]) {
+  float square;
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) y[i] = x[i] * sigmoid_fast(p, x[i], square);
+}
+
+template <int COUNT>
+FFNET_DEVICE void activate_clamped(const ActivationParameters& p, const float (&x)[COUNT], float (&y)[COUNT]) {
+  const float least = p.kind == Activation::relu ? 0.0f : -INFINITY;
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) y[i] = x[i] < least ? least : x[i];  // keeps NaN
+}
+
 template <int COUNT>
 FFNET_DEVICE void activate_fast(const ActivationParameters& p, const float (&x)[COUNT], float (&y)[COUNT]) {
-  if (p.kind != Activation::none && p.kind != Activation::relu) {
-    float square;
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) y[i] = x[i] * sigmoid_fast(p, x[i], square);
-  } else {
-    const float least = p.kind == Activation::relu ? 0.0f : -INFINITY;
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) y[i] = x[i] < least ? least : x[i];  // keeps NaN
-  }
+  is_smooth(p.kind) ? activate_smooth(p, x, y) : activate_clamped(p, x, y);
 }
 
 template <int COUNT>
@@ -111,6 +122,13 @@ FFNET_DEVICE void derivative_fast(const ActivationParameters& p, const float (&x
                                   float (&value)[COUNT]) {
 #pragma unroll
   for (int i = 0; i < COUNT; ++i) derivative[i] = derivative_fast(p, x[i], value[i]);
+}
+
+template <int COUNT>
+FFNET_DEVICE void derivative_gelu(const ActivationParameters& p, const float (&x)[COUNT], float (&derivative)[COUNT]) {
+  float square;
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) derivative[i] = sigmoid_fast(p, x[i], square) + gelu_slope(x[i]);
 }
 
 }  // namespace ffnet

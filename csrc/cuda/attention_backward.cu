@@ -24,7 +24,6 @@ template <class T, int K, Windows WINDOWS>
 FFNET_KERNEL(kStreamWarps* kWarp, 2)
 attention_backward_kernel(FFNET_PARAMETER Parameters p) {
 #if FFNET_HAS_SM80
-  constexpr bool ALIGNED = WINDOWS != Windows::any;
   const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
   const int64_t task = int64_t{block_x()} * kStreamWarps + warp, channel = task % p.channels;
   const int split = static_cast<int>(task / p.channels);
@@ -39,32 +38,30 @@ attention_backward_kernel(FFNET_PARAMETER Parameters p) {
 
   const int begin = split * p.split.panels,
             end = static_cast<int>(smaller(p.shape.panels, begin + int64_t{p.split.panels}));
-  const int turns = (p.rows.steps + K - 1) / K;
   const Source sources[2] = {{p.query, channel, p.rows.first}, {p.gradient, channel, p.gradient_first}};
-  RowStream<K, ALIGNED, 2> stream(p.shape, sources, turns, begin, end, memory, lane);
+  RowStream<K, WINDOWS, 2> stream(p.shape, sources, AnyRows::turns<K>(p.rows), begin, end, memory, lane);
   const LaneWindows lane_windows(p.shape, lane);
   for (int panel = begin; panel < end; ++panel) {
     Window windows[2];
     lane_windows.at(p.shape, panel, windows);
     const bool lends = lane_windows.lend();
-    const RowWriter<ALIGNED> query_grad(p.shape, p.query_grad, windows, lends, channel, lane);
-    const RowWriter<ALIGNED> hidden(p.shape, p.hidden, windows, lends, channel, lane);
-    const RowWriter<ALIGNED> hidden_grad(p.shape, p.hidden_grad, windows, lends, channel, lane);
+    const RowWriter<WINDOWS> query_grad(p.shape, p.query_grad, windows, lends, channel, lane);
+    const RowWriter<WINDOWS> hidden(p.shape, p.hidden, windows, lends, channel, lane);
+    const RowWriter<WINDOWS> hidden_grad(p.shape, p.hidden_grad, windows, lends, channel, lane);
     const InsideMask inside(p.query.h, p.query.w, windows, lane);
     RollingSums<T, K, true> middle(key_bias), middle_grad(0.0f), result(0.0f);
 
-    for (int turn = 0; turn < turns; ++turn) {
-      stream.advance();
+    AnyRows::for_each_turn<K, 2>(p.rows, [&](const auto turn) FFNET_INLINE_LAMBDA {
+      stream.advance(turn);
 #pragma unroll
       for (int i = 0; i < K; ++i) {
-        const int step = turn * K + i;  // those after the last do nothing
-        if (step < p.rows.input_end) {
+        if (turn.input(i)) {
           const RowPair query = stream.row(0, i), gradient = stream.row(1, i);
           middle.add(i, key, query, neighbours.of(query));
           middle_grad.add(i, value, gradient, neighbours.of(gradient));
         }
-        if (step >= p.rows.middle_begin && step < p.rows.middle_end) {
-          const int row = p.rows.first + step - p.rows.lag_middle;
+        if (turn.middle(i)) {
+          const int row = turn.middle_row(i);
           const float (&sum)[4] = middle.complete(i), (&sum_grad)[4] = middle_grad.complete(i);
           float grad[4], active[4];
           derivative_fast(p.activation, sum, grad, active);
@@ -75,12 +72,12 @@ attention_backward_kernel(FFNET_PARAMETER Parameters p) {
           hidden_grad.write(row, own);
           result.add(i, key_mirrored, own, neighbours.of(own));
         }
-        if (step >= p.rows.output_begin && step < p.rows.steps) {
+        if (turn.output(i)) {
           const float (&sum)[4] = result.complete(i);
-          query_grad.write(step - p.rows.output_begin, {{pack<T>(sum[0], sum[1]), pack<T>(sum[2], sum[3])}});
+          query_grad.write(turn.output_row(i), {{pack<T>(sum[0], sum[1]), pack<T>(sum[2], sum[3])}});
         }
       }
-    }
+    });
   }
   stream.close();
 #endif
@@ -94,7 +91,7 @@ void attention_backward(const Attention& call, const AttentionGradients& gradien
   const int value_top = call.value.kh / 2, value_bottom = (call.value.kh - 1) / 2;  // mirrored
   const int ahead = value_bottom - key_bottom;  // rows by which the gradient is ahead of the query
   Parameters p{};
-  p.shape = stream_shape(call.n, call.h, call.w, call.channels, device);
+  p.shape = stream_shape(call.n, call.h, call.w, call.channels, call.key.kh + call.value.kh - 2, device);
   p.rows = stream_rows(p.shape, call.h, call.h, std::max(key_top, value_top + ahead), key_bottom, key_bottom, key_top);
   if (p.shape.segments == 1 && ahead != 0) {  // the later of the two maps begins at its first row, too
     const int earlier = std::max(ahead, 0);
@@ -104,7 +101,6 @@ void attention_backward(const Attention& call, const AttentionGradients& gradien
         p.rows.steps += earlier;
   }
   p.gradient_first = p.rows.first + ahead;
-  p.split = stream_split(p.shape, call.channels, device);
   p.channels = call.channels;
   p.query = plane(call.query, call.h, call.w), p.gradient = plane(call.out, call.h, call.w);
   p.query_grad = plane(gradients.query_grad, call.h, call.w);
@@ -115,15 +111,17 @@ void attention_backward(const Attention& call, const AttentionGradients& gradien
   p.key_bias = static_cast<const uint16_t*>(call.key.bias);
   p.scale = static_cast<const uint16_t*>(call.scale);
   p.activation = activation_parameters(call.activation);
-  bool aligned = true;
-  for (const Plane& plane : {p.query, p.gradient, p.query_grad, p.hidden, p.hidden_grad}) aligned &= plane.unit == 16;
-  with_stream_kernel(
-      call.dtype, std::max(call.key.kh, call.value.kh), p.shape, aligned, [&](auto element, auto k, auto windows) {
-        constexpr Windows kWindows =
-            windows() == Windows::alone ? Windows::aligned : windows();  // fewer kernels to compile
-        launch("attention_backward_kernel", attention_backward_kernel<decltype(element), k(), kWindows>,
-               stream_grid<k()>(p.split, p.channels, 2), p, device.stream);
-      });
+  KernelChoice choice{call.dtype, std::max(call.key.kh, call.value.kh), false, 16};
+  for (const Plane& plane : {p.query, p.gradient, p.query_grad, p.hidden, p.hidden_grad})
+    choice.unit = std::min(choice.unit, plane.unit);
+  with_stream_kernel(choice, p.shape, [&](auto element, auto k, auto windows, auto rows) {
+    if constexpr (!decltype(rows)::kKnown) {
+      // Fewer kernels to compile.
+      constexpr Windows kWindows = windows() == Windows::alone ? Windows::aligned : windows();
+      start_stream<k()>("attention_backward_kernel", attention_backward_kernel<decltype(element), k(), kWindows>, p, 2,
+                        device);
+    }
+  });
 }
 
 }  // namespace ffnet

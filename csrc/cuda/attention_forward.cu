@@ -18,17 +18,17 @@ struct Parameters {
   ActivationParameters activation;
 };
 
-template <class T, int K, Windows WINDOWS>
-FFNET_KERNEL(kStreamWarps* kWarp, 3)
+template <class T, int K, Windows WINDOWS, class ROWS>
+// High planes under high filters would spill a few registers of what three blocks leave.
+FFNET_KERNEL(kStreamWarps* kWarp, K == 7 && ROWS::kKnown && !ROWS::kPlane ? 2 : 3)
 attention_forward_kernel(FFNET_PARAMETER Parameters p) {
 #if FFNET_HAS_SM80
-  constexpr bool HALO = WINDOWS != Windows::alone, ALIGNED = WINDOWS != Windows::any;
+  constexpr bool HALO = WINDOWS != Windows::alone;
   const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
   const int64_t task = int64_t{block_x()} * kStreamWarps + warp, channel = task % p.channels;
   const int split = static_cast<int>(task / p.channels);
   if (split >= p.split.splits) return;
-  const bool has_residual = p.residual.data;
-  unsigned char* memory = shared_memory() + warp * (has_residual ? 2 : 1) * kRingBytes<K>;
+  unsigned char* memory = shared_memory() + warp * 2 * kRingBytes<K>;
 
   const BandedFilter<K, HALO> key(p.key, channel, lane), value(p.value, channel, lane);
   const Neighbours neighbours(p.shape, lane);
@@ -38,51 +38,50 @@ attention_forward_kernel(FFNET_PARAMETER Parameters p) {
 
   const int begin = split * p.split.panels,
             end = static_cast<int>(smaller(p.shape.panels, begin + int64_t{p.split.panels}));
-  const int turns = (p.rows.steps + K - 1) / K;
   const Source sources[2] = {{p.query, channel, p.rows.first}, {p.residual, channel, p.rows.first - p.rows.lag_output}};
-  RowStream<K, ALIGNED, 2> stream(p.shape, sources, turns, begin, end, memory, lane);
+  RowStream<K, WINDOWS, 2> stream(p.shape, sources, ROWS::template turns<K>(p.rows), begin, end, memory, lane);
   const LaneWindows lane_windows(p.shape, lane);
   for (int panel = begin; panel < end; ++panel) {
     Window windows[2];
     lane_windows.at(p.shape, panel, windows);
-    const RowWriter<ALIGNED> writer(p.shape, p.out, windows, lane_windows.lend(), channel, lane);
+    const RowWriter<WINDOWS> writer(p.shape, p.out, windows, lane_windows.lend(), channel, lane);
     const InsideMask inside(p.query.h, p.query.w, windows, lane);
     RollingSums<T, K, HALO> middle(key_bias), result(value_bias);
 
-    for (int turn = 0; turn < turns; ++turn) {
-      stream.advance();
+    ROWS::template for_each_turn<K, 2>(p.rows, [&](const auto turn) FFNET_INLINE_LAMBDA {
+      using Turn = std::decay_t<decltype(turn)>;
+      stream.advance(turn);
 #pragma unroll
       for (int i = 0; i < K; ++i) {
-        const int step = turn * K + i;  // those after the last do nothing
-        if (step < p.rows.input_end) {
+        if (turn.input(i)) {
           const RowPair own = stream.row(0, i);
           middle.add(i, key, own, HALO ? neighbours.of(own) : RowPair{});
         }
-        if (step >= p.rows.middle_begin && step < p.rows.middle_end) {
-          const float (&sum)[4] = middle.complete(i);
+        if (turn.middle(i)) {
+          const float(&sum)[4] = middle.complete(i);
           float active[4];
-          activate_fast(p.activation, sum, active);
-          const RowPair own = inside.apply(p.rows.first + step - p.rows.lag_middle,
-                                           {{pack<T>(active[0], active[1]), pack<T>(active[2], active[3])}});
+          if constexpr (ROWS::kKnown)
+            activate_smooth(p.activation, sum, active);
+          else
+            activate_fast(p.activation, sum, active);
+          const RowPair own = inside.template apply<Turn::kInside>(
+              turn.middle_row(i), {{pack<T>(active[0], active[1]), pack<T>(active[2], active[3])}});
           result.add(i, value, own, HALO ? neighbours.of(own) : RowPair{});
         }
-        if (step >= p.rows.output_begin && step < p.rows.steps) {
-          const float (&sum)[4] = result.complete(i);
+        if (turn.output(i)) {
+          const float(&sum)[4] = result.complete(i);
+          const RowPair residual = stream.row(1, i);
           float out[4];
 #pragma unroll
-          for (int e = 0; e < 4; ++e) out[e] = scale * sum[e];
-          if (has_residual) {
-            const RowPair r = stream.row(1, i);
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              out[2 * half] += low_float<T>(r.half[half]);
-              out[2 * half + 1] += high_float<T>(r.half[half]);
-            }
+          for (int half = 0; half < 2; ++half) {
+            out[2 * half] = scale * sum[2 * half] + low_float<T>(residual.half[half]);
+            out[2 * half + 1] = scale * sum[2 * half + 1] + high_float<T>(residual.half[half]);
           }
-          writer.write(step - p.rows.output_begin, {{pack<T>(out[0], out[1]), pack<T>(out[2], out[3])}});
+          writer.template write<Turn::kInside>(turn.output_row(i),
+                                               {{pack<T>(out[0], out[1]), pack<T>(out[2], out[3])}});
         }
       }
-    }
+    });
   }
   stream.close();
 #endif
@@ -99,10 +98,9 @@ bool attention_takes(const Attention& call) {
 
 void attention_forward(const Attention& call, const Device& device) {
   Parameters p{};
-  p.shape = stream_shape(call.n, call.h, call.w, call.channels, device);
+  p.shape = stream_shape(call.n, call.h, call.w, call.channels, call.key.kh + call.value.kh - 2, device);
   const int key_top = (call.key.kh - 1) / 2, value_top = (call.value.kh - 1) / 2;
   p.rows = stream_rows(p.shape, call.h, call.h, key_top, call.key.kh / 2, value_top, call.value.kh / 2);
-  p.split = stream_split(p.shape, call.channels, device);
   p.channels = call.channels;
   p.query = plane(call.query, call.h, call.w);
   p.residual = plane(call.residual, call.h, call.w);
@@ -113,12 +111,15 @@ void attention_forward(const Attention& call, const Device& device) {
   p.value_bias = static_cast<const uint16_t*>(call.value.bias);
   p.scale = static_cast<const uint16_t*>(call.scale);
   p.activation = activation_parameters(call.activation);
-  const bool aligned = p.query.unit == 16 && p.out.unit == 16 && (!p.residual.data || p.residual.unit == 16);
-  with_stream_kernel(
-      call.dtype, std::max(call.key.kh, call.value.kh), p.shape, aligned, [&](auto element, auto k, auto windows) {
-        launch("attention_forward_kernel", attention_forward_kernel<decltype(element), k(), windows()>,
-               stream_grid<k()>(p.split, p.channels, p.residual.data ? 2 : 1), p, device.stream);
-      });
+  if (!call.residual.data) p.residual = {p.query.data, 0, 0, 0, 0, 16};  // no rows: zeros are added
+  const int filter_rows = std::max(call.key.kh, call.value.kh), lag = lag_of_known_rows(filter_rows);
+  const KernelChoice choice{call.dtype, filter_rows,
+                            is_smooth(call.activation) && call.key.kh / 2 == lag && call.value.kh / 2 == lag,
+                            std::min({p.query.unit, p.out.unit, p.residual.unit})};
+  with_stream_kernel(choice, p.shape, [&](auto element, auto k, auto windows, auto rows) {
+    start_stream<k()>("attention_forward_kernel",
+                      attention_forward_kernel<decltype(element), k(), windows(), decltype(rows)>, p, 2, device);
+  });
 }
 
 }  // namespace ffnet

@@ -34,11 +34,16 @@ class BandedFilter {
   FFNET_DEVICE BandedFilter(const FilterView& f, int64_t output, int lane) {
     const int n = lane / 4, t = lane % 4;
     const int own = 2 * t - n + f.pad_left, outer = (t < 2 ? 2 * t - 4 : 2 * t + 4) - n + f.pad_left;
+    const Column columns[4] = {{f, own}, {f, own + 1}, {f, outer}, {f, outer + 1}};
+    const int empty = K - f.kh;  // rows
+    const uint16_t* row = f.data + output * f.output + (f.mirrored ? f.kh - 1 : 0) * f.y;
+    const int64_t step = f.mirrored ? -f.y : f.y;
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-      const int ky = k - (K - f.kh);
-      rows_[k][0] = filter_tap(f, output, ky, own) | filter_tap(f, output, ky, own + 1) << 16;
-      if constexpr (HALO) rows_[k][1] = filter_tap(f, output, ky, outer) | filter_tap(f, output, ky, outer + 1) << 16;
+      const bool exists = k >= empty;
+      rows_[k][0] = columns[0].tap(row, exists) | columns[1].tap(row, exists) << 16;
+      if constexpr (HALO) rows_[k][1] = columns[2].tap(row, exists) | columns[3].tap(row, exists) << 16;
+      row += exists ? step : 0;
     }
   }
 
@@ -51,6 +56,18 @@ class BandedFilter {
   }
 
  private:
+  // A column of the filter: the same for all rows.
+  struct Column {
+    int64_t offset;
+    bool exists;
+
+    FFNET_DEVICE Column(const FilterView& f, int kx)
+        : offset((f.mirrored ? f.kw - 1 - kx : kx) * f.x), exists(kx >= 0 && kx < f.kw) {}
+    FFNET_DEVICE uint32_t tap(const uint16_t* row, bool row_exists) const {
+      return exists && row_exists ? row[offset] : 0;
+    }
+  };
+
   uint32_t rows_[K][HALO ? 2 : 1];
 };
 

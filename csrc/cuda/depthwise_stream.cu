@@ -6,8 +6,13 @@
 namespace ffnet {
 namespace {
 
-// What becomes of a sum z: act(z), or gradient · act'(z).
-enum class Epilogue { activate, activation_backward };
+// What becomes of a sum z: act(z), or gradient · act'(z). Where the schedule is known, so is the activation: a smooth
+// one, none or ReLU, or the derivative of GELU.
+enum class Epilogue { activate, activation_backward, smooth, clamped, gelu_backward };
+
+FFNET_BOTH constexpr bool is_backward(Epilogue e) {
+  return e == Epilogue::activation_backward || e == Epilogue::gelu_backward;
+}
 
 struct Parameters {
   PanelShape shape;
@@ -21,12 +26,12 @@ struct Parameters {
   ActivationParameters activation;
 };
 
-template <class T, int K, Windows WINDOWS, Epilogue EPILOGUE>
-FFNET_KERNEL(kStreamWarps* kWarp, 4)
+template <class T, int K, Windows WINDOWS, Epilogue EPILOGUE, class ROWS>
+// Narrow copies of high planes would spill a few registers of what four blocks leave.
+FFNET_KERNEL(kStreamWarps* kWarp, WINDOWS == Windows::pairs && ROWS::kKnown && !ROWS::kPlane ? 3 : 4)
 depthwise_stream_kernel(FFNET_PARAMETER Parameters p) {
 #if FFNET_HAS_SM80
-  constexpr bool HALO = WINDOWS != Windows::alone, ALIGNED = WINDOWS != Windows::any;
-  constexpr bool kBackward = EPILOGUE == Epilogue::activation_backward;
+  constexpr bool HALO = WINDOWS != Windows::alone, kBackward = is_backward(EPILOGUE);
   constexpr int kMaps = kBackward ? 2 : 1;
   const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
   const int64_t task = int64_t{block_x()} * kStreamWarps + warp, channel = task % p.channels;
@@ -40,45 +45,52 @@ depthwise_stream_kernel(FFNET_PARAMETER Parameters p) {
 
   const int begin = split * p.split.panels,
             end = static_cast<int>(smaller(p.shape.panels, begin + int64_t{p.split.panels}));
-  const int turns = (p.rows.steps + K - 1) / K;
   const Source sources[2] = {{p.x, channel / p.multiplier, p.rows.first},
                              {p.gradient, channel, p.rows.first - p.rows.lag_output}};
-  RowStream<K, ALIGNED, kMaps> stream(p.shape, sources, turns, begin, end, memory, lane);
+  RowStream<K, WINDOWS, kMaps> stream(p.shape, sources, ROWS::template turns<K>(p.rows), begin, end, memory, lane);
   const LaneWindows lane_windows(p.shape, lane);
   for (int panel = begin; panel < end; ++panel) {
     Window windows[2];
     lane_windows.at(p.shape, panel, windows);
-    const RowWriter<ALIGNED> writer(p.shape, p.out, windows, lane_windows.lend(), channel, lane);
+    const RowWriter<WINDOWS> writer(p.shape, p.out, windows, lane_windows.lend(), channel, lane);
     RollingSums<T, K, HALO> sums(bias);
 
-    for (int turn = 0; turn < turns; ++turn) {
-      stream.advance();
+    ROWS::template for_each_turn<K, 1>(p.rows, [&](const auto turn) FFNET_INLINE_LAMBDA {
+      using Turn = std::decay_t<decltype(turn)>;
+      stream.advance(turn);
 #pragma unroll
       for (int i = 0; i < K; ++i) {
-        const int step = turn * K + i;  // those after the last do nothing
-        if (step < p.rows.input_end) {
+        if (turn.input(i)) {
           const RowPair own = stream.row(0, i);
           sums.add(i, filter, own, HALO ? neighbours.of(own) : RowPair{});
         }
-        if (step >= p.rows.output_begin && step < p.rows.steps) {
-          const float (&sum)[4] = sums.complete(i);
+        if (turn.output(i)) {
+          const float(&sum)[4] = sums.complete(i);
           float out[4];
           if constexpr (kBackward) {
-            float unused[4];
-            derivative_fast(p.activation, sum, out, unused);
+            [[maybe_unused]] float value[4];
+            if constexpr (EPILOGUE == Epilogue::gelu_backward)
+              derivative_gelu(p.activation, sum, out);
+            else
+              derivative_fast(p.activation, sum, out, value);
             const RowPair gradient = stream.row(1, i);
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
               out[2 * half] *= low_float<T>(gradient.half[half]);
               out[2 * half + 1] *= high_float<T>(gradient.half[half]);
             }
+          } else if constexpr (EPILOGUE == Epilogue::smooth) {
+            activate_smooth(p.activation, sum, out);
+          } else if constexpr (EPILOGUE == Epilogue::clamped) {
+            activate_clamped(p.activation, sum, out);
           } else {
             activate_fast(p.activation, sum, out);
           }
-          writer.write(step - p.rows.output_begin, {{pack<T>(out[0], out[1]), pack<T>(out[2], out[3])}});
+          writer.template write<Turn::kInside>(turn.output_row(i),
+                                               {{pack<T>(out[0], out[1]), pack<T>(out[2], out[3])}});
         }
       }
-    }
+    });
   }
   stream.close();
 #endif
@@ -90,26 +102,45 @@ struct PlanarMap {
 };
 
 template <Epilogue EPILOGUE>
+void start(const Parameters& p, const KernelChoice& choice, const Device& device) {
+  constexpr bool kBackward = is_backward(EPILOGUE);
+  constexpr Epilogue kAny = kBackward ? Epilogue::activation_backward : Epilogue::activate;
+  with_stream_kernel(choice, p.shape, [&](auto element, auto k, auto windows, auto rows) {
+    // The backward kernel is compiled with neighbours and for low planes only: fewer kernels.
+    using Rows = std::conditional_t<kBackward && !decltype(rows)::kPlane, AnyRows, decltype(rows)>;
+    constexpr Windows kKnown = kBackward && windows() == Windows::alone ? Windows::aligned : windows();
+    constexpr Windows kWindows = !Rows::kKnown && kKnown == Windows::pairs ? Windows::any : kKnown;
+    constexpr Epilogue kEpilogue = Rows::kKnown ? EPILOGUE : kAny;
+    start_stream<k()>("depthwise_stream_kernel",
+                      depthwise_stream_kernel<decltype(element), k(), kWindows, kEpilogue, Rows>, p, kBackward ? 2 : 1,
+                      device);
+  });
+}
+
 void run(const Convolution& call, const PlanarMap& x, const PlanarMap& out, const FilterView& filter,
-         Activation activation, const Device& device) {
+         Activation activation, const Map& gradient, const Device& device) {
   Parameters p{};
   p.multiplier = call.multiplier;
   p.channels = call.channels * call.multiplier;
-  p.shape = stream_shape(call.n, out.h, std::max(out.w, x.w), p.channels, device);
-  p.rows = stream_rows(p.shape, x.h, 0, filter.pad_top, filter.kh - 1 - filter.pad_top, 0, 0);
-  p.split = stream_split(p.shape, p.channels, device);
-  p.x = plane(x.map, x.h, x.w), p.out = plane(out.map, out.h, out.w), p.gradient = plane(call.gradient, out.h, out.w);
+  p.shape = stream_shape(call.n, out.h, std::max(out.w, x.w), p.channels, filter.kh - 1, device);
+  const int bottom = filter.kh - 1 - filter.pad_top;
+  p.rows = stream_rows(p.shape, x.h, x.h, filter.pad_top, bottom, 0, 0);
+  p.x = plane(x.map, x.h, x.w), p.out = plane(out.map, out.h, out.w);
   p.filter = filter;
   p.bias = filter.mirrored ? nullptr : static_cast<const uint16_t*>(call.filter.bias);
   p.activation = activation_parameters(activation);
-  constexpr bool kBackward = EPILOGUE == Epilogue::activation_backward;
-  const bool aligned = p.x.unit == 16 && p.out.unit == 16 && (!kBackward || p.gradient.unit == 16);
-  with_stream_kernel(call.dtype, filter.kh, p.shape, aligned, [&](auto element, auto k, auto windows) {
-    // The backward kernel is compiled with neighbours only: fewer kernels.
-    constexpr Windows kWindows = kBackward && windows() == Windows::alone ? Windows::aligned : windows();
-    launch("depthwise_stream_kernel", depthwise_stream_kernel<decltype(element), k(), kWindows, EPILOGUE>,
-           stream_grid<k()>(p.split, p.channels, kBackward ? 2 : 1), p, device.stream);
-  });
+  KernelChoice choice{call.dtype, filter.kh, bottom == lag_of_known_rows(filter.kh) && x.h == out.h,
+                      std::min(p.x.unit, p.out.unit)};
+  if (gradient.data) {
+    p.gradient = plane(gradient, out.h, out.w);
+    choice.unit = std::min(choice.unit, p.gradient.unit);
+    choice.known_rows &= activation == Activation::gelu;
+    start<Epilogue::gelu_backward>(p, choice, device);
+  } else if (is_smooth(activation)) {
+    start<Epilogue::smooth>(p, choice, device);
+  } else {
+    start<Epilogue::clamped>(p, choice, device);
+  }
 }
 
 }  // namespace
@@ -127,16 +158,13 @@ bool stream_takes(const Convolution& call) {
 void stream_forward(const Convolution& call, const Device& device) {
   const PlanarMap x{call.x, call.h, call.w}, out{call.out, call.out_h, call.out_w};
   const FilterView filter = filter_view(call.filter, call.pad_top, call.pad_left);
-  if (call.gradient.data)
-    run<Epilogue::activation_backward>(call, x, out, filter, call.activation, device);
-  else
-    run<Epilogue::activate>(call, x, out, filter, call.activation, device);
+  run(call, x, out, filter, call.activation, call.gradient, device);
 }
 
 void stream_dgrad(const Convolution& call, const Device& device) {
   const int top = call.filter.kh - 1 - call.pad_top, left = call.filter.kw - 1 - call.pad_left;
-  run<Epilogue::activate>(call, {call.out, call.out_h, call.out_w}, {call.x, call.h, call.w},
-                          filter_view(call.filter, top, left, true), Activation::none, device);
+  run(call, {call.out, call.out_h, call.out_w}, {call.x, call.h, call.w}, filter_view(call.filter, top, left, true),
+      Activation::none, {}, device);
 }
 
 }  // namespace ffnet

@@ -12,10 +12,12 @@
 // A kernel takes one struct by value. The bounds are threads a block and the least number of blocks a multiprocessor.
 #define FFNET_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define FFNET_PARAMETER const __grid_constant__
+#define FFNET_INLINE_LAMBDA __attribute__((always_inline))  // a call would keep what it refers to in memory
 #else
 #include "host/collectives.h"
 #define FFNET_KERNEL(threads, blocks) void
 #define FFNET_PARAMETER const
+#define FFNET_INLINE_LAMBDA
 #endif
 
 // Tensor cores with 16-deep products, bfloat16 and asynchronous copies: sm_80 on. Kernels built on them are empty
@@ -158,6 +160,10 @@ struct Grid {
   size_t shared_bytes = 0;
 };
 
+// How many blocks of a kernel run on a multiprocessor of the current device at once, as the driver says for its
+// registers and this much shared memory; at least 1. Asked for once a kernel: its blocks are always alike (runtime.cu).
+int resident_blocks(const void* kernel, int threads, size_t shared_bytes);
+
 // Starts `kernel` on a stream of the current device; raises std::runtime_error with its name where that fails.
 template <class Parameters>
 void launch(const char* name, void (*kernel)(Parameters), const Grid& grid, const Parameters& parameters,
@@ -185,7 +191,7 @@ void launch(const char* name, void (*kernel)(Parameters), const Grid& grid, cons
                          static_cast<cudaStream_t>(stream)));
 #else
   const host::Index blocks{static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z)};
-  host::record_start(name, reinterpret_cast<const void*>(kernel));
+  host::record_start(name, reinterpret_cast<const void*>(kernel), grid.x * grid.y * grid.z);
   host::run_grid(blocks, grid.threads, grid.shared_bytes, [&] { kernel(parameters); });
 #endif
 }

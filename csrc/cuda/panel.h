@@ -57,20 +57,18 @@ struct Window {
   bool exists;  // else its data are zeros
 };
 
-// One of the 16 windows of a panel: what is the same for all panels.
+// One of the 8 windows of a panel's half: what is the same for both halves and all panels.
 class WindowSlot {
  public:
-  FFNET_DEVICE WindowSlot(const PanelShape& p, int half, int slot) {
-    const int image = slot / p.windows;
-    j_ = slot - image * p.windows;
-    image_ = half * p.images_a_half() + image;
-    used_ = image < p.images_a_half();
+  FFNET_DEVICE WindowSlot(const PanelShape& p, int slot) {
+    image_ = slot / p.windows;
+    j_ = slot - image_ * p.windows;
     lends_ = j_ < p.lead || j_ >= p.windows - p.lead;
   }
 
-  FFNET_DEVICE Window at(const PanelShape& p, int panel) const {
-    int n = panel * 2 * p.images_a_half() + image_, row = 0, column = j_ * kWindow;
-    const bool exists = used_ && n < p.images;
+  FFNET_DEVICE Window at(const PanelShape& p, int panel, int half) const {
+    int n = (2 * panel + half) * p.images_a_half() + image_, row = 0, column = j_ * kWindow;
+    const bool exists = image_ < p.images_a_half() && n < p.images;
     if (p.segments * p.strips > 1) {
       const unsigned part = static_cast<unsigned>(n) / static_cast<unsigned>(p.strips);
       column += (static_cast<int>(n - part * p.strips) * kStripWindows - p.lead) * kWindow;
@@ -84,7 +82,7 @@ class WindowSlot {
 
  private:
   int image_, j_;
-  bool used_, lends_;
+  bool lends_;
 };
 
 // The widest access, in bytes, that every row of a plane allows: 16, 8, 4 or 2.
@@ -109,6 +107,14 @@ inline Plane plane(const Map& map, int h, int w) {
 }
 
 inline bool planar(const Map& map, int w) { return map.w == 1 && map.h == w; }
+
+// What a kernel that is compiled for them knows of the windows.
+enum class Windows {
+  alone,    // aligned planes one window wide: there are no neighbours
+  aligned,  // all planes of unit 16
+  pairs,    // all planes of unit 4 or more
+  any,
+};
 
 // Rows on their way through shared memory: a window's 8 columns (16 bytes) after the other.
 constexpr int kRowBytes = kPanel * kWindow * 2;
@@ -140,8 +146,8 @@ class Neighbours {
 };
 
 // The rows of a plane that a lane copies to shared memory: of window lane / 2 every other one, so that a warp reads two
-// rows at a time. ROWS make a stage. ALIGNED is for planes of unit 16.
-template <int ROWS, bool ALIGNED>
+// rows at a time. ROWS make a stage.
+template <int ROWS, Windows WINDOWS>
 class RowCopies {
  public:
   // From `first_row` of the window's segment on.
@@ -153,25 +159,33 @@ class RowCopies {
     if (exists) source_ += window.n * plane.n + channel * plane.c + int64_t{row_} * plane.w + window.column;
   }
 
-  // Starts the copies of a stage, for the caller to commit.
+  // Starts the copies of a stage, for the caller to commit. What `KNOWN` tells of its rows is not asked (schedule.h).
+  template <class KNOWN>
   FFNET_DEVICE void fetch(const Plane& plane, unsigned char* stage, int lane) {
     unsigned char* target = stage + lane % 2 * kRowBytes + lane / 2 * (kWindow * 2);
+    const uint16_t* source = source_;  // goes along: an address a row would be kept for each
 #pragma unroll
     for (int i = 0; i < (ROWS + 1) / 2; ++i) {
-      if (ROWS % 2 && i == ROWS / 2 && lane % 2) break;  // the last row has no second one
-      const bool inside = static_cast<unsigned>(row_ + 2 * i) < static_cast<unsigned>(plane.h);
-      copy(plane, target + 2 * i * kRowBytes, source_ + 2 * i * int64_t{plane.w}, inside);
+      if (!(ROWS % 2 && i == ROWS / 2 && lane % 2) && !KNOWN::none(i)) {  // the last row may have no second one
+        const bool inside = KNOWN::all(i) ? row_ > kNever / 2
+                                          : static_cast<unsigned>(row_ + 2 * i) < static_cast<unsigned>(plane.h);
+        copy(plane, target + 2 * i * kRowBytes, source, inside);
+      }
+      source += (i < ROWS / 2 ? 2 : 1) * int64_t{plane.w};
     }
     row_ += ROWS;
-    source_ += ROWS * int64_t{plane.w};
+    source_ = source;
   }
 
  private:
   static constexpr int kNever = -(1 << 30);
 
   FFNET_DEVICE void copy(const Plane& plane, unsigned char* target, const uint16_t* source, bool inside) const {
-    if constexpr (ALIGNED) {
+    if constexpr (WINDOWS == Windows::alone || WINDOWS == Windows::aligned) {
       copy_async<16>(target, source, inside);
+    } else if constexpr (WINDOWS == Windows::pairs) {
+#pragma unroll
+      for (int e = 0; e < kWindow; e += 2) copy_async<4>(target + 2 * e, source + e, inside && e < columns_);
     } else if (plane.unit >= 4) {
 #pragma unroll 1
       for (int e = 0; e < kWindow; e += 2) copy_async<4>(target + 2 * e, source + e, inside && e < columns_);
@@ -187,7 +201,7 @@ class RowCopies {
 };
 
 // Where a lane writes the rows of a panel: columns 2t, 2t + 1 of window g, of both halves.
-template <bool ALIGNED>
+template <Windows WINDOWS>
 class RowWriter {
  public:
   FFNET_DEVICE RowWriter(const PanelShape& p, const Plane& plane, const Window (&windows)[2], bool lends,
@@ -205,13 +219,14 @@ class RowWriter {
     }
   }
 
-  // Writes row `row` of the segment, where there is such a row.
+  // Writes row `row` of the segment, where there is such a row; INSIDE says that there is, where the window exists.
+  template <bool INSIDE = false>
   FFNET_DEVICE void write(int row, RowPair values) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      if (static_cast<unsigned>(row) >= static_cast<unsigned>(rows_[half])) continue;
+      if (INSIDE ? rows_[half] <= 0 : static_cast<unsigned>(row) >= static_cast<unsigned>(rows_[half])) continue;
       unsigned char* target = target_[half] + int64_t{row} * row_bytes_;
-      if (ALIGNED || columns_[half] == 4) {
+      if (WINDOWS != Windows::any || columns_[half] == 4) {
         *reinterpret_cast<uint32_t*>(target) = values.half[half];
       } else {
         reinterpret_cast<uint16_t*>(target)[0] = static_cast<uint16_t>(values.half[half]);
@@ -237,12 +252,14 @@ class InsideMask {
     }
   }
 
-  // `row` of the segment.
+  // `row` of the segment; INSIDE says that the plane has it.
+  template <bool INSIDE = false>
   FFNET_DEVICE RowPair apply(int row, RowPair values) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half)
-      values.half[half] &=
-          static_cast<unsigned>(row_[half] + row) < static_cast<unsigned>(height_) ? columns_[half] : 0;
+      values.half[half] &= INSIDE || static_cast<unsigned>(row_[half] + row) < static_cast<unsigned>(height_)
+                               ? columns_[half]
+                               : 0;
     return values;
   }
 

@@ -1,5 +1,9 @@
 // What the host asks of the device.
+#include <algorithm>
 #include <atomic>
+#include <map>
+#include <mutex>
+#include <utility>
 
 #include "device.h"
 #include "kernels.h"
@@ -57,5 +61,23 @@ Device current_device(void* stream) {
   return {host::settings().architecture, host::settings().multiprocessors, stream};
 #endif
 }
+
+#ifdef __CUDACC__
+int resident_blocks(const void* kernel, int threads, size_t shared_bytes) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, const void*>, int> known;
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) device = -1;
+  const std::lock_guard<std::mutex> guard(mutex);
+  const auto found = known.find({device, kernel});
+  if (found != known.end()) return found->second;
+  int blocks = 0;
+  if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes) != cudaSuccess)
+    cudaGetLastError();  // what is wrong, the launch reports
+  return known[{device, kernel}] = std::max(blocks, 1);
+}
+#else
+int resident_blocks(const void*, int, size_t) { return host::settings().resident_blocks; }
+#endif
 
 }  // namespace ffnet

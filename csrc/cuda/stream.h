@@ -1,39 +1,15 @@
-// The schedule of kernels that stream panels through one or two convolutions: at step k the row first + k of the input
-// arrives, row - q1 of the first convolution is complete, and row - q1 - q2 of the second; q is how many rows of the
-// input below its own a result needs.
+// How kernels go through the maps: which panels a warp takes, and the ring in shared memory that their rows arrive in.
 #pragma once
 
 #include <type_traits>
 
 #include "band.h"
+#include "schedule.h"
 #include "storage.h"
 
 namespace ffnet {
 
 constexpr int kStreamWarps = 4;  // of a block; they share nothing
-
-struct StreamRows {
-  int first;                     // row of the input at step 0, relative to the segment
-  int input_end;                 // steps from here on bring padding only
-  int middle_begin, middle_end;  // steps that complete a row of the first convolution that the second reads
-  int output_begin;              // the step that completes row 0 of the result
-  int lag_middle, lag_output;    // rows between the input's and the completed ones
-  int steps;
-};
-
-// For one convolution p2 = q2 = 0.
-inline StreamRows stream_rows(const PanelShape& p, int input_rows, int middle_rows, int p1, int q1, int p2, int q2) {
-  const bool whole = p.segments == 1;  // a whole plane has only padding above its first row and below its last
-  StreamRows s{};
-  s.lag_middle = q1, s.lag_output = q1 + q2;
-  s.first = whole ? 0 : -(p1 + p2);
-  s.input_end = (whole ? input_rows : p.segment_rows + q1 + q2) - s.first;
-  s.middle_begin = (whole ? 0 : -p2) + q1 - s.first;
-  s.middle_end = (whole ? middle_rows : p.segment_rows + q2) + q1 - s.first;
-  s.output_begin = q1 + q2 - s.first;
-  s.steps = s.output_begin + p.segment_rows;
-  return s;
-}
 
 // How many panels a warp does in turn with the same filter.
 struct StreamSplit {
@@ -41,36 +17,56 @@ struct StreamSplit {
   int panels;  // of a split
 };
 
-// Warps that keep a GPU busy: more would only fetch filters more often.
-inline int64_t busy_warps(const Device& device) { return int64_t{16} * device.multiprocessors; }
-
-inline StreamSplit stream_split(const PanelShape& p, int64_t channels, const Device& device) {
-  const int wanted = static_cast<int>(std::clamp<int64_t>(busy_warps(device) / channels, 1, p.panels));
-  const int panels = (p.panels + wanted - 1) / wanted;
-  return {(p.panels + panels - 1) / panels, panels};
-}
-
-// Few images and channels leave warps idle: then the rows of a plane are divided too, at the price of their overlap.
-inline PanelShape stream_shape(int64_t n, int rows, int columns, int64_t channels, const Device& device) {
-  PanelShape best = panel_shape(n, rows, columns, 1);
-  for (int segments = 2; best.panels * channels < busy_warps(device) && rows / segments >= 8; segments *= 2)
-    best = panel_shape(n, rows, columns, segments);
+// Splits for multiprocessors on which `resident` blocks run at once: the least that the fullest of them has to do, where a
+// block takes `panel_rows` a panel and `start_rows` to fetch its filters and first rows. One block alone takes longer,
+// since nothing runs while it waits, and two take a little longer than three. Of equals the fewest splits.
+inline StreamSplit stream_split(int panels, int64_t channels, int panel_rows, int start_rows, int resident,
+                                const Device& device) {
+  const int64_t slots = int64_t{resident} * device.multiprocessors;
+  const int64_t wave = std::max<int64_t>(1, slots * kStreamWarps / channels);  // splits that fill the slots once
+  const int64_t most = std::min<int64_t>(panels, 4 * wave + 1), step = std::max<int64_t>(1, wave / 64);
+  StreamSplit best{1, panels};
+  double least = 0.0;
+  for (int64_t wanted = std::min(std::max<int64_t>(1, wave / 4), most); wanted <= most; wanted += step) {
+    const int a_split = static_cast<int>((panels + wanted - 1) / wanted), splits = (panels + a_split - 1) / a_split;
+    const int64_t blocks = (splits * channels + kStreamWarps - 1) / kStreamWarps;
+    const int64_t fullest = (blocks + device.multiprocessors - 1) / device.multiprocessors;
+    const int64_t last = fullest % resident;  // blocks that run at the end
+    const double idle = last == 1 ? 0.6 : last == 2 ? 0.2 : 0.0;
+    const double cost = (fullest + idle) * (static_cast<double>(a_split) * panel_rows + start_rows);
+    if (least == 0.0 || cost < least) least = cost, best = {splits, a_split};
+  }
   return best;
 }
 
-// A stage is as many rows as the loop over steps is unrolled: it waits and fetches once a turn.
-template <int K>
-constexpr int kStages = K == 7 ? 3 : 5;
+// Few images and channels leave schedulers idle: then the rows of a plane are divided too, while that makes the way
+// down a panel, with the `overlap` rows that segments read twice, a quarter shorter.
+inline PanelShape stream_shape(int64_t n, int rows, int columns, int64_t channels, int overlap, const Device& device) {
+  PanelShape best = panel_shape(n, rows, columns, 1);
+  const int64_t schedulers = int64_t{4} * device.multiprocessors;
+  int steps = rows + overlap / 2;
+  for (int segments = 2; best.panels * channels < 2 * schedulers && rows / segments >= 8; segments *= 2) {
+    const PanelShape shape = panel_shape(n, rows, columns, segments);
+    if (4 * (shape.segment_rows + overlap) > 3 * steps) break;
+    best = shape, steps = shape.segment_rows + overlap;
+  }
+  return best;
+}
+
 template <int K>
 constexpr int kRingBytes = kStages<K> * K * kRowBytes;
 
-template <int K>
-Grid stream_grid(const StreamSplit& split, int64_t channels, int maps) {
+// Starts a streaming kernel on rings for `maps` maps, with the splits that suit it.
+template <int K, class Parameters>
+void start_stream(const char* name, void (*kernel)(Parameters), Parameters p, int maps, const Device& device) {
   Grid grid;
-  grid.x = (split.splits * channels + kStreamWarps - 1) / kStreamWarps;
   grid.threads = kStreamWarps * kWarp;
   grid.shared_bytes = static_cast<size_t>(kStreamWarps) * maps * kRingBytes<K>;
-  return grid;
+  const int resident = resident_blocks(reinterpret_cast<const void*>(kernel), grid.threads, grid.shared_bytes);
+  constexpr int kStartRows = K + 10;  // by the instructions before the first panel
+  p.split = stream_split(p.shape.panels, p.channels, p.rows.input_end, kStartRows, resident, device);
+  grid.x = (p.split.splits * p.channels + kStreamWarps - 1) / kStreamWarps;
+  launch(name, kernel, grid, p, device.stream);
 }
 
 #if FFNET_HAS_SM80
@@ -83,8 +79,8 @@ struct Source {
 };
 
 // The rows of MAPS maps, a turn of K rows of each at a time, for one panel after the other; the next turns are on their
-// way meanwhile, across the end of a panel too. The last map may have no data.
-template <int K, bool ALIGNED, int MAPS>
+// way meanwhile, across the end of a panel too.
+template <int K, Windows WINDOWS, int MAPS>
 class RowStream {
  public:
   // `sources` must outlive the stream.
@@ -92,22 +88,23 @@ class RowStream {
                          unsigned char* memory, int lane)
       : shape_(shape),
         sources_(sources),
-        slot_(shape, lane / 2 / kWindow, lane / 2 % kWindow),
+        slot_(shape, lane / 2 % kWindow),
         memory_(memory),
         lane_(lane),
         turns_(turns),
         panel_(first_panel),
         end_(end_panel) {
     open_panel();
-    for (int stage = 0; stage < kStages<K> - 1; ++stage) fetch();
+    for (int stage = 0; stage < kStages<K> - 1; ++stage) fetch<CheckedTurn>();
   }
 
-  // Waits for the next turn's rows.
-  FFNET_DEVICE void advance() {
+  // Waits for the rows of the next turn, which `turn` is.
+  template <class TURN>
+  FFNET_DEVICE void advance(const TURN&) {
     wait_for_copies<kStages<K> - 2>();
     sync_warp();
     read_ = memory_ + next_offset(write_offset_);
-    fetch();
+    fetch<TURN>();
   }
 
   // The lane's part of row `i` of the turn.
@@ -124,33 +121,36 @@ class RowStream {
     return next < kRingBytes<K> ? next : 0;
   }
 
-  FFNET_DEVICE bool has(int map) const { return map + 1 < MAPS || MAPS == 1 || sources_[map].plane.data; }
-
   FFNET_DEVICE void open_panel() {
-    Window window = slot_.at(shape_, panel_);
+    Window window = slot_.at(shape_, panel_, lane_ / 2 / kWindow);
     window.exists &= panel_ < end_;
 #pragma unroll
     for (int m = 0; m < MAPS; ++m)
-      if (has(m)) copies_[m].start(sources_[m].plane, window, sources_[m].channel, sources_[m].first_row, lane_);
+      copies_[m].start(sources_[m].plane, window, sources_[m].channel, sources_[m].first_row, lane_);
   }
 
+  template <class TURN>
   FFNET_DEVICE void fetch() {
-    if (turn_ == turns_) {
+    if (TURN::kOpens == Opens::always || (TURN::kOpens == Opens::ask && turn_ == turns_)) {
       turn_ = 0, ++panel_;
       open_panel();
     }
     ++turn_;
-#pragma unroll
-    for (int m = 0; m < MAPS; ++m)
-      if (has(m)) copies_[m].fetch(sources_[m].plane, memory_ + m * kRingBytes<K> + write_offset_, lane_);
+    fetch_map<0, typename TURN::template Fetched<0>>();
+    if constexpr (MAPS > 1) fetch_map<1, typename TURN::template Fetched<1>>();
     commit_copies();
     write_offset_ = next_offset(write_offset_);
+  }
+
+  template <int MAP, class ROWS>
+  FFNET_DEVICE void fetch_map() {
+    copies_[MAP].template fetch<ROWS>(sources_[MAP].plane, memory_ + MAP * kRingBytes<K> + write_offset_, lane_);
   }
 
   const PanelShape& shape_;
   const Source* sources_;
   WindowSlot slot_;
-  RowCopies<K, ALIGNED> copies_[MAPS];
+  RowCopies<K, WINDOWS> copies_[MAPS];
   unsigned char *memory_, *read_ = nullptr;
   int lane_, turns_, turn_ = 0, panel_, end_, write_offset_ = 0;
 };
@@ -158,41 +158,59 @@ class RowStream {
 // The two windows of a panel whose elements a lane holds.
 class LaneWindows {
  public:
-  FFNET_DEVICE LaneWindows(const PanelShape& p, int lane) : first_(p, 0, lane / 4), second_(p, 1, lane / 4) {}
+  FFNET_DEVICE LaneWindows(const PanelShape& p, int lane) : slot_(p, lane / 4) {}
   FFNET_DEVICE void at(const PanelShape& p, int panel, Window (&windows)[2]) const {
-    windows[0] = first_.at(p, panel), windows[1] = second_.at(p, panel);
+    windows[0] = slot_.at(p, panel, 0), windows[1] = slot_.at(p, panel, 1);
   }
-  FFNET_DEVICE bool lend() const { return first_.lends(); }
+  FFNET_DEVICE bool lend() const { return slot_.lends(); }
 
  private:
-  WindowSlot first_, second_;
+  WindowSlot slot_;
 };
 
 #endif  // FFNET_HAS_SM80
 
-// What the lanes know of the windows when a kernel is compiled.
-enum class Windows {
-  alone,    // aligned planes one window wide: there are no neighbours
-  aligned,  // all planes of unit 16
-  any,
+// What a call allows its kernel to know.
+struct KernelChoice {
+  Dtype dtype;
+  int filter_rows;
+  bool known_rows;  // results as high as the input, and as far behind it as lag_of_known_rows says
+  int unit;         // the least of all planes
 };
 
-// Calls `body(element, rows of the filter, windows)` with the leanest kernel that fits, as types.
+// Calls `body(element, rows of the filter, windows, schedule)` with the leanest kernel that fits. Schedules that are
+// known to the compiler are there for maps that networks have: 7, 8, 14, 16, 28, 32, 56 and 64 rows, with others of
+// the same remainders.
 template <class Body>
-void with_stream_kernel(Dtype dtype, int kernel_rows, const PanelShape& shape, bool aligned, const Body& body) {
-  const auto with_rows = [&](auto element, auto windows) {
-    if (kernel_rows <= 3)
-      body(element, std::integral_constant<int, 3>{}, windows);
-    else
-      body(element, std::integral_constant<int, 7>{}, windows);
+void with_stream_kernel(const KernelChoice& choice, const PanelShape& shape, const Body& body) {
+  const auto with_windows = [&](auto element, auto k, auto windows, auto... known) {
+    [[maybe_unused]] const auto called = [&](auto rows) {
+      const bool takes = decltype(rows)::template takes<k()>(shape.segment_rows);
+      if (takes) body(element, k, windows, rows);
+      return takes;
+    };
+    if (choice.known_rows && shape.segments == 1 && (... || called(known))) return;
+    constexpr Windows kWindows = windows() == Windows::pairs ? Windows::any : windows();
+    body(element, k, std::integral_constant<Windows, kWindows>{}, AnyRows{});
   };
-  with_16_bit_storage(dtype, [&](auto element) {
-    if (!aligned)
-      with_rows(element, std::integral_constant<Windows, Windows::any>{});
-    else if (shape.windows > 1)
-      with_rows(element, std::integral_constant<Windows, Windows::aligned>{});
+  const auto alone = std::integral_constant<Windows, Windows::alone>{};
+  const auto aligned = std::integral_constant<Windows, Windows::aligned>{};
+  const auto pairs = std::integral_constant<Windows, Windows::pairs>{};
+  const auto any = std::integral_constant<Windows, Windows::any>{};
+  const auto k3 = std::integral_constant<int, 3>{};
+  const auto k7 = std::integral_constant<int, 7>{};
+  with_16_bit_storage(choice.dtype, [&](auto element) {
+    const bool low = choice.filter_rows <= 3;
+    if (choice.unit == 16 && shape.windows == 1)
+      low ? with_windows(element, k3, alone) : with_windows(element, k7, alone, PlaneRows<8>{});
+    else if (choice.unit == 16)
+      low ? with_windows(element, k3, aligned, HighRows<1>{}, HighRows<2>{})
+          : with_windows(element, k7, aligned, PlaneRows<16>{}, HighRows<0>{}, HighRows<1>{}, HighRows<4>{});
+    else if (choice.unit >= 4)
+      low ? with_windows(element, k3, pairs, HighRows<1>{})
+          : with_windows(element, k7, pairs, PlaneRows<14>{}, HighRows<0>{});
     else
-      with_rows(element, std::integral_constant<Windows, Windows::alone>{});
+      low ? with_windows(element, k3, any) : with_windows(element, k7, any, PlaneRows<7>{});
   });
 }
 

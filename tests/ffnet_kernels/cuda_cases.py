@@ -3,7 +3,7 @@
 They are made for the branches of csrc/cuda: every width of an access to a row (16, 8, 4 and 2 bytes), maps of one
 window of 8 columns, of several and of strips; filters of both heights that kernels are compiled for; planes cut into
 segments of rows, which few channels on many multiprocessors give, and several panels for a warp, which few
-multiprocessors give.
+multiprocessors give; planes of the heights whose schedule is compiled into a kernel.
 """
 
 import contextlib
@@ -43,15 +43,20 @@ def one_thread() -> Iterator[None]:
 
 @contextlib.contextmanager
 def machine(
-    schedule: str = "forward", seed: int = 0, *, architecture: int = 90, multiprocessors: int = 2
+    schedule: str = "forward",
+    seed: int = 0,
+    *,
+    architecture: int = 90,
+    multiprocessors: int = 2,
+    resident_blocks: int = 3,
 ) -> Iterator[None]:
     """The GPU that the host execution pretends to be, and the order in which its threads take turns."""
     select = torch.ops.ffnet_kernels_cuda.select_host
-    select(schedule, seed, architecture, multiprocessors)
+    select(schedule, seed, architecture, multiprocessors, resident_blocks)
     try:
         yield
     finally:
-        select("forward", 0, 90, 2)
+        select("forward", 0, 90, 2, 3)
 
 
 @functools.cache
@@ -70,6 +75,12 @@ def started_kernels() -> frozenset[str]:
     """The kernels that were started since the last call."""
     lines = torch.ops.ffnet_kernels_cuda.started_kernels().splitlines()
     return frozenset(kernels_by_address()[int(line.split("\t")[1], 16)] for line in lines)
+
+
+def started_blocks(kernel: str) -> set[int]:
+    """Of the grids that kernels of that name were started with since the last call."""
+    lines = [line.split("\t") for line in torch.ops.ffnet_kernels_cuda.started_kernels().splitlines()]
+    return {int(blocks) for name, _, blocks in lines if name == kernel}
 
 
 # ---- tables: name -> (operator, options of `triton_cases.made` and of `machine`) ----
@@ -118,6 +129,37 @@ def _machines() -> Table:
             options = {"shape": shape, "kernel": kernel, "multiprocessors": 1}
             table[f"{operator}, panels of {shape}"] = operator, options
     return table
+
+
+#: Whole planes whose schedule the compiler knows: by filter, windows and rows of the plane (schedule.h). Smooth
+#: activations have kernels, and so have none and ReLU; gradients take the one of none, and that of GELU's derivative.
+KNOWN_ROWS = {
+    (7, "alone"): [(8, 8)],
+    (7, "aligned"): [(16, 16), (14, 16), (28, 24), (15, 16), (29, 72), (18, 16), (32, 24)],
+    (7, "pairs"): [(14, 14), (14, 10), (35, 28)],
+    (7, "any"): [(7, 7), (7, 13)],
+    (3, "aligned"): [(13, 16), (28, 24), (14, 16), (17, 72)],
+    (3, "pairs"): [(13, 14), (28, 28)],
+}
+
+
+def _known_rows() -> Table:
+    table: Table = {}
+    for (k, _), planes in KNOWN_ROWS.items():
+        for i, (h, w) in enumerate(planes):
+            # A warp does a panel and a part of another, whose first rows come while the last of that are worked on.
+            images = 2 * (8 // min(8, -(-w // 8))) + 1 if w <= 64 else 2
+            options = {"shape": (images, 4, h, w), "multiprocessors": 1, "resident_blocks": 1}
+            smooth, kernel = ("gelu", "silu", "gelu_tanh")[i % 3], (k - i % 2, k)
+            for operator, activation in [
+                (CONVOLUTIONS[0], "gelu"),
+                (CONVOLUTIONS[0], "relu"),
+                (CONVOLUTIONS[1], smooth),
+            ]:
+                options = {**options, "kernel": kernel, "activation": activation}
+                table[f"{operator} of {h}x{w}, {kernel[0]}x{k}, {activation}"] = operator, options
+    options = {"shape": (9, 2, 16, 16), "kernel": (7, 7), "multiprocessors": 1, "missing": ["residual"]}
+    return {**table, "attention of 16x16 without a residual": ("ffnified_attention", options)}
 
 
 #: Key and value of different sizes, whole and in segments: the rows of two convolutions are ahead of each other.
@@ -208,7 +250,7 @@ def _mixers() -> Table:
 
 
 #: 16 bits on tensor cores, mostly; the tables after them run in all dtypes.
-PLANAR: Table = {**_planes(), **_machines(), **TWO_FILTERS, **ATTENTION, **_banded()}
+PLANAR: Table = {**_planes(), **_machines(), **_known_rows(), **TWO_FILTERS, **ATTENTION, **_banded()}
 OTHERS: Table = {
     **_direct(),
     **_mixers(),
@@ -226,7 +268,7 @@ CASES = [(name, dtype) for name in PLANAR for dtype in HALVES] + [(name, dtype) 
 def made(name: str, dtype: torch.dtype) -> tuple[Case, str, dict]:
     """A case of the tables, the layout of its result's gradient and the options of its `machine`."""
     operator, options = TABLE[name]
-    settings = {key: options[key] for key in ("architecture", "multiprocessors") if key in options}
+    settings = {key: options[key] for key in ("architecture", "multiprocessors", "resident_blocks") if key in options}
     options = {key: value for key, value in options.items() if key not in settings}
     if dtype != F32 and name == "channel_mixer: many pixels":
         # A ReLU's derivative jumps, and of many values some lie on the other side of zero by one rounding of 16 bits.

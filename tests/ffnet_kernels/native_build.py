@@ -63,19 +63,20 @@ def build_with_fault(folder: Path, source: str, line: str, faulty: str, *, sanit
     return folder / "lib"
 
 
-def build_cuda_host(folder: Path, sanitizer: str = "", faults: dict[str, tuple[str, str]] | None = None) -> Path:
+def build_cuda_host(folder: Path, sanitizer: str = "", faults: dict[str, tuple] | None = None) -> Path:
     """The CUDA kernels for the processor, with a sanitizer ("", "address" or "thread"), of a copy of csrc/ in `folder`.
 
-    ``faults`` are code to alter, with any white space, and what it becomes, by its source. A second call compiles what
-    differs only.
+    ``faults`` are code to alter, with any white space, and what it becomes, by its source, or several such pairs. A
+    second call compiles what differs only.
     """
     compiler()
     shutil.copytree(ROOT / "csrc", folder / "csrc", dirs_exist_ok=True)
-    for source, (line, faulty) in (faults or {}).items():
-        pattern = r"\s*".join(re.escape(part) for part in line.split())
-        text, found = re.subn(pattern, lambda _, faulty=faulty: faulty, (folder / "csrc" / source).read_text())
-        assert found == 1, f"csrc/{source} no longer holds the code to alter once: {line}"
-        (folder / "csrc" / source).write_text(text)
+    for source, edits in (faults or {}).items():
+        for line, faulty in [edits] if isinstance(edits[0], str) else edits:
+            pattern = r"\s*".join(re.escape(part) for part in line.split())
+            text, found = re.subn(pattern, lambda _, faulty=faulty: faulty, (folder / "csrc" / source).read_text())
+            assert found == 1, f"csrc/{source} no longer holds the code to alter once: {line}"
+            (folder / "csrc" / source).write_text(text)
     builder = load_builder(folder / "csrc")
     flags = {"": [], "address": builder.SANITIZE_FLAGS, "thread": builder.SANITIZE_THREAD_FLAGS}[sanitizer]
     (folder / "lib").mkdir(exist_ok=True)

@@ -1,12 +1,13 @@
 """The build of the CUDA library, and the gate on its machine code. All of it runs without a GPU."""
 
-import importlib.util
+import importlib
 import json
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import native_build
 import pytest
@@ -153,14 +154,13 @@ def test_the_library_passes_the_gate(library):
 def test_counts(machine_code, table):
     _, content = table
     assert list(content["kernels"]) == ["loop"]
-    registers, stack, _, whole, loop, phases = content["kernels"]["loop"]["90"]
+    registers, stack, _, whole, loop = content["kernels"]["loop"]["90"]
     assert registers > 0
     assert stack == 0
     assert whole[column(content, "global_load")] >= 3
     assert loop[column(content, "fp32")] in (1, 2, 4)  # a pass, or ptxas unrolled it
     assert loop[column(content, "global_store")] == loop[column(content, "fp32")]
     assert sum(loop[1:-1]) == loop[0] < whole[0]
-    assert phases is None
 
 
 def test_an_unchanged_library_passes(machine_code, table):
@@ -215,171 +215,187 @@ def test_missing_and_new_kernels_are_found(machine_code, table):
 
 
 @pytest.fixture
-def resources(monkeypatch):
+def tools(monkeypatch):
+    """cuda_machine_code, cuda_stall_model, cuda_predictions and cuda_resources, which import each other by name."""
     monkeypatch.syspath_prepend(RESOURCES.parent)
-    specification = importlib.util.spec_from_file_location("cuda_resources", RESOURCES)
-    module = importlib.util.module_from_spec(specification)
-    monkeypatch.setitem(sys.modules, "cuda_resources", module)  # dataclasses look their module up
-    specification.loader.exec_module(module)
-    return module
+    names = ("cuda_machine_code", "cuda_stall_model", "cuda_predictions", "cuda_resources")
+    modules = {name: importlib.import_module(name) for name in names}
+    yield SimpleNamespace(**{name.removeprefix("cuda_"): module for name, module in modules.items()})
+    for name in names:
+        sys.modules.pop(name, None)
 
 
-def counts(resources, **given: int) -> list[int]:
-    return [given.get(name, 0) for name in resources.COUNTS]
+#: Of the model's instructions: stall, barrier of the result, of the operands, barriers to wait for. 7: no barrier.
+def instruction(code, address, name, stall=1, result=7, operand=7, waits=0, operands="", conditional=False):
+    control = stall | result << 5 | operand << 8 | waits << 11
+    return code.Instruction(address, name, operands, conditional, control)
 
 
-def streaming_kernels(resources) -> dict:
-    """All kernels that predictions are made of, with main loops as they must be, of few instructions."""
-    kernels = {}
-    for case in resources.CASES:
-        products = {"hmma_k16" if case.size > 8 else "hmma_k8": case.rows * case.rows * case.convolutions}
-        optional = case.convolutions == 2  # the residual
-        phases = {
-            "turn": counts(resources, total=70),
-            "fetch": counts(resources, total=140, global_load=4) if optional else counts(resources),
-            "row": counts(resources, total=350, **products),
-            "result": counts(resources, total=140, global_store=2 * case.rows),
-            "residual": counts(resources, total=35, shared_load=14) if optional else counts(resources),
-            "setup": counts(resources, total=160),
-        }
-        row = [96, 0, 1024, counts(resources), counts(resources), [phases[phase] for phase in resources.PHASES]]
-        kernels |= {name: {resources.PREDICTED_ARCHITECTURE: row} for name in case.kernels()}
-    return kernels
+def products(code, count, apart):
+    """Products of sums that take turns, `apart` of them, as the assembler has them wait: 33 clocks for a result."""
+    names = []
+    for i in range(count):
+        names.append(("HMMA.16816.F32", 2))
+        if i % apart == apart - 1:
+            names += [("NOP", 15)] * ((33 - 2 * apart) // 15) + [("NOP", (33 - 2 * apart) % 15)]
+    return [instruction(code, 16 * i, name, stall) for i, (name, stall) in enumerate(names)]
 
 
-# The shape of a streaming kernel's code: each line an address, an instruction, and where a branch leads.
-STREAM = """
-00 MUFU.RCP
-10 @BRA 40
-20 IADD3
-30 BRA 60
-40 FMUL
-50 FMUL
-60 ISETP
-61 @BRA 70
-62 IADD3
-63 @BRA 66
-64 I2F.RP
-65 MUFU.RCP
-66 IADD3
-70 @BRA a0
-80 LDGSTS.E.128
-90 LDGDEPBAR
-a0 @BRA 130
-b0 LDS
-c0 @BRA 100
-d0 MUFU.EX2
-e0 FADD
-f0 BRA 110
-100 FSEL
-110 F2FP
-120 HMMA.16816.F32
-130 BRA.DIV 1d0
-140 @BRA 170
-150 FMUL
-151 @BRA 154
-152 LDS
-153 FADD
-154 STG.E
-170 ISETP
-180 @BRA 60
-190 IADD3
-1a0 @BRA 00
-1b0 EXIT
-1d0 SHFL
-1e0 BRA 140
-"""
+def test_a_warp_alone_waits_for_its_results(tools):
+    code, model = tools.machine_code, tools.stall_model
+    load = [instruction(code, 0, "LDS", result=0), instruction(code, 16, "FADD", waits=1), *(
+        instruction(code, 32 + 16 * i, "FADD", 4) for i in range(4))]  # fmt: skip
+    alone, four = (model.clocks_a_panel(load, warps, 8) for warps in (1, 4))
+    # The load's result after 33 clocks, an addition, four with 4 clocks each; four warps overlap all but the issue.
+    assert alone == pytest.approx(33 + 1 + 4 * 4 + 0, abs=2)
+    assert four < alone / 2
+    assert four >= len(load)
 
 
-def test_the_main_loop_is_split_into_phases(resources):
-    code = sys.modules["cuda_machine_code"]
-    instructions = []
-    for line in STREAM.split("\n")[1:-1]:
-        address, name, target = re.fullmatch(r"(\w+) ([@\w.]+) ?(\w*)", line).groups()
-        operands = f"0x{target}" if target else ""
-        instructions.append(code.Instruction(int(address, 16), name.lstrip("@"), operands, name.startswith("@")))
-    loops = code.find_loops(instructions)
-    assert [(loop[0].address, loop[-1].address) for loop in loops] == [(0x60, 0x180), (0, 0x1A0)]
-    main = code.main_loop(loops)
-    assert main is loops[0]
-    found = dict(zip(code.PHASES, code.phases(loops, main), strict=True))
-    parts = {
-        "turn": {"total": 8},  # ISETP twice, and the six branches of the loop that nothing skips
-        "fetch": {"total": 2, "global_load": 1, "shared_clocks": 4},
-        "row": {"total": 7, "shared_load": 1, "mufu": 1, "fp32": 1, "hmma_k16": 1, "shared_clocks": 1},  # no FSEL
-        "result": {"total": 3, "fp32": 1, "global_store": 1},
-        "residual": {"total": 2, "shared_load": 1, "fp32": 1, "shared_clocks": 1},
-        # The longer side of the if-else, and what opens a panel in the loop, without a division.
-        "setup": {"total": 9, "mufu": 1, "fp32": 2},
-    }
-    for phase, expected in parts.items():
-        named = {name: n for name, n in zip(code.COUNTS, found[phase], strict=True) if n and name != "other"}
-        assert named == expected, phase
+def test_no_warp_count_beats_the_issue_or_a_unit(tools):
+    code, model = tools.machine_code, tools.stall_model
+    additions = [instruction(code, 16 * i, "FADD") for i in range(40)]
+    special = [instruction(code, 16 * i, "MUFU.EX2") for i in range(40)]
+    assert model.clocks_a_panel(additions, 4, 8) == pytest.approx(40, rel=0.02)
+    assert model.clocks_a_panel(special, 4, 8) == pytest.approx(40 * 8, rel=0.02)
 
 
-def test_how_often_phases_are_executed(resources):
-    token_mixer = resources.Case("any", "any", rows=7, convolutions=2, size=16, maps=3, limit=1.3)
-    # 22 steps in four turns of the loop.
-    assert token_mixer.passes() == [4, 4, 16 / 7, 16 / 7, 16 / 7, 1]
-    one = resources.Case("any", "any", rows=3, convolutions=1, size=32, maps=2, limit=1.5)
-    assert one.passes() == [11, 0, 32 / 3, 32 / 3, 0, 1]
+def test_a_planted_worse_schedule_is_found(tools):
+    """The same products, each waiting for the one before, as where branches leave nothing to put between."""
+    code, model = tools.machine_code, tools.stall_model
+    good, bad = (model.clocks_a_panel(products(code, 70, apart), 3, 8) for apart in (7, 1))
+    assert good == pytest.approx(70 * 6.4, rel=0.05)
+    assert bad == pytest.approx(70 * 33 / 3, rel=0.1)
 
 
-def test_predicted_clocks(resources):
-    phases = [
-        counts(resources, total=80),
-        counts(resources, total=40, shared_clocks=56),
-        counts(resources, total=160, hmma_k16=14, hmma_k8=6, mufu=16, shared_clocks=40),
-        counts(resources, total=24),
-        counts(resources, total=10, shared_clocks=4),
-        counts(resources, total=800, mufu=8),
-    ]
-    clocks = resources.clocks(phases, [2, 1, 8, 4, 4, 1], size=8, maps=3)
-    assert clocks == {
-        "issue": (2 * 80 + 40 + 8 * 160 + 4 * 24 + 4 * 10 + 800) / 8 / 4,
-        "tensor": 2 * 14 + 6,
-        "special": 2 * (16 + 1),
-        "shared": 56 / 8 + 40 + 4 * 4 / 8,
-        "memory": pytest.approx(128 * 6 / 14.46),
-    }
-    assert resources.ratio(clocks) == pytest.approx(75.5 / (128 * 6 / 14.46))
+def test_resident_blocks(tools):
+    resident = tools.stall_model.resident_blocks
+    assert [resident(registers, 43008) for registers in (168, 169, 128, 255)] == [3, 2, 4, 2]
+    assert resident(64, 100 * 1024) == 2  # as shared memory allows
+    assert resident(16, 0) == 16  # as threads do
 
 
-def test_predictions_within_their_limits_pass(resources):
-    assert resources.predictions(streaming_kernels(resources)) == []
+def test_waves(tools):
+    """Blocks in a second wave, on few multiprocessors, cost what those of a first one do; memory caps the sum."""
+    model = tools.stall_model
+    gpu = model.Gpu("of a test", 4, 1e9, 4e12, "")
+
+    def clocks(blocks, panel_bytes=1e-9):
+        return model.clocks_of_grid(blocks, 2, [100.0, 150.0], [10.0, 10.0], panel_bytes, gpu)
+
+    assert clocks([3] * 8) == pytest.approx(10 + 3 * 2 * 150)
+    assert clocks([3] * 4) == pytest.approx(10 + 3 * 100)
+    assert clocks([3] * 9) > clocks([3] * 8) + 300
+    # 32 warps of 3 panels, 4000 bytes a clock.
+    assert clocks([3] * 8, 1e6) == pytest.approx(10 + 32 * 3 * 1e6 / 4000, rel=0.01)
+
+
+def test_splits_fill_whole_waves(tools):
+    """As where 480 blocks of 3 panels were too many for 396 places."""
+    split = tools.stall_model.split
+    panels = split(16, 320, 16, 17, 3, 132)
+    blocks = -(-(-(-16 // panels) * 320) // 4)
+    assert blocks <= 396
+    assert split(3, 4, 16, 17, 3, 132) == 1  # too few to fill it
+
+
+@pytest.fixture
+def built_code(tools, monkeypatch):
+    """Kernels of some cases, in the shape that predictions are made of, of few instructions."""
+    code = tools.machine_code
+
+    def kernel(case):
+        names = {8: "HMMA.1688.F32"}.get(case.size, "HMMA.16816.F32")
+        inside = case.filter * case.filter * case.convolutions if case.full_turns else 0
+        outside = case.products - inside * case.full_turns
+        body = [names] * outside + ["STG.E"] * 4
+        loop = [names] * inside + ["FADD"] * 3
+        lines = [instruction(code, 16 * i, "MOV") for i in range(8)]
+        place = 16 * len(lines)
+        first = place
+        for name in body:
+            lines.append(instruction(code, place, name))
+            place += 16
+        if case.full_turns:
+            begin = place
+            for name in loop:
+                lines.append(instruction(code, place, name))
+                place += 16
+            lines.append(instruction(code, place, "BRA", operands=hex(begin), conditional=True))
+            place += 16
+        lines.append(instruction(code, place, "BRA", operands=hex(first), conditional=True))
+        return [*lines, instruction(code, place + 16, "EXIT")]
+
+    sizes = {("token mixer", 64), ("token mixer", 16), ("token mixer", 8), ("depthwise", 14)}
+    cases = [case for case in tools.predictions.CASES if (case.operator, case.size) in sizes]
+    monkeypatch.setattr(tools.predictions, "CASES", cases)
+    return {case.name(dtype): kernel(case) for case in cases for dtype in tools.predictions.DTYPES}
+
+
+def predicted(tools, code):
+    return tools.predictions.predict_all(code, dict.fromkeys(code, 128))
+
+
+def test_lean_kernels_pass(tools, built_code):
+    predictions, problems = predicted(tools, built_code)
+    assert problems == []
+    assert len(predictions) == len(tools.predictions.CASES) * 2
+    assert {p.gpu.name for p in predictions} == {"H100 SXM", "H200"}
+
+
+NAME = "attention_forward_kernel<{}, 7, aligned, PlaneRows<16>>"
 
 
 @pytest.mark.parametrize("dtype", ["Half", "BFloat16"])
-def test_a_prediction_over_its_limit_is_found(resources, tmp_path, monkeypatch, dtype):
-    kernels = streaming_kernels(resources)
-    architecture = resources.PREDICTED_ARCHITECTURE
-    row = json.loads(json.dumps(kernels[f"attention_forward_kernel<{dtype}, 7, alone>"][architecture]))
-    row[5][resources.PHASES.index("setup")][0] *= 10
-    kernels[f"attention_forward_kernel<{dtype}, 7, alone>"] = {architecture: row}
-    library, table = tmp_path / "library.so", tmp_path / "table.json"
-    library.touch()
-    resources.write_table(table, kernels, "unknown")
-    monkeypatch.setattr(resources, "collect", lambda path: kernels)
-    monkeypatch.setattr(sys, "argv", ["resources.py", str(library), "--check", str(table)])
-    with pytest.raises(SystemExit) as exit:
-        resources.main()
-    # (2 · (70 + 140) + 8/7 · (350 + 140 + 35) + 1600) / 8 rows / 4 = 81.9 clocks, against 53.1 of memory
-    ours = "token mixer, 7x7 at 8x8: predicted to take 1.54 times as long as its memory accesses, the limit is 1.3"
-    assert ours in str(exit.value.code).splitlines()
-    assert "16x16" not in str(exit.value.code)
-    assert "| token mixer | 7×7 | 8² | 81.9 | 14.0 | 0.0 | 0.0 | 53.1 | **1.54** | 1.3 **exceeded** | 1.00 |" in (
-        resources.markdown(kernels, "unknown")
-    )
+def test_a_prediction_over_its_limit_is_found(tools, built_code, dtype):
+    code, name = tools.machine_code, NAME.format(dtype)
+    loop = built_code[name]
+    start = next(i for i, each in enumerate(loop) if each.name == "STG.E")
+    loop[start:start] = [instruction(code, loop[start].address - 1, "MUFU.EX2", 15) for _ in range(500)]
+    predictions, problems = predicted(tools, built_code)
+    assert any(p.startswith("token mixer, 7x7 at 16x16, H200: predicted to take") for p in problems)
+    assert not any("8x8" in p for p in problems)
+    assert "**exceeded**" in tools.predictions.markdown(predictions)
 
 
-@pytest.mark.parametrize("phase", ["row", "result", "fetch", "residual"])
-def test_a_main_loop_that_is_read_wrongly_is_found(resources, phase):
-    kernels = streaming_kernels(resources)
-    name = "attention_forward_kernel<Half, 7, aligned>"
-    phases = kernels[name][resources.PREDICTED_ARCHITECTURE][5]
-    place = resources.PHASES.index(phase)
-    phases[0], phases[place] = phases[place], phases[0]
-    assert any(p.startswith(f"{name}, sm_90: its main loop does not have") for p in resources.predictions(kernels))
+@pytest.mark.parametrize("fault", ["gone", "a product less", "a branch around a product", "another loop"])
+def test_code_that_would_be_read_wrongly_is_found(tools, built_code, fault):
+    code, name = tools.machine_code, NAME.format("Half")
+    kernel = built_code[name]
+    place = next(i for i, each in enumerate(kernel) if each.name.startswith("HMMA"))
+    if fault == "gone":
+        del built_code[name]
+    elif fault == "a product less":
+        kernel[place] = instruction(code, kernel[place].address, "FADD")
+    elif fault == "a branch around a product":
+        target = hex(kernel[place + 2].address)
+        kernel[place] = instruction(code, kernel[place].address, "BRA", operands=target, conditional=True)
+    else:
+        target = hex(kernel[place + 3].address)
+        kernel[place + 9] = instruction(code, kernel[place + 9].address, "BRA", operands=target, conditional=True)
+    _, problems = predicted(tools, built_code)
+    assert [p for p in problems if p.startswith(f"{name}, sm_90: ")]
+
+
+def test_predictions_that_grow_or_go_are_found(tools, built_code):
+    rows = tools.predictions.table(predicted(tools, built_code)[0])
+    compare = tools.resources.compare_predictions
+    assert compare(rows, rows) == []
+    worse = [dict(row) for row in rows]
+    worse[0]["stalls"] += 5
+    assert compare(worse, rows) == [
+        f"token mixer, 3, 64, 80, H100 SXM: stalls grew from {rows[0]['stalls']} to {worse[0]['stalls']}"
+    ]
+    assert compare(rows[1:], rows) == ["token mixer, 3, 64, 80, H100 SXM: predicted in one table only"]
+
+
+def test_the_table_has_a_row_a_case(tools, built_code, tmp_path):
+    predictions, _ = predicted(tools, built_code)
+    text = tools.resources.markdown({}, "0", predictions)
+    assert text.count("| token mixer | 7×7 | 16² | 320 |") == 1
+    path = tmp_path / "table.json"
+    tools.resources.write_table(path, {}, "0", tools.predictions.table(predictions))
+    assert len(json.loads(path.read_text())["predictions"]) == len(predictions)
 
 
 # ---- what is built ----

@@ -42,6 +42,9 @@ check("channel_mixer", example("channel_mixer", **{**half, "shape": (2, 40, 9, 1
 check("stream", example("depthwise_conv2d", **half), False)
 check("banded", example("depthwise_conv2d", **half, stride=2), False)
 check("wgrad", example("depthwise_conv2d", **half, activation="none"), True)
+check("plane", example("depthwise_conv2d", dtype=torch.float16, shape=(17, 2, 8, 8), kernel=(7, 7)), False)
+with cuda_cases.machine(multiprocessors=1, resident_blocks=1):
+    check("split", example("depthwise_conv2d", dtype=torch.float16, shape=(33, 4, 9, 8), kernel=(7, 7)), False)
 """
 
 
@@ -98,15 +101,21 @@ def test_parity_with_threads_watched(with_threads_watched):
     result, reports = run_with_threads_watched(with_threads_watched[1], SOME.format(step=61) + EACH)
     assert result.returncode == 0, result.stderr[-4000:]
     assert reports == []
-    assert result.stdout.count("passed") == 4, result.stdout
+    assert result.stdout.count("passed") == 6, result.stdout
 
 
 #: Faults in different kernels.
 FAULTS = {
     # Weights are copied over the tile of x that slower warps still read.
     "cuda/channel_mixer.cu": ("sync_block(); float out[kRowTiles]", "float out[kRowTiles]"),
-    # Rows that other lanes have copied are read without a wait for them.
-    "cuda/stream.h": ("wait_for_copies<kStages<K> - 2>(); sync_warp();", "wait_for_copies<kStages<K> - 2>();"),
+    "cuda/stream.h": (
+        # Rows that other lanes have copied are read without a wait for them.
+        ("wait_for_copies<kStages<K> - 2>(); sync_warp();", "wait_for_copies<kStages<K> - 2>();"),
+        # The last panel of every split is left out, where there are several.
+        ("best = {splits, a_split};", "best = {splits, a_split > 1 ? a_split - 1 : 1};"),
+    ),
+    # Of a pair of rows of which a plane has the first only, none is fetched.
+    "cuda/schedule.h": ("last(pair) < 0 || FIRST + 2 * pair >= HEIGHT", "last(pair) < 0 || last(pair) >= HEIGHT"),
     # The same, without a wait for the lane's own copies.
     "cuda/wgrad.cu": ("wait_for_copies<Tile::kAhead>();", ""),
     "cuda/banded.cu": ("const int ky = p.rows.tap(row, first + i);", "const int ky = p.rows.tap(row, first + i) + 1;"),
@@ -118,7 +127,7 @@ def faulty(with_threads_watched):
     library = native_build.build_cuda_host(with_threads_watched[0], "thread", FAULTS)
     result, reports = run_with_threads_watched(library, EACH)
     assert result.returncode == 0, result.stderr[-4000:]
-    assert result.stdout.count("passed") + result.stdout.count("failed") == 4
+    assert result.stdout.count("passed") + result.stdout.count("failed") == 6
     return result.stdout, reports
 
 
@@ -127,6 +136,6 @@ def test_a_missing_barrier_is_seen(faulty, source):
     assert any("data race" in report and f"csrc/cuda/{source}" in report for report in faulty[1])
 
 
-@pytest.mark.parametrize("kernel", ["banded", "wgrad"])
-def test_a_wrong_tap_or_a_missing_wait_is_seen(faulty, kernel):
+@pytest.mark.parametrize("kernel", ["banded", "wgrad", "plane", "split"])
+def test_a_wrong_tap_a_missing_wait_row_or_panel_is_seen(faulty, kernel):
     assert f"{kernel} failed:" in faulty[0]

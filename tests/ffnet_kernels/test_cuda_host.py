@@ -1,5 +1,6 @@
 """The CUDA backend around its kernels, run on the processor: schedules, NaN and infinities, what torch sees of it."""
 
+import importlib
 import math
 
 import cuda_cases
@@ -8,6 +9,7 @@ import pytest
 import torch
 from cuda_cases import BF16, DTYPES, F16, F32, HALVES, LAST, machine, one_thread  # noqa: F401  (a fixture)
 from examples import example
+from native_build import ROOT
 
 import ffnet_kernels as fk
 
@@ -54,6 +56,26 @@ def test_the_same_bits_in_every_schedule(operator, options, dtype, multiprocesso
     for schedule, seed in SCHEDULES:
         with machine(schedule, seed, multiprocessors=multiprocessors):
             assert all(map(torch.equal, computed(case), expected)), f"{schedule}, {seed}"
+
+
+# ---- splits ----
+
+
+@pytest.mark.parametrize("resident", [1, 2, 4])
+@pytest.mark.parametrize("multiprocessors", [1, 3])
+@pytest.mark.parametrize("shape", [(17, 12, 16, 16), (65, 5, 8, 8), (9, 8, 7, 28), (40, 1, 2, 8)])
+def test_splits_are_those_that_predictions_take(monkeypatch, shape, multiprocessors, resident):
+    """tools/cuda_stall_model.py has the rule of stream.h once more."""
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    model = importlib.import_module("cuda_stall_model")
+    n, channels, rows, columns = shape
+    case = example("depthwise_conv2d", shape=shape, kernel=(7, 7), dtype=F16)
+    cuda_cases.started_blocks("")
+    with machine(multiprocessors=multiprocessors, resident_blocks=resident), fk.use_backend("cuda"):
+        case.run()
+    panels = -(-n // (2 * (8 // -(-columns // 8))))
+    a_split = model.split(panels, channels, rows, 17, resident, multiprocessors)
+    assert cuda_cases.started_blocks("depthwise_stream_kernel") == {len(model.block_panels(panels, channels, a_split))}
 
 
 # ---- NaN and infinities: nothing is lost, and they spread no further than a window ----

@@ -344,12 +344,12 @@ void fault(const char* what) {
   throw std::runtime_error(m.fault);
 }
 
-void record_start(const char* name, const void* code) {
+void record_start(const char* name, const void* code, int64_t blocks) {
   Dl_info library{};
   dladdr(code, &library);
   std::ostringstream line;
   line << name << '\t' << std::hex << static_cast<const char*>(code) - static_cast<const char*>(library.dli_fbase)
-       << '\n';
+       << '\t' << std::dec << blocks << '\n';
   started.insert(line.str());
 }
 

@@ -45,9 +45,9 @@ void wait_for_copies(int groups_left);
 
 [[noreturn]] void fault(const char* what);
 
-// The kernels that this thread of the host has started since the last call, a line each: the name, a tab and the place
-// of the kernel's code in the library in hexadecimal, by which `nm` tells its template arguments.
-void record_start(const char* name, const void* code);
+// The kernels that this thread of the host has started since the last call, a line each, with tabs between: the name,
+// the place of the kernel's code in the library in hexadecimal, by which `nm` tells its template arguments, the blocks.
+void record_start(const char* name, const void* code, int64_t blocks);
 std::string started_kernels();
 
 // Runs `kernel` for every thread of every block.

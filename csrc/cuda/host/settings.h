@@ -5,6 +5,7 @@ namespace ffnet::host {
 
 struct Settings {
   int architecture = 90, multiprocessors = 2;
+  int resident_blocks = 3;  // of any kernel, on a multiprocessor
 };
 
 inline Settings& settings() {
