@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ HEADERS = ("case", "backend", "ms", "quartiles", "GB/s", "/ copy", "predicted", 
 MOST_FAILURES = 12
 
 #: Of the CUDA kernels for 16-bit NCHW maps; how it names the operators that are timed here.
-PREDICTIONS = Path(__file__).resolve().parents[1] / "docs" / "cuda-resources.md"
+PREDICTIONS = Path(__file__).resolve().parents[1] / "docs" / "cuda-resources.json"
 PREDICTED_OPERATORS = {"ffnified_attention": "token mixer", "depthwise_conv2d": "depthwise, GELU"}
 
 
@@ -63,24 +64,25 @@ def table(result: Result) -> str:
     """A line for each contender of each case."""
     notes = (
         "Medians and quartiles of milliseconds, cold caches. GB/s counts each tensor once; / copy is the time over "
-        "that of a plain copy of as many bytes; predicted: a lower bound of it, from the machine code (docs/)."
+        "that of a plain copy of as many bytes; predicted: that by a model of the machine code, for 128 images (docs/)."
     )
-    predicted = predictions(PREDICTIONS)
+    predicted = predictions(PREDICTIONS, result.machine["device"])
     lines = [_line(row, m, predicted) for row in result.rows for m in row.measurements]
     return f"{notes}\n\n{markdown(HEADERS, lines, left=(0, 1, 8))}"
 
 
-def predictions(path: Path) -> dict[str, float]:
-    """The predicted ratios in the table of the CUDA kernels' resources, by the beginnings of cases' names."""
+def predictions(path: Path, device: str) -> dict[str, float]:
+    """The predicted ratios in the table of the CUDA kernels' resources, by the beginnings of cases' names.
+
+    They are made for few GPUs: others have none.
+    """
     if not path.exists():
         return {}
-    row = re.compile(r"^\| ([^|]+) \| (\d+)×\d+ \| (\d+)² \|.*\*\*([\d.]+)\*\* \|", re.MULTILINE)
-    ratios = {(name, kernel, size): float(ratio) for name, kernel, size, ratio in row.findall(path.read_text())}
     return {
-        f"{operator} {size}x{size} k{kernel}": ratio
+        f"{operator} {row['map']}x{row['map']} k{row['filter']}": row["ratio_128"]
+        for row in json.loads(path.read_text())["predictions"]
         for operator, named in PREDICTED_OPERATORS.items()
-        for (name, kernel, size), ratio in ratios.items()
-        if name == named
+        if row["operator"] == named and row["gpu"].split()[0] in device
     }
 
 

@@ -207,10 +207,11 @@ def test_the_command_goes_on_in_a_new_process_after_a_lost_gpu(fake_gpu, monkeyp
 
 
 def test_the_table(monkeypatch, tmp_path):
-    document = tmp_path / "cuda-resources.md"
-    document.write_text("text\n| depthwise, GELU | 7×7 | 16² | 46.0 | 35.4 | **1.30** | 1.5 | 1.00 |\n")
+    document = tmp_path / "cuda-resources.json"
+    row = {"operator": "depthwise, GELU", "filter": 7, "map": 16, "gpu": "H200", "ratio_128": 1.3, "ratio_512": 1.1}
+    document.write_text(json.dumps({"predictions": [row, {**row, "gpu": "H100 SXM", "ratio_128": 1.4}]}))
     monkeypatch.setattr(gpu_report, "PREDICTIONS", document)
-    result = Result({"device": "Fake", "commit": "abc"}, [canned_row()])
+    result = Result({"device": "NVIDIA H200, 3 multiprocessors", "commit": "abc"}, [canned_row()])
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in gpu_report.table(result).splitlines()[-8:]]
     assert lines[0] == list(gpu_report.HEADERS)
     assert {line[0] for line in lines[2:]} == {CANNED}
@@ -222,13 +223,15 @@ def test_the_table(monkeypatch, tmp_path):
         [COMPILED, "-", "-", "-", "-", "-", "-", "did not run"],
         [COPY, "0.8000", "0.8000..1.2000", "3750", "1.00x", "-", "1.0e-03", "ok"],
     ]
-    monkeypatch.setattr(gpu_report, "PREDICTIONS", tmp_path / "missing.md")
+    other = Result({"device": "Fake", "commit": "abc"}, [canned_row()])
+    assert "1.30x" not in gpu_report.table(other)
+    monkeypatch.setattr(gpu_report, "PREDICTIONS", tmp_path / "missing.json")
     assert "1.30x" not in gpu_report.table(result)
 
 
 def test_the_predictions_of_the_repository_are_found():
     """The file is written by another program: were its table to change, predictions would silently be gone."""
-    found = gpu_report.predictions(gpu_report.PREDICTIONS)
+    found = gpu_report.predictions(gpu_report.PREDICTIONS, "NVIDIA H200")
     assert {f"{operator} {size}x{size} k7" for operator in gpu.HEADLINE_OPERATORS for size in (8, 16)} <= found.keys()
     assert all(1 <= ratio < 10 for ratio in found.values())
 
