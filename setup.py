@@ -78,6 +78,7 @@ setup(
         "ffnet",
         "ffnet.commands",
         "ffnet.examples",
+        "ffnet.train",
         SUITE,
     ],
     package_dir={SUITE: "benchmarks"},

@@ -29,11 +29,25 @@ def main(argv: list[str] | None = None) -> int:
 def _run(arguments: list[str], may_restart: bool) -> int:
     if arguments[:1] == ["demo"]:
         return suite.run("ffnet demo", arguments, may_restart=may_restart)
+    if arguments[:1] in (["train"], ["eval"]):
+        return _train_or_eval(arguments)
     options = _parser().parse_args(arguments)
     try:
         return options.run(options)
     except CommandError as error:
         print(f"ffnet {options.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _train_or_eval(arguments: list[str]) -> int:
+    try:
+        from .train.cli import main as train_main
+
+        return train_main(arguments[0], arguments[1:])
+    except ModuleNotFoundError as error:
+        print(
+            f"ffnet {arguments[0]}: {error} (pip install 'ffnet-kernels[train]' brings what it needs)", file=sys.stderr
+        )
         return 2
 
 
@@ -43,6 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     for command in COMMANDS:
         command.add_parser(commands)
     commands.add_parser("demo", help="classify photographs with every way to run a model, and time them side by side")
+    commands.add_parser("train", help="train a classifier, on one process or under torchrun (train --help)")
+    commands.add_parser("eval", help="accuracy, confusion and speed of a checkpoint (eval --help)")
     return parser
 
 

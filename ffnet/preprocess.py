@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from os import PathLike
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -15,8 +15,8 @@ from torch import Tensor
 __all__ = ["load_image", "normalised", "preprocess", "resized"]
 
 
-def load_image(path: str | PathLike[str]) -> Image.Image:
-    """Reads a picture as RGB, turned as its EXIF orientation says.
+def load_image(path: str | PathLike[str] | IO[bytes]) -> Image.Image:
+    """Reads a picture, from a path or an open file, as RGB, turned as its EXIF orientation says.
 
     Palettes, CMYK and grey become RGB. Of 16 bits the upper 8 are taken; transparent pixels are laid over white; of an
     animation the first frame is read.
