@@ -1,35 +1,99 @@
-"""Training in several processes: killed at any moment, sharded, and on another number of them."""
+"""Training in several processes: killed at any moment, sharded, on another number of them, and when one dies."""
 
 import os
 import random
+import subprocess
+import sys
 import time
 
 import pytest
-from train_testing import Workers, equal
+import torch
+from train_testing import PLAIN, Workers, equal, make_images
 
-KILLS = int(os.environ.get("TRAIN_TEST_KILLS", "3"))
+KILLS = int(os.environ.get("TRAIN_TEST_KILLS", "2"))
 DIGITS = ("digits", "--epochs", "2", "--batch", "128", "--workers", "0", "--checkpoint-every", "2", "--log-every", "5")
+SMALL = ("--model", "ffnet_tiny", "--batch", "6", "--lr", "1e-3", "--workers", "0", "--log-every", "1", *PLAIN)
+
+pytestmark = pytest.mark.long
 
 
 def run(world, *arguments):
     assert Workers(world, arguments).wait() == [0] * world
 
 
-@pytest.mark.long
-def test_killed_at_random_moments(tmp_path, request):
+@pytest.fixture(scope="module")
+def imported():
+    """The process that others are forked from has imported what they need."""
+    Workers(1, ["--help"]).wait()
+
+
+@pytest.fixture
+def images(tmp_path):
+    return make_images(tmp_path / "images")
+
+
+def test_killed_at_random_moments(tmp_path, imported):
     """As many times as TRAIN_TEST_KILLS says: the same weights, bit for bit, as those of an undisturbed run."""
     begin = time.monotonic()
     run(2, *DIGITS, "--output", tmp_path / "whole")
     took = time.monotonic() - begin
     dice = random.Random(7)
     killed = 0
-    for _ in range(100):
+    while True:
         ranks = Workers(2, [*DIGITS, "--output", tmp_path / "killed"])
         if killed == KILLS:
-            assert ranks.wait() == [0, 0]
             break
         time.sleep(dice.uniform(0, took))
         killed += any(process.is_alive() for process in ranks.processes)
         ranks.kill()
+    assert ranks.wait() == [0, 0]
     for name in ("last.pth", "best.pth"):
         assert equal(tmp_path / "whole" / name, tmp_path / "killed" / name)
+
+
+def test_sharded_as_replicated_and_on_another_number_of_processes(tmp_path, images, imported):
+    """FSDP2 trains as DDP does; what either wrote, another number of processes reads, bit for bit."""
+    options = (images, *SMALL, "--epochs", "1", "--clip", "1")
+    runs = {"replicated": (2, []), "sharded": (2, ["--fsdp"]), "alone": (1, [])}
+    for name, (world, more) in runs.items():
+        run(world, *options, *more, "--output", tmp_path / name)
+    replicated, sharded = (torch.load(tmp_path / n / "last.pth", weights_only=True) for n in ("replicated", "sharded"))
+    for part in ("state_dict", "state_dict_ema"):
+        assert replicated[part].keys() == sharded[part].keys()
+        for name, value in replicated[part].items():
+            torch.testing.assert_close(value, sharded[part][name], rtol=1e-2, atol=1e-3, msg=name)
+
+    for name, world, more in (("replicated", 1, []), ("sharded", 1, []), ("alone", 2, ["--fsdp"])):
+        folder = tmp_path / name
+        (folder / "last.pth").rename(folder / "before.pth")
+        run(world, *options, *more, "--output", folder)  # nothing is left to do but to write what was read
+        assert equal(folder / "before.pth", folder / "last.pth")
+
+
+def torchrun(root, tmp_path, code, *arguments):
+    """Two ranks that first run some code of the test's."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import os, sys, torch\ntorch.set_num_threads(1)\n{code}\nfrom ffnet.__main__ import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(script), "train", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(root)})
+
+
+def test_a_rank_that_dies_ends_the_others_with_its_error(root, tmp_path, images):
+    code = """
+from ffnet.train.sources import Folder
+read, count = Folder.image, [0]
+def image(self, index):
+    count[0] += 1
+    if os.environ["RANK"] == "1" and count[0] == 20:
+        raise RuntimeError("the disk of rank 1 is gone")
+    return read(self, index)
+Folder.image = image
+"""
+    result = torchrun(root, tmp_path, code, images, *SMALL, "--epochs", "20", "--output", tmp_path / "run")
+    assert result.returncode != 0
+    assert "the disk of rank 1 is gone" in result.stderr
+    assert "rank      : 1" in result.stderr  # what torchrun calls the root cause
