@@ -12,7 +12,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 __all__ = ["main"]
 
 MEMORY_HINT = (
-    "out of memory: {error}\nTake a larger --accumulate (same batch, less at a time), --amp bf16, "
+    "out of memory: {error}. Take a larger --accumulate (same batch, less at a time), --amp bf16, "
     "--grad-checkpointing, --fsdp with more ranks, or a smaller --batch or --size"
 )
 
@@ -59,5 +59,6 @@ def _failed(command: str, error: Exception, text: str) -> int:
     if many:
         get_error_handler().record_exception(error)
     rank = f"rank {os.environ.get('RANK', '0')}: " if many else ""
+    text = "; ".join(line.strip() for line in text.splitlines())
     print(f"ffnet {command}: {rank}{text}", file=sys.stderr, flush=True)
     return 2

@@ -17,7 +17,6 @@ IMAGENET: dict[str, Any] = {
     "model": "ffnet_1",
     "epochs": 300,
     "batch": 1024,
-    "warmup": 5.0,
     "drop_path": None,
     "ema": 0.9995,
     "rand_augment": 9,
@@ -29,7 +28,7 @@ IMAGENET: dict[str, Any] = {
 # A small model and few epochs for 8×8 pictures, which neither flips nor large holes leave legible.
 DIGITS: dict[str, Any] = {
     "model": "ffnet_tiny",
-    "epochs": 30,
+    "epochs": 20,
     "batch": 64,
     "lr": 3e-3,
     "warmup": 2.0,
@@ -98,6 +97,8 @@ class TrainOptions:
         for name in ("ema", "label_smoothing", "distill", "erasing", "flip"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"expected --{name.replace('_', '-')} in [0, 1], got {getattr(self, name)}")
+        if not 0 <= self.warmup < self.epochs:
+            raise ValueError(f"expected --warmup from 0 to below the {self.epochs} epochs, got {self.warmup}")
         if not 0 < self.crop <= 1:
             raise ValueError(f"expected --crop in (0, 1], got {self.crop}")
         if self.teacher_checkpoint and not self.teacher:
@@ -131,6 +132,8 @@ def parse_train(argv: Sequence[str]) -> TrainOptions:
     options: dict[str, Any] = {**given, **filled}
     if options["lr"] is None:
         options["lr"] = 1e-3 * options["batch"] / LR_BATCH
+    if options["warmup"] is None:
+        options["warmup"] = min(5.0, options["epochs"] / 4)  # short runs have a shorter one
     if options["mixup"] is None:
         options["mixup"] = 0.2 if options["model"] in WEAK_MIXUP else 0.8
     return TrainOptions(**options)
@@ -165,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     recipe.add_argument("--batch", type=int, help="images of an optimizer step, on all ranks together")
     recipe.add_argument("--lr", type=float, help=f"highest learning rate (default: 1e-3 × batch / {LR_BATCH})")
     recipe.add_argument("--min-lr", type=float, default=1e-6, help="last learning rate (default: %(default)s)")
-    recipe.add_argument("--warmup", type=float, metavar="EPOCHS", help="epochs of linear warm-up before the cosine")
+    recipe.add_argument("--warmup", type=float, metavar="EPOCHS", help="of a line up before the cosine (default: 5)")
     recipe.add_argument("--weight-decay", type=float, default=0.05, help="of matrices only (default: %(default)s)")
     recipe.add_argument("--clip", type=float, metavar="NORM", help="largest norm of the gradient (default: no limit)")
     recipe.add_argument("--ema", type=float, metavar="DECAY", help="averaged weights; 0 for none")

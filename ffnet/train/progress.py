@@ -41,7 +41,7 @@ class Progress:
         tensorboard: bool = False,
         stream: TextIO | None = None,
     ) -> None:
-        self.total, self.active, self.stream = total, active, stream or sys.stdout
+        self.total, self.active, self.stream = total, active, sys.stdout if stream is None else stream
         self.is_terminal, self.is_open = self.stream.isatty(), False
         self.step, self.speed = start, 0.0
         self.begin = self.last = time.perf_counter()

@@ -140,6 +140,8 @@ class Shards:
                         raise tarfile.ReadError("unexpected end of data")
                     place = (member.offset_data, member.size)
                     samples.setdefault(f"{folder}/{stem}".lstrip("/"), {})[f".{suffix.lower()}"] = place
+                if tar.offset + tarfile.BLOCKSIZE > size:  # cut between two files or in a header
+                    raise tarfile.ReadError("it has no end mark")
         except tarfile.TarError as error:
             if not samples:
                 raise ValueError(f"{path} is no readable, uncompressed tar file: {error}") from error

@@ -42,6 +42,7 @@ def equal(one: Path, other: Path) -> bool:
     return all(
         torch.equal(value, second[part][name])
         for part in ("state_dict", "state_dict_ema")
+        if part in first
         for name, value in first[part].items()
     )
 
