@@ -31,7 +31,6 @@ DIGITS: dict[str, Any] = {
     "epochs": 20,
     "batch": 64,
     "lr": 3e-3,
-    "warmup": 2.0,
     "drop_path": 0.0,
     "ema": 0.99,
     "rand_augment": 0,
@@ -133,7 +132,7 @@ def parse_train(argv: Sequence[str]) -> TrainOptions:
     if options["lr"] is None:
         options["lr"] = 1e-3 * options["batch"] / LR_BATCH
     if options["warmup"] is None:
-        options["warmup"] = min(5.0, options["epochs"] / 4)  # short runs have a shorter one
+        options["warmup"] = min(5.0, options["epochs"] / 10)  # short runs have a shorter one
     if options["mixup"] is None:
         options["mixup"] = 0.2 if options["model"] in WEAK_MIXUP else 0.8
     return TrainOptions(**options)
@@ -168,7 +167,9 @@ def _parser() -> argparse.ArgumentParser:
     recipe.add_argument("--batch", type=int, help="images of an optimizer step, on all ranks together")
     recipe.add_argument("--lr", type=float, help=f"highest learning rate (default: 1e-3 × batch / {LR_BATCH})")
     recipe.add_argument("--min-lr", type=float, default=1e-6, help="last learning rate (default: %(default)s)")
-    recipe.add_argument("--warmup", type=float, metavar="EPOCHS", help="of a line up before the cosine (default: 5)")
+    recipe.add_argument(
+        "--warmup", type=float, metavar="EPOCHS", help="of a line up before the cosine (default: 5, at most a tenth)"
+    )
     recipe.add_argument("--weight-decay", type=float, default=0.05, help="of matrices only (default: %(default)s)")
     recipe.add_argument("--clip", type=float, metavar="NORM", help="largest norm of the gradient (default: no limit)")
     recipe.add_argument("--ema", type=float, metavar="DECAY", help="averaged weights; 0 for none")
