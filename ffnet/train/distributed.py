@@ -88,7 +88,11 @@ def join_ranks(device: str, timeout: float) -> Iterator[Ranks]:
         return
     # Objects travel by gloo, on GPU machines as well.
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    silence = timedelta(seconds=timeout)
+    store, rank, world = next(dist.rendezvous("env://", timeout=silence))
+    # torchrun keeps one store for all its restarts: without a prefix, ranks find the addresses of those that are dead.
+    store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=silence)
     yield Ranks(rank, world, place)
     dist.destroy_process_group()  # not after an error: the others wait in a collective
 
