@@ -50,18 +50,18 @@ def test_killed_at_random_moments(tmp_path, imported):
     begin = time.monotonic()
     run(2, *DIGITS, "--output", tmp_path / "whole")
     took = time.monotonic() - begin
-    dice = random.Random(7)
-    killed = 0
-    while True:
-        ranks = Workers(2, [*DIGITS, "--output", tmp_path / "killed"])
-        if killed == KILLS:
-            break
-        time.sleep(dice.uniform(0, took))
-        killed += any(process.is_alive() for process in ranks.processes)
-        ranks.kill()
-    assert ranks.wait() == [0, 0]
-    for name in ("last.pth", "best.pth"):
-        assert equal(tmp_path / "whole" / name, tmp_path / "killed" / name)
+    dice, folders, killed = random.Random(7), [tmp_path / "killed0"], 0
+    while killed < KILLS:
+        ranks = Workers(2, [*DIGITS, "--output", folders[-1]])
+        if ranks.wait(dice.uniform(0, took)) == [0, 0]:  # this one got to its end: another one
+            folders.append(tmp_path / f"killed{len(folders)}")
+        else:
+            ranks.kill()
+            killed += 1
+    run(2, *DIGITS, "--output", folders[-1])
+    for folder in folders:
+        for name in ("last.pth", "best.pth"):
+            assert equal(tmp_path / "whole" / name, folder / name)
 
 
 def test_sharded_as_replicated_and_on_another_number_of_processes(tmp_path, images, imported):

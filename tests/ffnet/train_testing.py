@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import socket
+import time
 from pathlib import Path
 
 import numpy as np
@@ -63,9 +64,10 @@ class Workers:
             process.start()
 
     def wait(self, timeout=None) -> list:
-        """Exit codes; None for what still runs."""
+        """Exit codes after so many seconds, or when all have ended; None for what still runs."""
+        end = None if timeout is None else time.monotonic() + timeout
         for process in self.processes:
-            process.join(timeout)
+            process.join(None if end is None else max(end - time.monotonic(), 0))
         return [process.exitcode for process in self.processes]
 
     def kill(self) -> None:
