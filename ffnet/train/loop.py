@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,6 +49,8 @@ def train(options: TrainOptions, ranks: Ranks) -> Outcome:
         FloatingPointError: If the loss is no longer a number.
     """
     torch.use_deterministic_algorithms(options.deterministic)
+    if options.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
     data = open_data(options.data, options.val)
     classes = options.classes or data.classes
     if classes < data.classes:

@@ -24,6 +24,7 @@ IMAGENET: dict[str, Any] = {
     "erasing": 0.25,
     "flip": 0.5,
     "crop": 0.08,
+    "workers": 4,
 }
 # A small model and few epochs for 8×8 pictures, which neither flips nor large holes leave legible.
 DIGITS: dict[str, Any] = {
@@ -39,6 +40,7 @@ DIGITS: dict[str, Any] = {
     "erasing": 0.0,
     "flip": 0.0,
     "crop": 0.6,
+    "workers": 0,
 }
 WEAK_MIXUP = ("ffnet_1", "ffnet_2")
 
@@ -158,9 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--checkpoint", metavar="FILE", help="weights to start from; a head of other classes starts anew")
     what.add_argument("--classes", type=positive, metavar="N", help="outputs of the head (default: those of the data)")
     what.add_argument("--size", type=positive, metavar="S", help="side of the input (default: the model's)")
-    what.add_argument(
-        "--workers", type=int, default=4, metavar="N", help="data processes a rank (default: %(default)s)"
-    )
+    what.add_argument("--workers", type=int, metavar="N", help="data processes a rank (default: 4; 0 for digits)")
 
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--epochs", type=int)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
 
 from .options import TrainOptions
@@ -53,15 +54,19 @@ def averaged(model: nn.Module, decay: float) -> AveragedModel:
 
     @torch.no_grad()
     def average(averages: Sequence[Tensor], values: Sequence[Tensor], updates: Tensor | int) -> None:
-        n = float(updates)
+        n = int(ema.n_averaged)  # stays on the CPU; to read `updates` would be to wait for the GPU
         weight = 1 - min(decay, (1 + n) / (10 + n))
+        if averages[0].is_floating_point() and not any(isinstance(own, DTensor) for own in averages):
+            torch._foreach_lerp_(list(averages), list(values), weight)
+            return
         for own, new in zip(averages, values, strict=True):
             if own.is_floating_point():
                 own.lerp_(new, weight)
             else:  # counters
                 own.copy_(new)
 
-    return AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+    ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+    return ema
 
 
 class Loss:

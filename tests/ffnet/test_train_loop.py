@@ -322,6 +322,6 @@ def test_durations(seconds, text):
 def test_digits_are_learnt(tmp_path):
     """The example of docs/training.md, as it stands there."""
     pytest.importorskip("sklearn")
-    assert main(["train", "digits", "--output", str(tmp_path / "run"), "--workers", "0", "--eval-every", "20"]) == 0
+    assert main(["train", "digits", "--output", str(tmp_path / "run"), "--eval-every", "20"]) == 0
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert records[-1]["top1"] >= 98
