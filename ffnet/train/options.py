@@ -190,7 +190,7 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--device", default="auto", help="cpu, cuda, or auto: cuda where there is one")
     how.add_argument("--amp", choices=("none", "bf16", "fp16"), default="none", help="autocast (default: %(default)s)")
     how.add_argument("--accumulate", type=int, default=1, metavar="N", help="passes that make up an optimizer step")
-    how.add_argument("--fsdp", action="store_true", help="shard the model over the ranks (FSDP2) instead of DDP")
+    how.add_argument("--fsdp", action="store_true", help="shard the model over the ranks (FSDP2), not DDP; no kernels")
     how.add_argument("--no-optimize", dest="optimize", action="store_false", help="plain PyTorch, no kernels")
     how.add_argument("--grad-checkpointing", action="store_true", help="recompute blocks in the backward pass")
     how.add_argument(
