@@ -8,6 +8,7 @@ the capture: then its parent cannot be a program, though the modules below it ma
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import sys
@@ -27,10 +28,10 @@ from .shapes import LARGER, evaluate
 #: Packages, or parts of one, whose classes are taken for what they are.
 LIBRARIES = ("torch.nn.modules.", "torchvision.", "timm.", "ffnet.", "ffnet_kernels.")
 _PLAIN_BASES = ("builtins", "abc", "typing")
-#: Whose functions these packages may call: none of a user's.
+#: Whose functions these packages may call: none of a user's, nor of a test's.
 _HOMES = {
-    *sys.stdlib_module_names, "torch", "torchvision", "timm", "ffnet", "ffnet_kernels", "numpy", "PIL", "yaml",
-    "huggingface_hub", "safetensors", "packaging", "typing_extensions", "requests", "tqdm",
+    *(sys.stdlib_module_names - {"unittest"}), "torch", "torchvision", "timm", "ffnet", "ffnet_kernels", "numpy",
+    "PIL", "yaml", "huggingface_hub", "safetensors", "packaging", "typing_extensions", "requests", "tqdm",
 }  # fmt: skip
 
 #: Where nn.Module itself keeps what its compile() makes, and an optimised one its programs; no copy or pickle takes it
@@ -90,17 +91,27 @@ _DRAWS = {
 }  # fmt: skip
 
 
-def modules_of(classes: Iterable[type]) -> Iterator[Any]:
-    """The modules of Python's in which methods of the classes look up the functions that they call."""
-    for name in dict.fromkeys(("torch", F.__name__, *(cls.__module__ for cls in classes))):
-        if name in sys.modules and name not in _PLAIN_BASES:
-            yield sys.modules[name]
+def modules_of(classes: Iterable[type]) -> list[Any]:
+    """The modules of Python's in which the classes' methods, and what these call, look up functions: of PyTorch's the
+    classes' own, ``torch`` and ``torch.nn.functional``; of other libraries all on the way."""
+    names = dict.fromkeys(("torch", F.__name__, *(cls.__module__ for cls in classes)))
+    waiting = list(names)
+    while waiting:
+        module = sys.modules.get(waiting.pop())
+        if module is None or _home(module.__name__) in ("torch", "builtins"):
+            continue
+        for value in list(vars(module).values()):
+            home = str(getattr(value, "__module__", None))
+            if inspect.isfunction(value) and home not in names and _is_of_library(home):
+                names[home] = None
+                waiting.append(home)
+    return [sys.modules[name] for name in names if name in sys.modules and name not in _PLAIN_BASES]
 
 
 def refuse_foreign(holder: Any, attributes: Any) -> None:
     """Refuses what a module of Python's or a class was given by others: capture would run it."""
     for name, value in list(attributes.items()):
-        if not (name.startswith("__") and name.endswith("__") and holder is not Tensor) and is_foreign(value, _HOMES):
+        if not (name.startswith("__") and name.endswith("__") and holder is not Tensor) and is_foreign(value):
             raise NotCapturable(f"{getattr(holder, '__name__', holder)}.{name} is not its own")
 
 
@@ -128,7 +139,7 @@ def is_library(kind: type) -> bool:
     """Whether a class of modules, with all that it is derived from, is one of those taken for what they are."""
     return all(
         cls.__module__ in _PLAIN_BASES
-        or (_is_of_library(cls.__module__) and not any(is_foreign(value, _HOMES) for value in vars(cls).values()))
+        or (_is_of_library(cls.__module__) and not any(is_foreign(value) for value in vars(cls).values()))
         for cls in kind.__mro__
     )
 
@@ -141,7 +152,7 @@ def is_patched(module: nn.Module) -> bool:
     """Whether something that the class defines, or code from elsewhere, was put onto the module itself."""
     kind = type(module)
     return any(
-        name not in OF_EVERY_MODULE and (callable(getattr(kind, name, None)) or is_foreign(value, _HOMES))
+        name not in OF_EVERY_MODULE and (callable(getattr(kind, name, None)) or is_foreign(value))
         for name, value in vars(module).items()
     )
 
@@ -149,27 +160,51 @@ def is_patched(module: nn.Module) -> bool:
 OF_EVERY_MODULE = frozenset((*vars(nn.Module()), PLACE))
 
 
-def is_foreign(value: Any, homes: set[str]) -> bool:
+def is_foreign(value: Any) -> bool:
     """Whether calling a value, or what it holds, would run code from outside of some packages.
 
     Where the code stands tells, not the name that the function bears: a patch may bear another's.
     """
-    if isinstance(value, functools.partial):
-        return is_foreign(value.func, homes)
-    if isinstance(value, property):
-        return any(is_foreign(part, homes) for part in (value.fget, value.fset, value.fdel))
-    if isinstance(value, staticmethod | classmethod) or inspect.ismethod(value):
-        return is_foreign(value.__func__, homes)
-    if inspect.isfunction(value):
-        return _home(value.__globals__.get("__name__")) not in homes or is_foreign(
-            getattr(value, "__wrapped__", None), homes
-        )
-    if type(value) in (list, tuple, set, frozenset):
-        return any(is_foreign(item, homes) for item in value)
-    if type(value) in (dict, OrderedDict):
-        return any(is_foreign(item, homes) for item in value.values())
-    kind = value if isinstance(value, type) else type(value)
-    return (callable(value) or hasattr(kind, "__get__")) and _home(kind.__module__) not in homes
+    seen: set[int] = set()
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        kind = value if isinstance(value, type) else type(value)
+        if type(value) in (list, tuple, set, frozenset):
+            waiting += value
+        elif type(value) in (dict, OrderedDict):
+            waiting += value.values()
+        elif inspect.isfunction(value):
+            if _home(value.__globals__.get("__name__")) not in _HOMES:
+                return True
+            waiting += _closed_over(value)
+        elif callable(value) or hasattr(kind, "__get__"):
+            owner = None if kind is value else getattr(value, "__self__", None)  # of a bound method
+            if inspect.ismethod(value) or isinstance(owner, type):
+                kind = owner if isinstance(owner, type) else type(owner)
+            if _home(kind.__module__) not in _HOMES:
+                return True
+            waiting += [] if isinstance(value, type) else _parts(value)
+    return False
+
+
+def _parts(value: Any) -> list[Any]:
+    """What an object of PyTorch's or the standard library's calls: partial, property, lru_cache, a bound method."""
+    names = ("func", "args", "keywords", "fget", "fset", "fdel", "__func__")
+    kept = vars(value).values() if type(value).__module__ == "functools" else ()
+    return [*(getattr(value, name) for name in names if hasattr(type(value), name)), *kept]
+
+
+def _closed_over(function: Any) -> list[Any]:
+    """What a function calls by its closure, or wraps."""
+    found = [getattr(function, "__wrapped__", None)]
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # of one that is empty
+            found.append(cell.cell_contents)
+    return [part for part in found if callable(part)]
 
 
 def _home(module: Any) -> str:
@@ -249,7 +284,9 @@ class _Foreign:
 class _Capture(fx.proxy.GraphAppendingTracer):
     def __init__(self, root: nn.Module, x: Tensor, grows: tuple[bool, bool]) -> None:
         super().__init__(fx.Graph())
-        self.any_size, self.device = any(grows), next((t.device for t in root.parameters()), x.device)
+        kept = (t for _, module in named_modules(root) for t in vars(module)["_parameters"].values())
+        self.any_size = any(grows)
+        self.device = next((t.device for t in kept if type(t) is nn.Parameter), x.device)
         self.stand_ins: dict[int, Any] = {}
         self.paths = {id(module): path for path, module in named_modules(root)}
         self.is_library: Any = functools.cache(is_library)
@@ -323,6 +360,8 @@ class _Capture(fx.proxy.GraphAppendingTracer):
         return super().create_arg(a)
 
     def constant(self, name: str, tensor: Tensor) -> fx.Proxy:
+        if type(tensor) not in (Tensor, nn.Parameter):
+            raise NotCapturable(f"{name} is a {type(tensor).__name__}, which may compute in its own way")
         symbol = self.create_proxy("get_attr", name, (), {})
         value = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
         symbol.node.meta.update({"tensor": tensor, "value": value, LARGER: value})

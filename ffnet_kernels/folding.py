@@ -94,5 +94,12 @@ def channels_last(weight: Tensor) -> Tensor:
 
 
 def rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A weight as it is used."""
-    return weight.to(dtype).contiguous(memory_format=layout(weight))
+    """A weight as it is used.
+
+    Raises:
+        OverflowError: where a folded one is beyond the numbers of its dtype, which no layer's own weight is.
+    """
+    out = weight.to(dtype).contiguous(memory_format=layout(weight))
+    if dtype == torch.float16 and bool((out.isinf() & weight.isfinite()).any()):
+        raise OverflowError("a folded weight is beyond float16")
+    return out

@@ -93,6 +93,8 @@ def _normalize(graph: fx.Graph, node: Node, seen: set[Node], draws: bool) -> Non
             _replace(graph, node, node.args[0])
         elif not draws or not _is_in_rows(node.args[0]) or argument(node, 3, "inplace", False):
             raise NotCapturable("dropout draws random numbers, in the order of a map's memory")
+    elif target is F.scaled_dot_product_attention and argument(node, 4, "dropout_p", 0.0) != 0.0:
+        raise NotCapturable("attention draws random numbers for its dropout")
     elif node.op == "call_method" and target == "contiguous" and len(node.args) == 1 and not node.kwargs:
         _replace(graph, node, node.args[0])
     elif node.op == "call_method" and target in ("view", "view_as") and not _views_as_dtype(node):

@@ -43,8 +43,8 @@ def optimize(model: ModuleT) -> ModuleT:
        were, and so is what one can do with them. Copies and pickles are plain models: optimize them again. Results
        have the strides that the plain model gives them.
     3. What changes later counts: values, parameters, submodules, classes, hooks, patched methods, attributes, modes.
-       PyTorch does not see edits through ``.data``, of tensors made in inference mode, and of their memory by others:
-       where such a weight is folded, call `refresh`.
+       PyTorch does not see edits through ``.data``, of tensors made in inference mode, and of their memory by others,
+       such as collectives of torch.distributed: where such a weight is folded, call `refresh`.
     4. No code of the user's runs that would not run without it. Modules of PyTorch, torchvision, timm and ffnet are
        taken for what they are; a module of any other class is called as it is, and what is below it has its own
        programs. ``torch.compile(model, backend="ffnet_kernels")`` captures that, too.
@@ -348,4 +348,4 @@ _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.2, torc
 
 
 def _shares_memory(a: Tensor, b: Tensor) -> bool:
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+    return a.numel() > 0 and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()

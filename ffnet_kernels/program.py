@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import kernels, onednn, patterns
 from .backends import choice, cpu
@@ -44,6 +45,8 @@ class Program:
         patterns.rewrite(graph, fold=not differentiable)
         if not any(node.target in kernels.FUSED or node.meta.get("is_folded") for node in graph.nodes):
             raise NotCapturable("nothing in it is for an operator")
+        if not differentiable and any(map(is_constant, _output(graph).all_input_nodes)):
+            raise NotCapturable("its result is made of weights alone")
         self.state, self.graph, self.differentiable = state, graph, differentiable
         if x.device.type == "cpu":
             onednn.lower(graph, pack=not differentiable)
@@ -158,8 +161,12 @@ class Constants:
 
     def values(self, tensors: list[Tensor]) -> list[Tensor]:
         """Of ``inputs``, for the tensors of ``leaves``; computed anew where one of these has changed."""
-        known = self.known  # as one: other threads may be here
-        same = known is not None and (tensors is known.tensors or all(map(is_, tensors, known.tensors)))
+        known, steps = self.known, _steps.count  # as one: other threads may be here
+        same = (
+            known is not None
+            and known.steps == steps
+            and (tensors is known.tensors or all(map(is_, tensors, known.tensors)))
+        )
         sources = known.sources if known and same else [*(tensors[i] for i in self.sources), *self.counters]
         versions, places = _versions(sources), _places(sources)
         if (
@@ -172,7 +179,7 @@ class Constants:
             memory = [StorageWeakRef(source.untyped_storage()) for source in sources]
             values = self._compute(tensors)
             storages = [reference.cdata for reference in memory]
-            known = self.known = Known(tensors, sources, versions, places, memory, storages, values)
+            known = self.known = Known(tensors, sources, versions, places, memory, storages, steps, values)
         return known.values
 
     @torch.no_grad()
@@ -200,8 +207,21 @@ class Known(NamedTuple):
     places: list[int]
     memory: list[StorageWeakRef]
     storages: list[int]
+    steps: int
     values: list[Tensor]
 
+
+class _Steps:
+    """Counts those of all optimizers: fused ones change weights without PyTorch's counting it."""
+
+    count = 0
+
+    def __call__(self, *_: Any) -> None:
+        self.count += 1
+
+
+_steps = _Steps()
+register_optimizer_step_post_hook(_steps)
 
 _is_gone = torch.UntypedStorage._expired
 _version_of = operator.attrgetter("_version")

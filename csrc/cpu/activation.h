@@ -130,12 +130,12 @@ FFNET_INLINE Activated relu_with_slope(Vec x) { return {relu(x), above(x, 0, Vec
 
 FFNET_INLINE Activated relu6_with_slope(Vec x) {
   const Vec one = Vec::fill(1), zero = Vec::fill(0);
-  return {relu6(x), {x.v >= Vec::fill(6).v ? zero.v : above(x, 0, one, zero).v}};
+  return {relu6(x), {x.v < Vec::fill(6).v ? above(x, 0, one, zero).v : zero.v}};  // 0 at NaN, as torch's
 }
 
 FFNET_INLINE Activated hardswish_with_slope(Vec x) {
   const Vec one = Vec::fill(1), between = fma(x, Vec::fill(1.f / 3), Vec::fill(0.5f));
-  return {hardswish(x), above(x, -3, {x.v < Vec::fill(3).v ? between.v : one.v}, Vec::fill(0))};
+  return {hardswish(x), above(x, -3, {x.v >= Vec::fill(3).v ? one.v : between.v}, Vec::fill(0))};
 }
 
 // 1/2 + sign(x) * G(|x|), G(t) = H(t) + t * phi(t)

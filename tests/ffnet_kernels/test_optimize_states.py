@@ -5,6 +5,7 @@ import functools
 import threading
 from collections import OrderedDict
 from typing import ClassVar
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -155,6 +156,72 @@ def test_functional_call_with_a_parameter_of_one_value():
     torch.testing.assert_close(*grads)
 
 
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad])
+def test_optimizers_that_pytorch_does_not_see(kind):
+    """Fused ones, between calls without gradients in eval mode: normalisations are frozen, and folded."""
+    models = pair(net())
+    alike(models)
+    optimizers = [kind(model.parameters(), 1e-2, fused=True) for model in models]
+    for _ in range(2):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            model(X).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        models[0].load_state_dict(models[1].state_dict())  # sizes of steps multiply rounding
+        alike(models)
+
+
+def test_a_fold_beyond_float16():
+    models = pair(nn.Sequential(*block(8, 8, 3, 8)).half().eval())
+    x = (X * 1e-3).half()
+    alike(models, x=x)
+    with torch.no_grad():
+        for model in models:
+            model[0].weight.fill_(300.0)
+            model[1].running_var.fill_(1e-6)
+    alike(models, x=x)
+
+
+class Tenfold(torch.Tensor):
+    """Kept at a tenth, and multiplied where a convolution reads it."""
+
+    seen: ClassVar[list] = []
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        name = getattr(function, "__name__", "")
+        cls.seen.append(name)
+        with torch._C.DisableTorchFunctionSubclass():
+            if name == "conv2d":
+                args = [a.as_subclass(torch.Tensor) * 10 if isinstance(a, Tenfold) else a for a in args]
+            return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", ["no_grad", "grad"])
+@pytest.mark.parametrize("when", ["before", "later"])
+def test_weights_of_derived_classes(mode, when):
+    models = pair(net())
+    if when == "later":
+        alike(models, mode)
+    found = []
+    for model in models:
+        model[3]._parameters["weight"] = (model[3].weight.detach() / 10).as_subclass(Tenfold).requires_grad_()
+        Tenfold.seen.clear()
+        for _ in range(3):
+            with torch.set_grad_enabled(mode == "grad"):
+                out = model(X)
+        found.append((out.detach(), list(Tenfold.seen)))
+    torch.testing.assert_close(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
+
+
+def test_an_empty_map_first():
+    models = pair(net())
+    alike(models, x=X[:0])
+    alike(models)
+    assert runs_a_program(models[0])
+
+
 # ---- Code from elsewhere ----
 
 
@@ -190,6 +257,67 @@ def test_patches_that_bear_another_name(holder, name, mode, when, monkeypatch):
     for model in models:
         model.load_state_dict(models[1].state_dict())
     alike(models, mode)
+
+
+class Callable:
+    def __init__(self, function):
+        self.function = function
+
+    def method(self, x, **kwargs):
+        return self.function(x, **kwargs)
+
+
+WRAPS = {
+    "lru_cache": functools.lru_cache,
+    "a mock": lambda function: Mock(wraps=function),
+    "a partial": lambda function: functools.partial(torch.utils.checkpoint.checkpoint, function, use_reentrant=False),
+    "no_grad": torch.no_grad(),
+    "a bound method": lambda function: Callable(function).method,
+    "a method of a module": lambda function: type("Act", (nn.Module,), {"forward": staticmethod(function)})().__call__,
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
+@pytest.mark.parametrize("when", ["before", "later"])
+def test_functions_wrapped_by_objects_of_the_standard_library(wrap, when, monkeypatch):
+    models, old, seen = pair(net()), F.gelu, []
+
+    def new(x, **kwargs):
+        seen.append(type(x).__name__)
+        return old(x, **kwargs)
+
+    if when == "later":
+        alike(models)
+    monkeypatch.setattr(F, "gelu", wrap(new))
+    alike(models)
+    assert set(seen) == {"Tensor"}
+    assert len(seen) == 12
+
+
+class Tripled(torch.autograd.Function):
+    """A backward pass of the user's."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 0.5
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 3
+
+
+@pytest.mark.parametrize("when", ["before", "later"])
+@pytest.mark.parametrize("place", ["function", "partialmethod", "lru_cache", "singledispatchmethod"])
+def test_functions_with_gradients_of_the_users(place, when, monkeypatch):
+    models = pair(nn.Sequential(*block(8, 16, 1, act=nn.Softsign), *block(16, 16, 7, 16, act=nn.Softsign)).eval())
+    if when == "later":
+        alike(models, "grad")
+    if place == "function":
+        monkeypatch.setattr(F, "softsign", Tripled.apply)
+    else:
+        wrap = getattr(functools, place)
+        monkeypatch.setattr(nn.Softsign, "forward", wrap(lambda module, x: Tripled.apply(x)))
+    alike(models, "grad")
 
 
 def test_a_property_of_a_class_patched_later(monkeypatch):
