@@ -110,8 +110,8 @@ def modules_of(classes: Iterable[type]) -> list[Any]:
 
 def refuse_foreign(holder: Any, attributes: Any) -> None:
     """Refuses what a module of Python's or a class was given by others: capture would run it."""
-    for name, value in list(attributes.items()):
-        if not (name.startswith("__") and name.endswith("__") and holder is not Tensor) and is_foreign(value):
+    for name, value in list(attributes.items()):  # torch.compile puts its own into modules, with two underscores
+        if (holder is Tensor or not name.startswith("__")) and is_foreign(value):
             raise NotCapturable(f"{getattr(holder, '__name__', holder)}.{name} is not its own")
 
 

@@ -8,6 +8,7 @@ import math
 import sys
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -201,12 +202,10 @@ class Way:
         """Runs the modules, which tells the strides of the result; and, where that has no effect, the program as well,
         to see whether it computes the same."""
         self.example = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-        given = x
-        if self.differentiable and x.requires_grad:
-            given = x.view_as(x)
-            given.register_hook(lambda grad: self.grad_strides.__setitem__(key, grad.stride()))
-        result = expected = plainly(module, given)
+        result = expected = plainly(module, x)
         leaves, _ = tree_flatten(expected)
+        if self.differentiable and x.requires_grad:
+            watch_gradient(x, leaves, lambda grad: self.grad_strides.__setitem__(key, grad.stride()))
         if not self.differentiable:
             try:
                 result = program.run(x)
@@ -258,6 +257,28 @@ class Effects:
 
 def random_states(device: torch.device) -> list[Tensor]:
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def watch_gradient(x: Tensor, results: list[Any], see: Callable[[Tensor], Any]) -> None:
+    """Has ``see`` called with the gradient of x that the graph behind the results makes."""
+    edge = torch.autograd.graph.get_gradient_edge(x)
+    seen: set[Any] = set()
+    waiting = [result.grad_fn for result in results if type(result) is Tensor and result.grad_fn is not None]
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        for place, (behind, number) in enumerate(node.next_functions):
+            if behind is edge.node and number == edge.output_nr:
+
+                def hook(grads: Any, _: Any, place: int = place) -> None:
+                    if type(grads[place]) is Tensor:
+                        see(grads[place])
+
+                node.register_hook(hook)
+            elif behind is not None:
+                waiting.append(behind)
 
 
 def plainly(module: Any, x: Tensor) -> Any:

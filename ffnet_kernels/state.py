@@ -138,7 +138,7 @@ def is_same(a: Any, b: Any) -> bool:
 
 
 def _globals_of(namespace: dict) -> Globals:
-    names = tuple(name for name, value in namespace.items() if callable(value))
+    names = tuple(name for name, value in namespace.items() if callable(value) and not name.startswith("__"))
     return Globals(namespace, names, tuple(map(namespace.get, names)))
 
 
