@@ -90,6 +90,7 @@ class State:
         self.classes = [(vars(cls), _methods_of(vars(cls))) for cls in classes]
         self.classes.append((vars(Tensor), _methods_of(vars(Tensor), _TENSOR_METHODS)))
         self.methods = self._methods()
+        self.overridden = _overridden()
         self.touched = 0  # how often attributes were set to what they had been
 
     def is_current(self, root: nn.Module) -> bool:
@@ -106,7 +107,7 @@ class State:
             and type(root) is self.kinds[0]
             and not any(self.hooks)
             and self._same_lists()
-            and self._methods() == self.methods
+            and (self._methods() == self.methods or self._only_more_of_tensors())
         )
 
     def _versions(self, root: nn.Module) -> list[int] | None:
@@ -118,11 +119,29 @@ class State:
         items = list(chain.from_iterable(self.lists))
         return list(map(len, self.lists)) == self.lengths and all(map(is_same, items, self.items))
 
+    def _only_more_of_tensors(self) -> bool:
+        """Whether all that differs is that Tensor has got something new, as when parts of PyTorch are imported."""
+        now, before = self._methods(), self.methods
+        if now is None or before is None or now[:-1] != before[:-1] or now[-1][1] != before[-1][1]:
+            return False
+        if _overridden() != self.overridden:
+            return False
+        self.methods = now
+        return True
+
     def _methods(self) -> list | None:
         try:
             return [(len(attributes), read(attributes)) for attributes, read in self.classes]
         except KeyError:  # one was deleted
             return None
+
+
+def _overridden() -> set[str]:
+    """Of what tensors do in C++, what Tensor has in Python."""
+    return vars(Tensor).keys() & _OF_TENSORS_IN_CPP
+
+
+_OF_TENSORS_IN_CPP = frozenset(dir(torch._C.TensorBase))
 
 
 def is_same(a: Any, b: Any) -> bool:
@@ -138,8 +157,13 @@ def is_same(a: Any, b: Any) -> bool:
 
 
 def _globals_of(namespace: dict) -> Globals:
-    names = tuple(name for name, value in namespace.items() if callable(value) and not name.startswith("__"))
+    # Of torch's, those of tensors: others it replaces itself, when torch.compile is imported.
+    known = _OF_TENSORS if namespace is vars(torch) else namespace
+    names = tuple(name for name in known if callable(namespace.get(name)) and not name.startswith("__"))
     return Globals(namespace, names, tuple(map(namespace.get, names)))
+
+
+_OF_TENSORS = (*dir(torch._C._VariableFunctions), *torch.functional.__all__)
 
 
 #: Of Tensor's own, those that models call; all of them would take as long to look at as a hundred modules.

@@ -320,6 +320,19 @@ def test_functions_with_gradients_of_the_users(place, when, monkeypatch):
     alike(models, "grad")
 
 
+def test_what_pytorch_adds_to_itself_does_not_count(monkeypatch):
+    models = pair(net())
+    alike(models)
+    program = models[0]._compiled_call_impl.ways[False].program
+    monkeypatch.setattr(torch.Tensor, "something_new", 1, raising=False)
+    monkeypatch.setattr(torch, "manual_seed", functools.wraps(torch.manual_seed)(lambda seed: None))
+    alike(models)
+    assert models[0]._compiled_call_impl.ways[False].program is program
+    monkeypatch.setattr(torch.Tensor, "add", lambda a, b: torch.add(a, b), raising=False)
+    models[0](X)
+    assert not program.state.is_current(models[0])
+
+
 def test_a_property_of_a_class_patched_later(monkeypatch):
     models = pair(nn.Sequential(*block(8, 8, 1), layers.DropPath(0.5), *block(8, 8, 7, 8)).eval())
     alike(models)
