@@ -1,7 +1,7 @@
 """Builds the native libraries with ninja: `python csrc/build.py --out DIR`, or from setup.py.
 
     libffnet_kernels_cpu.so   the CPU operators, LibTorch stable ABI: no Python ABI, no C++ ABI of torch
-    _native*.so               pybind11 helper of the benchmarks, for the Python that built it; nothing else needs it
+    _native*.so               pybind11 helper, for the Python that built it; nothing needs it
     libffnet_kernels_cuda.so  the CUDA operators, where there is an nvcc; any torch will do to build it, a CPU one too
     build_record.json         how they were built, or why they were not
 

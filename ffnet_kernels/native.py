@@ -187,7 +187,7 @@ def _elf_bytes(content: bytes) -> int:
 
 @functools.cache
 def helper() -> ModuleType | None:
-    """The pybind11 helper, or None: only the benchmarks ask it, and it loads in the Python that built it alone."""
+    """The pybind11 helper, or None: nothing needs it, and it loads in the Python that built it alone."""
     if cpu_library_error() is not None:
         return None  # loading it would load that library
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:

@@ -19,6 +19,7 @@ from .backends import choice, cpu
 from .capture import NotCapturable, capture
 from .nodes import has_shape_of, is_node
 from .normalize import is_view, normalize
+from .prefetch import Prefetch
 from .shapes import LARGER, Node, has_dimensions
 from .state import State
 
@@ -168,6 +169,8 @@ class Constants:
             and (tensors is known.tensors or all(map(is_, tensors, known.tensors)))
         )
         sources = known.sources if known and same else [*(tensors[i] for i in self.sources), *self.counters]
+        if known and same:
+            known.prefetch()
         versions, places = _versions(sources), _places(sources)
         if (
             not known or not same or versions != known.versions or places != known.places
@@ -179,7 +182,8 @@ class Constants:
             memory = [StorageWeakRef(source.untyped_storage()) for source in sources]
             values = self._compute(tensors)
             storages = [reference.cdata for reference in memory]
-            known = self.known = Known(tensors, sources, versions, places, memory, storages, steps, values)
+            prefetch = Prefetch(tensors=sources, storages=storages)
+            known = self.known = Known(tensors, sources, versions, places, memory, storages, steps, values, prefetch)
         return known.values
 
     @torch.no_grad()
@@ -209,6 +213,7 @@ class Known(NamedTuple):
     storages: list[int]
     steps: int
     values: list[Tensor]
+    prefetch: Prefetch
 
 
 class _Steps:

@@ -6,6 +6,7 @@ users' runs: objects are compared by identity, never by their own ``==``.
 
 from __future__ import annotations
 
+import gc
 import operator
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .capture import HOOKS, OF_EVERY_MODULE, PLACE, modules_of, named_modules
+from .prefetch import Prefetch
 
 _version_of: Callable[[dict], int] | None
 try:
@@ -90,11 +92,16 @@ class State:
         self.classes = [(vars(cls), _methods_of(vars(cls))) for cls in classes]
         self.classes.append((vars(Tensor), _methods_of(vars(Tensor), _TENSOR_METHODS)))
         self.methods = self._methods()
+        # What a class shows of its dictionary cannot be changed and has no version; the one behind has.
+        self.class_dicts = [gc.get_referents(attributes)[0] for attributes, _ in self.classes]
+        self.class_versions = _versions(self.class_dicts)
         self.overridden = _overridden()
         self.touched = 0  # how often attributes were set to what they had been
+        self.prefetch = Prefetch([*self.dicts, *self.hooks, *self.class_dicts, *below])
 
     def is_current(self, root: nn.Module) -> bool:
         """Whether nothing has changed, and no hook waits."""
+        self.prefetch()
         versions = self._versions(root)
         if versions is None or versions != self.versions:
             root_now = self.root._replace(of=_without_program(vars(root)))
@@ -107,11 +114,19 @@ class State:
             and type(root) is self.kinds[0]
             and not any(self.hooks)
             and self._same_lists()
-            and (self._methods() == self.methods or self._only_more_of_tensors())
+            and self._same_methods()
         )
 
     def _versions(self, root: nn.Module) -> list[int] | None:
-        return None if _version_of is None else [_version_of(vars(root)), *map(_version_of, self.dicts)]
+        return _versions([vars(root), *self.dicts])
+
+    def _same_methods(self) -> bool:
+        versions = _versions(self.class_dicts)
+        if versions is None or versions != self.class_versions:
+            if self._methods() != self.methods and not self._only_more_of_tensors():
+                return False
+            self.class_versions = versions
+        return True
 
     def _same_lists(self) -> bool:
         if not self.lists:
@@ -134,6 +149,11 @@ class State:
             return [(len(attributes), read(attributes)) for attributes, read in self.classes]
         except KeyError:  # one was deleted
             return None
+
+
+def _versions(dicts: list[dict]) -> list[int] | None:
+    """Of dictionaries; None where they have none."""
+    return None if _version_of is None else list(map(_version_of, dicts))
 
 
 def _overridden() -> set[str]:

@@ -1,10 +1,32 @@
-// For the benchmarks only: nothing else needs this module, which one version of Python loads.
+// Of use, but nothing needs this module, which one version of Python loads.
 #include <pybind11/pybind11.h>
+
+#include <cstdint>
 
 #include "../cpu/select.h"
 
+namespace {
+
+constexpr int kLine = 64;
+
+// Whoever reads many objects that have left the cache waits for one after the other; the processor can bring dozens at
+// once. Addresses that hold nothing any more do no harm.
+void fetch(const pybind11::buffer& addresses, int lines) {
+  const pybind11::buffer_info info = addresses.request();
+  if (info.itemsize != sizeof(std::uint64_t)) throw pybind11::value_error("addresses: expected an array('Q')");
+  const auto* first = static_cast<const std::uint64_t*>(info.ptr);
+  for (pybind11::ssize_t i = 0; i < info.size; ++i) {
+    const auto* memory = reinterpret_cast<const char*>(first[i]);
+    for (int line = 0; line < lines; ++line) __builtin_prefetch(memory + line * kLine);
+  }
+}
+
+}  // namespace
+
 PYBIND11_MODULE(_native, m) {
-  m.doc() = "What the benchmarks ask of the processor.";
+  m.doc() = "What Python asks of the processor.";
+  m.def("fetch", &fetch, pybind11::arg("addresses"), pybind11::arg("lines"),
+        "Asks for cache lines: so many from each address of an array('Q').");
   m.def(
       "multiply_adds",
       [](const std::string& dtype, int64_t rounds) {
