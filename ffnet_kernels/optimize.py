@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 import sys
 import threading
 import weakref
@@ -13,13 +12,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten
 
 from .backends.choice import BackendError
 from .capture import PLACE, NotCapturable, globally_hooked, is_library, named_modules
 from .ops._operator import is_eager
 from .program import Program
 from .state import State
+from .trial import as_laid_out, compared, corner_of, shares_memory, strides_in_format_of
 
 logger = logging.getLogger("ffnet_kernels")
 
@@ -39,7 +39,7 @@ def optimize(model: ModuleT) -> ModuleT:
     operators keep little for the backward pass and fold nothing.
 
     1. Results are those of the plain model in every later state, to rounding, or its own error is raised. The first
-       call for each shape and layout of the map runs both and compares.
+       call for each shape and layout of the map runs both and compares, of a large map on a corner.
     2. The model stays itself: modules, classes, parameters, buffers, hooks, state dict and both modes are as they
        were, and so is what one can do with them. Copies and pickles are plain models: optimize them again. Results
        have the strides that the plain model gives them.
@@ -199,36 +199,41 @@ class Way:
         return as_laid_out(out, strides)
 
     def first_run(self, module: Any, program: Program, x: Tensor, key: tuple) -> Any:
-        """Runs the modules, which tells the strides of the result; and, where that has no effect, the program as well,
-        to see whether it computes the same."""
+        """Has the modules tell the strides of the result and, where that has no effect, whether the program computes
+        the same: of a large map, where the program is for maps of any size, a corner tells as much."""
         self.example = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-        result = expected = plainly(module, x)
+        corner = None if self.differentiable or not program.is_for_any_size else corner_of(x)
+        tried = x if corner is None else corner
+        result = expected = plainly(module, tried)
         leaves, _ = tree_flatten(expected)
-        if self.differentiable and x.requires_grad:
-            watch_gradient(x, leaves, lambda grad: self.grad_strides.__setitem__(key, grad.stride()))
+        level, reason = logging.WARNING, None
         if not self.differentiable:
+            result, reason = compared(program.run, functools.partial(plainly, module), tried, expected)
+        elif x.requires_grad:
+            watch_gradient(x, leaves, lambda grad: self.grad_strides.__setitem__(key, grad.stride()))
+        if reason is None and any(type(leaf) is not Tensor or shares_memory(leaf, tried) for leaf in leaves):
+            reason = "its result is no tensor of its own"
+        if reason is None and program.is_small(x):
+            level, reason = logging.DEBUG, "it is so small that PyTorch takes as long"
+        strides: list[Any] = [] if reason is not None else [leaf.stride() for leaf in leaves]
+        if corner is not None and reason is None:
             try:
                 result = program.run(x)
-                reason = difference(result, expected)
-                if reason is None and is_flat(x):  # of which a wrong program may make the same
-                    probe = torch.empty_like(x).uniform_(generator=torch.Generator(x.device).manual_seed(0))
-                    reason = difference(program.run(probe), plainly(module, probe))
             except BackendError:
                 raise
             except Exception as error:
-                reason = str(error)
-            if reason is not None:
-                self.refuse(f"its program is not what the modules are: {reason}")
-                return expected
-        if not all(type(leaf) is Tensor for leaf in leaves) or any(_shares_memory(leaf, x) for leaf in leaves):
-            self.refuse("its result is no tensor of its own")
-            return expected
-        if program.is_small(x):
-            self.refuse("it is so small that PyTorch takes as long", logging.DEBUG)
-            return expected
+                reason = f"its program failed where the modules do not: {error}"
+            else:
+                strides = list(map(strides_in_format_of, leaves, tree_flatten(result)[0]))
+                if None in strides:
+                    strides = [leaf.stride() for leaf in tree_flatten(plainly(module, x))[0]]
+        if reason is not None:
+            result = expected if corner is None else plainly(module, x)
+            self.refuse(reason, level)
+            return result
         if len(self.layouts) >= _MOST_LAYOUTS:
             self.layouts = {}
-        strides = self.layouts[key] = [leaf.stride() for leaf in leaves]
+        self.layouts[key] = strides
         return as_laid_out(result, strides)
 
     def refuse(self, reason: str, level: int = logging.WARNING) -> None:
@@ -290,12 +295,6 @@ def plainly(module: Any, x: Tensor) -> Any:
         _local.is_plain = False
 
 
-def is_flat(x: Tensor) -> bool:
-    """Whether a map has no two values, or one that is not finite."""
-    least, most = (value.item() for value in x.aminmax()) if x.numel() else (0.0, 0.0)
-    return not (least < most and math.isfinite(least) and math.isfinite(most))
-
-
 def is_plain_eager(x: Any) -> bool:
     """Whether a call on x does what it seems to and nothing else: no tracing, transforms, modes or subclasses."""
     return (
@@ -330,43 +329,3 @@ _NOT_PLAIN = "it was called in a way that is not plain eager PyTorch"
 
 
 is_batched = torch._C._functorch.is_legacy_batchedtensor  # in a vectorised Jacobian
-
-
-def as_laid_out(out: Any, strides: list[tuple]) -> Any:
-    """A result in the strides that the modules give."""
-    if type(out) is Tensor:
-        return (
-            out
-            if out.stride() == strides[0] or 0 in strides[0]
-            else torch.empty_strided(out.shape, strides[0], dtype=out.dtype, device=out.device).copy_(out)
-        )
-    leaves, spec = tree_flatten(out)
-    return tree_unflatten([as_laid_out(leaf, [s]) for leaf, s in zip(leaves, strides, strict=True)], spec)
-
-
-def difference(out: Any, expected: Any) -> str | None:
-    """How a program's result differs from the modules', beyond rounding; None if it does not."""
-    leaves, spec = tree_flatten(out)
-    expected_leaves, expected_spec = tree_flatten(expected)
-    if spec != expected_spec or not all(type(leaf) is Tensor for leaf in (*leaves, *expected_leaves)):
-        return "the result has another structure"
-    for a, b in zip(leaves, expected_leaves, strict=True):
-        if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
-            return f"{list(a.shape)} {a.dtype} instead of {list(b.shape)} {b.dtype}"
-        if not a.numel():
-            continue
-        wide, expected_wide = a.double(), b.double()
-        same = (wide == expected_wide) | (wide.isnan() & expected_wide.isnan())
-        error = (wide - expected_wide).abs().masked_fill(same, 0.0).amax().item()
-        size = expected_wide.abs().nan_to_num(0.0, 0.0).amax().item()
-        if not error <= size * _ROUNDING.get(a.dtype, 0.0):
-            return f"results differ by {error} of {size}"
-    return None
-
-
-#: What orders of summation may change in a deep network, relative to the largest result; a wrong graph changes more.
-_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
-
-
-def _shares_memory(a: Tensor, b: Tensor) -> bool:
-    return a.numel() > 0 and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()

@@ -97,9 +97,13 @@ class Program:
             and self.fits(x)
         )
 
+    @property
+    def is_for_any_size(self) -> bool:
+        return self.size == _ANY_SIZE
+
     def fits(self, x: Tensor) -> bool:
         """Whether it is for maps of this size."""
-        return self.size == _ANY_SIZE or (self.size[0] in (None, x.shape[0]) and self.size[1] in (None, x.shape[2:]))
+        return self.is_for_any_size or (self.size[0] in (None, x.shape[0]) and self.size[1] in (None, x.shape[2:]))
 
     def is_small(self, x: Tensor) -> bool:
         """Whether it is no more than a 1×1 convolution, and that of less work than it takes to know what to run."""
