@@ -203,8 +203,14 @@ class Way:
         the same: of a large map, where the program is for maps of any size, a corner tells as much."""
         self.example = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
         corner = None if self.differentiable or not program.is_for_any_size else corner_of(x)
+        expected: Any = None
+        if corner is not None:
+            try:
+                expected = plainly(module, corner)
+            except Exception:  # it may be smaller than what is pooled
+                corner = None
         tried = x if corner is None else corner
-        result = expected = plainly(module, tried)
+        result = expected = plainly(module, x) if corner is None else expected
         leaves, _ = tree_flatten(expected)
         level, reason = logging.WARNING, None
         if not self.differentiable:

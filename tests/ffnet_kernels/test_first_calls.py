@@ -64,6 +64,11 @@ def test_maps_whose_format_is_not_clear(sizes):
     assert sizes == [(1, 4, 300, 260)]
 
 
+def test_layers_for_which_a_corner_is_too_small(sizes):
+    agree(optimize(nn.Sequential(*layers(), nn.AvgPool2d(100))), torch.randn(1, 4, 260, 300))
+    assert sizes == [(1, 4, 128, 128), (1, 4, 260, 300)]
+
+
 class Large(nn.Module):
     """Of torchvision's code, as far as `optimize` can see, and with two minds."""
 
