@@ -16,7 +16,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu') csrc/build.py csrc/toolchain.py setup.py pyproject.toml
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu') csrc/build.py csrc/toolchain.py \
+  ffnet_kernels/ops/schemas.py setup.py pyproject.toml
 COMPAT_TORCH ?= 2.13.0 2.14.1 newest
 TIMM_PACKAGES := timm==1.0.31 torch==2.14.1 torchvision==0.29.1
 FOR_EVERY_GPU := FFNET_CUDA_ARCHS='$(or $(FFNET_CUDA_ARCHS),all)'

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import os
 import platform
@@ -27,6 +28,7 @@ import sysconfig
 from pathlib import Path
 
 CSRC = Path(__file__).resolve().parent
+SCHEMAS = CSRC.parent / "ffnet_kernels" / "ops" / "schemas.py"
 sys.path.insert(0, str(CSRC))  # only for this import: setup.py and the tests load this file by its path
 try:
     from toolchain import (
@@ -90,6 +92,20 @@ def target_version_flag() -> str:
     return f"-DTORCH_TARGET_VERSION={(TORCH_TARGET_VERSION[0] << 56) | (TORCH_TARGET_VERSION[1] << 48):#018x}ULL"
 
 
+def schema_headers(ninja: Ninja) -> list[str]:
+    """Writes the header of the operators' schemas into the folder of a build; flags by which bindings find it."""
+    spec = importlib.util.spec_from_file_location("ffnet_kernels_schemas", SCHEMAS)
+    assert spec is not None
+    assert spec.loader is not None
+    schemas = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(schemas)
+    ninja.directory.mkdir(parents=True, exist_ok=True)
+    header, text = ninja.directory / "operator_schemas.h", schemas.header()
+    if not header.exists() or header.read_text() != text:  # or what includes it would be compiled again
+        header.write_text(text)
+    return ["-I", str(ninja.directory)]
+
+
 def compile_step(ninja: Ninja, command: list[str], source: Path, name: str) -> Path:
     """With every header it reads as a dependency, torch's and CUDA's too: they change under a kept build folder."""
     output = ninja.directory / f"{name}.o"
@@ -116,7 +132,7 @@ def plan(ninja: Ninja, out: Path, compiler: list[str], sanitize: bool) -> dict[s
     objects.append(compile_one(CSRC / "cpu" / "select.cpp", "select", [f"-DFFNET_TABLES={tables}"]))
     objects.append(compile_one(CSRC / "cpu" / "scratch.cpp", "scratch", []))
     objects.append(compile_one(CSRC / "bindings" / "c_interface.cpp", "c_interface", []))
-    binding_flags = ["-isystem", str(include), target_version_flag()]
+    binding_flags = [*schema_headers(ninja), "-isystem", str(include), target_version_flag()]
     for name in ("torch_cpu", "torch_cpu_backward", "torch_cpu_training"):
         objects.append(compile_one(CSRC / "bindings" / f"{name}.cpp", name, binding_flags))
     link = [*compiler, "-shared", *extra]
@@ -166,7 +182,7 @@ def plan_cuda(ninja: Ninja, out: Path, compiler: list[str], nvcc: Nvcc) -> dict[
     objects = [compile_step(ninja, [*nvcc.command, *flags], source, source.stem) for source in cuda_sources()]
     extra = shlex.split(os.environ.get("CXXFLAGS", ""))
     includes = [flag for folder in (include, *nvcc.includes) for flag in ("-isystem", str(folder))]
-    binding = [*compiler, *COMMON_FLAGS, *extra, *includes, "-DUSE_CUDA", target_version_flag()]
+    binding = [*compiler, *COMMON_FLAGS, *extra, *schema_headers(ninja), *includes, "-DUSE_CUDA", target_version_flag()]
     objects.append(compile_step(ninja, binding, CSRC / "bindings" / "torch_cuda.cpp", "torch_cuda"))
     # Undefined symbols stay: a CPU torch, against which this may be linked, lacks those of streams. libtorch.so, needed
     # by name, brings them where the library is loaded. The CUDA runtime is inside, hidden from torch's own.
@@ -201,7 +217,7 @@ def build_host_cuda(out: Path, work: Path, sanitizer: list[str], verbose: bool) 
     command = [*compiler, *common, *sanitizer]
     sources = [*cuda_sources(), *sorted((CSRC / "cuda" / "host").glob("*.cpp"))]
     objects = [compile_step(ninja, [*command, "-x", "c++"], source, source.stem) for source in sources]
-    binding = [*command, "-isystem", str(include), target_version_flag()]
+    binding = [*command, *schema_headers(ninja), "-isystem", str(include), target_version_flag()]
     objects.append(compile_step(ninja, binding, CSRC / "bindings" / "torch_cuda.cpp", "torch_cuda"))
     ninja.add(
         out / HOST_CUDA_LIBRARY,

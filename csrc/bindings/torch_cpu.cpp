@@ -1,12 +1,13 @@
 // The CPU kernels as operators of torch's dispatcher, through the LibTorch stable ABI only: this library runs in any
-// torch from TORCH_TARGET_VERSION on. Schemas, fakes and autograd are in ffnet_kernels/ops. All that memory
-// safety needs is checked here; ffnet_kernels/ops/_arguments.py says it to users.
+// torch from TORCH_TARGET_VERSION on. Fakes and autograd are in ffnet_kernels/ops. All that memory safety
+// needs is checked here; ffnet_kernels/ops/_arguments.py says it to users.
 #include <algorithm>
 #include <array>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "define.h"
 #include "torch_cpu_arguments.h"
 
 namespace ffnet::cpu_operators {
@@ -191,6 +192,9 @@ Tensor conv2d_pair(const Tensor& x, const Tensor& weight, const std::optional<Te
 }  // namespace ffnet::cpu_operators
 
 using namespace ffnet;
+
+FFNET_DEFINE(ffnet_kernels, FFNET_KERNELS_SCHEMAS)
+FFNET_DEFINE(ffnet_kernels_training, FFNET_KERNELS_TRAINING_SCHEMAS)
 
 STABLE_TORCH_LIBRARY_IMPL(ffnet_kernels, CPU, m) {
   m.impl("conv2d", TORCH_BOX(&cpu_operators::conv2d));

@@ -2,6 +2,7 @@
 // autograd of the public operators are in ffnet_kernels/ops; arguments have been checked by
 // ffnet_kernels/ops/_arguments.py, and what memory safety needs is checked here again. With FFNET_HOST_EXECUTION the same
 // operators take CPU tensors, for the tests (csrc/cuda/host).
+#include "define.h"
 #include "torch_common.h"
 
 #include <array>
@@ -536,6 +537,8 @@ extern "C" __attribute__((visibility("default"))) int ffnet_cuda_check_device([[
     return 1;
   }
 }
+
+FFNET_DEFINE(ffnet_kernels_cuda, FFNET_KERNELS_CUDA_SCHEMAS)
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ffnet_kernels_cuda, m) {
   m.def(

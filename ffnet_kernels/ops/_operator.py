@@ -21,17 +21,36 @@ import torch
 from torch import Tensor
 
 from ..backends import choice, cpu, cuda, reference, triton
+from . import schemas
 from ._arguments import autocast
 
 LIBRARIES = {
     name: torch.library.Library(name, "DEF")
     for name in ("ffnet_kernels", "ffnet_kernels_triton", "ffnet_kernels_cuda", "ffnet_kernels_training")
 }
-# Two convolutions, such as those of a stem, without a map between them: for programs, which run below autograd.
-_CONVOLUTION = "Tensor {0}weight, Tensor? {0}bias, int[2] {0}stride, int[4] {0}padding, str {0}activation"
-LIBRARIES["ffnet_kernels"].define(
-    f"conv2d_pair(Tensor x, {_CONVOLUTION.format('')}, {_CONVOLUTION.format('next_')}) -> Tensor"
-)
+
+
+def define(library: torch.library.Library, schema: str) -> Any:
+    """The operator of a schema, defined here where no native library has defined it.
+
+    Raises:
+        RuntimeError: where one has, with another schema.
+    """
+    name = schema.partition("(")[0]
+    namespace = getattr(torch.ops, library.ns)
+    if not hasattr(namespace, name):
+        library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    overload = getattr(namespace, name).default
+    own = torch._C.parse_schema(f"{library.ns}::{schema}")
+    if own != overload._schema:
+        raise RuntimeError(
+            f"a native library of another version of ffnet_kernels is loaded (install the package again): expected "
+            f"{own}, got {overload._schema}"
+        )
+    return overload
+
+
+define(LIBRARIES["ffnet_kernels"], schemas.CONV2D_PAIR)
 
 
 class Operator:
@@ -47,20 +66,19 @@ class Operator:
     the residual, None where the mask does not ask for one.
     """
 
-    def __init__(self, module: str, arguments: str, *, weights: tuple[str, ...] = (), parallel: bool = False) -> None:
+    def __init__(self, module: str, *, weights: tuple[str, ...] = (), parallel: bool = False) -> None:
         """Makes the operator of a module known to torch.
 
         Args:
-            module: its name, of which the last part is the operator's.
-            arguments: as the schema has them. Tensors among them may need a gradient; ``residual``, which is added to
-                the result, is the last of these.
+            module: its name, of which the last part is the operator's, by which `schemas` has its arguments. Tensors
+                among them may need a gradient; ``residual``, which is added to the result, is the last of these.
             weights: names of the weights of its convolutions, for counting their work.
             parallel: whether these convolve the same map; else, each the result of the one before.
         """
         self.name = module.rpartition(".")[2]
         self.defined: Any = sys.modules[module]
-        self.arguments, self.weights, self.parallel = arguments, weights, parallel
-        kinds, self.names = zip(*(argument.split() for argument in arguments.split(", ")), strict=True)
+        self.weights, self.parallel = weights, parallel
+        kinds, self.names = zip(*(argument.split() for argument in self.arguments().split(", ")), strict=True)
         self.tensors = tuple(i for i, kind in enumerate(kinds) if kind.startswith("Tensor"))
         self.residual = self.names.index("residual") if "residual" in self.names else None
         #: The operators of the backends that have kernels for it.
@@ -68,6 +86,9 @@ class Operator:
         self.reference: Callable[..., Tensor] = self.defined.reference
         self.register()
         OPERATORS[self.name] = self
+
+    def arguments(self) -> str:
+        return schemas.ARGUMENTS[self.name]
 
     def run(self, *arguments: Any) -> Tensor:
         """The result for arguments of the public function."""
@@ -98,11 +119,10 @@ class Operator:
 
     def define(self, library: torch.library.Library, backend: Any) -> None:
         """The operator and its backward in a namespace."""
-        backward = f"{self.name}_backward(Tensor grad, {self.arguments}, bool[] mask) -> Tensor[]"
-        overload = self._declare(library, f"{self.name}({self.arguments}) -> Tensor", self._fake)
+        forward, backward, composed = schemas.of_operator(self.name)
+        overload = self._declare(library, forward, self._fake)
         self._declare(library, backward, lambda *call: [torch.empty_like(t) for t in self._wanted(call)])
-        # What the CPU library's kernel of the backward hands on: calls that it does not take.
-        library.define(backward.replace("_backward(", "_backward_composed(", 1))
+        define(library, composed)
 
         def run(*args):
             out = self.defined.empty(*args)
@@ -116,10 +136,9 @@ class Operator:
         self.overloads.setdefault(backend.NAME, overload)
 
     def _declare(self, library: torch.library.Library, schema: str, fake: Callable[..., Any]) -> Any:
-        name = schema.partition("(")[0]
-        library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
-        return getattr(getattr(torch.ops, library.ns), name).default
+        overload = define(library, schema)
+        torch.library.register_fake(overload, fake, lib=library)
+        return overload
 
     def _fake(self, *args: Any) -> Tensor:
         if len(devices := {args[i].device for i in self.tensors if args[i] is not None}) > 1:
@@ -207,21 +226,13 @@ class TrainingOperator(Operator):
     ``kernel_gradients``: see `Operator._make_differentiable`.
     """
 
-    def __init__(self, module: str, arguments: str, *, results: str, backward_arguments: str, **weights: Any) -> None:
-        """As an `Operator`'s.
-
-        Args:
-            results: of the schema.
-            backward_arguments: of the backward operator, between the incoming gradient and ``wants_x``, which tells
-                whether the first of the gradients is wanted; all others always are.
-        """
-        self.results, self.backward_arguments = results, backward_arguments
-        super().__init__(module, arguments, **weights)
+    def arguments(self) -> str:
+        return schemas.TRAINING[self.name][0]
 
     def register(self) -> None:
         library = LIBRARIES["ffnet_kernels_training"]
-        backward = f"{self.name}_backward(Tensor grad, {self.backward_arguments}, bool wants_x) -> Tensor[]"
-        overload = self._declare(library, f"{self.name}({self.arguments}) -> ({self.results})", self.defined.empty)
+        forward, backward = schemas.of_training(self.name)
+        overload = self._declare(library, forward, self.defined.empty)
         self._declare(library, backward, self.defined.empty_gradients)
         self._make_differentiable(library, overload, self.defined.kernel_gradients)
         self.overloads["cpu"] = overload

@@ -136,9 +136,4 @@ def kernel_gradients(backward, grad, args, kept, mask) -> list:
     return grads if mask[0] else [None, *grads]
 
 
-OPERATOR = TrainingOperator(
-    __name__,
-    "Tensor x, Tensor gamma, Tensor beta, float eps, str activation",
-    results="Tensor, Tensor, Tensor",
-    backward_arguments="Tensor x, Tensor gamma, Tensor beta, Tensor mean, Tensor variance, float eps, str activation",
-)
+OPERATOR = TrainingOperator(__name__)

@@ -131,14 +131,4 @@ def _strided_gradients(
     return grads if x_grad is None else [x_grad, *grads]
 
 
-_BRANCHES = (
-    "Tensor x, Tensor weight, Tensor gamma, Tensor beta, Tensor? other_weight, Tensor? other_gamma, Tensor? other_beta"
-)
-OPERATOR = TrainingOperator(
-    __name__,
-    f"{_BRANCHES}, float[] eps, int[2] stride, str activation",
-    results="Tensor, Tensor, Tensor",
-    backward_arguments=f"{_BRANCHES}, Tensor mean, Tensor variance, float[] eps, str activation",
-    weights=("weight", "other_weight"),
-    parallel=True,
-)
+OPERATOR = TrainingOperator(__name__, weights=("weight", "other_weight"), parallel=True)

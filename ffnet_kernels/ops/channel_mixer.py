@@ -119,9 +119,4 @@ def gradient(
     return [*grads, *project_grads, scale_grad]
 
 
-OPERATOR = Operator(
-    __name__,
-    "Tensor x, Tensor weight, Tensor? bias, Tensor expand_weight, Tensor? expand_bias, "
-    "Tensor project_weight, Tensor? project_bias, str activation, Tensor? scale, Tensor? residual",
-    weights=("weight", "expand_weight", "project_weight"),
-)
+OPERATOR = Operator(__name__, weights=("weight", "expand_weight", "project_weight"))

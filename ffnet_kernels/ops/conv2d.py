@@ -83,12 +83,7 @@ def gradient(p, grad, x, weight, bias, stride, padding, activation, scale, resid
     return [*plain.convolve_backward(grad, x, weight, stride, padding, mask[:3], groups=1), scale_grad]
 
 
-OPERATOR = Operator(
-    __name__,
-    "Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[4] padding, str activation, "
-    "Tensor? scale, Tensor? residual",
-    weights=("weight",),
-)
+OPERATOR = Operator(__name__, weights=("weight",))
 
 
 def _empty_pair(x, weight, bias, stride, padding, activation, *following) -> Tensor:

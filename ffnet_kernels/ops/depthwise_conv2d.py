@@ -70,8 +70,4 @@ def gradient(p, grad, x, weight, bias, stride, padding, activation, mask) -> lis
     return p.convolve_backward(grad, x, weight, stride, padding, mask)
 
 
-OPERATOR = Operator(
-    __name__,
-    "Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[4] padding, str activation",
-    weights=("weight",),
-)
+OPERATOR = Operator(__name__, weights=("weight",))

@@ -72,14 +72,4 @@ def kernel_gradients(backward, grad, args, kept, mask) -> list:
     return grads if mask[0] else [None, *grads]
 
 
-_WEIGHTS = (
-    "Tensor expand_weight, Tensor? expand_bias, Tensor project_weight, Tensor? project_bias, str activation, "
-    "Tensor? scale"
-)
-OPERATOR = TrainingOperator(
-    __name__,
-    f"Tensor x, {_WEIGHTS}, Tensor? residual",
-    results="Tensor, Tensor",
-    backward_arguments=f"Tensor x, Tensor z, {_WEIGHTS}",
-    weights=("expand_weight", "project_weight"),
-)
+OPERATOR = TrainingOperator(__name__, weights=("expand_weight", "project_weight"))

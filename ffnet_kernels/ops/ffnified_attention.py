@@ -93,9 +93,4 @@ def gradient(p, grad, query, key, key_bias, value, value_bias, activation, scale
     return [*key_grads, *value_grads]
 
 
-OPERATOR = Operator(
-    __name__,
-    "Tensor query, Tensor key, Tensor? key_bias, Tensor value, Tensor? value_bias, str activation, "
-    "Tensor? scale, Tensor? residual",
-    weights=("key", "value"),
-)
+OPERATOR = Operator(__name__, weights=("key", "value"))
