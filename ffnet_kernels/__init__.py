@@ -3,6 +3,7 @@
 from . import ops as ops  # registers torch.ops.ffnet_kernels and those of training steps
 from . import training as training
 from .backends.choice import BackendError, available_backends, use_backend
+from .export import export
 from .info import info
 from .modules import ChannelMixer, DepthwiseConv2d, FFNifiedAttention
 from .ops import explain
@@ -30,6 +31,7 @@ __all__ = [
     "depthwise_conv1d",
     "depthwise_conv2d",
     "explain",
+    "export",
     "ffnified_attention",
     "info",
     "optimize",

@@ -14,7 +14,7 @@ from .backends import choice, cpu
 from .backends.activations import ACTIVATE
 from .ops import OPERATORS
 
-_FEW_ROWS = 32  # of a linear layer: below, weights are read rather than multiplied, and PyTorch does that as well
+FEW_ROWS = 32  # of a linear layer: below, weights are read rather than multiplied, and PyTorch does that as well
 
 Pads = tuple[int, int, int, int]  # top, bottom, left, right
 
@@ -90,11 +90,22 @@ def linear(
 ) -> Tensor:
     """``residual + scale · act(x · weight + bias)`` over the last dimension, whose rows are the pixels of a
     channels-last map."""
+    is_few = x.numel() // x.shape[-1] < FEW_ROWS or x.shape[-1] != weight.shape[1]  # or it is wrong
+    return (linear_of_few_rows if is_few else linear_of_many_rows)(x, weight, bias, activation, scale, residual)
+
+
+def linear_of_few_rows(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, scale: Tensor | None, residual: Tensor | None
+) -> Tensor:
+    out = ACTIVATE[activation](F.linear(x, weight, bias))
+    out = out if scale is None else out * scale.reshape(-1)
+    return out if residual is None else residual + out
+
+
+def linear_of_many_rows(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, scale: Tensor | None, residual: Tensor | None
+) -> Tensor:
     rows = x.numel() // x.shape[-1]
-    if rows < _FEW_ROWS or x.shape[-1] != weight.shape[1]:  # or it is wrong
-        out = ACTIVATE[activation](F.linear(x, weight, bias))
-        out = out if scale is None else out * scale.reshape(-1)
-        return out if residual is None else residual + out
 
     def pixels(map: Tensor) -> Tensor:
         return map.reshape(1, rows, 1, map.shape[-1]).permute(0, 3, 1, 2)

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -26,10 +26,12 @@ class BackendError(RuntimeError):
 
 
 class _State(threading.local):
-    """The forced backend of a thread; an attribute of the instance, since torch.compile guards on those."""
+    """The forced backend of a thread, and whether exported programs keep operators; attributes of the
+    instance, since torch.compile guards on those."""
 
     def __init__(self) -> None:
         self.forced = os.environ.get("FFNET_KERNELS_BACKEND") or "auto"
+        self.keeps_operators = False
 
 
 _state = _State()
@@ -68,6 +70,16 @@ class use_backend(contextlib.ContextDecorator):
         _state.forced = self._previous.pop()
 
 
+@contextlib.contextmanager
+def keep_operators(wanted: bool) -> Iterator[None]:
+    """Whether programs that ``torch.export`` makes meanwhile, in this thread, have operators that a library defines."""
+    before, _state.keeps_operators = _state.keeps_operators, wanted
+    try:
+        yield
+    finally:
+        _state.keeps_operators = before
+
+
 def available_backends() -> tuple[str, ...]:
     """The backends that can run on this machine, fastest first; always ends with ``"reference"``."""
     return tuple(name for name, backend in BACKENDS.items() if backend.unavailable() is None)
@@ -88,11 +100,14 @@ def select(operator: str, args: tuple) -> ModuleType:
             )
         return reference
     if forced == "auto":
-        if torch.compiler.is_exporting():
+        if torch.compiler.is_exporting() and not _state.keeps_operators:
             return reference  # an exported program holds plain aten operators and runs anywhere
         for backend in _AVAILABLE:
-            takes = backend is reference or (operator in backend.OPERATORS and backend.refusal(operator, args) is None)
-            if takes and backend.slower(operator, args) is None:
+            if backend is not reference:
+                kernels = backend.IN_LIBRARY if _state.keeps_operators else backend.OPERATORS
+                if operator not in kernels or backend.refusal(operator, args) is not None:
+                    continue
+            if backend.slower(operator, args) is None:
                 return backend
     if forced not in BACKENDS or BACKENDS[forced] not in _AVAILABLE:  # only the environment forces unchecked
         _check_name(forced, "FFNET_KERNELS_BACKEND")

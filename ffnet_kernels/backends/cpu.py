@@ -18,6 +18,8 @@ _TRAINING = ("batch_norm", "branched_depthwise", "feed_forward")
 #: Whose gradient has no kernel of its own: its depthwise part has.
 COMPOSED = ("channel_mixer",)
 OPERATORS = frozenset((*_DEPTHWISE, *_TRAINING, "conv2d"))
+#: Which a program may have that is loaded where there is no Python.
+IN_LIBRARY = OPERATORS
 
 
 def unavailable() -> str | None:

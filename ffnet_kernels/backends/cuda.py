@@ -20,6 +20,8 @@ from .maps import empty_output, same_padding, suggests_channels_last
 NAME = "cuda"
 _ops = torch.ops.ffnet_kernels_cuda
 OPERATORS = ("depthwise_conv2d", "ffnified_attention", "channel_mixer")
+#: Which a program may have that is loaded where there is no Python, which puts channel mixers together.
+IN_LIBRARY = ("depthwise_conv2d", "ffnified_attention")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OLDEST = (7, 5)
 #: Those of csrc/cuda/activation.h.
@@ -53,7 +55,8 @@ def refusal(operator: str, args: tuple) -> str | None:
         return f"takes {_DEVICE.upper()} tensors, got {x.device}"
     if x.dtype not in _DTYPES:
         return f"takes float32, bfloat16 and float16, got {x.dtype}"
-    if max(x.shape[1:]) > _MOST or x.shape[0] * x.shape[2] * x.shape[3] > _MOST_PIXELS:
+    images = 1 if torch.compiler.is_exporting() else x.shape[0]  # a program has one way for any number
+    if max(x.shape[1:]) > _MOST or images * x.shape[2] * x.shape[3] > _MOST_PIXELS:
         return f"takes up to 2^28 channels, rows and columns and 2^30 pixels, got the shape {list(x.shape)}"
     for activation in (a for a in args if isinstance(a, str)):
         if activation not in ACTIVATIONS:

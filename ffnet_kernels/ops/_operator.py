@@ -78,7 +78,7 @@ class Operator:
         self.name = module.rpartition(".")[2]
         self.defined: Any = sys.modules[module]
         self.weights, self.parallel = weights, parallel
-        kinds, self.names = zip(*(argument.split() for argument in self.arguments().split(", ")), strict=True)
+        kinds, self.names = zip(*(argument.split() for argument in self.arguments.split(", ")), strict=True)
         self.tensors = tuple(i for i, kind in enumerate(kinds) if kind.startswith("Tensor"))
         self.residual = self.names.index("residual") if "residual" in self.names else None
         #: The operators of the backends that have kernels for it.
@@ -87,7 +87,9 @@ class Operator:
         self.register()
         OPERATORS[self.name] = self
 
+    @property
     def arguments(self) -> str:
+        """As the schema has them."""
         return schemas.ARGUMENTS[self.name]
 
     def run(self, *arguments: Any) -> Tensor:
@@ -226,6 +228,7 @@ class TrainingOperator(Operator):
     ``kernel_gradients``: see `Operator._make_differentiable`.
     """
 
+    @property
     def arguments(self) -> str:
         return schemas.TRAINING[self.name][0]
 

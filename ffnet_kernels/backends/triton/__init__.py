@@ -26,6 +26,8 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MOST_PIXELS = 2**31 - 2**10
 _HOSTS = {"depthwise_conv2d": "depthwise", "ffnified_attention": "attention", "channel_mixer": "mixer"}
 OPERATORS = tuple(_HOSTS)
+#: Which a program may have that is loaded where there is no Python.
+IN_LIBRARY: tuple[str, ...] = ()
 _DEVICES = ("cuda", "xpu")
 _HOW_TO_INTERPRET = "TRITON_INTERPRET=1 in the environment runs the kernels on CPU tensors, slowly, for tests"
 
