@@ -7,7 +7,7 @@ import sys
 
 from ffnet_kernels import suite
 
-from .commands import classify, forecast, segment, upscale
+from .commands import classify, export, forecast, profile, segment, upscale
 from .commands import list as list_models
 from .commands.common import CommandError
 
@@ -17,6 +17,8 @@ COMMANDS = (
     segment,
     upscale,
     forecast,
+    export,
+    profile,
 )
 
 

@@ -80,29 +80,35 @@ class DepthwiseConv2d(nn.Conv2d):
         return type(conv) is nn.Conv2d and _computable(conv)
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.dim() == 3:
-            return self.forward(input[None])[0]
-        if not (_computable(self) and self._fits(input)):
-            return ACTIVATE[self.activation](super().forward(input))  # or its error
-        return depthwise_conv2d(
-            input, self.weight, self.bias,
-            stride=self.stride, padding=self.padding, activation=self.activation,  # type: ignore[arg-type]
-        )  # fmt: skip
-
-    def _fits(self, input: Tensor) -> bool:
-        """Whether a map is one for this layer; plain PyTorch says in its own words what is wrong with another."""
-        weight = self.weight
-        like = input.dtype == weight.dtype or torch.is_autocast_enabled(input.device.type)
-        return (
-            input.dim() == 4
-            and input.shape[1] == self.groups
-            and like
-            and input.device == weight.device
-            and input.is_floating_point()
-        )
+        return convolve(self, input, self.activation)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.activation == "none" else f", activation={self.activation}")
+
+
+def convolve(conv: nn.Conv2d, input: Tensor, activation: str = "none") -> Tensor:
+    """What a convolution gives, on the operator where that takes it: ``act(conv(input))``."""
+    if input.dim() == 3:
+        return convolve(conv, input[None], activation)[0]
+    if not (_computable(conv) and _fits(conv, input)):
+        return ACTIVATE[activation](nn.Conv2d.forward(conv, input))  # or its error
+    return depthwise_conv2d(
+        input, conv.weight, conv.bias,
+        stride=conv.stride, padding=conv.padding, activation=activation,  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def _fits(conv: nn.Conv2d, input: Tensor) -> bool:
+    """Whether a map is one for a layer; plain PyTorch says in its own words what is wrong with another."""
+    weight = conv.weight
+    like = input.dtype == weight.dtype or torch.is_autocast_enabled(input.device.type)
+    return (
+        input.dim() == 4
+        and input.shape[1] == conv.groups
+        and like
+        and input.device == weight.device
+        and input.is_floating_point()
+    )
 
 
 def _check_activation(activation: str) -> None:

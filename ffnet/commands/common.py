@@ -22,16 +22,19 @@ class CommandError(Exception):
     """What the user can put right; printed as one line, without a traceback."""
 
 
-def add_model_options(parser: argparse.ArgumentParser, task: str) -> None:
-    """``--model``, one of a task, ``--model-arguments``, ``--checkpoint``, ``--classes`` and ``--labels``."""
+def add_model_options(parser: argparse.ArgumentParser, task: str | None, *, trained: bool = True) -> None:
+    """``--model``, one of a task, ``--model-arguments``, ``--checkpoint`` and ``--classes``; of trained models
+    ``--labels`` as well."""
     parser.add_argument("--model", required=True, metavar="NAME", help=f"one of {', '.join(list_models(task))}")
     parser.add_argument("--model-arguments", default="{}", metavar="JSON", help="those of its class that differ")
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="trained weights")
+    weights = "trained weights" if trained else "trained weights; default: random ones"
+    parser.add_argument("--checkpoint", type=Path, required=trained, metavar="FILE", help=weights)
     parser.add_argument("--classes", type=int, metavar="N", help="classes of the checkpoint; default: the model's own")
-    parser.add_argument("--labels", type=Path, metavar="FILE", help="names of the classes, one a line")
+    if trained:
+        parser.add_argument("--labels", type=Path, metavar="FILE", help="names of the classes, one a line")
 
 
-def model_from(options: argparse.Namespace, task: str, **kwargs: Any) -> Any:
+def model_from(options: argparse.Namespace, task: str | None, **kwargs: Any) -> Any:
     """The model of `add_model_options`, in eval mode, with its checkpoint's weights and folded.
 
     Raises:
@@ -43,7 +46,7 @@ def model_from(options: argparse.Namespace, task: str, **kwargs: Any) -> Any:
         entry = model_entry(options.model)
     except ValueError as error:
         raise CommandError(f"unknown model: {error}") from error
-    if entry.task != task:
+    if task not in (None, entry.task):
         raise CommandError(f"expected a model for {task}, one of {', '.join(list_models(task))}; got {options.model}")
     kwargs |= _arguments(options.model_arguments)
     if options.classes is not None:

@@ -1,0 +1,166 @@
+"""A photograph is classified by an exported model in Python and in C++: ``python -m ffnet.examples.serve_image``.
+
+FFNet-1 is compiled by AOTInductor with the operators of ffnet_kernels and without; ``serving/classify.cpp``, which the
+machine's C++ compiler builds, runs both on the picture of a flower that scikit-learn ships. A table has the latency of
+one picture everywhere, and how far the probabilities are from those of plain PyTorch. Weights are random unless a
+checkpoint is given, which makes no difference to either.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import ffnet_kernels
+from ffnet_kernels import native
+
+from ..commands.common import CommandError
+from ..commands.profile import milliseconds
+from ..registry import create_model
+
+SOURCE = Path(__file__).with_name("serving") / "classify.cpp"
+
+
+class Row(NamedTuple):
+    """Of the table: what ran, its latencies in milliseconds, and the largest difference of a probability."""
+
+    name: str
+    median: float
+    p90: float
+    difference: float
+
+    def __str__(self) -> str:
+        return f"{self.name:44} {self.median:10.3f} {self.p90:10.3f} {self.difference:12.2e}"
+
+
+HEAD = f"{'one picture':44} {'median ms':>10} {'p90 ms':>10} {'difference':>12}"
+
+
+def compile_program(out: Path) -> Path:
+    """Builds the program in C++ with $CXX or c++, against the torch of this Python.
+
+    Raises:
+        CommandError: where there is no compiler, or it fails.
+    """
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    if shutil.which(compiler[0]) is None:
+        raise CommandError(f"no C++ compiler: {compiler[0]} is not on the path ($CXX names another)")
+    root = Path(torch.__file__).parent
+    command = [
+        *compiler, "-std=c++20", "-O2", str(SOURCE), "-isystem", str(root / "include"), "-o", str(out),
+        f"-L{root / 'lib'}", f"-Wl,-rpath,{root / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10",
+        "-ldl",
+    ]  # fmt: skip
+    built = subprocess.run(command, capture_output=True, text=True)
+    if built.returncode:
+        raise CommandError(f"{SOURCE.name} does not compile: {built.stderr.strip()[-2000:]}")
+    return out
+
+
+def classify(
+    program: Path, model: Path, picture: Path, *, library: Path | None, threads: int, runs: int
+) -> tuple[dict[int, float], float, float]:
+    """What the program in C++ prints: probabilities by class, and the median and 90 % latencies.
+
+    Raises:
+        CommandError: where it ends with an error.
+    """
+    options = ["--threads", str(threads), "--runs", str(runs), *(["--library", str(library)] if library else [])]
+    done = subprocess.run([program, model, picture, *options], capture_output=True, text=True)
+    if done.returncode:
+        raise CommandError(done.stderr.strip() or f"{program.name} ended with {done.returncode}")
+    found = {int(index): float(value) for value, index in re.findall(r"^([\d.]+) class (\d+)$", done.stdout, re.M)}
+    times = re.search(r"median ([\d.]+), p90 ([\d.]+)", done.stdout)
+    assert times is not None
+    return found, float(times[1]), float(times[2])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m ffnet.examples.serve_image", description=__doc__)
+    parser.add_argument("--model", default="ffnet_1")
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="trained weights; default: random ones")
+    parser.add_argument("--size", type=int, default=224, metavar="S", help="side of the picture (default 224)")
+    parser.add_argument("--image", type=Path, help="any picture Pillow reads; default: a flower of scikit-learn's")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of every row (default 1)")
+    parser.add_argument("--runs", type=int, default=30, metavar="N", help="pictures measured a row (default 30)")
+    options = parser.parse_args(arguments)
+    try:
+        if min(options.size, options.threads, options.runs) < 1:
+            raise CommandError("expected --size, --threads and --runs of 1 or more")
+        with tempfile.TemporaryDirectory() as folder:
+            for row in _rows(options, Path(folder)):
+                print(row, flush=True)
+    except (CommandError, OSError, ValueError) as error:
+        print(f"serve_image: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _rows(options: argparse.Namespace, folder: Path) -> Any:
+    from ..folding import reparameterize
+    from ..preprocess import load_image, normalised, resized
+    from .photographs import photograph
+
+    torch.manual_seed(0)
+    torch.set_num_threads(options.threads)
+    model = reparameterize(create_model(options.model, checkpoint=options.checkpoint).eval())
+    if options.checkpoint is None:  # or all classes would be as likely
+        torch.nn.init.normal_(model.head.weight, std=0.5)
+    image = load_image(options.image) if options.image else photograph("scikit-learn", "flower.jpg")
+    image = resized(image, options.size, "bilinear")
+    left, top = (image.width - options.size) // 2, (image.height - options.size) // 2
+    image = image.crop((left, top, left + options.size, top + options.size))
+    picture = folder / "picture.ppm"
+    image.save(picture)
+    x = normalised(image, model.config)[None]
+    program = compile_program(folder / "classify")
+    yield HEAD
+
+    with torch.inference_mode():
+        expected = model(x)[0].softmax(0)
+
+        def row(name: str, call: Callable[[Tensor], Tensor]) -> Row:
+            times = sorted(milliseconds(lambda: call(x), options.runs))
+            worst = (call(x)[0].softmax(0) - expected).abs().max().item()
+            return Row(name, statistics.median(times), times[int(0.9 * (len(times) - 1))], worst)
+
+        yield row("Python, plain PyTorch", model)
+        yield row("Python, ffnet_kernels.optimize", ffnet_kernels.optimize(model))
+        ffnet_kernels.restore(model)
+    library = native.library_dir() / native.CPU_LIBRARY if native.cpu_library_error() is None else None
+    config = {**model.config, "input_size": (3, options.size, options.size)}
+    for name, operators in (("plain", False), ("our operators", True)):
+        if operators and library is None:
+            continue
+        path = folder / f"{name.replace(' ', '_')}.pt2"
+        path.write_bytes(_compiled(model, x, config, operators))
+        with torch.inference_mode():
+            yield row(f"Python, AOTInductor, {name}", torch._inductor.aoti_load_package(str(path)))
+        found, median, p90 = classify(
+            program, path, picture, library=library if operators else None, threads=options.threads, runs=options.runs
+        )
+        worst = max(abs(probability - expected[index].item()) for index, probability in found.items())
+        yield Row(f"C++, AOTInductor, {name}", median, p90, worst)
+
+
+def _compiled(model: Any, x: Tensor, config: dict[str, Any], operators: bool) -> bytes:
+    from ..commands.export import compiled
+
+    return compiled(ffnet_kernels.export(model, x, operators=operators), config)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
