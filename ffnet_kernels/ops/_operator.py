@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..backends import choice, cpu, cuda, reference, triton
-from . import schemas
+from . import _sharding, schemas
 from ._arguments import autocast
 
 LIBRARIES = {
@@ -100,6 +100,8 @@ class Operator:
                 return call(self.overloads["cpu"], *self.defined.spelled(*arguments))
             except _WRONG_ARGUMENTS:
                 pass
+        if _sharding.is_distributed(arguments[0]):
+            return _sharding.run(self, arguments)
         checked = self.defined.checked(*autocast(*arguments))
         return self.on(choice.select(self.name, checked).NAME, *checked)
 

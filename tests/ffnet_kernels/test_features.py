@@ -61,6 +61,59 @@ def test_replicas_train_together(order, tmp_path):
     assert not any(map(torch.equal, first[:1], start[:1]))  # it learned
 
 
+def calls() -> dict:
+    """Operators with their arguments, of two images and eight channels."""
+    weight = {size: maps(8, 1, size, size, seed=size).mul_(0.2) for size in (3, 5)}
+    matrix = maps(12, 8, seed=7).mul_(0.2)
+    x, vector, hidden = maps(2, 8, 6, 7), maps(8, seed=8), maps(12, seed=9)
+    return {
+        "depthwise_conv2d": ((x, weight[5], vector), {"activation": "gelu"}),
+        "two filters a channel": ((x, maps(16, 1, 3, 3), maps(16)), {"stride": 2}),
+        "conv2d": ((x, maps(6, 8, 1, 1), maps(6)), {"activation": "relu"}),
+        "ffnified_attention": ((x, weight[5], vector, weight[3], vector + 1), {"scale": vector, "residual": x + 1}),
+        "channel_mixer": ((x, weight[3], vector, matrix, hidden, matrix.t(), vector), {"scale": vector, "residual": x}),
+    }
+
+
+def shard(rank: int, port: int) -> None:
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    for name, (args, kwargs) in calls().items():
+        function = getattr(fk, name, fk.depthwise_conv2d)
+        for of_map in (Shard(0), Shard(1), Shard(2), Replicate()):
+            for of_weights in (Replicate(), Shard(0)):
+
+                def put(value, of_map=of_map, of_weights=of_weights):
+                    if not isinstance(value, torch.Tensor):
+                        return value
+                    placement = of_map if value.dim() == 4 and value.shape[1] > 1 and value.shape[2] > 1 else of_weights
+                    return distribute_tensor(value.contiguous(), mesh, [placement]).requires_grad_()
+
+                results = []
+                for place in (lambda v: v.detach().clone().requires_grad_() if isinstance(v, torch.Tensor) else v, put):
+                    given, named = [place(v) for v in args], {key: place(v) for key, v in kwargs.items()}
+                    out = function(*given, **named)
+                    out.square().sum().backward()
+                    grads = [v.grad for v in (*given, *named.values()) if isinstance(v, torch.Tensor)]
+                    results.append([v.full_tensor() if isinstance(v, DTensor) else v for v in (out.detach(), *grads)])
+                splits = of_map.is_shard(0) or (of_map.is_shard(1) and name not in ("conv2d", "channel_mixer"))
+                assert out.placements == ((of_map if splits else Replicate()),), (name, of_map, out.placements)
+                for expected, found in zip(*results, strict=True):
+                    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"depthwise_conv2d: expected all tensors as DTensor.*: weight"):
+        fk.depthwise_conv2d(distribute_tensor(maps(2, 8, 6, 7), mesh, [Shard(0)]), maps(8, 1, 3, 3))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.long
+def test_distributed_tensors():
+    """Split by images, by channels, or gathered; results and gradients as of whole tensors."""
+    torch.multiprocessing.spawn(shard, (free_port(),), nprocs=2)
+
+
 # ---- torch.compile ----
 
 
@@ -95,7 +148,8 @@ def test_what_was_compiled_stays_compiled(how, fresh_dynamo):
         elif how == "m.compile()":
             model.compile(backend=counted)
         else:
-            model[3].compile(backend=counted)
+            model = nn.Sequential(model[:3], model[3:8], model[8:])
+            model[1].compile(backend=counted)
         fk.optimize(model)
         for _ in range(3):
             torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
