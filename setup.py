@@ -88,6 +88,7 @@ setup(
         "ffnet_kernels.backends.triton": ["tuned/*.json"],
         "ffnet_kernels.lib": ["*.so", "build_record.json"],
         "ffnet": ["py.typed"],
+        "ffnet.examples": ["serving/*.cpp"],
     },
     ext_modules=[Extension("ffnet_kernels.lib._native", sources=[])],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPython, "sdist": SourceDistribution},

@@ -10,6 +10,7 @@ from .folding import reparameterize
 from .forecasting import ForecastFFNet, ffnet_ts
 from .mixers import MetaMixer, conv_ffn_mixer, ffnified_attention_mixer, self_attention_mixer
 from .model import FFNet, ffnet_1, ffnet_2, ffnet_3, ffnet_4
+from .pretrained import from_pretrained, push_to_hub, save_pretrained
 from .profile import count_macs, count_parameters
 from .registry import create_model, list_models
 from .segmentation import FFNetSeg, UPerNet, ffnet_seg
@@ -38,10 +39,13 @@ __all__ = [
     "ffnet_sr_light",
     "ffnet_ts",
     "ffnified_attention_mixer",
+    "from_pretrained",
     "list_models",
     "load_checkpoint",
+    "push_to_hub",
     "register_timm",
     "reparameterize",
+    "save_pretrained",
     "self_attention_mixer",
     "upscale",
 ]

@@ -74,6 +74,7 @@ def create_model(name: str, *, checkpoint: str | PathLike[str] | None = None, **
         TypeError: If the class does not know a keyword argument.
     """
     model = model_entry(name).build(**kwargs)
+    model.created_as = {"model": name, "arguments": kwargs}  # type: ignore[assignment]  # for save_pretrained
     if checkpoint is not None:
         load_checkpoint(model, checkpoint)
     return model

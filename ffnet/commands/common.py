@@ -15,7 +15,15 @@ from ..registry import create_model, list_models, model_entry
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["CommandError", "add_model_options", "labels_from", "model_from", "new_file", "picture_from"]
+__all__ = [
+    "CommandError",
+    "add_model_options",
+    "labels_from",
+    "model_arguments",
+    "model_from",
+    "new_file",
+    "picture_from",
+]
 
 
 class CommandError(Exception):
@@ -48,7 +56,7 @@ def model_from(options: argparse.Namespace, task: str | None, **kwargs: Any) -> 
         raise CommandError(f"unknown model: {error}") from error
     if task not in (None, entry.task):
         raise CommandError(f"expected a model for {task}, one of {', '.join(list_models(task))}; got {options.model}")
-    kwargs |= _arguments(options.model_arguments)
+    kwargs |= model_arguments(options.model_arguments)
     if options.classes is not None:
         if options.classes < 1:
             raise CommandError(f"expected --classes of 1 or more, got {options.classes}")
@@ -62,7 +70,12 @@ def model_from(options: argparse.Namespace, task: str | None, **kwargs: Any) -> 
     return reparameterize(model.eval())
 
 
-def _arguments(text: str) -> dict[str, Any]:
+def model_arguments(text: str) -> dict[str, Any]:
+    """Those of ``--model-arguments``.
+
+    Raises:
+        CommandError: If they are no JSON object.
+    """
     try:
         found = json.loads(text)
     except ValueError as error:

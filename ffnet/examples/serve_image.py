@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from torch import Tensor
 import ffnet_kernels
 from ffnet_kernels import native
 
-from ..commands.common import CommandError
+from ..commands.common import CommandError, model_arguments
 from ..commands.profile import milliseconds
 from ..registry import create_model
 
@@ -89,19 +89,11 @@ def classify(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m ffnet.examples.serve_image", description=__doc__)
-    parser.add_argument("--model", default="ffnet_1")
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="trained weights; default: random ones")
-    parser.add_argument("--size", type=int, default=224, metavar="S", help="side of the picture (default 224)")
-    parser.add_argument("--image", type=Path, help="any picture Pillow reads; default: a flower of scikit-learn's")
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of every row (default 1)")
-    parser.add_argument("--runs", type=int, default=30, metavar="N", help="pictures measured a row (default 30)")
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
     try:
-        if min(options.size, options.threads, options.runs) < 1:
-            raise CommandError("expected --size, --threads and --runs of 1 or more")
         with tempfile.TemporaryDirectory() as folder:
-            for row in _rows(options, Path(folder)):
+            print(HEAD)
+            for row in rows(options, Path(folder)):
                 print(row, flush=True)
     except (CommandError, OSError, ValueError) as error:
         print(f"serve_image: {error}", file=sys.stderr)
@@ -109,14 +101,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _rows(options: argparse.Namespace, folder: Path) -> Any:
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(prog="python -m ffnet.examples.serve_image", description=__doc__)
+    found.add_argument("--model", default="ffnet_1")
+    found.add_argument("--model-arguments", default="{}", metavar="JSON", help="those of its class that differ")
+    found.add_argument("--checkpoint", type=Path, metavar="FILE", help="trained weights; default: random ones")
+    found.add_argument("--size", type=int, default=224, metavar="S", help="side of the picture (default 224)")
+    found.add_argument("--image", type=Path, help="any picture Pillow reads; default: a flower of scikit-learn's")
+    found.add_argument("--threads", type=int, default=1, metavar="N", help="of every row (default 1)")
+    found.add_argument("--runs", type=int, default=30, metavar="N", help="pictures measured a row (default 30)")
+    return found
+
+
+def rows(options: argparse.Namespace, folder: Path) -> Iterator[Row]:
+    """The table's rows, as they are measured; the program, the picture and the compiled models stay in the folder.
+
+    Raises:
+        CommandError: for wrong options, or without a C++ compiler.
+    """
+    if min(options.size, options.threads, options.runs) < 1:
+        raise CommandError("expected --size, --threads and --runs of 1 or more")
     from ..folding import reparameterize
     from ..preprocess import load_image, normalised, resized
     from .photographs import photograph
 
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)
-    model = reparameterize(create_model(options.model, checkpoint=options.checkpoint).eval())
+    arguments = model_arguments(options.model_arguments)
+    model = reparameterize(create_model(options.model, checkpoint=options.checkpoint, **arguments).eval())
     if options.checkpoint is None:  # or all classes would be as likely
         torch.nn.init.normal_(model.head.weight, std=0.5)
     image = load_image(options.image) if options.image else photograph("scikit-learn", "flower.jpg")
@@ -127,8 +139,6 @@ def _rows(options: argparse.Namespace, folder: Path) -> Any:
     image.save(picture)
     x = normalised(image, model.config)[None]
     program = compile_program(folder / "classify")
-    yield HEAD
-
     with torch.inference_mode():
         expected = model(x)[0].softmax(0)
 

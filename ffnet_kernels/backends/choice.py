@@ -103,11 +103,7 @@ def select(operator: str, args: tuple) -> ModuleType:
         if torch.compiler.is_exporting() and not _state.keeps_operators:
             return reference  # an exported program holds plain aten operators and runs anywhere
         for backend in _AVAILABLE:
-            if backend is not reference:
-                kernels = backend.IN_LIBRARY if _state.keeps_operators else backend.OPERATORS
-                if operator not in kernels or backend.refusal(operator, args) is not None:
-                    continue
-            if backend.slower(operator, args) is None:
+            if _refusal(backend, operator, args) is None and backend.slower(operator, args) is None:
                 return backend
     if forced not in BACKENDS or BACKENDS[forced] not in _AVAILABLE:  # only the environment forces unchecked
         _check_name(forced, "FFNET_KERNELS_BACKEND")
@@ -134,7 +130,9 @@ def prefers_cpu() -> bool:
 
 
 def _has(backend: ModuleType, operator: str) -> bool:
-    return backend is reference or operator in backend.OPERATORS
+    if backend is reference:
+        return True
+    return operator in (backend.IN_LIBRARY if _state.keeps_operators else backend.OPERATORS)
 
 
 def _refusal(backend: ModuleType, operator: str, args: tuple) -> str | None:

@@ -47,19 +47,6 @@ def test_export(options, trained, tmp_path, capsys):
 
 
 @pytest.mark.long
-@needs_native
-def test_export_by_aotinductor(trained, tmp_path):
-    model, weights = trained
-    out = tmp_path / "model.pt2"
-    assert run("export", out, *OPTIONS, "--checkpoint", weights, "--format", "aoti") == 0
-    loaded = torch._inductor.aoti_load_package(str(out))
-    assert loaded.get_metadata()["input_size"] == "3 32 32"
-    for images in (1, 3):
-        x = torch.randn(images, 3, 32, 32)
-        torch.testing.assert_close(loaded(x), model(x), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.long
 def test_export_as_onnx(trained, tmp_path):
     pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")

@@ -186,6 +186,23 @@ def test_programs_have_only_operators_that_a_library_defines():
     assert not choice._state.keeps_operators
 
 
+def test_programs_of_other_backends():
+    """The CUDA library's operators, by its kernels for the processor; of Triton's, there are none in a library."""
+    model, x = OfModules(), torch.randn(2, 8, 16, 12)
+    backends = fk.available_backends()
+    if "cuda" in backends:
+        with fk.use_backend("cuda"):
+            program = fk.export(model, x)
+        expected = {f"ffnet_kernels_cuda.{name}" for name in ("depthwise_conv2d", "ffnified_attention")}
+        assert operators_of(program) == expected
+        torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-4, check_stride=False)
+    if "triton" in backends:
+        with fk.use_backend("triton"), pytest.raises(ValueError, match="nothing in the model is for an operator"):
+            fk.export(model, x)
+    if not {"cuda", "triton"} & set(backends):
+        pytest.skip("there are neither CUDA nor Triton kernels here")
+
+
 @pytest.mark.long
 @parity.needs_native
 def test_aotinductor(tmp_path):

@@ -103,14 +103,35 @@ def shard(rank: int, port: int) -> None:
                 assert out.placements == ((of_map if splits else Replicate()),), (name, of_map, out.placements)
                 for expected, found in zip(*results, strict=True):
                     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    check_sharded_leaves(rank, mesh)
     with pytest.raises(ValueError, match=r"depthwise_conv2d: expected all tensors as DTensor.*: weight"):
         fk.depthwise_conv2d(distribute_tensor(maps(2, 8, 6, 7), mesh, [Shard(0)]), maps(8, 1, 3, 3))
     torch.distributed.destroy_process_group()
 
 
+def check_sharded_leaves(rank: int, mesh) -> None:
+    """FSDP2 on single layers of an optimised model: gradients are the mean over the processes, evaluation is right."""
+    from torch.distributed.fsdp import fully_shard
+
+    model, plain = make_model().eval(), make_model().eval()
+    x = [maps(4, 3, 12, 12, seed=seed) for seed in range(2)]
+    for leaf in (model[0], model[3], model[5]):
+        fully_shard(leaf, mesh=mesh)
+    fk.optimize(fully_shard(model, mesh=mesh))
+    for images in x:
+        (plain(images).square().sum() / 2).backward()
+    for _ in range(2):
+        model.zero_grad()
+        model(x[rank]).square().sum().backward()
+        for expected, found in zip(plain.parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(found.grad.full_tensor(), expected.grad, rtol=1e-3, atol=1e-4)
+        with torch.no_grad():
+            torch.testing.assert_close(model(x[rank]), plain(x[rank]), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.long
 def test_distributed_tensors():
-    """Split by images, by channels, or gathered; results and gradients as of whole tensors."""
+    """Split by images, by channels, or gathered; results and gradients as of whole tensors. FSDP2 on leaves as well."""
     torch.multiprocessing.spawn(shard, (free_port(),), nprocs=2)
 
 
@@ -171,6 +192,38 @@ def test_one_object_for_both_modes():
     assert len([m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]) == 2
     torch.testing.assert_close(model[1].running_mean, plain[1].running_mean)
     assert "channel_mixer" in str(fk.report(model)) or "cpu" not in fk.available_backends()
+
+
+def test_frozen_batch_normalisation():
+    """In a model in training mode: by running statistics, which stay, with gradients of all parameters."""
+    models = fk.optimize(make_model()), make_model()
+    x = maps(4, 3, 16, 16)
+    for model in models:
+        for module in model.train().modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        for _ in range(3):
+            model.zero_grad()
+            model(x).square().sum().backward()
+    for found, expected in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-3, atol=1e-5)
+    for found, expected in zip(*(model.buffers() for model in models), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_swapped_activations(training):
+    models = fk.optimize(make_model()), make_model()
+    x = maps(4, 3, 16, 16)
+    for swap in (nn.GELU, nn.ReLU, nn.Tanh):
+        results = []
+        for model in models:
+            model.train(training)
+            model[6] = swap()
+            with torch.set_grad_enabled(training):
+                results += [(model(x), model(x))]
+        for found, expected in zip(*results, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 # ---- low-rank adapters ----
