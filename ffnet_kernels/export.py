@@ -117,7 +117,7 @@ class _Kept(nn.Module):
         if finish is not None:
             finish(lowered)
         for name, value in values.items():
-            self.register_buffer(name, value)
+            self.register_buffer(name, _of_its_own(value.detach()))
         self.code = fx.GraphModule({}, lowered)
         self.eval()
 
@@ -125,6 +125,12 @@ class _Kept(nn.Module):
         if x.is_cpu and x.dim() == 4:
             x = x.contiguous(memory_format=torch.channels_last)
         return self.code(x, *self._buffers.values())
+
+
+def _of_its_own(value: Tensor) -> Tensor:
+    """A tensor that is all of its memory, so that a file has no more than that: as it is, or a copy."""
+    is_whole = value.untyped_storage().nbytes() == value.numel() * value.element_size()
+    return value if is_whole else value.clone()
 
 
 def _name_of(node: Node, place: int) -> str:

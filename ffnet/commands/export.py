@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import io
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,8 @@ def run(options: argparse.Namespace) -> int:
     config = dict(model.config)
     if options.size is not None:
         config["input_size"] = (config["input_size"][0], options.size, options.size)
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PyTorch about parts of itself
         content = _exported(model, config, options)
     with new_file(options.out) as file:
         file.write(content)
