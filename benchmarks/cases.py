@@ -152,16 +152,18 @@ class LayerCase:
 
 @dataclass(frozen=True)
 class TrainingCase:
-    """Forward pass, loss and all gradients of a model in train mode."""
+    """Forward pass, loss and all gradients of a model in train mode; with ``autocast``, under it to bfloat16."""
 
     model: str
     batch: int
     size: int = 256
     dtype: str = "float32"
+    autocast: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.model} {self.size}x{self.size} b{self.batch} {self.dtype} training step"
+        dtype = "bfloat16 autocast" if self.autocast else self.dtype
+        return f"{self.model} {self.size}x{self.size} b{self.batch} {dtype} training step"
 
     @property
     def flops(self) -> int:

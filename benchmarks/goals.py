@@ -46,6 +46,8 @@ _LARGE = {"forward": Goal(2, 4), "backward": Goal(10, 40)}  # filters of 31×31
 def goal(case: Case) -> Goal | None:
     """What a case is to reach; None where nothing was set."""
     half = case.dtype != "float32"
+    if isinstance(case, TrainingCase) and case.autocast:
+        return Goal(1.5, None)
     if isinstance(case, TrainingCase):
         return None if half else Goal(1.6, 2.2, NHWC)
     if isinstance(case, LayerCase):
@@ -155,7 +157,7 @@ def _kind(case: Case) -> str:
     if isinstance(case, ModelCase):
         return f"model {case.dtype}"
     if isinstance(case, TrainingCase):
-        return f"training step {case.dtype}"
+        return "training step autocast" if case.autocast else f"training step {case.dtype}"
     size = f" {case.kernel}x{case.kernel}" if case.kernel > 7 else ""
     return f"{case.operator}{size} {case.direction} {case.dtype}"
 

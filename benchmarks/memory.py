@@ -32,6 +32,7 @@ CASES: tuple[Case, ...] = (
     ModelCase("ffnet_seg_ade20k", 1, 512),
     ModelCase("ffnet_seg_ade20k", 1, 1024),
     ModelCase("ffnet_sr_light", 1, 360, width=640),
+    TrainingCase("ffnet_1", 4, autocast=True),
 )
 NAMES = (OURS, "eager nchw", "eager channels-last")
 CALLS = 3

@@ -135,7 +135,7 @@ def _super_resolution(quick: bool) -> Iterator[Case]:
 
 def _training(quick: bool) -> Iterator[Case]:
     models = ("ffnet_1",) if quick else ("ffnet_1", "ffnet_2")
-    yield from (TrainingCase(model, 4) for model in models)
+    yield from (TrainingCase(model, 4, autocast=autocast) for model in models for autocast in (False, True))
 
 
 def _growth(quick: bool) -> Iterator[Case]:

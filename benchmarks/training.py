@@ -79,7 +79,8 @@ class BackwardWork:
 
 @dataclass(frozen=True)
 class TrainingWork:
-    """Forward pass, loss and all gradients of a model in train mode; no optimizer.
+    """Forward pass, loss and all gradients of a model in train mode; no optimizer. With ``autocast``, forward pass and
+    loss are under it, but not what is compared with, in float64.
 
     The logits are judged, and the gradients of all parameters as one vector.
     """
@@ -87,6 +88,7 @@ class TrainingWork:
     model: nn.Module
     batch: Tensor
     layout: str = "channels_last"
+    autocast: bool = False
     inference = False
 
     @property
@@ -122,8 +124,10 @@ class TrainingWork:
         parameters = [parameter for _, parameter in sorted(model.named_parameters())]  # in one order for everybody
 
         def step() -> tuple[Tensor, ...]:
-            logits = model(batch)
-            return logits.detach(), *torch.autograd.grad(F.cross_entropy(logits, labels), parameters)
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast and batch.dtype == torch.float32):
+                logits = model(batch)
+                loss = F.cross_entropy(logits, labels)
+            return logits.detach(), *torch.autograd.grad(loss, parameters)
 
         return Program(step, [()], layout, judged=_logits_and_gradients)
 

@@ -158,7 +158,7 @@ def build(case: Case) -> CpuWork:
         return _layer_work(case)
     if isinstance(case, TrainingCase):
         model = _model_work(ModelCase(case.model, case.batch, case.size, case.dtype))
-        return TrainingWork(model.model.train(), model.batches[0])
+        return TrainingWork(model.model.train(), model.batches[0], autocast=case.autocast)
     return _operator_work(case)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules import module as nn_module
 from torch.overrides import TorchFunctionMode
 
-from . import kernels
+from . import autocast, kernels
 from .shapes import LARGER, evaluate
 
 #: Packages, or parts of one, whose classes are taken for what they are.
@@ -52,7 +52,7 @@ def capture(root: nn.Module, x: Tensor, grows: tuple[bool, bool] = (True, True))
 
     Parameters and buffers are ``get_attr`` nodes, whose ``meta["tensor"]`` is the tensor. ``meta["value"]`` of a node
     is what it is for x, without data, ``meta[LARGER]`` what it is for a larger map; ``meta["paths"]`` the modules it is
-    from.
+    from. Under autocast its casts are nodes, so that the graph is run without it.
 
     Args:
         root: the module.
@@ -291,6 +291,8 @@ class _Capture(fx.proxy.GraphAppendingTracer):
         self.paths = {id(module): path for path, module in named_modules(root)}
         self.is_library: Any = functools.cache(is_library)
         self.inside: list[str] = []
+        self.autocast = autocast.dtype()
+        self.cast_nodes: dict[fx.Node, fx.Node] = {}
         symbol = self.create_proxy("placeholder", "x", (), {})
         symbol.node.meta["value"] = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
         images, pixels = grows
@@ -314,6 +316,10 @@ class _Capture(fx.proxy.GraphAppendingTracer):
     def create_node(
         self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None
     ) -> fx.Node:
+        if kind.startswith("call") and autocast.dtype() != self.autocast:
+            raise NotCapturable("it switches autocast by itself")
+        if kind.startswith("call") and self.autocast is not None:
+            args, kwargs = self.as_autocast(target, args, kwargs)
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
         node.meta["paths"] = [self.inside[-1]] if self.inside else []
         if kind.startswith("call"):
@@ -321,6 +327,27 @@ class _Capture(fx.proxy.GraphAppendingTracer):
                 node.meta["value"] = evaluate(node, lambda other: other.meta["value"])
                 node.meta[LARGER] = evaluate(node, lambda other: other.meta[LARGER])
         return node
+
+    def as_autocast(self, target: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """The arguments of a call as autocast hands them on."""
+        try:
+            if not autocast.casts(target):
+                return args, kwargs
+        except ValueError as error:
+            raise NotCapturable(str(error)) from None
+        return fx.map_arg((args, kwargs), self.cast)
+
+    def cast(self, node: fx.Node) -> fx.Node:
+        value: Any = node.meta.get("value")
+        if value is None:
+            raise NotCapturable(f"autocast may cast {node}, whose dtype is not known")
+        if not autocast.is_cast(value, self.autocast):
+            return node
+        if node not in self.cast_nodes:
+            with self.graph.inserting_after(node):
+                cast = self.create_node("call_method", "to", (node, self.autocast), {})
+            self.cast_nodes[node] = cast
+        return self.cast_nodes[node]
 
     def stand_in(self, module: nn.Module) -> Any:
         """An object of the module's class and attributes whose tensors are symbols and whose calls come here."""

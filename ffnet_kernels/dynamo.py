@@ -19,7 +19,8 @@ from .shapes import LARGER, Node
 def backend(module: fx.GraphModule, example_inputs: list[Any], **options: Any) -> Callable[..., Any]:
     """What ``torch.compile`` calls with each graph that it captured.
 
-    Without gradients, weights are folded as `ffnet_kernels.optimize` does it, and computed anew when one changes.
+    Without gradients, weights are folded as `ffnet_kernels.optimize` does it, and computed anew when one changes. Under
+    autocast, whose casts are not in the graph, inductor compiles it as it is.
     """
     inductor = lookup_backend("inductor")
     differentiable = torch.is_grad_enabled() and any(
@@ -27,6 +28,8 @@ def backend(module: fx.GraphModule, example_inputs: list[Any], **options: Any) -
     )
     graph = fx.Graph()
     placeholders = _copy(module.graph, graph, example_inputs)
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        return inductor(module, example_inputs, **options)
     try:
         normalize(graph)
         patterns.rewrite(graph, fold=not differentiable)

@@ -110,6 +110,24 @@ def has_shape_of(node: Any, other: Node) -> bool:
     return shapes(node) is not None and shapes(node) == shapes(other)
 
 
+def has_dtype_of(node: Node, other: Node) -> bool:
+    """Whether two nodes are of one dtype: under autocast sums and products of maps may be wider than these."""
+    value, expected = node.meta.get("value"), other.meta.get("value")
+    return not (isinstance(value, Tensor) and isinstance(expected, Tensor)) or value.dtype == expected.dtype
+
+
+def is_cast(node: Any) -> bool:
+    """Whether a node is another one in another dtype."""
+    return is_node(node) and node.target == "to" and isinstance(argument(node, 1, "dtype", None), torch.dtype)
+
+
+def uncast(node: Any) -> Any:
+    """What a node was before it was cast."""
+    while is_cast(node):
+        node = node.args[0]
+    return node
+
+
 def other_argument(node: Node, one: Node) -> Any:
     """The other of the two operands of a sum or a product; None where they are the same."""
     others = [a for a in node.args[:2] if a is not one]
@@ -122,7 +140,13 @@ def vector_of_product(node: Node, map: Node, axis: int) -> Node | None:
         return None
     vector = other_argument(node, map)
     of_map = shapes(map)
-    if not is_parameter(vector) or of_map is None or len(of_map[0]) < -axis or of_map[0][axis] != of_map[1][axis]:
+    if (
+        not is_parameter(vector)
+        or not has_dtype_of(map, node)
+        or of_map is None
+        or len(of_map[0]) < -axis
+        or of_map[0][axis] != of_map[1][axis]
+    ):
         return None
     shape, extents = vector.meta["shape"], [1] * len(of_map[0])
     extents[axis] = of_map[0][axis]
@@ -137,8 +161,9 @@ def is_permuted_to_channels_first(node: Node) -> bool:
 
 
 def is_sum(node: Node) -> bool:
-    """Whether a node is the plain sum of two maps."""
-    return node.target in ADDS and len(node.args) == 2 and not node.kwargs
+    """Whether a node is the plain sum of two maps, which is not wider than one of them."""
+    plain = node.target in ADDS and len(node.args) == 2 and not node.kwargs
+    return plain and all(has_dtype_of(a, node) for a in node.args if is_node(a))
 
 
 def describe_constant(node: Node) -> None:
@@ -156,7 +181,7 @@ def is_parameter(node: Any) -> bool:
 
 def is_folded(conv: Convolution) -> bool:
     """Whether a convolution's weights are computed anyhow, so that further folding takes no memory."""
-    return conv.weight.op == "call_function"
+    return conv.weight.op == "call_function" or is_cast(conv.weight)
 
 
 def _pair(value: Any) -> tuple[int, int] | None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from . import autocast
 from .backends.choice import BackendError
 from .capture import PLACE, NotCapturable, globally_hooked, is_library, named_modules
 from .ops._operator import is_eager
@@ -114,7 +115,9 @@ class Shortcut:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = weakref.ref(module)
-        self.ways = Way(differentiable=False), Way(differentiable=True)
+        #: Without and with gradients; then the same under autocast.
+        self.ways = tuple(Way(differentiable) for _ in range(2) for differentiable in (False, True))
+        self.last = self.ways[0]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module: Any = self.module()
@@ -124,7 +127,8 @@ class Shortcut:
         caller = sys._getframe(1).f_locals.get("self")
         if caller is not module and isinstance(caller, nn.Module) and vars(caller).get(PLACE) is self:
             return caller._call_impl(*args, **kwargs)
-        way = self.ways[torch.is_grad_enabled() and not torch.is_inference_mode_enabled()]
+        differentiable = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        way = self.last = self.ways[differentiable + 2 * torch.is_autocast_enabled("cpu")]
         if way.program is None and way.waiting:
             way.waiting -= 1
         elif len(args) == 1 and not kwargs and is_plain_eager(args[0]) and args[0].dim() == 4:
@@ -141,6 +145,7 @@ class Way:
 
     def __init__(self, differentiable: bool) -> None:
         self.differentiable = differentiable
+        self.autocast: torch.dtype | None = None  # of the program
         self.program: Program | None = None
         self.refusal: str | None = None
         self.layouts: dict[tuple, list[tuple]] = {}
@@ -164,6 +169,7 @@ class Way:
         self.waiting = self.patience - 1
         with self.lock:
             try:
+                self.autocast = autocast.dtype()
                 self.program = Program(module, State(module), x, self.differentiable)
             except NotCapturable as error:
                 self.refusal = str(error)
@@ -311,7 +317,7 @@ def is_plain_eager(x: Any) -> bool:
         and x.device.type in ("cpu", "cuda")
         and x.is_floating_point()
         and not x.is_neg()
-        and not torch.is_autocast_enabled(x.device.type)
+        and autocast.is_known(x)
         and torch._C._autograd._top_saved_tensors_default_hooks(False) is None  # of checkpointing, above all
         and not globally_hooked()
     )
@@ -326,8 +332,8 @@ def why_not_program(way: Way, args: tuple, kwargs: dict) -> str | None:
     if type(args[0]) is not Tensor or torch._C._len_torch_function_stack() > 0:  # which would see what is asked below
         return _NOT_PLAIN
     device = args[0].device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return "it was called under autocast"
+    if torch.amp.is_autocast_available(device) and not autocast.is_known(args[0]):
+        return f"it was called under autocast to {torch.get_autocast_dtype(device)}"
     return None if is_plain_eager(args[0]) else _NOT_PLAIN
 
 

@@ -22,6 +22,7 @@ from .nodes import (
     Convolution,
     activation,
     describe_constant,
+    has_dtype_of,
     has_shape_of,
     has_statistics,
     is_folded,
@@ -31,6 +32,7 @@ from .nodes import (
     is_sum,
     other_argument,
     parse,
+    uncast,
     vector_of_product,
     why_not,
 )
@@ -77,8 +79,8 @@ class Rewriter:
     # Building
 
     def const(self, function: Callable, *args: Any, shape: tuple, like: Node) -> fx.Node:
-        """A node computed from parameters alone; ``like`` tells the dtype it will have in the end."""
-        node = self.graph.call_function(function, args)
+        """A node computed from parameters alone, as they are; ``like`` tells the dtype it will have in the end."""
+        node = self.graph.call_function(function, tuple(map(uncast, args)))
         node.meta.update(shape=tuple(shape), dtype=like.meta["dtype"], is_folded=True, paths=[])
         return node
 
@@ -293,7 +295,7 @@ class Rewriter:
             return None
         for y, scale in (node.args, node.args[::-1]):
             conv = self.convolution(y)
-            if conv is None or not is_parameter(scale):
+            if conv is None or not is_parameter(scale) or not has_dtype_of(y, node):
                 continue
             if scale.meta.get("shape") in ((conv.outputs, 1, 1), (1, conv.outputs, 1, 1)):
                 return y, scale
@@ -491,7 +493,7 @@ class Rewriter:
 
     def said_channels_last(self, node: Node, conv: Convolution) -> Node:
         """The weight, which has to say how the result is laid out where the map's strides may not."""
-        if not self.fold or not is_view(conv.x):
+        if not self.fold or not is_view(uncast(conv.x)):
             return conv.weight
         with self.graph.inserting_before(node):
             return self.const(folding.channels_last, conv.weight, shape=conv.weight.meta["shape"], like=conv.weight)

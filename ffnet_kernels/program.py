@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from . import kernels, onednn, patterns
+from . import autocast, kernels, onednn, patterns
 from .backends import choice, cpu
 from .capture import NotCapturable, capture
 from .nodes import has_shape_of, is_node
@@ -37,6 +37,8 @@ class Program:
     """
 
     def __init__(self, module: nn.Module, state: State, x: Tensor, differentiable: bool) -> None:
+        #: What autocast casts to; None where it is off.
+        self.autocast = autocast.dtype()
         graph, grows = _capture(module, x)
         #: The numbers of images, and height and width, that it is for; None for any.
         self.size = None if grows[0] else x.shape[0], None if grows[1] else x.shape[2:]
@@ -54,8 +56,9 @@ class Program:
         self.constants = Constants(graph, computed=not differentiable)
         self.tensors = [node.meta["tensor"] for node in self.constants.leaves]
         self.dtype, self.device = self.constants.kind()
-        if x.dtype != self.dtype:
+        if x.dtype != self.dtype and self.autocast is None:
             raise NotCapturable(f"its parameters are of {self.dtype}, its map of {x.dtype}")
+        self.map_dtype = x.dtype
         registered = (node.meta["tensor"] for node in self.constants.leaves if not node.meta.get("is_kept"))
         self.sample = next(t for t in registered if t.is_floating_point())
         gives_maps = any(not has_dimensions(node, 2) for node in _output(graph).all_input_nodes)
@@ -90,7 +93,7 @@ class Program:
 
     def takes(self, x: Tensor) -> bool:
         return (
-            x.dtype == self.dtype
+            x.dtype == self.map_dtype
             and x.device == self.device
             and x.dim() == 4
             and x.shape[1] == self.channels
@@ -102,7 +105,9 @@ class Program:
         return self.size == _ANY_SIZE
 
     def fits(self, x: Tensor) -> bool:
-        """Whether it is for maps of this size."""
+        """Whether it is for maps of this size, under this autocast."""
+        if self.autocast != autocast.dtype():
+            return False
         return self.is_for_any_size or (self.size[0] in (None, x.shape[0]) and self.size[1] in (None, x.shape[2:]))
 
     def is_small(self, x: Tensor) -> bool:
@@ -115,6 +120,12 @@ class Program:
         return map(Tensor.stride, self.filters)
 
     def run(self, x: Tensor) -> Any:
+        if self.autocast is None:
+            return self._run(x)
+        with autocast.SpelledOut():
+            return self._run(x)
+
+    def _run(self, x: Tensor) -> Any:
         if self.device.type == "cpu" and not self.keeps_format:
             x = x.contiguous(memory_format=torch.channels_last)
         if self.differentiable:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import kernels
 from .capture import NotCapturable
 from .optimize import Shortcut, require_module
-from .program import Program
+from .program import Program, is_constant
 from .state import State
 
 
@@ -54,17 +54,21 @@ def report(model: nn.Module) -> Report:
 def _rows(module: nn.Module, path: str) -> Iterator[Row]:
     shortcut = vars(module).get("_compiled_call_impl")
     if isinstance(shortcut, Shortcut):
-        way = shortcut.ways[module.training]
+        under_autocast = shortcut.last in shortcut.ways[2:]
+        way = shortcut.ways[module.training + 2 * under_autocast]
         try:
             if way.program is None and way.refusal is not None and way.example is not None:
                 raise NotCapturable(way.refusal)
             x = _example(module) if way.example is None else way.example
-            program = Program(module, State(module), x, way.differentiable)
+            with torch.autocast("cpu", way.autocast or torch.bfloat16, enabled=under_autocast):
+                program = Program(module, State(module), x, way.differentiable)
         except Exception as error:  # NotCapturable, or of a model that is wrong
             yield Row(path or "(model)", f"as it is: {error}")
         else:
             bypass = f"; the last call ran it as it is: {way.bypass}" if way.bypass else ""
-            yield Row(path or "(model)", "a program" + (", with gradients" if way.differentiable else "") + bypass)
+            gradients = ", with gradients" if way.differentiable else ""
+            cast = "" if program.autocast is None else f", under autocast to {program.autocast}"
+            yield Row(path or "(model)", "a program" + gradients + cast + bypass)
             yield from _steps(program, path)
             return
     for name, child in module.named_children():
@@ -80,7 +84,7 @@ def _example(module: nn.Module) -> Tensor:
 def _steps(program: Program, path: str) -> Iterator[Row]:
     for node in program.graph.nodes:
         target: Any = node.target
-        if not node.op.startswith("call") or node in program.constants.order or target in (getattr, operator.getitem):
+        if not node.op.startswith("call") or is_constant(node) or target in (getattr, operator.getitem):
             continue
         layers = dict.fromkeys(f"{path}.{layer}".strip(".") for layer in node.meta.get("paths", []))
         function = target if isinstance(target, str) else target.__name__

@@ -67,7 +67,10 @@ def _broadcast(x: Any, y: Any) -> Tensor | None:
     if not isinstance(y, Tensor):
         return x.new_empty(x.shape) if isinstance(y, int | float) and x.is_floating_point() else None
     if x.dtype != y.dtype:
-        return None
+        if not (x.is_floating_point() and y.is_floating_point() and x.dim() and y.dim()):
+            return None
+        dtype = torch.promote_types(x.dtype, y.dtype)
+        x, y = (t.new_empty(t.shape, dtype=dtype) for t in (x, y))
     sizes = [[1] * (max(x.dim(), y.dim()) - t.dim()) + list(t.shape) for t in (x, y)]
     pairs = list(zip(*sizes, strict=True))
     if any(a != b and 1 not in (a, b) for a, b in pairs):
@@ -110,8 +113,13 @@ def _pooled(x: Tensor, output_size: Any) -> Tensor | None:
     return x.new_empty((*x.shape[:-2], *size)) if all(isinstance(n, int) for n in size) else None
 
 
+def _cast(x: Tensor, dtype: Any) -> Tensor | None:
+    return x.new_empty(x.shape, dtype=dtype) if isinstance(dtype, torch.dtype) else None
+
+
 _RULES: dict[Any, Callable[..., Tensor | None]] = {
     torch.conv2d: _convolved, F.linear: _linear, F.adaptive_avg_pool2d: _pooled, torch.mean: _mean, "mean": _mean,
+    "to": _cast,
     **dict.fromkeys(
         (
             operator.add, operator.sub, operator.mul, operator.truediv, operator.iadd, operator.imul, torch.add,

@@ -53,9 +53,9 @@ inline void check_cpu(const Tensor& t, const char* name, int64_t dim, const Tens
 
 inline Strides strides(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
 
-// Whether a tensor is a dense channels-last float32 map: a matrix [pixels][channels].
+// Whether a tensor is a dense channels-last map: a matrix [pixels][channels].
 inline bool is_pixel_matrix(const Tensor& t) {
-  if (!t.is_cpu() || t.scalar_type() != ScalarType::Float || t.dim() != 4) return false;
+  if (!t.is_cpu() || t.dim() != 4) return false;
   const int64_t c = t.size(1), w = t.size(3), stride[] = {t.size(2) * w * c, 1, w * c, c};
   for (int d = 0; d < 4; ++d)
     if (t.size(d) != 1 && t.stride(d) != stride[d]) return false;

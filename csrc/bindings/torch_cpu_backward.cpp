@@ -119,6 +119,9 @@ bool is_pointwise(const Tensor& grad, const Tensor& x, const Tensor& weight, con
   const auto all = [](const std::vector<int64_t>& values, int64_t value) {
     return std::all_of(values.begin(), values.end(), [&](int64_t v) { return v == value; });
   };
+  if (x.scalar_type() != ScalarType::Float || grad.scalar_type() != ScalarType::Float ||
+      weight.scalar_type() != ScalarType::Float)
+    return false;
   // A dense weight [outputs, inputs, 1, 1] is such a matrix, too.
   return is_pixel_matrix(grad) && is_pixel_matrix(x) && is_pixel_matrix(weight) && x.numel() > 0 &&
          weight.size(0) > 0 && has_size(weight, {weight.size(0), x.size(1), 1, 1}) &&

@@ -1,4 +1,4 @@
-// batch_norm: act(norm(x)) of channels-last maps with the statistics of the batch, float32, and its gradients.
+// batch_norm: act(norm(x)) of channels-last maps with the statistics of the batch, and its gradients.
 //
 // A task takes a chunk of pixels, block by block, and of a block one vector of channels after the other. Chunks are cut
 // by the shape alone and joined in order. The backward pass keeps x alone.
@@ -48,19 +48,21 @@ class Work {
 };
 
 // The vectors of a column of pixels.
+template <class T>
 struct Column {
-  const float* from;
+  const T* from;
   int64_t channels, lanes;
   FFNET_INLINE Vec operator()(int64_t i) const { return load_lanes(from + i * channels, lanes); }
 };
 
+template <class T>
 void measure(void* context, int64_t chunk) {
   const Work& work = *static_cast<const Work*>(context);
   const BatchNorm& op = work.norm;
   const int64_t chunk_pixels = work.first_pixel(chunk);
   work.each_column(chunk, [&](int64_t first, int64_t pixels, int64_t v, bool start) {
     const Lanes lanes = work.lanes(v);
-    const Column x{op.x + first * op.channels + lanes.first, op.channels, lanes.count};
+    const Column<T> x{static_cast<const T*>(op.x) + first * op.channels + lanes.first, op.channels, lanes.count};
     float* part = work.part(chunk, v);
     Moments moments = moments_of(pixels, x);
     if (!start) {
@@ -87,6 +89,7 @@ void finish_statistics(void* context, int64_t vector) {
   norm_scale(norm, lanes).scale.store(work.total(vector));
 }
 
+template <class T>
 void apply(void* context, int64_t chunk) {
   const Work& work = *static_cast<const Work*>(context);
   const BatchNorm& op = work.norm;
@@ -94,12 +97,12 @@ void apply(void* context, int64_t chunk) {
   work.each_column(chunk, [&](int64_t first, int64_t pixels, int64_t v, bool) {
     const Lanes lanes = work.lanes(v);
     const int64_t at = first * op.channels + lanes.first;
-    const Column x{op.x + at, op.channels, lanes.count};
+    const Column<T> x{static_cast<const T*>(op.x) + at, op.channels, lanes.count};
     const Vec mean = lanes_of(op.norm.mean, lanes), scale = Vec::load(work.total(v)),
               beta = lanes_of(op.norm.beta, lanes);
     // Not x * scale + (beta - mean * scale), which would cancel where means are large.
     const auto normalised = [&](int64_t i) { return fma(x(i) - mean, scale, beta); };
-    float* out = op.out + at;
+    T* out = static_cast<T*>(op.out) + at;
     if (op.activation == Activation::none) {
       for (int64_t i = 0; i < pixels; ++i) store_lanes(normalised(i), out + i * op.channels, lanes.count);
       return;
@@ -111,13 +114,15 @@ void apply(void* context, int64_t chunk) {
 }
 
 // A column of the gradient of norm(x), and of x minus its mean.
+template <class T>
 struct Gradients {
   alignas(64) float grad[kBlock * kLanes], centred[kBlock * kLanes], slope[kBlock * kLanes];
 
   void make(const Work& work, int64_t first, int64_t pixels, const Lanes& lanes) {
     const BatchNorm& op = work.norm;
     const int64_t at = first * op.channels + lanes.first;
-    const Column x{op.x + at, op.channels, lanes.count}, incoming{work.backward->grad + at, op.channels, lanes.count};
+    const Column<T> x{static_cast<const T*>(op.x) + at, op.channels, lanes.count},
+        incoming{static_cast<const T*>(work.backward->grad) + at, op.channels, lanes.count};
     const Vec mean = lanes_of(op.norm.mean, lanes);
     for (int64_t i = 0; i < pixels; ++i) {
       (x(i) - mean).store(centred + i * kLanes);
@@ -131,9 +136,10 @@ struct Gradients {
   }
 };
 
+template <class T>
 void sum_gradients(void* context, int64_t chunk) {
   const Work& work = *static_cast<const Work*>(context);
-  Gradients gradients;
+  Gradients<T> gradients;
   work.each_column(chunk, [&](int64_t first, int64_t pixels, int64_t v, bool start) {
     gradients.make(work, first, pixels, work.lanes(v));
     const auto grad = [&](int64_t i) { return Vec::load(gradients.grad + i * kLanes); };
@@ -160,16 +166,17 @@ void finish_gradients(void* context, int64_t vector) {
   at.slope.store(work.total(vector)), at.shift.store(work.total(vector) + kLanes);
 }
 
+template <class T>
 void apply_gradients(void* context, int64_t chunk) {
   const Work& work = *static_cast<const Work*>(context);
   const BatchNorm& op = work.norm;
-  Gradients gradients;
+  Gradients<T> gradients;
   work.each_column(chunk, [&](int64_t first, int64_t pixels, int64_t v, bool) {
     const Lanes lanes = work.lanes(v);
     gradients.make(work, first, pixels, lanes);
     const Vec scale = norm_scale(op.norm, lanes).scale, slope = Vec::load(work.total(v)),
               shift = Vec::load(work.total(v) + kLanes);
-    float* out = work.backward->x_grad + first * op.channels + lanes.first;
+    T* out = static_cast<T*>(work.backward->x_grad) + first * op.channels + lanes.first;
     for (int64_t i = 0; i < pixels; ++i) {
       const Vec grad = Vec::load(gradients.grad + i * kLanes), centred = Vec::load(gradients.centred + i * kLanes);
       store_lanes(fma(grad, scale, fma(centred, slope, shift)), out + i * op.channels, lanes.count);
@@ -181,16 +188,22 @@ void apply_gradients(void* context, int64_t chunk) {
 
 void batch_norm(const BatchNorm& op, const Executor& executor) {
   Work work(op, nullptr);
-  executor.run(work.chunks, measure, &work);
-  executor.run(work.vectors, finish_statistics, &work);
-  executor.run(work.chunks, apply, &work);
+  with_storage(op.storage, [&](auto element) {
+    using T = decltype(element);
+    executor.run(work.chunks, measure<T>, &work);
+    executor.run(work.vectors, finish_statistics, &work);
+    executor.run(work.chunks, apply<T>, &work);
+  });
 }
 
 void batch_norm_backward(const BatchNormBackward& op, const Executor& executor) {
   Work work(op.forward, &op);
-  executor.run(work.chunks, sum_gradients, &work);
-  executor.run(work.vectors, finish_gradients, &work);
-  if (op.x_grad) executor.run(work.chunks, apply_gradients, &work);
+  with_storage(op.forward.storage, [&](auto element) {
+    using T = decltype(element);
+    executor.run(work.chunks, sum_gradients<T>, &work);
+    executor.run(work.vectors, finish_gradients, &work);
+    if (op.x_grad) executor.run(work.chunks, apply_gradients<T>, &work);
+  });
 }
 
 }  // namespace ffnet::FFNET_ISA

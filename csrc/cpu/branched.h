@@ -28,12 +28,13 @@ class BranchRows {
       floats += packed_floats<FloatTaps>(op_.branch[b].filter) + op_.out_w * kLanes;
     return floats;
   }
+  template <class T>
   void place(Arena& arena, const Lanes& lanes) {
     x_.place(arena);
     for (int b = 0; b < op_.branches; ++b) {
       const Branch& branch = op_.branch[b];
       float* packed = arena.floats(packed_floats<FloatTaps>(branch.filter));
-      filter_[b] = pack_filter<float, FloatTaps>(branch.filter, lanes.first, lanes.count, op_.stride_w,
+      filter_[b] = pack_filter<T, FloatTaps>(branch.filter, lanes.first, lanes.count, op_.stride_w,
                                                  pad_left(branch), packed);
       bias_[b] = packed + branch.filter.kh * branch.filter.kw * kLanes;
       conv_row_[b] = select_conv_row<FloatTaps>(branch.filter, op_.stride_w);

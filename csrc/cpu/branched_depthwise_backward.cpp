@@ -1,4 +1,4 @@
-// branched_depthwise backward, float32, stride 1, one output per channel; only x and the statistics are kept.
+// branched_depthwise backward, stride 1, one output per channel; only x and the statistics are kept.
 //
 // With y the output of a branch's convolution, M its pixels in the batch, and gradient g of the branches' sum,
 //   gamma_grad = sum g (y - mean) / deviation,  beta_grad = sum g,
@@ -27,6 +27,7 @@ struct Work {
 };
 
 // Rows of g and of y - mean.
+template <class T>
 class Gradients {
  public:
   Gradients(const Work& work, const Lanes& lanes)
@@ -41,7 +42,7 @@ class Gradients {
   }
   int64_t scratch_floats() const { return branches_.scratch_floats() + 2 * op_.forward.w * kLanes; }
   void place(Arena& arena) {
-    branches_.place(arena, lanes_);
+    branches_.template place<T>(arena, lanes_);
     for (int b = 0; b < op_.forward.branches; ++b)
       branches_.set_shift(b, Vec::fill(0) - lanes_of(op_.forward.branch[b].norm.mean, lanes_));
     line_ = arena.floats(op_.forward.w * kLanes);
@@ -49,17 +50,17 @@ class Gradients {
   }
   void start_image(int64_t n) {
     const BranchedDepthwise& f = op_.forward;
-    grad_ = op_.grad + n * op_.grad_stride.n;
-    branches_.x().gather(MapView<const float>{f.x, f.x_stride, lanes_, f.h, f.w}, n, 0, f.h);
+    grad_ = static_cast<const T*>(op_.grad) + n * op_.grad_stride.n;
+    branches_.x().gather(MapView<const T>{static_cast<const T*>(f.x), f.x_stride, lanes_, f.h, f.w}, n, 0, f.h);
   }
   const RowRing& x() { return branches_.x(); }
   // Makes row r: y - mean of each branch into y, g as the result.
   const float* make(int64_t r, const float* (&y)[kMaxBranches]) {
     const BranchedDepthwise& f = op_.forward;
-    const float* row = grad_ + r * op_.grad_stride.h;
+    const T* row = grad_ + r * op_.grad_stride.h;
     if (r + 1 < f.h && op_.grad_stride.c == 1)
       prefetch_row(row + op_.grad_stride.h + lanes_.first, op_.grad_stride.w, 0, f.w);
-    gather_row(Elements<float>{row}, op_.grad_stride.c, op_.grad_stride.w, f.w, lanes_, line_);
+    gather_row(Elements<T>{row}, op_.grad_stride.c, op_.grad_stride.w, f.w, lanes_, line_);
     for (int b = 0; b < f.branches; ++b) y[b] = branches_.make(b, r);
     if (f.activation != Activation::none) {
       for (int64_t i = 0; i < f.w * kLanes; i += kLanes) {
@@ -78,14 +79,15 @@ class Gradients {
   Lanes lanes_;
   BranchRows branches_;
   Vec scale_[kMaxBranches], beta_;
-  const float* grad_;
+  const T* grad_;
   float *line_, *slope_;
 };
 
+template <class T>
 void sum_gradients(void* context, int64_t task) {
   const Work& work = *static_cast<const Work*>(context);
   const BranchedDepthwise& f = work.op.forward;
-  Gradients gradients(work, work.lanes(work.tiling.vector(task)));
+  Gradients<T> gradients(work, work.lanes(work.tiling.vector(task)));
   Arena arena(gradients.scratch_floats());
   gradients.place(arena);
   Vec sum[1 + kMaxBranches];
@@ -121,9 +123,10 @@ void finish_sums(void* context, int64_t vector) {
 }
 
 // The filter turned by half a turn: what the gradient of x is convolved with.
+template <class T>
 PackedFilter turned_filter(const Branch& branch, const Lanes& lanes, float* out) {
   const PackedFilter filter =
-      pack_filter<float, FloatTaps>(branch.filter, lanes.first, lanes.count, 1, pad_left(branch), out);
+      pack_filter<T, FloatTaps>(branch.filter, lanes.first, lanes.count, 1, pad_left(branch), out);
   const int64_t taps = branch.filter.kh * branch.filter.kw;
   for (int64_t i = 0, j = taps - 1; i < j; ++i, --j) {
     const Vec a = Vec::load(out + i * kLanes), b = Vec::load(out + j * kLanes);
@@ -134,6 +137,7 @@ PackedFilter turned_filter(const Branch& branch, const Lanes& lanes, float* out)
 }
 
 // The second pass of one vector of channels.
+template <class T>
 class Task {
  public:
   Task(const Work& work, const Lanes& lanes, float* weights)
@@ -141,7 +145,7 @@ class Task {
         f_(work.op.forward),
         lanes_(lanes),
         line_(f_.w * kLanes),
-        direct_(in_place<float>(lanes, op_.x_grad_stride.c)),
+        direct_(in_place<T>(lanes, op_.x_grad_stride.c)),
         weights_(weights),
         gradients_(work, lanes) {
     int64_t floats = gradients_.scratch_floats() + 2 * line_;
@@ -156,7 +160,7 @@ class Task {
     for (int b = 0; b < f_.branches; ++b) {
       const Branch& branch = f_.branch[b];
       y_grad_[b].place(arena);
-      turned_[b] = turned_filter(branch, lanes, arena.floats(packed_floats<FloatTaps>(branch.filter)));
+      turned_[b] = turned_filter<T>(branch, lanes, arena.floats(packed_floats<FloatTaps>(branch.filter)));
       at_[b] = norm_slope(branch.norm, op_.gradients[b].norm, values, lanes);
       conv_row_[b] = select_conv_row<FloatTaps>(branch.filter, 1);
     }
@@ -198,9 +202,11 @@ class Task {
   }
 
   void make_x_grad(int64_t n, int64_t r) {
-    float* row = op_.x_grad + n * op_.x_grad_stride.n + r * op_.x_grad_stride.h;
-    const RowOutput out =
-        direct_ ? RowOutput{row + lanes_.first, op_.x_grad_stride.w, 0, f_.w} : RowOutput{out_line_, kLanes, 0, f_.w};
+    T* row = static_cast<T*>(op_.x_grad) + n * op_.x_grad_stride.n + r * op_.x_grad_stride.h;
+    RowOutput out{out_line_, kLanes, 0, f_.w};
+    if constexpr (sizeof(T) == sizeof(float)) {
+      if (direct_) out = {row + lanes_.first, op_.x_grad_stride.w, 0, f_.w};
+    }
     for (int b = 0; b < f_.branches; ++b) {
       const RowInput in{y_grad_[b].window(r - pad_top(f_.branch[b])), kLanes, f_.w};
       if (b == 0) {
@@ -222,7 +228,7 @@ class Task {
   int64_t line_;
   bool direct_;  // rows of the gradient are written where they belong
   float* weights_;
-  Gradients gradients_;
+  Gradients<T> gradients_;
   RowRing y_grad_[kMaxBranches];
   PackedFilter turned_[kMaxBranches];
   NormSlope at_[kMaxBranches];
@@ -230,19 +236,21 @@ class Task {
   float *out_line_, *other_line_;
 };
 
+template <class T>
 void run_task(void* context, int64_t index) {
   const Work& work = *static_cast<const Work*>(context);
-  Task task(work, work.lanes(work.tiling.vector(index)), work.weights.start(index));
+  Task<T> task(work, work.lanes(work.tiling.vector(index)), work.weights.start(index));
   work.tiling.for_each_strip(index, [&](int64_t n, int64_t, int64_t, bool) { task.run(n); });
 }
 
+template <class T>
 void finish_weights(void* context, int64_t vector) {
   const Work& work = *static_cast<const Work*>(context);
   const Lanes lanes = work.lanes(vector);
   const float* weights = work.weights.total(vector);
   for (int b = 0; b < work.op.forward.branches; ++b) {
     const int64_t taps = work.op.forward.branch[b].filter.kh * work.op.forward.branch[b].filter.kw;
-    scatter_row(weights, taps, lanes, work.op.gradients[b].weight, taps, 1);
+    scatter_row(weights, taps, lanes, static_cast<T*>(work.op.gradients[b].weight), taps, 1);
     weights += taps * kLanes;
   }
 }
@@ -257,10 +265,13 @@ void branched_depthwise_backward(const BranchedDepthwiseBackward& op, const Exec
   for (int b = 0; b < f.branches; ++b) weight_floats += f.branch[b].filter.kh * f.branch[b].filter.kw * kLanes;
   const PartialSums sums(tiling, (1 + f.branches) * kLanes), weights(tiling, weight_floats);
   Work work{op, tiling, sums, weights};
-  executor.run(tiling.tasks(), sum_gradients, &work);
-  executor.run(tiling.vectors(), finish_sums, &work);
-  tiling.run(executor, f.x_stride.c == 1 ? vectors_in_line(Storage::float32) : 1, run_task, &work);
-  executor.run(tiling.vectors(), finish_weights, &work);
+  with_storage(f.storage, [&](auto element) {
+    using T = decltype(element);
+    executor.run(tiling.tasks(), sum_gradients<T>, &work);
+    executor.run(tiling.vectors(), finish_sums, &work);
+    tiling.run(executor, f.x_stride.c == 1 ? vectors_in_line(f.storage) : 1, run_task<T>, &work);
+    executor.run(tiling.vectors(), finish_weights<T>, &work);
+  });
 }
 
 }  // namespace ffnet::FFNET_ISA

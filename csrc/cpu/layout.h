@@ -16,10 +16,14 @@ FFNET_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 FFNET_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Loads and stores of the first n lanes, which are mostly all.
-FFNET_INLINE Vec load_lanes(const float* from, int64_t n) {
-  return n == kLanes ? Vec::load(from) : Vec::load_first(from, n);
+template <class T>
+FFNET_INLINE Vec load_lanes(const T* from, int64_t n) {
+  return n == kLanes ? load(from) : load_first(from, n);
 }
-FFNET_INLINE void store_lanes(Vec x, float* to, int64_t n) { n == kLanes ? x.store(to) : x.store_first(to, n); }
+template <class T>
+FFNET_INLINE void store_lanes(Vec x, T* to, int64_t n) {
+  n == kLanes ? store(x, to) : store_first(x, to, n);
+}
 
 // f of an element of the type that maps and weights are stored as. Throws std::invalid_argument for any other.
 template <class F>

@@ -1,4 +1,5 @@
-// What the kernels of training steps take. Batch normalisation here uses the statistics of the batch.
+// What the kernels of training steps take. Batch normalisation here uses the statistics of the batch. Maps and the
+// weights of convolutions are of one storage type, what belongs to normalisations is float32.
 #pragma once
 
 #include "kernels.h"
@@ -25,27 +26,28 @@ struct Branch {
 
 // out = act(sum of the branches)
 struct BranchedDepthwise {
+  Storage storage;
   int64_t n, channels, multiplier, h, w, out_h, out_w, stride_h, stride_w;
-  const float* x;
+  const void* x;
   Strides x_stride;
   int branches;
   Branch branch[kMaxBranches];
   Activation activation;
-  float* out;
+  void* out;
   Strides out_stride;
 };
 
 struct BranchGradients {
-  float* weight;  // contiguous [C, 1, kh, kw]
+  void* weight;  // contiguous [C, 1, kh, kw]
   NormGradients norm;
 };
 
 // Takes stride 1 and one output per channel.
 struct BranchedDepthwiseBackward {
   BranchedDepthwise forward;  // out is not read
-  const float* grad;
+  const void* grad;
   Strides grad_stride;
-  float* x_grad;  // may be null
+  void* x_grad;  // may be null
   Strides x_grad_stride;
   BranchGradients gradients[kMaxBranches];
 };
@@ -54,21 +56,22 @@ struct BranchedDepthwiseBackward {
 
 // out = act(norm(x))
 struct BatchNorm {
+  Storage storage;
   int64_t pixels, channels;
-  const float* x;
+  const void* x;
   Norm norm;
   Activation activation;
-  float* out;
+  void* out;
 };
 
 struct BatchNormBackward {
   BatchNorm forward;  // out is not read
-  const float* grad;
-  float* x_grad;  // may be null
+  const void* grad;
+  void* x_grad;  // may be null
   NormGradients gradients;
 };
 
-// out = residual + scale * (project * act(z) + project_bias), z = expand * x + expand_bias
+// float32 alone: out = residual + scale * (project * act(z) + project_bias), z = expand * x + expand_bias
 struct FeedForward {
   int64_t pixels, channels, hidden, outputs;
   const float* x;

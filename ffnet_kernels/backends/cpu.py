@@ -13,7 +13,7 @@ _ops = torch.ops.ffnet_kernels
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 #: Not gained from on maps that suit plain PyTorch: see `slower`.
 _DEPTHWISE = ("depthwise_conv2d", "ffnified_attention", "channel_mixer")
-#: Of training steps; in float32 only.
+#: Of training steps.
 _TRAINING = ("batch_norm", "branched_depthwise", "feed_forward")
 #: Whose gradient has no kernel of its own: its depthwise part has.
 COMPOSED = ("channel_mixer",)
@@ -30,8 +30,8 @@ def refusal(operator: str, args: tuple) -> str | None:
     x = args[0]
     if x.device.type != "cpu":
         return f"takes CPU tensors, got {x.device}"
-    if operator in _TRAINING and (x.dtype != torch.float32 or x.numel() == 0):
-        return f"takes float32 maps that are not empty, got {x.dtype} of the shape {list(x.shape)}"
+    if operator in _TRAINING and x.numel() == 0:
+        return f"takes maps that are not empty, got the shape {list(x.shape)}"
     if x.dtype not in DTYPES:
         return f"takes float32, bfloat16 and float16, got {x.dtype}"
     return None

@@ -31,3 +31,14 @@ def empty_output(shape: Sequence[int], maps: Sequence[Tensor]) -> Tensor:
     channels_last = any(suggests_channels_last(t) for t in maps)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(shape, dtype=maps[0].dtype, device=maps[0].device, memory_format=memory_format)
+
+
+def as_pixels(map: Tensor) -> Tensor:
+    """A map as the matrix of its pixels, ``[N·H·W, C]``, which it is where it is channels-last."""
+    return map.permute(0, 2, 3, 1).reshape(-1, map.shape[1])
+
+
+def as_map(pixels: Tensor, like: Tensor) -> Tensor:
+    """A matrix of pixels as a channels-last map of the size of another."""
+    n, _, height, width = like.shape
+    return pixels.reshape(n, height, width, pixels.shape[1]).permute(0, 3, 1, 2)

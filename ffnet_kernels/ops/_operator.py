@@ -175,7 +175,6 @@ class Operator:
         others = [i for i in range(arity) if i not in tensors]
         stored = [tensors.index(i) if i in tensors else kept.stop + others.index(i) for i in range(arity)]
         found_at = [tensors.index(i) if i in tensors and i != residual else 0 for i in range(arity)]
-        is_batched = torch._C._functorch.is_legacy_batchedtensor  # in a vectorised Jacobian
         # Plain layers do not keep their biases, which then may change before the backward pass.
         biases = [place for place, i in enumerate(tensors) if self.names[i].endswith(("bias", "beta"))]
 
@@ -207,7 +206,7 @@ class Operator:
                             f"operation: the {self.names[tensors[place]]} of {self.name}, for second derivatives"
                         )
                     args[tensors[place]] = bias
-                return _gradients_of(self.reference, grad, args, needed)
+                return gradients_of(self.reference, grad, args, needed)
             mask = [needed[i] for i in tensors]
             if residual is not None:
                 mask[-1] = False
@@ -250,6 +249,9 @@ _WRONG_ARGUMENTS = (AttributeError, IndexError, RuntimeError, TypeError, ValueEr
 OPERATORS: dict[str, Operator] = {}
 #: By overload, its gradient and what keeps the tensors for it.
 _DIFFERENTIATED: dict[Any, tuple[Callable, Callable]] = {}
+
+
+is_batched = torch._C._functorch.is_legacy_batchedtensor  # in a vectorised Jacobian
 
 
 def is_eager() -> bool:
@@ -306,7 +308,7 @@ def backward_of(overload: Any) -> Any:
     return getattr(getattr(torch.ops, namespace), f"{name}_backward").default
 
 
-def _gradients_of(function: Callable[..., Tensor], grad: Tensor, args: list, needed: tuple) -> tuple:
+def gradients_of(function: Callable[..., Tensor], grad: Tensor, args: list, needed: tuple) -> tuple:
     """Of the arguments that need one, with a graph of their own in a backward pass that makes one."""
     create_graph, device = torch.is_grad_enabled(), grad.device.type
     autocasts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

@@ -43,10 +43,17 @@ class Norm(NamedTuple):
         return F.batch_norm(x, mean, variance, weight, bias, True, self.count_batch(), self.eps)
 
     def applies(self, x: Tensor, channels: int, pixels: int) -> bool:
-        """Whether the kernels take it, for a map of so many channels and pixels."""
+        """Whether the kernels take it, for a map of so many channels and pixels: parameters of float32, as autocast
+        leaves them, or of the map's dtype."""
         affine = [t for t in (self.weight, self.bias) if t is not None and t.shape == (channels,)]
-        alike = all((t.dtype, t.device) == (x.dtype, x.device) for t in affine)
+        alike = all(t.dtype in (x.dtype, torch.float32) and t.device == x.device for t in affine)
         return len(affine) == 2 and alike and self.eps > 0 and pixels > 1  # of one, there are no statistics
+
+    def parameters(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias as the kernels take them."""
+        assert self.weight is not None
+        assert self.bias is not None
+        return self.weight.float().contiguous(), self.bias.float().contiguous()
 
     def count_batch(self) -> float:
         """Counts a batch, and returns what its statistics weigh."""
@@ -61,8 +68,9 @@ class Norm(NamedTuple):
 def batch_norm(x: Tensor, norm: Norm, activation: str = "none") -> Tensor:
     """``act(norm(x))`` by the statistics of the batch.
 
-    Nothing but x is kept for the backward pass. Running statistics move as those of ``nn.BatchNorm2d`` do. The kernel
-    takes channels-last maps and activations other than ReLU; elsewhere PyTorch is as fast and keeps as little.
+    Nothing but x is kept for the backward pass. Running statistics move as those of ``nn.BatchNorm2d`` do; statistics
+    and their parameters may be of float32 where maps are not, as under autocast. The kernel takes channels-last maps
+    and activations other than ReLU; elsewhere PyTorch is as fast and keeps as little.
 
     Args:
         x: ``[N, C, H, W]``.
@@ -75,9 +83,7 @@ def batch_norm(x: Tensor, norm: Norm, activation: str = "none") -> Tensor:
     pixels = x.numel() // max(x.shape[1], 1) if x.dim() > 1 else 0
     if not runs_natively(x, activation) or not norm.applies(x, x.shape[1], pixels):
         return ACTIVATE[activation](norm(x))
-    assert norm.weight is not None
-    assert norm.bias is not None
-    args = (channels_last(x), norm.weight.contiguous(), norm.bias.contiguous(), norm.eps, activation)
+    args = (channels_last(x), *norm.parameters(), norm.eps, activation)
     out, mean, variance = OPERATOR.on("cpu", *args)
     track([norm], mean[None], variance[None], pixels)
     return out
@@ -85,7 +91,7 @@ def batch_norm(x: Tensor, norm: Norm, activation: str = "none") -> Tensor:
 
 def runs_natively(x: Tensor, *arguments: Any) -> bool:
     """Whether the native kernels of training steps are chosen for a map, and what batch normalisation is asked for."""
-    if not isinstance(x, Tensor) or x.dim() != 4 or torch.is_autocast_enabled("cpu"):
+    if not isinstance(x, Tensor) or x.dim() != 4:
         return False
     return choice.prefers(cpu, "batch_norm", (x, *arguments))
 

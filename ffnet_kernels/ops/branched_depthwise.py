@@ -11,7 +11,7 @@ from ..backends import cpu
 from ..backends import reference as plain
 from ..backends.activations import ACTIVATE, ACTIVATE_BACKWARD
 from ..backends.maps import same_padding
-from . import batch_norm
+from . import _arguments, batch_norm
 from ._operator import TrainingOperator
 from .batch_norm import Norm
 
@@ -37,6 +37,7 @@ def branched_depthwise(
     Returns:
         ``[N, O, H', W']``.
     """
+    x, *weights = _arguments.autocast(x, *weights)
     outputs = weights[0].shape[0]
     pixels = x.shape[0] * -(-x.shape[2] // stride[0]) * -(-x.shape[3] // stride[1])
     applies = all(norm.applies(x, outputs, pixels) for norm in norms) and all(w.dtype == x.dtype for w in weights)
@@ -48,9 +49,7 @@ def branched_depthwise(
         return ACTIVATE[activation](sum(maps[1:], maps[0]))
     parameters: list = []
     for weight, norm in zip(weights, norms, strict=True):
-        assert norm.weight is not None
-        assert norm.bias is not None
-        parameters += (weight, norm.weight.contiguous(), norm.bias.contiguous())
+        parameters += (weight, *norm.parameters())
     parameters += [None] * (6 - len(parameters))
     eps = [norm.eps for norm in norms]
     out, mean, variance = OPERATOR.on("cpu", x, *parameters, eps, stride, activation)
@@ -76,7 +75,8 @@ def empty(x, weight, gamma, beta, other_weight, other_gamma, other_beta, eps, st
     size = [(extent - 1) // s + 1 for extent, s in zip(x.shape[2:], stride, strict=True)]
     outputs = weight.shape[0]
     statistics = (1 if other_weight is None else 2, outputs)
-    return batch_norm.empty_map(x, outputs, size), x.new_empty(statistics), x.new_empty(statistics)
+    mean, variance = (gamma.new_empty(statistics) for _ in range(2))
+    return batch_norm.empty_map(x, outputs, size), mean, variance
 
 
 def empty_gradients(
@@ -84,7 +84,7 @@ def empty_gradients(
 ) -> list[Tensor]:
     grads = [batch_norm.empty_map(x, x.shape[1])] if wants_x else []
     parameters = (weight, gamma, beta, other_weight, other_gamma, other_beta)
-    return grads + [x.new_empty(p.shape) for p in parameters if p is not None]
+    return grads + [torch.empty_like(p, memory_format=torch.contiguous_format) for p in parameters if p is not None]
 
 
 def kernel_gradients(backward, grad, args, kept, mask) -> list:
@@ -93,8 +93,9 @@ def kernel_gradients(backward, grad, args, kept, mask) -> list:
     if tuple(stride) == (1, 1) and tensors[1].shape[0] == tensors[0].shape[1]:
         grads = backward(*call, activation, mask[0])
     else:
-        call += [stride, activation, mask[0]]
+        call = [value.float() if isinstance(value, Tensor) else value for value in (*call, stride, activation, mask[0])]
         grads = _strided_gradients(*call)
+        grads = [g if g.dim() == 1 else g.to(grad.dtype) for g in grads]
     return grads if mask[0] else [None, *grads]
 
 

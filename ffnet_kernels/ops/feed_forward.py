@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ..backends import reference as plain
+from ..backends.activations import ACTIVATE, ACTIVATE_BACKWARD
+from ..backends.maps import as_map, as_pixels
 from . import _arguments
-from ._operator import TrainingOperator
+from ._operator import TrainingOperator, gradients_of, is_batched, is_eager
 from .batch_norm import channels_last, empty_map, runs_natively
 from .channel_mixer import checked_pointwise
 from .channel_mixer import pointwise_reference as reference
@@ -45,7 +50,60 @@ def feed_forward(
     laid_out = [
         a if not isinstance(a, Tensor) else channels_last(a) if a.dim() == 4 else a.contiguous() for a in args
     ]  # fmt: skip
-    return OPERATOR.on("cpu", *laid_out)[0]
+    if laid_out[0].dtype == torch.float32:
+        return OPERATOR.on("cpu", *laid_out)[0]
+    return _Narrow.apply(*laid_out) if is_eager() else reference(*laid_out)
+
+
+class _Narrow(torch.autograd.Function):
+    """On channels-last maps of 16 bits, which are matrices of pixels. PyTorch has products of these that no kernel here
+    is faster than, above all where a processor multiplies tiles; what is left to gain is the memory of the hidden map
+    behind its activation."""
+
+    @staticmethod
+    def forward(ctx, x, expand_weight, expand_bias, project_weight, project_bias, activation, scale, residual):
+        z = F.linear(as_pixels(x), expand_weight, expand_bias)
+        out = as_map(F.linear(ACTIVATE[activation](z), project_weight, project_bias), x)
+        ctx.save_for_backward(x, z, expand_weight, project_weight, scale)
+        # Plain layers do not keep their biases, which then may change before the backward pass.
+        ctx.bias = project_bias if scale is None or project_bias is None else project_bias.detach().clone()
+        ctx.biases = [(b, b._version) for b in (expand_bias, project_bias) if b is not None]
+        ctx.given, ctx.activation = (expand_bias, project_bias, residual), activation
+        return plain.scaled_residual(out, scale, residual)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, z, expand_weight, project_weight, scale = ctx.saved_tensors
+        expand_bias, project_bias, residual = ctx.given
+        needed = ctx.needs_input_grad
+        if torch.is_grad_enabled() or is_batched(grad):
+            if any(bias._version != version for bias, version in ctx.biases):
+                raise RuntimeError(
+                    "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                    "a bias of feed_forward, for second derivatives"
+                )
+            weights = (expand_weight, expand_bias, project_weight, project_bias)
+            return gradients_of(reference, grad, [x, *weights, ctx.activation, scale, residual], needed)
+        incoming = as_pixels(channels_last(grad))
+        scale_grad = None
+        hidden = ACTIVATE[ctx.activation](z)
+        if needed[6]:
+            scale_grad = (incoming * F.linear(hidden, project_weight, ctx.bias)).sum(0)
+        incoming = incoming if scale is None else incoming * scale
+        project_grads = _matrix_gradients(incoming, hidden, needed[3:5])
+        del hidden
+        x_grad: Tensor | None = None
+        expand_grads: tuple[Tensor | None, Tensor | None] = (None, None)
+        if any(needed[:3]):
+            z_grad = ACTIVATE_BACKWARD[ctx.activation](incoming @ project_weight, z)
+            x_grad = as_map(z_grad @ expand_weight, x) if needed[0] else None
+            expand_grads = _matrix_gradients(z_grad, as_pixels(x), needed[1:3])
+        return x_grad, *expand_grads, *project_grads, None, scale_grad, grad if needed[7] else None
+
+
+def _matrix_gradients(grad: Tensor, rows: Tensor, needed: tuple) -> tuple[Tensor | None, Tensor | None]:
+    """Of weight and bias, where needed."""
+    return grad.t() @ rows if needed[0] else None, grad.sum(0) if needed[1] else None
 
 
 def checked(x, *pointwise) -> tuple:

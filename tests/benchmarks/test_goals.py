@@ -39,6 +39,7 @@ def row(case=CASE, passed=True, **milliseconds):
         (ModelCase("ffnet_1", 1), Goal(1.05, 1.12)),
         (ModelCase("ffnet_1", 1, dtype="bfloat16"), Goal(1.2, 1.35)),
         (TrainingCase("ffnet_1", 4), Goal(1.6, 2.2, goals.NHWC)),
+        (TrainingCase("ffnet_1", 4, autocast=True), Goal(1.5, None)),
     ],
     ids=lambda value: value.name if hasattr(value, "name") else "",
 )

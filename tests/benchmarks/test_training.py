@@ -40,10 +40,13 @@ def test_counts_of_backward_passes():
     assert case.name == f"{forward.name} backward"
 
 
-def test_training_step():
+@pytest.mark.parametrize("autocast", [False, True])
+def test_training_step(autocast):
     model = create_model("ffnet_1", **SMALL).train()
-    work = TrainingWork(model, torch.randn(4, 3, 64, 64))
-    case = TrainingCase("ffnet_1", 4, 64)
+    work = TrainingWork(model, torch.randn(4, 3, 64, 64), autocast=autocast)
+    case = TrainingCase("ffnet_1", 4, 64, autocast=autocast)
+    assert ("autocast" in case.name) == autocast
+    assert work.plain("nchw").results()[0].dtype == (torch.bfloat16 if autocast else torch.float32)
     row = Runner([CONTENDERS[OURS], Eager("nchw", "nchw"), Eager("nhwc", "channels_last")], 1).run(case, work).row
     assert all(m.passed for m in row.measurements), row
     logits, gradients = work.expected()

@@ -171,7 +171,7 @@ def test_autocast_runs_the_layers(native_calls):
     with torch.autocast("cpu", torch.bfloat16):
         out, eager = step(fast), step(model)
     assert out.dtype == eager.dtype == torch.bfloat16
-    assert not native_calls
+    assert native_calls == [] or {"branched_depthwise", "ffnified_attention"} <= set(native_calls)
     assert (out.double() - expected).abs().max() <= error_limit(expected, eager)
     for own, other, exact in zip(fast.parameters(), model.parameters(), gradients(double), strict=True):
         assert own.grad.dtype == other.grad.dtype == torch.float32

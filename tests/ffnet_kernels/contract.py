@@ -184,6 +184,12 @@ def twins(make: Callable[[], nn.Module], *before: Callable) -> tuple[nn.Module, 
     return fk.optimize(models[0]), models[1]
 
 
+@contextmanager
+def autocast(dtype: torch.dtype = torch.bfloat16):
+    with torch.autocast("cpu", dtype):
+        yield
+
+
 # ---- Models ----
 
 

@@ -277,26 +277,23 @@ Outputs pointwise_backward(Storage s, const Executor& e) {
 Norm norm(Outputs& out) { return {floats<30>(C), floats<34>(C), 1e-5f, out.add<float>(C), out.add<float>(C)}; }
 
 Outputs batch_norm(Storage s, const Executor& e) {
-  if (s != Storage::float32) return {};
   Outputs out;
-  const BatchNorm op{kPixels, C, floats<0>(kMap), norm(out), Activation::gelu, out.add<float>(kMap)};
+  const BatchNorm op{s, kPixels, C, input<0>(kMap, s), norm(out), Activation::gelu, out.add(kMap, s)};
   kernels->batch_norm(op, e);
-  kernels->batch_norm_backward({op, floats<1>(kMap), out.add<float>(kMap), {out.add<float>(C), out.add<float>(C)}},
-                                 e);
+  kernels->batch_norm_backward({op, input<1>(kMap, s), out.add(kMap, s), {out.add<float>(C), out.add<float>(C)}}, e);
   return out;
 }
 
 Outputs branched(Storage s, const Executor& e) {
-  if (s != Storage::float32) return {};
   Outputs out;
-  BranchedDepthwise op{N, C, 1, H, W, H, W, 1, 1, floats<0>(kMap), kLast, 2, {}, Activation::gelu, nullptr, kLast};
-  op.branch[0] = {{floats<41>(C * 49), nullptr, 7, 7, 49, 7, 1}, norm(out)};
-  op.branch[1] = {{floats<42>(C * 9), nullptr, 3, 3, 9, 3, 1}, norm(out)};
-  op.out = out.add<float>(kMap);
+  BranchedDepthwise op{s, N, C, 1, H, W, H, W, 1, 1, input<0>(kMap, s), kLast, 2, {}, Activation::gelu, nullptr, kLast};
+  op.branch[0] = {{input<41>(C * 49, s), nullptr, 7, 7, 49, 7, 1}, norm(out)};
+  op.branch[1] = {{input<42>(C * 9, s), nullptr, 3, 3, 9, 3, 1}, norm(out)};
+  op.out = out.add(kMap, s);
   kernels->branched_depthwise(op, e);
-  BranchedDepthwiseBackward back{op, floats<1>(kMap), kLast, out.add<float>(kMap), kLast, {}};
+  BranchedDepthwiseBackward back{op, input<1>(kMap, s), kLast, out.add(kMap, s), kLast, {}};
   for (const int b : {0, 1})
-    back.gradients[b] = {out.add<float>(C * (b ? 9 : 49)), {out.add<float>(C), out.add<float>(C)}};
+    back.gradients[b] = {out.add(C * (b ? 9 : 49), s), {out.add<float>(C), out.add<float>(C)}};
   kernels->branched_depthwise_backward(back, e);
   return out;
 }

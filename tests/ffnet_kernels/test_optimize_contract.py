@@ -4,12 +4,24 @@ import functools
 import itertools
 import random
 import threading
-from contextlib import contextmanager
 
 import edits
 import pytest
 import torch
-from contract import MODES, ZOO, Block, agree, depthwise, every_model, outcome, randomised, sample, twins
+from contract import (
+    MODES,
+    TOLERANCE,
+    ZOO,
+    Block,
+    agree,
+    autocast,
+    depthwise,
+    every_model,
+    outcome,
+    randomised,
+    sample,
+    twins,
+)
 from torch import nn
 from torch.nn.modules import module as module_hooks
 
@@ -353,12 +365,6 @@ def test_methods_patched_on_a_class(name, cls, method, when, monkeypatch):
     agree(fast, plain, sample(name))
 
 
-@contextmanager
-def autocast(dtype=torch.bfloat16):
-    with torch.autocast("cpu", dtype):
-        yield
-
-
 @every_model
 @every_mode
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -366,7 +372,7 @@ def test_autocast_comes_and_goes(name, mode, dtype):
     fast, plain = twins(ZOO[name].make)
     for _ in range(2):
         agree(fast, plain, sample(name), mode)
-        agree(fast, plain, sample(name), mode, context=functools.partial(autocast, dtype))
+        agree(fast, plain, sample(name), mode, TOLERANCE[dtype], context=functools.partial(autocast, dtype))
 
 
 # ---- Training ----

@@ -90,9 +90,9 @@ def test_the_report_says_that_calls_run_the_modules():
     x = maps(2, 3, 32, 32)
     assert "as it is" not in str(fk.report(model))
     model(x)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.float16):
         model(x)
-    assert "the last call ran it as it is: it was called under autocast" in str(fk.report(model))
+    assert "the last call ran it as it is: it was called under autocast to torch.float16" in str(fk.report(model))
     model(x)
     assert "as it is" not in str(fk.report(model))
     torch.func.vmap(lambda image: model.eval()(image[None]))(x)

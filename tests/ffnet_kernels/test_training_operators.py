@@ -145,7 +145,6 @@ def test_running_statistics_as_configured(options):
 
 IN_PLAIN_PYTORCH = {
     "float64": lambda x, layers: (x.double(), layers.double()),
-    "bfloat16": lambda x, layers: (x.bfloat16(), layers.bfloat16()),
     "one pixel": lambda x, layers: (x[:1, :, :1, :1].repeat(2, 1, 1, 1), layers),
     "not affine": lambda x, layers: (x, branches(6, (3, 1), affine=False)),
 }
@@ -161,13 +160,23 @@ def test_branches_in_plain_pytorch(change):
         torch.testing.assert_close(own, other)
 
 
-def test_autocast_and_the_reference_backend_run_plain_pytorch(monkeypatch):
+def test_the_reference_backend_runs_plain_pytorch(monkeypatch):
     layers, x = branches(6, (3, 1)), random(2, 6, 7, 7)
     monkeypatch.setattr(_operator, "call", None)  # no native call
     with fk.use_backend("reference"):
         branched(x, layers)
+
+
+@parity.needs_native
+def test_autocast_gives_maps_of_its_dtype():
+    layers, x = branches(6, (3, 1)), random(2, 6, 7, 7)
+    expected, double = step(plain, x, layers, "gelu"), step(plain, x, layers, "gelu", torch.float64)
     with torch.autocast("cpu", torch.bfloat16):
-        assert branched(x, layers).dtype == torch.bfloat16
+        eager, found = (step(function, x, layers, "gelu") for function in (plain, branched))
+    assert found[0][0].dtype == eager[0][0].dtype == torch.bfloat16
+    assert [gradient.dtype for gradient in found[0][1:]] == [gradient.dtype for gradient in expected[0][1:]]
+    for own, other, exact in zip(found[0], eager[0], double[0], strict=True):
+        assert (own.double() - exact).abs().max() <= error_limit(exact, other.bfloat16())
 
 
 def test_too_few_values_are_refused_as_batch_normalisation_does():
