@@ -333,7 +333,7 @@ def why_not_program(way: Way, args: tuple, kwargs: dict) -> str | None:
         return _NOT_PLAIN
     device = args[0].device.type
     if torch.amp.is_autocast_available(device) and not autocast.is_known(args[0]):
-        return f"it was called under autocast to {torch.get_autocast_dtype(device)}"
+        return f"it was called under autocast to {torch.get_autocast_dtype(device)} on a map of {args[0].dtype}"
     return None if is_plain_eager(args[0]) else _NOT_PLAIN
 
 

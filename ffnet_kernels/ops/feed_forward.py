@@ -68,13 +68,13 @@ class _Narrow(torch.autograd.Function):
         # Plain layers do not keep their biases, which then may change before the backward pass.
         ctx.bias = project_bias if scale is None or project_bias is None else project_bias.detach().clone()
         ctx.biases = [(b, b._version) for b in (expand_bias, project_bias) if b is not None]
-        ctx.given, ctx.activation = (expand_bias, project_bias, residual), activation
+        ctx.given, ctx.activation = (expand_bias, project_bias), activation
         return plain.scaled_residual(out, scale, residual)
 
     @staticmethod
     def backward(ctx, grad):
         x, z, expand_weight, project_weight, scale = ctx.saved_tensors
-        expand_bias, project_bias, residual = ctx.given
+        expand_bias, project_bias = ctx.given
         needed = ctx.needs_input_grad
         if torch.is_grad_enabled() or is_batched(grad):
             if any(bias._version != version for bias, version in ctx.biases):
@@ -82,8 +82,8 @@ class _Narrow(torch.autograd.Function):
                     "one of the variables needed for gradient computation has been modified by an inplace operation: "
                     "a bias of feed_forward, for second derivatives"
                 )
-            weights = (expand_weight, expand_bias, project_weight, project_bias)
-            return gradients_of(reference, grad, [x, *weights, ctx.activation, scale, residual], needed)
+            args = [x, expand_weight, expand_bias, project_weight, project_bias, ctx.activation, scale]
+            return *gradients_of(reference, grad, args, needed[:7]), grad if needed[7] else None
         incoming = as_pixels(channels_last(grad))
         scale_grad = None
         hidden = ACTIVATE[ctx.activation](z)
