@@ -16,7 +16,7 @@ COMMANDS = {
     "goals": ("hold results of the suite 'record' against what was set as their goals", "goals"),
     "memory": ("peak memory of whole models, each in a fresh process", "memory"),
     "timm": ("models of timm, plain and optimised, in both layouts", "timm_models"),
-    "tables": ("write the README's tables from the results of record, or check them", "tables"),
+    "tables": ("write the tables of README and docs from the results of record, or check them", "tables"),
     "gpu": ("everything there is to check and measure on a GPU", "gpu"),
 }
 USAGE = f"usage: python -m {__package__} COMMAND [OPTION ...]\n\n" + "\n".join(

@@ -1,7 +1,8 @@
-"""``python -m benchmarks tables``: writes the tables of the README from the results of record, or checks them.
+"""``python -m benchmarks tables``: writes tables and chart of the README and of docs/results.md from the results of
+record, or checks them.
 
-In the README a table stands between ``<!-- table: NAME -->`` and ``<!-- end of table -->``; nothing there is written by
-hand. The table of the suite "record" by shape is a file of its own beside its results.
+On a page a table stands between ``<!-- table: NAME -->`` and ``<!-- end of table -->``; nothing there is written by
+hand. Long tables, as of the suite "record" by shape, are files of their own beside their results.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from . import goals, growth, memory, timm_report
+from . import chart_svg, goals, growth, memory, timm_report
 from .machine import machine_line
 from .peers import OURS
 from .report import SLOWER, WRONG, error_text, share_text
@@ -23,7 +25,7 @@ from .roofs import Roofs
 from .text import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
-README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"
+RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- table: {} -->", "<!-- end of table -->"
 
 
@@ -55,8 +57,8 @@ def operators(result: Result) -> str:
             cells = [cell for batch in (1, 8) for cell in _against_best(by_batch[batch], result)]
             lines.append((f"`{operator}`", f"{channels} × {size}²", f"{kernel}×{kernel}", *cells))
     headers = (
-        "operator", "C × H²", "kernel", "B = 1: ms", "of roof", "fastest peer", "its time",
-        "B = 8: ms", "of roof", "fastest peer", "its time",
+        "operator", "C × H²", "kernel", "B = 1: ms", "of roof", "fastest baseline", "its time",
+        "B = 8: ms", "of roof", "fastest baseline", "its time",
     )  # fmt: skip
     return f"{_measured(result)}\n\n{markdown(headers, lines, left=(0, 1, 2, 5, 9))}"
 
@@ -65,7 +67,7 @@ def whole(result: Result) -> str:
     """Layers, models and training steps: a line each."""
     rows = [r for r in result.rows if r.parameters.get("kind") in ("layer", "model", "training")]
     lines = [(row.case, *_against_best(row, result)) for row in rows]
-    return markdown(("case", "ms", "of roof", "fastest peer", "its time"), lines, left=(0, 3))
+    return markdown(("case", "ms", "of roof", "fastest baseline", "its time"), lines, left=(0, 3))
 
 
 def growing(result: Result) -> str:
@@ -85,13 +87,31 @@ def timm(result: Result) -> str:
     return f"Measured on {timm_report.overview(result)}"
 
 
+def headline(result: Result) -> str:
+    """What the README says of the models of timm, in a paragraph."""
+    means = []
+    for threads in sorted({row.parameters["threads"] for row in result.rows}):
+        gains = chart_svg.gains_of(result, threads)
+        mean = statistics.geometric_mean(ratio for ratio, _ in gains)
+        (least, slowest), (most, fastest) = gains[0], gains[-1]
+        means.append(
+            f"{mean:.2f}× on {threads} thread{'s' if threads > 1 else ''} ({least:.2f}× `{slowest}` to {most:.2f}× "
+            f"`{fastest}`)"
+        )
+    return (
+        f"Geometric mean over {len(gains)} models of timm: {', '.join(means)}. Float32, batch 1, the better layout of "
+        f"each. Measured on {machine_line(result.machine)}."
+    )
+
+
 class Table(NamedTuple):
-    """A table of the README, and the results it is made of."""
+    """A table of a page, and the results it is made of."""
 
     file: str
     make: Callable[..., str]
 
 
+README_TABLES = {"headline": Table("cpu-zen5-timm.json", headline)}
 TABLES = {
     "demo": Table("cpu-zen5-2threads-demo.json", demo),
     "operators": Table("cpu-zen5-2threads-quick.json", operators),
@@ -102,31 +122,35 @@ TABLES = {
     "timm": Table("cpu-zen5-timm.json", timm),
     "timm, AVX2": Table("cpu-zen5-timm-avx2.json", timm),
 }
-#: Files that are written whole from the results beside them.
+#: The pages with tables.
+PAGES = {ROOT / "README.md": README_TABLES, ROOT / "docs" / "results.md": TABLES}
+#: Files that are written whole.
 FILES = {
-    "cpu-zen5-2threads-record.md": Table("cpu-zen5-2threads-record.json", goals.report),
-    "cpu-zen5-timm.md": Table("cpu-zen5-timm.json", timm_report.report),
-    "cpu-zen5-timm-avx2.md": Table("cpu-zen5-timm-avx2.json", timm_report.report),
+    RESULTS / "cpu-zen5-2threads-record.md": Table("cpu-zen5-2threads-record.json", goals.report),
+    RESULTS / "cpu-zen5-timm.md": Table("cpu-zen5-timm.json", timm_report.report),
+    RESULTS / "cpu-zen5-timm-avx2.md": Table("cpu-zen5-timm-avx2.json", timm_report.report),
+    ROOT / "docs" / "pictures" / "speedup-light.svg": Table("cpu-zen5-timm.json", chart_svg.light),
+    ROOT / "docs" / "pictures" / "speedup-dark.svg": Table("cpu-zen5-timm.json", chart_svg.dark),
 }
 
 
-def fresh(readme: str, tables: dict[str, Table], folder: Path) -> str:
-    """The README's text with its tables made anew.
+def fresh(page: str, tables: dict[str, Table], folder: Path) -> str:
+    """A page's text with its tables made anew.
 
     Raises:
-        ValueError: where the README has no place for a table, or one that there is not.
+        ValueError: where the page has no place for a table, or one that there is not.
     """
-    places = re.findall(BEGIN.format("(.*?)"), readme)
+    places = re.findall(BEGIN.format("(.*?)"), page)
     if sorted(places) != sorted(tables):
         raise ValueError(f"expected a place for each of {', '.join(sorted(tables))}, got {', '.join(sorted(places))}")
     for name, table in tables.items():
         begin = BEGIN.format(name)
         pattern = re.compile(re.escape(begin) + ".*?" + re.escape(END), re.DOTALL)
-        if len(pattern.findall(readme)) != 1:
+        if len(pattern.findall(page)) != 1:
             raise ValueError(f"the table '{name}' has no end")
         text = f"{begin}\n{made(table, folder)}\n{END}"
-        readme = pattern.sub(lambda _, text=text: text, readme)  # type: ignore[misc]
-    return readme
+        page = pattern.sub(lambda _, text=text: text, page)  # type: ignore[misc]
+    return page
 
 
 def made(table: Table, folder: Path) -> str:
@@ -138,13 +162,14 @@ def made(table: Table, folder: Path) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Returns 0; 1 where ``--check`` found a table that is not what its results say, 2 where something is missing."""
     parser = argparse.ArgumentParser(
-        prog=f"python -m {__package__} tables", description="Writes the README's tables from the results of record."
+        prog=f"python -m {__package__} tables",
+        description="Writes tables and chart of README and docs/results.md from the results of record.",
     )
     parser.add_argument("--check", action="store_true", help="change nothing, and say what would change")
     options = parser.parse_args(argv)
     try:
-        texts = {README: fresh(README.read_text(), TABLES, RESULTS)}
-        texts |= {RESULTS / name: f"{made(table, RESULTS)}\n" for name, table in FILES.items()}
+        texts = {page: fresh(page.read_text(), tables, RESULTS) for page, tables in PAGES.items()}
+        texts |= {path: f"{made(table, RESULTS)}\n" for path, table in FILES.items()}
     except (OSError, ValueError) as error:
         print(f"{error} (the tables are those of a source tree)", file=sys.stderr)
         return 2

@@ -2,6 +2,7 @@
 
 from . import ops as ops  # registers torch.ops.ffnet_kernels and those of training steps
 from . import training as training
+from .backends.activations import ACTIVATIONS
 from .backends.choice import BackendError, available_backends, use_backend
 from .export import export
 from .info import info

@@ -13,7 +13,7 @@ import torch
 from . import native
 from .backends import choice
 
-#: Every environment variable that is read; the README's table is checked against it.
+#: Every environment variable that is read; the table of docs/install.md is checked against it.
 ENVIRONMENT = {
     "FFNET_CPU_ISAS": "instruction sets of the CPU library when it is built: all, or a list such as avx2,avx512",
     "FFNET_CUDA_ARCHS": "architectures of the CUDA library when it is built: all, none, or a list such as 80,90",

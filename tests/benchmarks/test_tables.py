@@ -1,8 +1,11 @@
-"""The README's tables are those of the results of record."""
+"""Tables and charts of README and docs are those of the results of record."""
+
+import itertools
+from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks import tables
+from benchmarks import chart_svg, tables
 from benchmarks.peers import OURS
 from benchmarks.results import Measurement, Result, Row
 from benchmarks.tables import Table
@@ -10,7 +13,7 @@ from benchmarks.tables import Table
 MACHINE = dict.fromkeys(("processor", "threads", "isa", "torch", "python", "ffnet_kernels", "commit"), "x")
 
 
-def test_the_tables_are_what_the_results_say(capsys):
+def test_the_tables_and_charts_are_what_the_results_say(capsys):
     assert tables.main(["--check"]) == 0, capsys.readouterr().out
 
 
@@ -29,3 +32,41 @@ def test_a_changed_table_is_found(tmp_path):
         tables.fresh(readme.replace("demo", "other"), known, tmp_path)
     with pytest.raises(ValueError, match="no end"):
         tables.fresh(readme.replace("end of table", "end"), known, tmp_path)
+
+
+def timm_row(model, threads, eager_ms, ours_ms):
+    measurements = (
+        Measurement("eager nchw", samples_ms=(eager_ms,)),
+        Measurement("optimize nchw", samples_ms=(ours_ms,)),
+    )
+    return Row(f"{model} {threads}", 1, 1, measurements, {"model": model, "threads": threads})
+
+
+def test_the_chart_has_a_bar_a_model_at_its_height():
+    rows = [timm_row("slower", 2, 1.0, 2.0), timm_row("same", 2, 1.0, 1.0), timm_row("faster", 2, 4.0, 1.0)]
+    result = Result(MACHINE, [*rows, timm_row("faster", 1, 2.0, 1.0)], extra={"timm": "1"})
+    for theme in (chart_svg.LIGHT, chart_svg.DARK):
+        bars = {}
+        for bar in ElementTree.fromstring(chart_svg.chart(result, theme)).iter("{http://www.w3.org/2000/svg}rect"):
+            top = float(bar.get("y"))
+            bars[bar[0].text] = (top, top + float(bar.get("height")))
+        assert set(bars) == {"slower: 0.50×", "same: 1.00×", "faster: 4.00×"}
+        line = bars["same: 1.00×"][1]
+        assert bars["slower: 0.50×"] == (line, chart_svg.BOTTOM)  # hangs from the line
+        assert bars["faster: 4.00×"] == (chart_svg.TOP, line)
+        assert line == pytest.approx((2 * chart_svg.BOTTOM + chart_svg.TOP) / 3, abs=0.1)
+    with pytest.raises(ValueError, match="of 3 threads, got none"):
+        chart_svg.chart(result, chart_svg.LIGHT, threads=3)
+
+
+def test_names_of_bars_do_not_overlap():
+    places = sorted(chart_svg.places_of_names([*chart_svg.NAMED, *"abc"]))
+    assert places[0] == 0
+    assert places[-1] == len(chart_svg.NAMED) + 2
+    assert all(later - earlier >= chart_svg.APART for earlier, later in itertools.pairwise(places))
+
+
+def test_the_headline_names_both_ends():
+    rows = [timm_row("a", 1, 1.0, 1.0), timm_row("b", 1, 4.0, 1.0), timm_row("b", 2, 2.0, 1.0)]
+    text = tables.headline(Result(MACHINE, rows))
+    assert "2.00× on 1 thread (1.00× `a` to 4.00× `b`), 2.00× on 2 threads (2.00× `b` to 2.00× `b`)" in text
