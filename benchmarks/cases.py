@@ -38,7 +38,8 @@ OPERATORS = {
 
 @dataclass(frozen=True)
 class OperatorCase:
-    """One call of an operator on a map [batch, channels, size, size]; "backward": the gradients of all its tensors."""
+    """One call of an operator on a map [batch, channels, size, width], the width being the size by default; "backward":
+    the gradients of all its tensors."""
 
     operator: str
     batch: int
@@ -49,11 +50,17 @@ class OperatorCase:
     dtype: str = "float32"
     direction: str = "forward"
     activation: str = "gelu"
+    width: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of the map."""
+        return self.batch, self.channels, self.size, self.size if self.width is None else self.width
 
     @property
     def name(self) -> str:
         text = (
-            f"{self.operator} {self.channels}x{self.size}x{self.size} k{self.kernel} b{self.batch} "
+            f"{self.operator} {self.channels}x{self.size}x{self.shape[3]} k{self.kernel} b{self.batch} "
             f"{self.dtype} {self.layout}"
         )
         return text if self.direction == "forward" else f"{text} {self.direction}"
@@ -83,7 +90,7 @@ class OperatorCase:
 
     @property
     def _elements(self) -> int:
-        return self.batch * self.channels * self.size**2
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -186,7 +193,10 @@ KINDS = {OperatorCase: "operator", LayerCase: "layer", ModelCase: "model", Train
 
 def parameters(case: Any) -> dict[str, Any]:
     """A case as plain data: its kind, and its fields."""
-    return {"kind": KINDS.get(type(case), "other"), **asdict(case)}
+    plain = {"kind": KINDS.get(type(case), "other"), **asdict(case)}
+    if isinstance(case, OperatorCase) and case.width is None:
+        del plain["width"]  # a square map, as results of record have it
+    return plain
 
 
 def itemsize(dtype: str) -> int:

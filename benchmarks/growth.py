@@ -49,7 +49,7 @@ def series(rows: Sequence[Row]) -> Iterator[Series]:
         start = parameters(base)
         for dimension in DIMENSIONS:
             fixed = {name: value for name, value in start.items() if name != dimension}
-            found = [row for row in rows if row.parameters and fixed.items() <= row.parameters.items()]
+            found = [row for row in rows if fixed.items() <= row.parameters.items() and "width" not in row.parameters]
             found.sort(key=lambda row: row.parameters[dimension])
             if len(found) >= LEAST_POINTS:
                 yield Series(base.operator, dimension, tuple(found))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from . import base, goals, progress
+from . import base, goals, own_shape, progress
 from .cases import Case
 from .machine import machine
 from .peers import CONTENDERS, DEFAULT_CONTENDERS, OURS
@@ -18,7 +18,7 @@ from .report_files import write_report
 from .results import Result, different, write_json
 from .runner import DEFAULT_SAMPLES, DEFAULT_SECONDS, LEAST_SAMPLES, Runner, run_cases
 from .suites import DEFAULT_SUITES, SUITES, suite
-from .text import positive
+from .text import chosen, positive
 
 RESULTS = "results.json"
 #: The second comes minutes after the first: what disturbed one half of the samples spared the other.
@@ -32,9 +32,10 @@ class CannotResume(ValueError):
 def main(argv: list[str] | None = None) -> int:
     """Returns 0; 1 where ours failed or was wrong, 2 for options that make no sense, 130 after Ctrl-C."""
     options = _parser().parse_args(argv)
-    cases = suite(options.suite, options.filter, quick=options.quick)
-    if not cases:
-        print(f"no case of {', '.join(options.suite)} has {options.filter!r} in its name", file=sys.stderr)
+    try:
+        cases = _cases(options)
+    except ValueError as error:
+        print(error, file=sys.stderr)
         return 2
     if options.list:
         print("\n".join(case.name for case in cases))
@@ -77,6 +78,28 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if all(m.passed for m in ours) else 1
 
 
+def _cases(options: argparse.Namespace) -> list[Case]:
+    """What is asked for; fills in what the options leave open.
+
+    Raises:
+        ValueError: where that is nothing, or contradicts itself.
+    """
+    own = own_shape.cases(options)
+    if own and (other := (options.suite and "--suite") or (options.base and "--base")):
+        raise ValueError(f"expected --shape or {other}, got both")
+    options.suite = options.suite or DEFAULT_SUITES
+    if own and options.out is None:
+        options.out = own_shape.FOLDER
+    cases = [case for case in own if options.filter in case.name]
+    if not own:
+        cases = suite(options.suite, options.filter, quick=options.quick)
+    if not cases:
+        raise ValueError(
+            f"no case of {'--shape' if own else ', '.join(options.suite)} has {options.filter!r} in its name"
+        )
+    return cases
+
+
 def runner_of(case: Case, options: argparse.Namespace, passes: int = 1) -> Runner:
     """Contenders of a case, and the samples of one pass."""
     names = options.peers or (goals.peers(case) if _of_record(options) else DEFAULT_CONTENDERS)
@@ -117,7 +140,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--suite",
         type=_suites,
-        default=DEFAULT_SUITES,
         metavar="NAME,NAME",
         help=f"what to measure (default: {','.join(DEFAULT_SUITES)})",
     )
@@ -164,21 +186,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--base", metavar="REV", help="build that commit beside, measure ours in both by turns, and say what changed"
     )
+    own_shape.add_arguments(parser)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser
 
 
-def _names(text: str, known: tuple[str, ...]) -> tuple[str, ...]:
-    names = known if text == "all" else tuple(name.strip() for name in text.split(",") if name.strip())
-    unknown = [name for name in names if name not in known]
-    if unknown or not names:
-        raise argparse.ArgumentTypeError(f"expected some of {', '.join(known)}, got {next(iter(unknown), text)!r}")
-    return names
-
-
 def _peers(text: str) -> tuple[str, ...]:
-    return _names(text, tuple(CONTENDERS))
+    return chosen(text, tuple(CONTENDERS))
 
 
 def _suites(text: str) -> tuple[str, ...]:
-    return _names(text, tuple(SUITES))
+    return chosen(text, tuple(SUITES))

@@ -14,6 +14,16 @@ def positive(text: str) -> int:
     return number
 
 
+def chosen(text: str, known: Sequence[str]) -> tuple[str, ...]:
+    """An option's names, each once: some of those known, with commas between, or ``all``. Raises argparse's error for
+    others."""
+    names = tuple(known) if text == "all" else tuple(name.strip() for name in text.split(",") if name.strip())
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise argparse.ArgumentTypeError(f"expected some of {', '.join(known)}, got {next(iter(unknown), text)!r}")
+    return tuple(dict.fromkeys(names))
+
+
 def markdown(headers: Sequence[str], lines: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
     """An aligned Markdown table, columns right-aligned but those in ``left``."""
     widths = [max(3, *(len(line[i]) for line in (headers, *lines))) for i in range(len(headers))]

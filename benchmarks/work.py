@@ -170,7 +170,7 @@ def _operator_work(case: OperatorCase) -> OperatorWork | BackwardWork:
         return (torch.randn(shape, generator=generator) / fan_in**0.5).to(dtype)
 
     channels, kernel = case.channels, case.kernel
-    shape = (case.batch, channels, case.size, case.size)
+    shape = case.shape
 
     def filters() -> Tensor:
         return random(channels, 1, kernel, kernel, fan_in=kernel**2)
