@@ -8,6 +8,7 @@
 # make gpu           on a GPU: checks and benchmarks of the CUDA and Triton kernels, Triton's tiles measured
 # make wheel         dist/*.whl, for any Python and any torch from 2.11 on; CUDA kernels in it where there is an nvcc
 # make sdist         dist/*.tar.gz, the sources
+# make docs          the documentation as a site, in build/site
 # make compat        that wheel in environments of several versions of torch, one for CUDA, made once (no GPU needed)
 #
 # Each makes .venv if there is none (versions: requirements*.txt) and builds for this machine when the sources changed; what
@@ -37,7 +38,7 @@ PYTEST = $(RUN) -m pytest $$($(RUN) -c "import xdist; print('-n auto --maxproces
 --no-loadscope-reorder')" 2>/dev/null)
 BUILD := $(RUN) csrc/build.py --out ffnet_kernels/lib --work build/native
 
-.PHONY: demo test test-all lint bench timm cuda gpu wheel sdist compat clean
+.PHONY: demo test test-all lint bench timm cuda gpu wheel sdist compat docs clean
 demo: $(READY)
 	@$(RUN) -m ffnet demo $(ARGS)
 
@@ -76,6 +77,10 @@ sdist: $(READY)
 compat: wheel
 	$(RUN) tools/compat.py dist/*.whl $(COMPAT_TORCH) --python $(PYTHON)
 
+# The docstrings are read from the sources, so nothing has to be built for it. The banner of its theme is silenced.
+docs: build/docs/.ready
+	NO_MKDOCS_2_WARNING=1 build/docs/bin/python -m mkdocs build --strict --quiet && echo "wrote build/site/index.html"
+
 # The CUDA kernels for the processor. Without them their tests skip, which says why.
 build/cuda_host/.built: $(READY) $(SOURCES)
 	@mkdir -p $(@D)
@@ -96,6 +101,10 @@ $(VENV)/.packages: requirements.txt
 build/timm/.ready:
 	$(PYTHON) -m venv build/timm
 	build/timm/bin/python -m pip install --disable-pip-version-check --no-compile $(TIMM_PACKAGES) && touch $@
+
+build/docs/.ready: requirements-docs.txt
+	$(PYTHON) -m venv build/docs
+	build/docs/bin/python -m pip install --disable-pip-version-check -r requirements-docs.txt && touch $@
 
 $(VENV)/.tools: requirements-dev.txt $(VENV)/.packages | $(VENV)/.ready
 	@$(call INSTALL,requirements-dev.txt)

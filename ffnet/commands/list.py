@@ -17,11 +17,19 @@ NUMBERS = 11  # characters of the columns of numbers
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser("list", help="the models with their parameters and multiply-adds")
     parser.add_argument("--task", choices=sorted({model_entry(name).task for name in list_models()}))
+    parser.add_argument(
+        "--markdown", action="store_true", help="as a table of Markdown, such as that of docs/models.md"
+    )
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     names = list_models(options.task)
+    if options.markdown:
+        print(f"| {' | '.join(HEAD)} |\n|{''.join('---|' if i in (0, 1, 6, 7) else '--:|' for i in range(len(HEAD)))}")
+        for row in map(_row, names):
+            print(f"| `{row[0]}` | {' | '.join(row[1:])} |", flush=True)
+        return 0
     known = [HEAD, *((name, entry.task, *[""] * 4, entry.published) for name in names for entry in [model_entry(name)])]
     widths = {i: max(len(row[i]) for row in known) for i in (0, 1, 6)}
     for row in itertools.chain([HEAD], map(_row, names)):
