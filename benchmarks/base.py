@@ -1,7 +1,7 @@
 """Measures another commit beside this one: builds it in a worktree, and takes samples of both by turns.
 
 Each commit has a process of its own, with its own library and packages under this commit's benchmarks, and the other
-commit has a second one: how far its two processes seem to differ tells what a difference means. No peers take part.
+commit has a second one: how far its two processes seem to differ tells what a difference means. No baselines take part.
 """
 
 from __future__ import annotations

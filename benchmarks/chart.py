@@ -70,14 +70,14 @@ def latency_chart(row: Row, path: Path, title: str) -> None:
 
 
 def speedup_chart(rows: Sequence[Row], path: Path, title: str) -> None:
-    """A line a case: the time over ours of every peer as a mark, and a bar up to the fastest of them.
+    """A line a case: the time over ours of every baseline as a mark, and a bar up to the fastest of them.
 
     Raises:
         ChartError: where matplotlib is missing or nothing was measured.
     """
     found = [(row, ratios) for row in rows if (ratios := _ratios(row))]
     if not found:
-        raise ChartError("no peer was measured beside ours, so there is no chart")
+        raise ChartError("no baseline was measured beside ours, so there is no chart")
     figure, axes = _bar_axes(len(found), title)
     for position, (_, ratios) in enumerate(found):
         least = min(ratios.values())
@@ -106,7 +106,7 @@ def speedup_chart(rows: Sequence[Row], path: Path, title: str) -> None:
     axes.set_xlim(min(0.7, 0.95 * min(min(ratios.values()) for _, ratios in found)), 1.1 * max(2, largest))
     axes.set_yticks(range(len(found)), _names([row for row, _ in found]), fontsize=8)
     axes.set_ylim(len(found) - 0.4, -0.6)  # first case on top
-    axes.set_xlabel("time over ours: right of the line ours is faster. Bar and number: the fastest peer (red: faster)")
+    axes.set_xlabel("time over ours: right of the line ours is faster. Bar, number: the fastest baseline (red: faster)")
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=5, frameon=False, fontsize=8, handletextpad=0.1)
     save(figure, path)
 

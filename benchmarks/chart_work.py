@@ -15,7 +15,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
 def roofline_chart(rows: Sequence[Row], roofs: Roofs | None, path: Path, title: str) -> None:
-    """GFLOP/s of ours (filled) and of the fastest peer (hollow) over operations per byte, a panel a dtype.
+    """GFLOP/s of ours (filled) and of the fastest baseline (hollow) over operations per byte, a panel a dtype.
 
     Raises:
         ChartError: where matplotlib or the roofs are missing, or nothing was measured.
@@ -40,7 +40,7 @@ def roofline_chart(rows: Sequence[Row], roofs: Roofs | None, path: Path, title: 
             axes.scatter(intensity, row.gflops(ours), s=30, marker=marker, color=color(OURS), zorder=3)
         for kind, marker in zip(kinds, MARKERS * len(kinds), strict=False):
             axes.scatter([], [], marker=marker, color=color(OURS), label=kind)
-        axes.scatter([], [], marker="o", fc="white", ec="#8d99ae", label="fastest peer, same mark")
+        axes.scatter([], [], marker="o", fc="white", ec="#8d99ae", label="fastest baseline, same mark")
         ends = [0.7 * min(r.flops / r.bytes for r in found), 1.5 * max(r.flops / r.bytes for r in found)]
         peak = roofs.gflops[dtype]
         for size, rate in (max(roofs.copies, key=lambda copy: copy[1]), roofs.copies[-1]):

@@ -1,9 +1,9 @@
 """``python -m benchmarks compare A.json B.json``: what changed, and what only seems to.
 
 A machine drifts between two runs, and some of its noise is of a run, not of a sample: where memory lay, who else ran.
-So ours is compared with the peers that were measured in the same rounds: a *score* is the logarithm of its time over
-the geometric mean of theirs, and a change is that of the median score. The peers' code is the same in both runs. How
-far each of them seems to change, measured against the others in just that way, is what nothing at all looks like on
+So ours is compared with the baselines of the same rounds: a *score* is the logarithm of its time over the geometric
+mean of theirs, and a change is that of the median score. The baselines' code is the same in both runs.
+How far each of them seems to change, measured against the others in just that way, is what nothing at all looks like on
 this machine: by half more than nearly all of these false changes has one of ours to change to be called significant.
 
 All cases of an operator, a direction and a dtype are also looked at together, by the same rule: where a single case
@@ -33,7 +33,7 @@ OWN_ERRORS = 4.0
 #: Standard error of a median over that of a mean, of normally distributed values.
 MEDIAN_OVER_MEAN = 1.2533
 #: Fewer false changes than this say too little of the machine, of cases and of groups (as many as are independent: of
-#: the peers of a round, one gains what others lose); so many cases make a group.
+#: the baselines of a round, one gains what others lose); so many cases make a group.
 LEAST_FALSE_CHANGES, LEAST_FALSE_GROUPS, LEAST_GROUP = 20, 3, 4
 COMPARABLE = ("processor", "threads", "torch", "runtimes")
 
@@ -74,8 +74,8 @@ class Comparison:
 
     Attributes:
         changes: in the order of the second result.
-        false: of peers against each other.
-        left_out: cases that are in one result only, or without a peer in both.
+        false: of baselines against each other.
+        left_out: cases that are in one result only, or without a baseline in both.
     """
 
     changes: list[Change]
@@ -141,8 +141,8 @@ def compare(before: Result, after: Result) -> Comparison:
             false += [_change(old, new, peer, [p for p in peers if p != peer]) for peer in peers]
     if len(false) < LEAST_FALSE_CHANGES:
         raise NotComparable(
-            f"only {len(false)} measurements of peers are in both results: {LEAST_FALSE_CHANGES} are needed to know "
-            "what the machine does by itself (two peers a case, or more cases)"
+            f"only {len(false)} measurements of baselines are in both results: {LEAST_FALSE_CHANGES} are needed to "
+            "know what the machine does by itself (two baselines a case, or more cases)"
         )
     measured = {change.case for change in changes}
     left_out = [name for name in dict.fromkeys((*rows, *(row.case for row in after.rows))) if name not in measured]
@@ -184,7 +184,7 @@ def _against(row: Row, contender: str, before: str) -> Change:
 
 
 def _scores(row: Row, contender: str, peers: Sequence[str]) -> list[float]:
-    """Round by round, the logarithm of its time over the geometric mean of the peers'."""
+    """Round by round, the logarithm of its time over the geometric mean of the baselines'."""
     found = [m for name in (contender, *peers) if (m := row.measurement(name)) is not None]
     logarithms = [[math.log(sample) for sample in m.samples_ms] for m in found]
     return [own - statistics.fmean(others) for own, *others in zip(*logarithms, strict=False)]
@@ -213,7 +213,7 @@ def report(comparison: Comparison) -> str:
         f"{'-' if limit is None else _percent(limit)}. Both limits come from {false}.",
     ]
     if comparison.left_out:
-        parts.append(f"not compared, for want of the case or of peers in both: {', '.join(comparison.left_out)}")
+        parts.append(f"not compared, for want of the case or of baselines in both: {', '.join(comparison.left_out)}")
     return "\n\n".join(part for part in parts if part)
 
 

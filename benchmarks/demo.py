@@ -220,7 +220,7 @@ def _text(result: Result, settings: Settings) -> str:
 def closing(row: Row) -> str:
     """What the table says of ours, and what to run next."""
     command = "make bench" if __package__ == "benchmarks" else "ffnet-kernels bench"
-    upcoming = f"Next: `{command}` measures every operator beside its peers, in minutes."
+    upcoming = f"Next: `{command}` measures every operator beside baselines, in minutes."
     if reason := native.cpu_library_error():
         return (
             f"There are no kernels here, so plain PyTorch ran as ours, too: {reason} (`ffnet-kernels info` says more)."

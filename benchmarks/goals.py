@@ -33,7 +33,7 @@ NOTES = (
 
 @dataclass(frozen=True)
 class Goal:
-    """Times as fast as the best peer; ``against`` names the only peer that counts, where there is one."""
+    """Times as fast as the best baseline; ``against`` names the only one that counts, where there is one."""
 
     must: float
     aim: float | None
@@ -69,11 +69,12 @@ def goal(case: Case) -> Goal | None:
 
 
 def peers(case: Case) -> tuple[str, ...]:
-    """The strongest peers of a case, so that the suite is done in minutes.
+    """The strongest baselines of a case, so that the suite is done in minutes.
 
     torch.compile is left out: its code calls the same convolutions as eager PyTorch, it was not the best of FFNet-1
-    in trials, and compiling takes longer than measuring all others. ``--peers all`` adds it. 16-bit filters of 31×31
-    are not run by eager PyTorch forward: it has to do without oneDNN there, and took hundreds of times OpenVINO's time.
+    in trials, and compiling takes longer than measuring all others. ``--baselines all`` adds it. 16-bit filters of
+    31×31 are not run by eager PyTorch forward: it has to do without oneDNN there, and took hundreds of times OpenVINO's
+    time.
     """
     if isinstance(case, OperatorCase) and case.dtype != "float32" and case.kernel > 7:
         return ("openvino",) if case.direction == "forward" else (NHWC,)

@@ -1,7 +1,7 @@
 """``python -m benchmarks gpu`` (``make gpu``): everything there is to do on a GPU, in parts that can be resumed.
 
 The most valuable part comes first. ``build`` compiles the CUDA library, ``selftest-*`` check a backend's kernels on
-small awkward shapes, ``parity-*`` at FFNet's own; ``headline`` times the operators that matter most beside their peers,
+small awkward shapes, ``parity-*`` at FFNet's own; ``headline`` times the operators that matter most beside baselines,
 ``bench`` the others; ``sanitize`` runs NVIDIA's sanitizer, ``tune`` measures Triton's tiles. Each part keeps a file
 with a row a step; what is there for the same sources and GPU is not done again. All goes into one file of results.
 """

@@ -115,7 +115,7 @@ def _finite(number: float) -> float | None:
 
 
 def operator_row(case: OperatorCase, device: torch.device, clock: Clock, *, backward: bool, samples: int = 30) -> Row:
-    """An operator, or all its gradients, beside its peers and a copy."""
+    """An operator, or all its gradients, beside baselines and a copy."""
     flops, moved = (2 * case.flops, backward_bytes(case)) if backward else (case.flops, case.bytes)
     work = operator_work(case, device)
     ours = [OnBackend(name, layout, stored=not backward) for name in BACKENDS for layout in ("nchw", "channels_last")]

@@ -1,4 +1,5 @@
-"""The contenders. A further one is an object with a name, ``unavailable`` and ``prepare``, added to `CONTENDERS`."""
+"""The contenders: ours and the baselines. A further one is an object with a name, ``unavailable`` and ``prepare``, in
+`CONTENDERS`."""
 
 from __future__ import annotations
 
@@ -123,5 +124,5 @@ CONTENDERS: dict[str, Contender] = {
         OpenVino(),
     )
 }
-#: Those that are installed take part; compiling longer than measuring is for who asks (``--peers``).
+#: Those that are installed take part; compiling longer than measuring is for who asks (``--baselines``).
 DEFAULT_CONTENDERS = (OURS, "eager nchw", "eager channels-last", "torch.compile", "onnxruntime", "openvino")

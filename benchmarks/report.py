@@ -17,10 +17,10 @@ HEADERS = (
     "contender", "median ms", "quartiles", "busy", "faults", "GFLOP/s", "GB/s", "of roof", "MiB", "error", "",
     "time / ours", "",
 )  # fmt: skip
-FASTER_PEER = "<- faster than ours"
+FASTER_BASELINE = "<- faster than ours"
 SLOWER, WRONG = "🔴", "❌"
 NOTES = (
-    "A number below a peer is the median, round by round, of its time over ours: below 1 it is faster than "
+    "A number below a baseline is the median, round by round, of its time over ours: below 1 it is faster than "
     f"ours, which is marked {SLOWER}. {WRONG} marks a result whose error is over the limit.",
     "Time is the median of samples taken in turn, in one process, with its quartiles; all contenders have the "
     "same dtype and threads, and a sample begins with untimed calls, once no other thread of the process runs. "
@@ -75,7 +75,7 @@ def kind_of(row: Row) -> str:
 
 
 def overview(rows: Sequence[Row], roofs: Roofs | None = None) -> str:
-    """A line a case: ours, and the time of each peer over ours."""
+    """A line a case: ours, and the time of each baseline over ours."""
     peers, shared = peers_of(rows, OURS), shared_words(rows)
     name = f"case ({shared.strip()})" if shared else "case"
     headers = (name, "ours ms", "quartiles", "GFLOP/s", "GB/s", "of roof", "MiB", "error", *peers)
@@ -102,7 +102,7 @@ def absences(rows: Sequence[Row]) -> list[str]:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """For each peer: cases, in how many of them ours is faster, and the geometric mean and extremes of the ratio."""
+    """For each baseline: cases, in how many of them ours is faster, the ratio's geometric mean and extremes."""
     lines = []
     for peer in peers_of(rows, OURS):
         ratios = [ratio for row in rows if (ratio := row.ratio(peer, OURS)) is not None]
@@ -206,5 +206,5 @@ def _line(row: Row, m: Measurement, roofs: Roofs | None) -> tuple[str, ...]:
         error_text(m),
         "ok" if m.passed else "WRONG",
         ratio_text(row, m),
-        FASTER_PEER if ratio is not None and ratio < 1 else "",
+        FASTER_BASELINE if ratio is not None and ratio < 1 else "",
     )

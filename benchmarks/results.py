@@ -254,7 +254,7 @@ def shared_words(rows: Sequence[Row]) -> str:
 
 
 def best_peer(row: Row, ours: str, against: str | None = None) -> str | None:
-    """The peer whose time over ours is least, or the one named; None where it or ours did not run."""
+    """The baseline whose time over ours is least, or the one named; None where it or ours did not run."""
     names = [against] if against else peers_of([row], ours)
     ratios = {name: ratio for name in names if (ratio := row.ratio(name, ours)) is not None}
     return min(ratios, key=lambda name: ratios[name], default=None)

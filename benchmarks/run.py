@@ -135,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"python -m {__package__} run",
         description="Measures operators, layers, models and training steps beside plain PyTorch and other runtimes.",
-        epilog=f"Suites: {', '.join(SUITES)}. Peers: {', '.join(name for name in CONTENDERS if name != OURS)}.",
+        epilog=f"Suites: {', '.join(SUITES)}. Baselines: {', '.join(name for name in CONTENDERS if name != OURS)}.",
     )
     parser.add_argument(
         "--suite",
@@ -151,7 +151,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--filter", default="", metavar="TEXT", help="only cases with this text in their name")
     parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
     parser.add_argument(
+        "--baselines",
         "--peers",
+        dest="peers",
         type=_peers,
         metavar="NAME,NAME",
         help=f"contenders beside ours, or 'all' (default: {','.join(DEFAULT_CONTENDERS[1:])}; suite 'record': by case)",

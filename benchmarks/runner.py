@@ -1,7 +1,7 @@
 """Measures contenders side by side: one process, alternating, every output checked against float64 in the same run.
 
 Ahead of each sample the runner waits until the process is quiet (`sampling`), then makes untimed calls: thread pools
-and caches are those of the contender that is measured, whoever ran before.
+and caches are those of the contender that is measured, no matter who ran before.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class Runner:
                     prepared.entries.append(Entry(contender.name, program, memory=memory))
             except Unsupported as refusal:
                 reason = str(refusal)
-            except Exception as failure:  # a peer may fail in any way; the others still count
+            except Exception as failure:  # a baseline may fail in any way; the others still count
                 reason = f"failed: {first_line(failure)}"
             prepared.reasons[contender.name] = reason
             bar.update()

@@ -38,7 +38,7 @@ def wait_until_quiet() -> bool:
     """Sleeps until no other thread of this process runs, and says whether it came to that.
 
     The threads of ONNX Runtime, OpenVINO and OpenMP spin for a while after each call, in wait of the next. On as many
-    cores as threads they would take the cores of whoever is measured next, and slow it down several times.
+    cores as threads they would take the cores of what is measured next, and slow it down several times.
     """
     end, quiet_looks = time.perf_counter() + LONGEST_WAIT, 0
     while time.perf_counter() < end:

@@ -196,7 +196,7 @@ def _ratio_text(ratio: float | None) -> str:
 
 
 def _against_best(row: Row, result: Result) -> tuple[str, str, str, str]:
-    """Our milliseconds, share of the roof, the fastest peer, and its time over ours."""
+    """Our milliseconds, share of the roof, the fastest baseline, and its time over ours."""
     ours, peer = row.measurement(OURS), best_peer(row, OURS)
     if ours is None:
         return ("-",) * 4

@@ -1,4 +1,4 @@
-"""Who runs a call: the preference order of backends, the override, and the explanation of a decision."""
+"""Backend selection: the preference order of backends, the override, and the explanation of a decision."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def row(case, **milliseconds):
 
 
 def test_a_run_keeps_its_results_report_and_charts(tmp_path, capsys):
-    assert main(["run", *ONE_CASE, "--peers", "eager nchw", "--out", str(tmp_path)]) == 0
+    assert main(["run", *ONE_CASE, "--baselines", "eager nchw", "--out", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert "| eager nchw " in text
     assert "torch.compile" not in text.split("## ", 1)[1]
@@ -124,7 +124,7 @@ def test_charts_say_what_is_missing(tmp_path, monkeypatch):
     path, case = tmp_path / "a.png", OperatorCase("depthwise_conv2d", 1, 8, 6, 3)
     with pytest.raises(chart.ChartError, match="nothing was measured"):
         chart.latency_chart(Row("case", 1, 1, (Measurement("ours", reason="absent"),)), path, "title")
-    with pytest.raises(chart.ChartError, match="no peer"):
+    with pytest.raises(chart.ChartError, match="no baseline"):
         chart.speedup_chart([row(case, ours=1.0)], path, "title")
     with pytest.raises(chart.ChartError, match="no roof"):
         chart_work.roofline_chart([row(case, ours=1.0)], None, path, "title")

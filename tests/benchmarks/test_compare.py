@@ -57,7 +57,7 @@ def test_a_fifth_more_time_is_found(seed):
 
 
 def test_all_cases_slower_at_once_are_found():
-    """The peers are what is compared with: a change of every case is no drift of the machine."""
+    """The baselines are what is compared with: a change of every case is no drift of the machine."""
     comparison = compare.compare(result(0), result(1, factors=[(case, 1.2) for case in range(30)]))
     assert len(cases_of(comparison.significant)) == 30
     assert [group.name for group in comparison.slower[-2:]] == ["layer float32", "model float32"]
@@ -108,7 +108,7 @@ def test_what_cannot_be_compared():
     other.machine["threads"] = "y"
     with pytest.raises(NotComparable, match="threads is 'x' and 'y'"):
         compare.compare(result(0), other)
-    with pytest.raises(NotComparable, match="only 0 measurements of peers"):
+    with pytest.raises(NotComparable, match="only 0 measurements of baselines"):
         compare.compare(result(0, peers=PEERS[:1]), result(1, peers=PEERS[:1]))
     fewer = result(1)
     del fewer.rows[4]

@@ -1,4 +1,4 @@
-"""Goals and their table, the peers they name, and memory's table."""
+"""Goals and their table, the baselines they name, and memory's table."""
 
 import json
 

@@ -16,7 +16,7 @@ from benchmarks.cases import OperatorCase
 from benchmarks.machine import machine
 from benchmarks.peers import OURS, AsTrained, Eager, TorchCompile
 from benchmarks.programs import Program
-from benchmarks.report import FASTER_PEER, SLOWER, WRONG, colored, overview, report, table
+from benchmarks.report import FASTER_BASELINE, SLOWER, WRONG, colored, overview, report, table
 from benchmarks.results import Measurement, Result, Row, merge, replacing, shared_words, write_json
 from benchmarks.roofs import Roofs
 from benchmarks.runner import Runner, run_cases
@@ -200,7 +200,7 @@ def test_torch_compile_says_why_it_is_absent(monkeypatch):
 
 def test_faster_peers_are_marked_and_kept(clock):
     lines = table(run(clock, Toy(OURS, clock, 2e-3), Toy("fast", clock, 1e-3), Toy("slow", clock, 3e-3))).splitlines()
-    assert [FASTER_PEER in line for line in lines[2:]] == [False, True, False]
+    assert [FASTER_BASELINE in line for line in lines[2:]] == [False, True, False]
     assert "0.50x" in lines[3]
     assert len({len(line) for line in lines}) == 1
 

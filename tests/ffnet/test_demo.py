@@ -43,7 +43,7 @@ def test_demo_on_its_own_photographs(tmp_path, capsys):
     text = capsys.readouterr().out
     for part in ("as trained", "china.jpg", "flower.jpg", "5/5", "weights are random", "mean nothing"):
         assert part in text
-    assert text.splitlines()[-1].endswith("Next: `make bench` measures every operator beside its peers, in minutes.")
+    assert text.splitlines()[-1].endswith("Next: `make bench` measures every operator beside baselines, in minutes.")
     result = json.loads((tmp_path / "out" / "demo.json").read_text())
     measurements = result["rows"][0]["measurements"]
     assert [m["contender"] for m in measurements] == ["ours", "eager nchw", "eager channels-last", "as trained"]

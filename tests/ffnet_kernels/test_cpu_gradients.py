@@ -94,7 +94,7 @@ def test_derivatives_over_the_line(isa, activation):
 
 @parity.every_isa
 @pytest.mark.parametrize("activation", ["relu", "relu6", "hardswish"])
-def test_a_slope_of_zero_stops_infinite_gradients(isa, activation):
+def test_a_derivative_of_zero_stops_infinite_gradients(isa, activation):
     """At NaN as PyTorch's vectors have it; its code for the rest of a row lets the gradient through in all three."""
     x = torch.tensor([-4.0, -3.0, 2.0, math.nan]).repeat(64).reshape(1, 1, 16, 16)
     grad = torch.full_like(x, math.inf)
