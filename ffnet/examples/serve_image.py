@@ -9,6 +9,7 @@ checkpoint is given, which makes no difference to either.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import shlex
@@ -145,7 +146,7 @@ def rows(options: argparse.Namespace, folder: Path) -> Iterator[Row]:
         def row(name: str, call: Callable[[Tensor], Tensor]) -> Row:
             times = sorted(milliseconds(lambda: call(x), options.runs))
             worst = (call(x)[0].softmax(0) - expected).abs().max().item()
-            return Row(name, statistics.median(times), times[int(0.9 * (len(times) - 1))], worst)
+            return Row(name, statistics.median(times), times[math.ceil(0.9 * (len(times) - 1))], worst)
 
         yield row("Python, plain PyTorch", model)
         yield row("Python, ffnet_kernels.optimize", ffnet_kernels.optimize(model))
