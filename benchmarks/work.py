@@ -123,7 +123,8 @@ class ModelWork:
     def fused(self) -> Program:
         # Outside inference mode, as users do it: what is made there are tensors of another kind.
         with torch.inference_mode(False), torch.no_grad():
-            model = copy.deepcopy(self.model).to(memory_format=MEMORY_FORMATS[self.layout])  # type: ignore[call-overload]
+            model = ffnet.reparameterize(self.model)  # as the other contenders
+            model = model.to(memory_format=MEMORY_FORMATS[self.layout])  # type: ignore[call-overload]
             return Program(ffnet_kernels.optimize(model), self._inputs(self.layout), self.layout)
 
     def as_trained(self, layout: str) -> Program:
