@@ -138,7 +138,7 @@ def _is_of_library(module: str) -> bool:
 def is_library(kind: type) -> bool:
     """Whether a class of modules, with all that it is derived from, is one of those taken for what they are."""
     return all(
-        cls.__module__ in _PLAIN_BASES
+        (cls.__module__ in _PLAIN_BASES and _home_of(cls) in _HOMES)
         or (_is_of_library(cls.__module__) and not any(is_foreign(value) for value in vars(cls).values()))
         for cls in kind.__mro__
     )
@@ -185,7 +185,7 @@ def is_foreign(value: Any) -> bool:
             owner = None if kind is value else getattr(value, "__self__", None)  # of a bound method
             if inspect.ismethod(value) or isinstance(owner, type):
                 kind = owner if isinstance(owner, type) else type(owner)
-            if _home(kind.__module__) not in _HOMES:
+            if _home_of(kind) not in _HOMES:
                 return True
             waiting += [] if isinstance(value, type) else _parts(value)
     return False
@@ -209,6 +209,14 @@ def _closed_over(function: Any) -> list[Any]:
 
 def _home(module: Any) -> str:
     return str(module).partition(".")[0]
+
+
+def _home_of(kind: type) -> str:
+    """Python calls what `exec` defines builtin, too, but makes its own types otherwise."""
+    return "exec" if kind.__module__ == "builtins" and kind.__flags__ & _ON_THE_HEAP else _home(kind.__module__)
+
+
+_ON_THE_HEAP = 1 << 9  # Py_TPFLAGS_HEAPTYPE
 
 
 def _copy_containers(value: Any) -> Any:

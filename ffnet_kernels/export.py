@@ -16,9 +16,10 @@ from . import dynamo, kernels, patterns
 from .backends import choice
 from .capture import NotCapturable, capture
 from .normalize import normalize
-from .optimize import difference, plainly, require_module
+from .optimize import plainly, require_module
 from .program import Constants, lower
 from .shapes import Node
+from .trial import difference
 
 
 def export(

@@ -574,3 +574,41 @@ def test_strides_of_the_gradient(weights, lay_out, kernel):
             x.register_hook(lambda grad, seen=seen: seen.append(grad.stride()))
             one(x).sum().backward()
         assert seen[0] == seen[1]
+
+
+EXECUTED = """
+class Counting(nn.Module):
+    calls = 0
+
+    def forward(self, x):
+        type(self).calls += 1
+        return x * 2
+
+class Twice:
+    def __call__(self, x, *args, **kwargs):
+        return x * 2
+"""
+
+
+def executed():
+    """Classes that have no module but Python's own."""
+    scope = {"nn": nn}
+    exec(EXECUTED, scope)
+    assert scope["Counting"].__module__ == "builtins"
+    return scope["Counting"], scope["Twice"]
+
+
+def test_classes_without_a_module():
+    counting, _ = executed()
+    models = pair(nn.Sequential(*block(8, 8, 7, 8), counting()).eval())
+    alike(models)
+    assert counting.calls == 6  # three of each
+    assert not runs_a_program(models[0])
+
+
+def test_patches_of_classes_without_a_module():
+    models = pair(net())
+    alike(models)
+    for model in models:
+        model[2].forward = executed()[1]()
+    alike(models)
