@@ -1,7 +1,6 @@
 """The kernel benchmark suite: ``python -m benchmarks`` lists its commands.
 
-``cases`` and ``suites`` say what is measured; ``work`` and ``training`` build it as ``programs``; ``peers`` and
-``runtimes`` are the contenders; ``runner`` times them under the ``roofs`` that it measures. ``results`` is what comes
-of it, read by ``report``, ``growth``, ``compare``, ``goals`` and the charts. Names that begin with ``gpu`` do the same
-on a GPU.
+``cases`` says what is measured, and which cases together; ``work`` builds it and ``contenders`` compute it; ``runner``
+times them, by the clock of the processor or that of `gpu`, under the roofs that it measures. ``results`` is what comes
+of it, read by ``report``, ``charts``, ``compare``, ``goals`` and ``tables``.
 """

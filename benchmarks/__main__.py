@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib
 import sys
 
-from .heap import restart_with_plain_heap
+from .memory import restart_with_plain_heap
 
 #: What each command does, and the module whose ``main(arguments)`` does it.
 COMMANDS = {
     "demo": ("classify photographs with every way to run a model, and time them side by side", "demo"),
     "run": ("measure a suite, or operators on a shape of yours, beside baselines", "run"),
-    "report": ("tables and charts of results", "report_files"),
+    "report": ("tables and charts of results", "report"),
     "compare": ("say which cases changed between two results", "compare"),
     "goals": ("hold results of the suite 'record' against what was set as their goals", "goals"),
     "memory": ("peak memory of whole models, each in a fresh process", "memory"),

@@ -8,8 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from .peers import CONTENDERS, DEFAULT_CONTENDERS
-from .suites import suite
+from .cases import suite
+from .contenders import CONTENDERS, DEFAULT_CONTENDERS
 from .work import build
 
 

@@ -18,14 +18,12 @@ from ffnet import FFNet, create_model, list_models, load_checkpoint
 from ffnet.preprocess import load_image, preprocess
 from ffnet_kernels import native
 
-from .cases import ModelCase
-from .chart import ChartError, latency_chart
-from .machine import machine, machine_line
-from .peers import OURS, AsTrained, Contender, Eager, Ours, TorchCompile
-from .report import busy_text, error_text, ratio_text
-from .results import Result, Row, write_json
+from .cases import ModelCase, positive
+from .charts import ChartError, latency_chart
+from .contenders import CONTENDERS, OURS, AsTrained, Contender
+from .report import busy_text, error_text, markdown, ratio_text
+from .results import Result, Row, machine, machine_line, write_json
 from .runner import Outcome, Runner
-from .text import markdown, positive
 from .work import ModelWork
 
 SEED = 0
@@ -159,13 +157,9 @@ def _batches(photographs: Tensor, batch: int) -> list[Tensor]:
 
 
 def _contenders(settings: Settings) -> list[Contender]:
-    contenders: list[Contender] = [
-        Ours(),
-        Eager("eager nchw", "nchw"),
-        Eager("eager channels-last", "channels_last"),
-        AsTrained(),
-    ]
-    return [*contenders, TorchCompile()] if settings.compile else contenders
+    names = (OURS, "eager nchw", "eager channels-last", "torch.compile")
+    *contenders, compiled = [CONTENDERS[name] for name in names]
+    return [*contenders, AsTrained(), *([compiled] if settings.compile else [])]
 
 
 def _predictions(

@@ -11,12 +11,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from .cases import Case, LayerCase, ModelCase, OperatorCase, TrainingCase
-from .machine import machine_line
-from .peers import OURS
-from .results import Result, Row, best_peer, merge, write_json
-from .suites import LARGE_FILTERS, suite
-from .text import markdown
+from .cases import LARGE_FILTERS, Case, LayerCase, ModelCase, OperatorCase, TrainingCase, suite
+from .contenders import OURS
+from .report import markdown
+from .results import Result, Row, best_peer, machine_line, merge, write_json
 
 SAMPLES = 9  # of each contender: the suite has hundreds of cases
 NHWC, NCHW = "eager channels-last", "eager nchw"

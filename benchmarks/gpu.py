@@ -9,12 +9,17 @@ with a row a step; what is there for the same sources and GPU is not done again.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import gc
 import hashlib
 import itertools
 import json
+import math
 import os
+import shutil
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,29 +28,48 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch._functorch.config
+from torch import Tensor
 
 import ffnet_kernels
+from ffnet_kernels import native
 from ffnet_kernels.backends import choice
 from ffnet_kernels.backends.triton import configs, tune
 from ffnet_kernels.selftest import cases as selftest_cases
-from ffnet_kernels.selftest import moved
+from ffnet_kernels.selftest import error_limit, incoming_gradient, moved, poisoned_memory
 
-from . import gpu_processes
-from .cases import OPERATORS, ModelCase, OperatorCase
-from .gpu_contenders import is_ours
-from .gpu_report import summary, table
-from .gpu_timing import check, model_row, operator_row, operator_work, training_row
-from .machine import machine
-from .progress import INTERRUPTED
-from .report import error_text
-from .results import Result, replacing, write_json
-from .suites import LAYOUTS
+from .cases import DIRECTIONS, LAYOUTS, OPERATORS, ModelCase, OperatorCase, TrainingCase
+from .contenders import (
+    BACKENDS,
+    COMPILED,
+    CUDNN,
+    CUDNN_NCHW,
+    EAGER,
+    EAGER_NCHW,
+    Contender,
+    Copy,
+    Cudnn,
+    Eager,
+    OnBackend,
+    Ours,
+    SubquadraticOps,
+    TorchCompile,
+    is_ours,
+)  # fmt: skip
+from .report import error_text, gpu_summary, gpu_table
+from .results import Result, Row, machine, replacing, write_json
+from .runner import INTERRUPTED, Entry, Runner, largest_error
+from .work import OperatorWork, Work, build, differentiated, mapped
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCH_BATCH = 128
 HEADLINE_STAGES, HEADLINE_OPERATORS = tune.STAGES[:2], ("ffnified_attention", "depthwise_conv2d")
 NARROW = (torch.bfloat16, torch.float16)
 MODEL = ModelCase("ffnet_2", BENCH_BATCH, dtype="bfloat16")
+TRAINING = TrainingCase("ffnet_2", BENCH_BATCH, autocast=True)
+WARM_UP = 3
+#: Those of torch.compile(mode="max-autotune") but for CUDA graphs, which would copy an operator's inputs in every call.
+MAX_AUTOTUNE = {"max_autotune": True, "coordinate_descent_tuning": True}
 
 #: Steps whose kernels are compiled together, on all processors: one by one in their first calls it would take long.
 CHUNK = 64
@@ -77,16 +101,255 @@ class RebuiltError(Exception):
     """The CUDA library is another than the one that this process has loaded."""
 
 
+class GpuClock(NamedTuple):
+    """How `Runner` measures a GPU.
+
+    Attributes:
+        milliseconds: of a call, caches being cold.
+        graphs: on a GPU as CUDA graphs, so that no gaps between a contender's kernels are timed.
+    """
+
+    milliseconds: tune.Clock
+    device: torch.device
+    graphs: bool = False
+    timer: Callable[[], float] = time.monotonic
+
+    @contextlib.contextmanager
+    def mode(self, work: Work) -> Iterator[None]:
+        # Compiled backward passes run more than once, so their buffers are not theirs to give away.
+        again = isinstance(work, OperatorWork) and not work.inference
+        with torch.no_grad(), torch._functorch.config.patch(donated_buffer=not again):
+            yield
+
+    def first_call(self, entry: Entry) -> None:
+        for _ in range(WARM_UP):
+            self.milliseconds(entry.call)
+
+    def warm_up(self, entry: Entry) -> None:
+        if self.graphs and self.device.type == "cuda":
+            entry.call, how = captured(entry.call, self.device)
+            entry.detail += how
+
+    def sample(self, entry: Entry) -> None:
+        entry.samples_ms.append(round(self.milliseconds(entry.call), 6))
+
+    def why(self, failure: Exception) -> str:
+        tune.check_alive(self.device)
+        return tune.describe(failure)
+
+
+def captured(run: Callable[[], Any], device: torch.device) -> tuple[Callable[[], Any], str]:
+    """A CUDA graph of what runs; or what runs, and why there is no graph of it."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            run()
+        graph.replay()
+        torch.cuda.synchronize(device)
+    except Exception as failure:  # such as one that synchronises
+        tune.check_alive(device)
+        return run, f"; without a CUDA graph: {tune.describe(failure)}"
+    return graph.replay, ""
+
+
+def operator_work(case: OperatorCase, device: torch.device) -> OperatorWork:
+    """As `build` makes it, on the device; the numbers are the same in every dtype and layout but for rounding."""
+    plain, dtype = _built(replace(case, dtype="float32", layout="nchw")), getattr(torch, case.dtype)
+    arguments, incoming = mapped(lambda t: t.to(device, dtype), (plain.arguments, plain.incoming))
+    return replace(plain, arguments=arguments, incoming=incoming, layout=case.layout)
+
+
+@functools.lru_cache(maxsize=1)  # random numbers take the CPU longer than all that is done with them takes the GPU
+def _built(case: OperatorCase) -> OperatorWork:
+    return build(case)
+
+
+def check(backend: str, operator: str, args: tuple) -> dict[str, Any]:
+    """A backend's kernels against float64: the output and the gradients of all tensors.
+
+    Args:
+        args: as in the operator's schema, on the device where it is to run.
+
+    Returns:
+        ``passed``, and for each result its largest absolute error and the limit of that.
+    """
+    spec = ffnet_kernels.ops.OPERATORS[operator]
+    tensors = [name for name, value in zip(spec.names, args, strict=True) if isinstance(value, Tensor)]
+
+    def results(function: Callable[..., Tensor], args: tuple) -> dict[str, Tensor]:
+        output, backward = differentiated(function, args, grad)
+        return {"output": output.detach(), **dict(zip(tensors, backward(), strict=True))}
+
+    with torch.no_grad():
+        grad = incoming_gradient(spec.reference(*args))
+    expected, eager = results(spec.reference, mapped(Tensor.double, args)), results(spec.reference, args)
+    with poisoned_memory():
+        got = results(functools.partial(spec.on, backend), args)
+    errors = {name: largest_error(got.pop(name), result) for name, result in expected.items()}
+    limits = {name: error_limit(result, eager[name]) for name, result in expected.items()}
+    finite = {name: [n if math.isfinite(n) else None for n in (errors[name], limits[name])] for name in errors}
+    return {"passed": all(error <= limits[name] for name, error in errors.items()), "errors": finite}  # NaN: false
+
+
+def operator_row(case: OperatorCase, device: torch.device, clock: tune.Clock, samples: int = 30) -> Row:
+    """An operator, or all its gradients, beside baselines and a copy."""
+    work, forward = operator_work(case, device), case.direction == "forward"
+    ours = [OnBackend(f"{b} {layout.replace('_', '-')}", layout, b) for b in BACKENDS for layout in reversed(LAYOUTS)]
+    cudnn, fourier = [Cudnn(CUDNN_NCHW, "nchw"), Cudnn(CUDNN, "channels_last")], SubquadraticOps()
+    compiled = TorchCompile(COMPILED, arguments={"options": MAX_AUTOTUNE}, device=device.type, gradients=True)
+    contenders: list[Contender] = [
+        *(one for one in ours if one.unavailable() is None), Eager(EAGER_NCHW, "nchw"), Eager(EAGER, "channels_last"),
+        *(one for one in cudnn if forward and one.differs(work)), compiled, Copy(bytes=case.bytes, device=device),
+        *([fourier] if fourier.takes(work) else []),
+    ]  # fmt: skip
+    row = Runner(contenders, samples, clock=GpuClock(clock, device, graphs=forward)).run(case, work).row
+    # Its contenders have layouts of their own.
+    parameters = {name: value for name, value in row.parameters.items() if name != "layout"}
+    return replace(row, case=_operator_name(case), parameters=parameters)
+
+
+def _operator_name(case: OperatorCase) -> str:
+    return f"{replace(case, direction='forward').name.removesuffix(f' {case.layout}')} {case.direction}"
+
+
+def model_row(case: ModelCase, device: torch.device, clock: tune.Clock, samples: int = 10) -> Row:
+    """Inference of a model, on the backends that are chosen by themselves."""
+    built = build(case)
+    work = replace(built, model=built.model.to(device), batches=[batch.to(device) for batch in built.batches])
+    options = {**MAX_AUTOTUNE, "triton.cudagraphs": True}
+    contenders = [Ours(), Eager(EAGER_NCHW, "nchw"), Eager(EAGER, "channels_last")]
+    contenders += [TorchCompile(COMPILED, arguments={"options": options}, device=device.type)]
+    row = Runner(contenders, samples, clock=GpuClock(clock, device)).run(case, work).row
+    return replace(row, case=f"{case.name} inference")
+
+
+def training_row(case: TrainingCase, device: torch.device, clock: tune.Clock, samples: int = 5) -> Row:
+    """A training step without the optimizer; torch.compile has the model, the step around it as it is."""
+    built = build(case)
+    work = replace(built, model=built.model.to(device), batch=built.batch.to(device), gradients=False)
+    compiled = TorchCompile(COMPILED, arguments={"options": MAX_AUTOTUNE}, device=device.type, gradients=True)
+    contenders = [Ours(), Eager(EAGER, "channels_last"), compiled]
+    return Runner(contenders, samples, clock=GpuClock(clock, device)).run(case, work).row
+
+
+SANITIZER = "compute-sanitizer"
+
+#: Tools, and the cases of the self-test that they watch: they slow kernels down by a factor of 10 to 100.
+SANITIZED = (("memcheck", "k=3 "), ("racecheck", "k=3 "), ("memcheck", "k=31 "), ("racecheck", "k=31 "))
+LONGEST = 90.0  # seconds of one of them
+
+#: How the texts begin that say why there is no CUDA library where nothing is wrong with it.
+NOT_WANTED = ("no CUDA compiler", "left out by", "no working C++ compiler", "ninja is not installed")
+
+
+def library_state() -> tuple[int, int] | None:
+    """Tells one build of the CUDA library from another; None where there is none."""
+    try:
+        found = (native.library_dir() / native.CUDA_LIBRARY).stat()
+    except FileNotFoundError:
+        return None
+    return found.st_mtime_ns, found.st_size
+
+
+def build_libraries(device: torch.device, seconds: float) -> dict[str, Any] | None:
+    """Brings the libraries up to date with their sources, that of CUDA for this GPU only, unless ``FFNET_CUDA_ARCHS``
+    says otherwise or there is one already that runs on it. Returns a row; None where time was up."""
+    folder = native.library_dir()
+    if os.environ.get("FFNET_KERNELS_LIBRARY_DIR"):
+        return {"passed": True, "skipped": "FFNET_KERNELS_LIBRARY_DIR names the libraries"}
+    architectures = wanted_architectures(torch.cuda.get_device_capability(device), built_architectures(folder))
+    command = [sys.executable, ROOT / "csrc" / "build.py", "--out", folder, "--work", ROOT / "build" / "native"]
+    finished = finish(command, seconds, {"FFNET_CUDA_ARCHS": architectures})
+    if finished is None:
+        return None
+    code, output = finished
+    row: dict[str, Any] = {"passed": code == 0, "architectures": architectures}
+    if code != 0 and "no native kernels" not in output:  # refused before anything was built
+        return {**row, "error": output}
+    missing = json.loads((folder / "build_record.json").read_text())["missing"].get(native.CUDA_LIBRARY)
+    if missing is None:
+        return row
+    if missing.startswith(NOT_WANTED):
+        return {**row, "passed": True, "skipped": missing}
+    return {**row, "passed": False, "error": f"{missing}\n{output}"}
+
+
+def wanted_architectures(capability: tuple[int, int], built: Sequence[int]) -> str:
+    """What is to be in ``FFNET_CUDA_ARCHS``. Machine code runs on every later minor of its major version."""
+    major, minor = capability
+    if "FFNET_CUDA_ARCHS" in os.environ:
+        return os.environ["FFNET_CUDA_ARCHS"]
+    if any(number // 10 == major and number % 10 <= minor for number in built):
+        return ",".join(map(str, built))
+    return f"{major}{minor}"
+
+
+def built_architectures(folder: Path) -> list[int]:
+    try:
+        return json.loads((folder / "build_record.json").read_text())["cuda"]["architectures"]
+    except (OSError, ValueError, KeyError):
+        return []
+
+
+def sanitize(tool: str, text: str, seconds: float) -> dict[str, Any] | None:
+    """A row: whether the CUDA kernels pass the self-test's cases with this text in their names without a finding of the
+    sanitizer; None where time was up."""
+    reason = choice.why_unavailable("cuda") or why_no_sanitizer()
+    if reason is not None:
+        return {"passed": True, "skipped": reason}
+    begun = time.monotonic()
+    command = [_sanitizer(), "--tool", tool, "--error-exitcode", "86", "--kernel-name", "kns=ffnet", sys.executable]
+    command += ["-m", "ffnet_kernels", "selftest", "--backend", "cuda", "--filter", text]
+    # Blocks of memory end where tensors end only where torch does not keep and divide them.
+    finished = finish(command, min(seconds, LONGEST), {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+    if finished is None:
+        late = seconds > LONGEST
+        return {"passed": False, "error": f"not finished after {LONGEST:.0f} s"} if late else None
+    code, output = finished
+    took = {"seconds": round(time.monotonic() - begun, 1)}
+    return {"passed": True, **took} if code == 0 else {"passed": False, **took, "error": output}
+
+
+def why_no_sanitizer() -> str | None:
+    return None if _sanitizer() else f"{SANITIZER} is not there (looked on the path and in CUDA's folder)"
+
+
+def _sanitizer() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    return shutil.which(SANITIZER) or shutil.which(SANITIZER, path=f"{home}/bin")
+
+
+def finish(command: Sequence[object], seconds: float, environment: dict[str, str]) -> tuple[int, str] | None:
+    """The exit code of a process and the end of what it printed; None where it was not done in time.
+
+    It is ended together with its children: ninja and the sanitizer have some.
+    """
+    process = subprocess.Popen(
+        [str(word) for word in command], cwd=ROOT, env={**os.environ, **environment}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    try:
+        output, _ = process.communicate(timeout=max(0.0, seconds))
+    except BaseException as event:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        if isinstance(event, subprocess.TimeoutExpired):
+            return None
+        raise
+    return process.returncode, output[-1200:].strip()
+
+
+_LOADED = library_state()
+
+
 def build_steps(session: Session) -> Iterator[Step]:
-    yield Step("library", lambda: gpu_processes.build(session.device, session.deadline - time.monotonic()))
+    yield Step("library", lambda: build_libraries(session.device, session.deadline - time.monotonic()))
     yield Step("info", _info)
 
 
-_LOADED = gpu_processes.library_state()
-
-
 def _info() -> dict[str, Any]:
-    if gpu_processes.library_state() != _LOADED:
+    if library_state() != _LOADED:
         raise RebuiltError
     return {"passed": True, "info": ffnet_kernels.info()}
 
@@ -167,46 +430,43 @@ def _jobs(case: OperatorCase, backward: bool, session: Session) -> list[Callable
 
 def check_parity(backend: str, case: OperatorCase, device: torch.device) -> dict[str, Any]:
     work = operator_work(case, device)
-    return check(backend, case.operator, work.plain(case.layout).inputs[0])
+    return check(backend, case.operator, work.checked(case.layout))
 
 
 def sanitize_steps(session: Session) -> Iterator[Step]:
-    for tool, text in gpu_processes.SANITIZED:
+    for tool, text in SANITIZED:
         yield Step(f"{tool} {text.strip()}", functools.partial(_sanitize, tool, text, session))
 
 
 def _sanitize(tool: str, text: str, session: Session) -> dict[str, Any] | None:
-    return gpu_processes.sanitize(tool, text, session.deadline - time.monotonic())
+    return sanitize(tool, text, session.deadline - time.monotonic())
 
 
 def headline_steps(session: Session) -> Iterator[Step]:
     for stage, operator in itertools.product(HEADLINE_STAGES, HEADLINE_OPERATORS):
-        yield _operator_step(operator, stage, False, session)
+        yield _operator_step(operator, stage, "forward", session)
 
 
 def bench_steps(session: Session) -> Iterator[Step]:
     headline = {step.name for step in headline_steps(session)}
-    for stage, backward, operator in itertools.product(tune.STAGES, (False, True), OPERATORS):
-        step = _operator_step(operator, stage, backward, session)
+    for stage, direction, operator in itertools.product(tune.STAGES, DIRECTIONS, OPERATORS):
+        step = _operator_step(operator, stage, direction, session)
         if step.name not in headline:
             yield step
     yield Step(f"{MODEL.name} inference", functools.partial(_plain_row, model_row, MODEL, session))
-    yield Step(f"{MODEL.name} training step", functools.partial(_plain_row, training_row, MODEL, session))
+    yield Step(TRAINING.name, functools.partial(_plain_row, training_row, TRAINING, session))
 
 
-def _operator_step(operator: str, stage: tuple[int, int, int], backward: bool, session: Session) -> Step:
-    channels, size, kernel = stage
-    case = OperatorCase(operator, BENCH_BATCH, channels, size, kernel, dtype="bfloat16")
-    run = functools.partial(_plain_row, operator_row, case, session, backward=backward)
-    both = [replace(case, layout=layout) for layout in LAYOUTS]
-    jobs = [job for one in both for way in sorted({False, backward}) for job in _jobs(one, way, session)]
-    name = case.name.removesuffix(f" {case.layout}")
-    return Step(f"{name} {'backward' if backward else 'forward'}", run, jobs)
+def _operator_step(operator: str, stage: tuple[int, int, int], direction: str, session: Session) -> Step:
+    case = OperatorCase(operator, BENCH_BATCH, *stage, dtype="bfloat16", direction=direction)
+    ways = sorted({False, direction == "backward"})
+    jobs = [job for layout in LAYOUTS for way in ways for job in _jobs(replace(case, layout=layout), way, session)]
+    return Step(_operator_name(case), functools.partial(_plain_row, operator_row, case, session), jobs)
 
 
-def _plain_row(measure: Callable, case: Any, session: Session, **options: Any) -> dict[str, Any]:
-    row = measure(case, session.device, session.clock, **options)
-    plain = json.loads(Result({}, [row]).to_json())["rows"][0]
+def _plain_row(measure: Callable, case: Any, session: Session) -> dict[str, Any]:
+    row = measure(case, session.device, session.clock)
+    plain = Result({}, [row]).to_plain()["rows"][0]
     wrong = [m for m in row.measurements if is_ours(m.contender) and not m.passed]
     texts = [f"{m.contender}: {m.reason or f'error {error_text(m)}'}" for m in wrong]
     return {"passed": not wrong, **({"error": "; ".join(texts)} if wrong else {}), "row": plain}
@@ -348,8 +608,8 @@ def run(options: argparse.Namespace, device: torch.device) -> int:
     result = merged(options.work, header, device)
     path = options.out / f"gpu-{configs.device_name(device)}.json"
     write_json(result, path)
-    text, failed = summary(result, left)
-    print(f"\n{text}\nwrote {path}\n\n{table(result)}")
+    text, failed = gpu_summary(result, left)
+    print(f"\n{text}\nwrote {path}\n\n{gpu_table(result)}")
     return INTERRUPTED if ended else int(failed)
 
 

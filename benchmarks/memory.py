@@ -1,45 +1,101 @@
-"""Peak memory of FFNet-1, FFNet-Seg and FFNet-SR, ours against eager PyTorch: ``python -m benchmarks memory``.
+"""Memory: what is asked of the heap ahead of measuring, what a call takes, and peak memory of FFNet-1, FFNet-Seg and
+FFNet-SR, ours against eager PyTorch: ``python -m benchmarks memory``. Importing it imports no torch.
 
-Each contender runs in a fresh process. There the model and its input are made and the resident high-water mark is set
-to what is resident. After some calls the mark, VmHWM, says how much was resident at most; ``calls`` is what that is
-above the state before the first of them: maps, packed weights, gradients, scratch memory, and code that is paged in.
-Time is not measured, and the processes run one by one.
+An output that is fresh memory in every call costs its page faults, maybe more than the call itself. Whether it is so
+depends on where earlier blocks happened to lie, for one contender and not for another: the heap decides who is fast.
+
+The command runs each contender in a fresh process. There the model and its input are made and the resident high-water
+mark is set to what is resident. After some calls the mark, VmHWM, says how much was resident at most; ``calls`` is what
+that is above the state before the first of them: maps, packed weights, gradients, scratch memory, and code that is
+paged in. Time is not measured, and the processes run one by one.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import functools
 import gc
 import json
+import os
+import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from .cases import Case, ModelCase, TrainingCase
-from .high_water import MIB, reset_peak, resident
-from .machine import machine, machine_line
-from .peers import CONTENDERS, OURS
-from .text import markdown
-from .work import build
-
-CASES: tuple[Case, ...] = (
-    ModelCase("ffnet_1", 8),
-    ModelCase("ffnet_1", 8, dtype="bfloat16"),
-    TrainingCase("ffnet_1", 4),
-    ModelCase("ffnet_seg_ade20k", 1, 512),
-    ModelCase("ffnet_seg_ade20k", 1, 1024),
-    ModelCase("ffnet_sr_light", 1, 360, width=640),
-    TrainingCase("ffnet_1", 4, autocast=True),
-)
-NAMES = (OURS, "eager nchw", "eager channels-last")
+MIB = 2**20
 CALLS = 3
+#: Before 2.38, an aligned block, as torch asks for, can rarely be cut from the one that an equal block left: the few
+#: bytes beside it are kept for reuse by themselves, and do not join it. The heap grows with every call. Without such
+#: keeping, small blocks join their neighbours at once. Read when a process starts.
+JOINED_AT_ONCE = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
+MENDED_IN = (2, 38)
 
 
-def measure(case: Case, contender: str) -> dict[str, int]:
+def restart_with_plain_heap() -> None:
+    """Starts this very command again with `JOINED_AT_ONCE`, where the C library needs it and has not been told."""
+    library, version = platform.libc_ver()
+    given = os.environ.get("GLIBC_TUNABLES", "")
+    if library != "glibc" or "glibc.malloc.tcache_count" in given:
+        return
+    if tuple(int(part) for part in version.split(".")[:2]) < MENDED_IN:
+        os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (given, JOINED_AT_ONCE)))
+        os.execv(sys.executable, sys.orig_argv)
+
+
+@functools.cache
+def keep_freed_memory() -> bool:
+    """Asks the C library to keep freed blocks of up to 32 MiB, however many, and says whether it will."""
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of glibc's malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    return bool(mallopt(mmap_threshold, 32 << 20) and mallopt(trim_threshold, -1))  # -1: never given back
+
+
+class MemoryUnknown(RuntimeError):
+    """The system does not tell; the text says why."""
+
+
+def reset_peak() -> None:
+    """Gives freed memory back (malloc_trim), and makes what is resident the high-water mark (5 into clear_refs)."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, AttributeError) as error:
+        raise MemoryUnknown(f"the high-water mark cannot be set back here: {error}") from error
+
+
+def resident(field: str) -> int:
+    """A line of /proc/self/status, in bytes: VmRSS is resident now, VmHWM was at most."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return 1024 * int(line.split()[1])
+    raise MemoryUnknown(f"/proc/self/status has no {field}")
+
+
+def most_during(call: Callable[[], object]) -> int | None:
+    """Bytes that a call takes at most beyond what is resident before it, its result among them; None where the system
+    does not tell. To some pages."""
+    try:
+        reset_peak()
+        before = resident("VmRSS")
+        call()
+        return max(0, resident("VmHWM") - before)
+    except (MemoryUnknown, OSError):
+        return None
+
+
+def measure(case: Any, contender: str) -> dict[str, int]:
     """Bytes in this very process: resident ahead of the first call, and the most during the calls."""
+    import torch
+
+    from .contenders import CONTENDERS
+    from .work import build
+
     work = build(case)
     with torch.inference_mode(work.inference):
         program = CONTENDERS[contender].prepare(work)
@@ -54,10 +110,8 @@ def measure(case: Case, contender: str) -> dict[str, int]:
 
 def in_fresh_process(case: int, contender: str, threads: int) -> dict[str, Any]:
     """As `measure`, or {"error": why not}."""
-    arguments = ["--one", str(case), contender, "--threads", str(threads)]
-    done = subprocess.run(
-        [sys.executable, "-m", str(__package__), "memory", *arguments], capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", str(__package__), "memory", "--one", str(case), contender]
+    done = subprocess.run([*command, "--threads", str(threads)], capture_output=True, text=True)
     if done.returncode != 0:
         return {"error": next(reversed(done.stderr.strip().splitlines()), f"exit code {done.returncode}")}
     return json.loads(done.stdout.splitlines()[-1])
@@ -65,7 +119,9 @@ def in_fresh_process(case: int, contender: str, threads: int) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """A line a contender; ratios are to ours in the same case."""
-    ours = {row["case"]: row for row in rows if row["contender"] == OURS and "error" not in row}
+    from .report import markdown
+
+    ours = {row["case"]: row for row in rows if row["contender"] == "ours" and "error" not in row}
     lines = []
     for row in rows:
         name = (row["case"], row["contender"])
@@ -81,7 +137,17 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns 0; 1 where something could not be measured."""
-    parser = argparse.ArgumentParser(prog=f"python -m {__package__} memory", description=__doc__.splitlines()[0])
+    import torch
+
+    from .cases import MEMORY_CASES
+    from .contenders import DEFAULT_CONTENDERS
+    from .results import machine, machine_line
+
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {__package__} memory",
+        description="Peak memory of FFNet-1, FFNet-Seg and FFNet-SR, ours against eager PyTorch: "
+        "``python -m benchmarks memory``.",
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="threads (default: torch's)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     parser.add_argument("--one", nargs=2, metavar=("CASE", "CONTENDER"), help=argparse.SUPPRESS)
@@ -89,12 +155,12 @@ def main(argv: list[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.one:
-        print(json.dumps(measure(CASES[int(options.one[0])], options.one[1])))
+        print(json.dumps(measure(MEMORY_CASES[int(options.one[0])], options.one[1])))
         return 0
     rows: list[dict[str, Any]] = [
         {"case": case.name, "contender": name, **in_fresh_process(number, name, torch.get_num_threads())}
-        for number, case in enumerate(CASES)
-        for name in NAMES
+        for number, case in enumerate(MEMORY_CASES)
+        for name in DEFAULT_CONTENDERS[:3]  # ours, and eager PyTorch in both layouts
     ]
     print(f"machine: {machine_line(machine())}\n\n{table(rows)}")
     if options.json:

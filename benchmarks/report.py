@@ -1,17 +1,36 @@
-"""Results as text, which is Markdown as well: a line a case, summaries, and every contender of every case."""
+"""Results as text, which is Markdown as well: a line a case, summaries, every contender of every case, how time grows
+with work, and the same of a GPU. ``python -m benchmarks report`` puts them and charts into a folder."""
 
 from __future__ import annotations
 
+import argparse
+import functools
+import json
 import re
 import statistics
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from . import growth
-from .machine import machine_line
-from .peers import OURS
-from .results import Measurement, Result, Row, peers_of, shared_words
-from .roofs import Roofs
-from .text import markdown
+from . import charts
+from .cases import GROWTH_FROM
+from .contenders import COPY, OURS, is_ours
+from .results import (
+    DIMENSIONS,
+    LEAST_POINTS,
+    Measurement,
+    Result,
+    Roofs,
+    Row,
+    fit,
+    machine_line,
+    merge,
+    peers_of,
+    replacing,
+    series,
+    shared_words,
+)  # fmt: skip
 
 HEADERS = (
     "contender", "median ms", "quartiles", "busy", "faults", "GFLOP/s", "GB/s", "of roof", "MiB", "error", "",
@@ -57,7 +76,7 @@ def report(result: Result, *, details: bool = True) -> str:
         rows = [row for row in result.rows if kind_of(row) == kind]
         if rows:
             parts += [f"## {title}", overview(rows, roofs)]
-    if fitted := growth.table(result.rows):
+    if fitted := growth_table(result.rows):
         parts += ["## Cost as work grows", fitted]
     if reasons := absences(result.rows):
         parts += ["## What did not run", *reasons]
@@ -208,3 +227,208 @@ def _line(row: Row, m: Measurement, roofs: Roofs | None) -> tuple[str, ...]:
         ratio_text(row, m),
         FASTER_BASELINE if ratio is not None and ratio < 1 else "",
     )
+
+
+def markdown(headers: Sequence[str], lines: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
+    """An aligned Markdown table, columns right-aligned but those in ``left``."""
+    widths = [max(3, *(len(line[i]) for line in (headers, *lines))) for i in range(len(headers))]
+
+    def format_line(cells: Sequence[str]) -> str:
+        padded = (c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
+        return f"| {' | '.join(padded)} |"
+
+    rule = "|".join("-" * (w + 2) if i in left else "-" * (w + 1) + ":" for i, w in enumerate(widths))
+    return "\n".join([format_line(headers), f"|{rule}|", *map(format_line, lines)])
+
+
+GROWTH_NOTE = (
+    "Time is taken to be a power of what grows, all else as in {base}: the exponent of the line through the "
+    "logarithms (least squares), and in brackets by how much the point that is farthest from it is off. "
+    "arithmetic is the exponent of the multiply–adds: a smaller one says that something is spared or shared as "
+    "work grows, a larger one that something runs out."
+)
+
+
+def growth_table(rows: Sequence[Row]) -> str:
+    """A line a series; empty where there is none."""
+    found = list(series(rows))
+    if not found:
+        return ""
+    contenders = [OURS, *peers_of([row for one in found for row in one.rows], OURS)]
+    lines = []
+    for one in found:
+        work = fit([(value, row.flops) for value, row in zip(one.values, one.rows, strict=True)])[0]
+        cells = [_fit_text(one.times(contender)) for contender in contenders]
+        range_ = f"{one.values[0]}..{one.values[-1]}"
+        lines.append((one.operator, DIMENSIONS[one.dimension], range_, f"{work:.2f}", *cells))
+    headers = ("operator", "grows", "from..to", "arithmetic", *contenders)
+    base = next(iter(GROWTH_FROM.values()))
+    start = f"{base.batch}×{base.channels}×{base.size}×{base.size}, {base.kernel}×{base.kernel}, {base.dtype}"
+    return f"{GROWTH_NOTE.format(base=start)}\n\n{markdown(headers, lines, left=(0, 1))}"
+
+
+def _fit_text(points: Sequence[tuple[float, float]]) -> str:
+    if len(points) < LEAST_POINTS:
+        return "-"
+    exponent, deviation = fit(points)
+    return f"{exponent:.2f} ({100 * deviation:.0f} %)"
+
+
+# Of a GPU.
+
+GPU_HEADERS = ("case", "backend", "ms", "quartiles", "GB/s", "/ copy", "predicted", "error", "")
+MOST_FAILURES = 12
+
+#: Of the CUDA kernels for 16-bit NCHW maps; how it names the operators that are timed here.
+PREDICTIONS = Path(__file__).resolve().parents[1] / "docs" / "cuda-resources.json"
+PREDICTED_OPERATORS = {"ffnified_attention": "token mixer", "depthwise_conv2d": "depthwise, GELU"}
+
+
+def gpu_summary(result: Result, left: Mapping[str, Sequence[str]]) -> tuple[str, bool]:
+    """A line a part with what failed in it, and whether anything did; ``left``: steps that time did not allow."""
+    lines, failed = [f"GPU: {result.machine['device']}; commit {result.machine['commit']}"], False
+    for name, part in result.extra["parts"].items():
+        skipped = list(dict.fromkeys(row["skipped"] for row in part["rows"].values() if "skipped" in row))
+        rows = {step: row for step, row in part["rows"].items() if "skipped" not in row}
+        failures = [f"  {step}: {_reason(row)}" for step, row in rows.items() if not row["passed"]]
+        failed |= bool(failures)
+        over = f", {len(left[name])} left: run again to go on" if left.get(name) else ""
+        lines.append(f"{name}: {len(rows) - len(failures)} of {len(rows)} passed{over}")
+        lines += [f"  skipped: {_short(reason)}" for reason in skipped]
+        lines += failures[:MOST_FAILURES]
+        lines += [f"  and {len(failures) - MOST_FAILURES} more"] if len(failures) > MOST_FAILURES else []
+    lines += list(dict.fromkeys(_peers_that_failed(result)))[:MOST_FAILURES]
+    return "\n".join(lines), failed
+
+
+def _reason(row: Mapping[str, Any]) -> str:
+    if "error" in row:
+        return _short(row["error"])
+    errors = row.get("errors", {})
+    if not isinstance(errors, Mapping):
+        return _short("; ".join(errors))
+    wrong = [(name, *pair) for name, pair in errors.items() if pair[0] is None or pair[0] > pair[1]]
+    return ", ".join(f"{name} {'nan' if e is None else f'{e:.1e}'} > {limit:.1e}" for name, e, limit in wrong)
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 240 else f"{line[:100]} [...] {line[-130:]}"
+
+
+def _peers_that_failed(result: Result) -> Iterator[str]:
+    for row in result.rows:
+        for m in row.measurements:
+            if m.reason and not is_ours(m.contender):
+                yield f"{m.contender}: {_short(m.reason)}"
+
+
+def gpu_table(result: Result) -> str:
+    """A line for each contender of each case."""
+    notes = (
+        "Medians and quartiles of milliseconds, cold caches. GB/s counts each tensor once; / copy is the time over "
+        "that of a plain copy of as many bytes; predicted: that by a model of the machine code, for 128 images (docs/)."
+    )
+    predicted = predictions(PREDICTIONS, result.machine["device"])
+    lines = [_gpu_line(row, m, predicted) for row in result.rows for m in row.measurements]
+    return f"{notes}\n\n{markdown(GPU_HEADERS, lines, left=(0, 1, 8))}"
+
+
+def predictions(path: Path, device: str) -> dict[str, float]:
+    """The predicted ratios in the table of the CUDA kernels' resources, by the beginnings of cases' names.
+
+    They are made for few GPUs: others have none.
+    """
+    if not path.exists():
+        return {}
+    return {
+        f"{operator} {row['map']}x{row['map']} k{row['filter']}": row["ratio_128"]
+        for row in json.loads(path.read_text())["predictions"]
+        for operator, named in PREDICTED_OPERATORS.items()
+        if row["operator"] == named and row["gpu"].split()[0] in device
+    }
+
+
+def _gpu_line(row: Row, m: Measurement, predicted: Mapping[str, float]) -> tuple[str, ...]:
+    if not m.samples_ms:
+        return (row.case, m.contender, *["-"] * 6, "did not run")
+    first, third = m.quartiles_ms
+    over_copy = row.ratio(m.contender, COPY)
+    ratio = predicted.get(_without_channels(row.case) or "") if m.contender == "cuda nchw" else None
+    return (
+        row.case,
+        m.contender,
+        f"{m.median_ms:.4f}",
+        f"{first:.4f}..{third:.4f}",
+        f"{row.gbytes(m):.0f}",
+        "-" if over_copy is None else f"{over_copy:.2f}x",
+        "-" if ratio is None else f"{ratio:.2f}x",
+        error_text(m),
+        "ok" if m.passed else "WRONG",
+    )
+
+
+def _without_channels(case: str) -> str | None:
+    """`operator 16x16 k7` of the name of an operator's forward pass in 16 bits; other kernels are not predicted."""
+    found = re.fullmatch(r"(\w+) \d+x(\d+x\d+ k\d+) b\d+ (bfloat16|float16) forward", case)
+    return f"{found[1]} {found[2]}" if found else None
+
+
+def write_report(result: Result, folder: Path) -> None:
+    """report.md in the folder, and beside it the charts that can be drawn; says what was written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    line = machine_line(result.machine)
+    drawn = [chart for chart in _charts(result) if _drawn(chart, folder, line)]
+    pictures = "\n\n".join(f"![{chart.title}]({chart.name})" for chart in drawn)
+    with replacing(folder / "report.md") as temporary:
+        temporary.write_text(f"# Benchmark report\n\n{pictures}\n\n{report(result)}\n")
+    print(f"wrote {folder / 'report.md'}" + "".join(f", {chart.name}" for chart in drawn))
+
+
+class _Chart(NamedTuple):
+    name: str
+    title: str
+    draw: Callable[[Path, str], None]
+
+
+def _charts(result: Result) -> Iterator[_Chart]:
+    rows, roofs = result.rows, Roofs.from_plain(result.machine.get("roofs"))
+    for kind, title in KINDS.items():
+        if of_kind := [row for row in rows if kind_of(row) == kind]:
+            draw = functools.partial(charts.speedup_chart, of_kind)
+            yield _Chart(f"speedup-{kind or 'cases'}.png", f"{title}: time over ours", draw)
+    yield _Chart("roofline.png", "Rates under the roofs", functools.partial(charts.roofline_chart, rows, roofs))
+    yield _Chart("growth.png", "Time as work grows", functools.partial(charts.growth_chart, rows))
+
+
+def _drawn(chart: _Chart, folder: Path, line: str) -> bool:
+    try:
+        chart.draw(folder / chart.name, f"{chart.title}\n{line}")
+    except charts.ChartError as error:
+        print(f"no {chart.name}: {error}", file=sys.stderr)
+        (folder / chart.name).unlink(missing_ok=True)  # one of an earlier run would be taken for this one's
+        return False
+    return True
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns 0; 2 where results cannot be read or do not belong together."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {__package__} report",
+        description="``python -m benchmarks report``: the tables and charts of results that were kept.",
+    )
+    parser.add_argument("parts", nargs="+", type=Path, metavar="RESULTS.json", help="a later one replaces equal cases")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="write report.md and charts there, in place of printing"
+    )
+    options = parser.parse_args(argv)
+    try:
+        result = merge([Result.from_json(path.read_text()) for path in options.parts])
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    if options.out:
+        write_report(result, options.out)
+    else:
+        print(report(result))
+    return 0

@@ -1,20 +1,73 @@
-"""Results as plain data, and their JSON form."""
+"""Results as plain data with their JSON form, and the machine that they are of, with its roofs."""
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import dataclasses
+import importlib.metadata
 import json
+import math
 import os
 import statistics
+import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .roofs import Roofs
+import ffnet_kernels
+
+from .cases import GROWTH_FROM, parameters
+from .memory import keep_freed_memory
 
 FORMAT_VERSION = 2  # 1 had neither parameters nor memory; it is still read
+
+
+@dataclass(frozen=True)
+class Roofs:
+    """Of this machine, on as many threads as torch uses.
+
+    Attributes:
+        gflops: multiply–adds on registers, two operations each, by dtype; none where the instrument was not built.
+        copies: (bytes read and written, GB/s) of a copy by torch, its call included, by size.
+    """
+
+    gflops: dict[str, float]
+    copies: tuple[tuple[int, float], ...]
+
+    def least_ms(self, flops: int, moved: int, dtype: str) -> float | None:
+        """Milliseconds below which nobody can do so many operations and move so many bytes: the longer of both, for
+        they may overlap. None where a roof is unknown."""
+        peak = self.gflops.get(dtype)
+        return None if peak is None else max(flops / peak, moved / self.copy_rate(moved)) / 1e6
+
+    def copy_rate(self, moved: int) -> float:
+        """GB/s of a copy of that size, between those that were measured."""
+        sizes = [math.log(size) for size, _ in self.copies]
+        rates = [rate for _, rate in self.copies]
+        at = math.log(max(1, moved))
+        right = bisect.bisect_left(sizes, at)
+        if right in (0, len(sizes)):
+            return rates[min(right, len(sizes) - 1)]
+        share = (at - sizes[right - 1]) / (sizes[right] - sizes[right - 1])
+        return rates[right - 1] * (1 - share) + rates[right] * share
+
+    def to_plain(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any] | None) -> Roofs | None:
+        """Those in a result's machine; None where they were not measured."""
+        if not plain:
+            return None
+        return cls(plain["gflops"], tuple((size, rate) for size, rate in plain["copies"]))
+
+    def raised(self, other: Roofs) -> Roofs:
+        """The higher of two of the same machine, which was disturbed while the lower was measured."""
+        gflops = {dtype: max(rate, self.gflops.get(dtype, 0.0)) for dtype, rate in other.gflops.items()}
+        copies = dict(self.copies)
+        return Roofs(gflops, tuple((size, max(rate, copies.get(size, 0.0))) for size, rate in other.copies))
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float]:
@@ -258,3 +311,102 @@ def best_peer(row: Row, ours: str, against: str | None = None) -> str | None:
     names = [against] if against else peers_of([row], ours)
     ratios = {name: ratio for name in names if (ratio := row.ratio(name, ours)) is not None}
     return min(ratios, key=lambda name: ratios[name], default=None)
+
+
+#: Fields of a case that grow, and what they are called; maps are square, so a size counts as its pixels.
+DIMENSIONS = {"batch": "batch", "size": "pixels", "channels": "channels", "kernel": "kernel size"}
+LEAST_POINTS = 3
+
+
+@dataclass(frozen=True)
+class Series:
+    """One operator as one dimension grows; rows in that order."""
+
+    operator: str
+    dimension: str
+    rows: tuple[Row, ...]
+
+    @property
+    def values(self) -> list[int]:
+        """Of the dimension, in rows' order: pixels for a size."""
+        found = [row.parameters[self.dimension] for row in self.rows]
+        return [value**2 for value in found] if self.dimension == "size" else found
+
+    def times(self, contender: str) -> list[tuple[int, float]]:
+        """(value, median milliseconds), of the rows in which it ran."""
+        pairs = zip(self.values, self.rows, strict=True)
+        return [(value, m.median_ms) for value, row in pairs if (m := row.measurement(contender)) is not None]
+
+
+def series(rows: Sequence[Row]) -> Iterator[Series]:
+    """Of the rows that differ from a call of `GROWTH_FROM` in one dimension only, those with at least three points."""
+    for base in GROWTH_FROM.values():
+        start = parameters(base)
+        for dimension in DIMENSIONS:
+            fixed = {name: value for name, value in start.items() if name != dimension}
+            found = [row for row in rows if fixed.items() <= row.parameters.items() and "width" not in row.parameters]
+            found.sort(key=lambda row: row.parameters[dimension])
+            if len(found) >= LEAST_POINTS:
+                yield Series(base.operator, dimension, tuple(found))
+
+
+def fit(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Exponent, and the largest deviation of a point from the fitted power, as a share of the fit."""
+    xs, ys = [math.log(x) for x, _ in points], [math.log(y) for _, y in points]
+    x_mean, y_mean = sum(xs) / len(xs), sum(ys) / len(ys)
+    exponent = sum((x - x_mean) * (y - y_mean) for x, y in zip(xs, ys, strict=True)) / sum(
+        (x - x_mean) ** 2 for x in xs
+    )
+    deviations = [abs(math.expm1(y - y_mean - exponent * (x - x_mean))) for x, y in zip(xs, ys, strict=True)]
+    return exponent, max(deviations)
+
+
+RUNTIMES = ("onnx", "onnxruntime", "openvino")
+
+
+def machine() -> dict[str, Any]:
+    """Processor, threads, instruction set, versions and commit, as plain data."""
+    info = ffnet_kernels.info()
+    kept = ("processor", "threads", "isa", "torch", "python", "platform", "backends", "environment")
+    return {
+        **{name: info[name] for name in kept},
+        "ffnet_kernels": ffnet_kernels.__version__,
+        "runtimes": {name: version for name in RUNTIMES if (version := _version(name))},
+        "heap": {"kept": keep_freed_memory(), "tunables": os.environ.get("GLIBC_TUNABLES", "")},
+        "commit": _commit() or info["build"].get("commit") or "unknown",
+    }
+
+
+def machine_line(machine: dict[str, Any]) -> str:
+    """The same in one line."""
+    return (
+        f"{machine['processor']}, {machine['threads']} threads, isa {machine['isa'] or 'none (reference only)'}, "
+        f"torch {machine['torch']}, Python {machine['python']}, ffnet-kernels {machine['ffnet_kernels']}, "
+        f"commit {machine['commit']}"
+    )
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the kernels' source tree, "+" behind it for local changes; None for an installed copy."""
+    here = Path(ffnet_kernels.__file__).resolve()
+    # An environment inside someone's repository is not under version control there: ask about this very file.
+    if _git(here.parent, "ls-files", "--error-unmatch", here.name) is None:
+        return None
+    commit = _git(here.parent, "rev-parse", "--short=12", "HEAD")
+    changed = _git(here.parent, "status", "--porcelain", "--untracked-files=no")
+    return f"{commit}+" if commit and changed else commit
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -9,16 +9,22 @@ from pathlib import Path
 
 import torch
 
-from . import base, goals, own_shape, progress
-from .cases import Case
-from .machine import machine
-from .peers import CONTENDERS, DEFAULT_CONTENDERS, OURS
-from .report import colored, report
-from .report_files import write_report
-from .results import Result, different, write_json
-from .runner import DEFAULT_SAMPLES, DEFAULT_SECONDS, LEAST_SAMPLES, Runner, run_cases
-from .suites import DEFAULT_SUITES, SUITES, suite
-from .text import chosen, positive
+from . import compare, goals
+from .cases import (
+    DEFAULT_SUITES,
+    FOLDER,
+    SUITES,
+    Case,
+    add_shape_arguments,
+    chosen,
+    own_cases,
+    positive,
+    suite,
+)  # fmt: skip
+from .contenders import CONTENDERS, DEFAULT_CONTENDERS, OURS
+from .report import colored, report, write_report
+from .results import Result, different, machine, write_json
+from .runner import DEFAULT_SAMPLES, DEFAULT_SECONDS, INTERRUPTED, LEAST_SAMPLES, Runner, run_cases
 
 RESULTS = "results.json"
 #: The second comes minutes after the first: what disturbed one half of the samples spared the other.
@@ -47,15 +53,15 @@ def main(argv: list[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.worker:
-        base.serve(cases)
+        compare.serve(cases)
         return 0
     try:
         if options.base:
-            return base.run(options.base, cases, options, options.samples or DEFAULT_SAMPLES)
+            return compare.run_base(options.base, cases, options, options.samples or DEFAULT_SAMPLES)
         kept = _kept(options.out, options.resume)
         if options.out:
             options.out.mkdir(parents=True, exist_ok=True)
-    except (base.CannotBuild, CannotResume, OSError) as error:
+    except (compare.CannotBuild, CannotResume, OSError) as error:
         print(error, file=sys.stderr)
         return 2
 
@@ -73,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\nwrote {options.out / RESULTS}")
         write_report(result, options.out)
     if result.interrupted:
-        return progress.INTERRUPTED
+        return INTERRUPTED
     ours = [m for row in result.rows for m in row.measurements if m.contender == OURS]
     return 0 if all(m.passed for m in ours) else 1
 
@@ -84,12 +90,12 @@ def _cases(options: argparse.Namespace) -> list[Case]:
     Raises:
         ValueError: where that is nothing, or contradicts itself.
     """
-    own = own_shape.cases(options)
+    own = own_cases(options)
     if own and (other := (options.suite and "--suite") or (options.base and "--base")):
         raise ValueError(f"expected --shape or {other}, got both")
     options.suite = options.suite or DEFAULT_SUITES
     if own and options.out is None:
-        options.out = own_shape.FOLDER
+        options.out = FOLDER
     cases = [case for case in own if options.filter in case.name]
     if not own:
         cases = suite(options.suite, options.filter, quick=options.quick)
@@ -138,15 +144,10 @@ def _parser() -> argparse.ArgumentParser:
         epilog=f"Suites: {', '.join(SUITES)}. Baselines: {', '.join(name for name in CONTENDERS if name != OURS)}.",
     )
     parser.add_argument(
-        "--suite",
-        type=_suites,
-        metavar="NAME,NAME",
-        help=f"what to measure (default: {','.join(DEFAULT_SUITES)})",
+        "--suite", type=_suites, metavar="NAME,NAME", help=f"what to measure (default: {','.join(DEFAULT_SUITES)})"
     )
     parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="the suites' quick forms, minutes: most of it FFNet-1 in float32",
+        "--quick", action="store_true", help="the suites' quick forms, minutes: most of it FFNet-1 in float32"
     )
     parser.add_argument("--filter", default="", metavar="TEXT", help="only cases with this text in their name")
     parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
@@ -188,7 +189,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--base", metavar="REV", help="build that commit beside, measure ours in both by turns, and say what changed"
     )
-    own_shape.add_arguments(parser)
+    add_shape_arguments(parser)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser
 

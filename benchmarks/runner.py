@@ -1,30 +1,35 @@
 """Measures contenders side by side: one process, alternating, every output checked against float64 in the same run.
 
-Ahead of each sample the runner waits until the process is quiet (`sampling`), then makes untimed calls: thread pools
-and caches are those of the contender that is measured, no matter who ran before.
+A clock says how a contender is made ready and how a sample is taken. That of the processor, here, waits ahead of each
+sample until the process is quiet, then makes untimed calls: thread pools and caches are those of the contender that is
+measured, no matter who ran before. That of a GPU is in `gpu`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import math
+import os
+import resource
+import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from . import progress, roof_measurement, roofs
+from ffnet_kernels import native
+
 from .cases import Case, parameters
-from .heap import keep_freed_memory
-from .high_water import most_during
-from .machine import machine
-from .peers import Contender, first_line
-from .programs import CpuWork, Program, Unsupported
-from .results import Measurement, Result, Row
-from .sampling import Disturbances, no_garbage_collection, wait_until_quiet
-from .work import build
+from .contenders import COPY, Contender, first_line
+from .memory import keep_freed_memory, most_during
+from .results import Measurement, Result, Roofs, Row, machine
+from .work import Program, Unsupported, Work, build
 
 #: Samples shorter than this would measure the clock and the call more than the work.
 MIN_SAMPLE_SECONDS = 5e-3
@@ -37,6 +42,7 @@ DEFAULT_SAMPLES = 12
 #: Rounds that are measured even where a case takes longer than it may.
 LEAST_SAMPLES = 5
 DEFAULT_SECONDS = 20
+INTERRUPTED = 130  # as shells report a process that Ctrl-C ended
 
 
 class Counted(Protocol):
@@ -60,13 +66,15 @@ class Outcome(NamedTuple):
 
 @dataclass
 class Entry:
-    """A contender that runs, and its samples so far."""
+    """A contender that runs, and its samples so far; ``call`` is what is timed."""
 
     contender: str
     program: Program
+    call: Callable[[], Any]
+    detail: str = ""
     repeats: int = 1
     untimed: int = 0
-    samples: list[float] = field(default_factory=list)
+    samples_ms: list[float] = field(default_factory=list)
     disturbed: int = 0
     page_faults: list[int] = field(default_factory=list)
     memory: int | None = None
@@ -89,6 +97,76 @@ class Prepared:
     reasons: dict[str, str | None] = field(default_factory=dict)
 
 
+class Clock(Protocol):
+    """How a device is measured."""
+
+    def mode(self, work: Work) -> contextlib.AbstractContextManager[Any]:
+        """In which everything of a work runs."""
+
+    def first_call(self, entry: Entry) -> None:
+        """After the check, before others are prepared."""
+
+    def warm_up(self, entry: Entry) -> None:
+        """Once all are prepared: settles what a sample is."""
+
+    def sample(self, entry: Entry) -> None:
+        """Takes one."""
+
+    def why(self, failure: Exception) -> str:
+        """What is kept of a contender that failed."""
+
+
+@dataclass(frozen=True)
+class CpuClock:
+    """The processor's.
+
+    Attributes:
+        timer: seconds; another one is for tests.
+        sample_seconds: calls of a sample take at least as long together.
+    """
+
+    timer: Callable[[], float] = time.perf_counter
+    sample_seconds: float = MIN_SAMPLE_SECONDS
+
+    def mode(self, work: Work) -> contextlib.AbstractContextManager[Any]:
+        keep_freed_memory()
+        return torch.inference_mode(work.inference)
+
+    def first_call(self, entry: Entry) -> None:
+        entry.memory = None if entry.program.hoards else most_during(entry.program)
+
+    def warm_up(self, entry: Entry) -> None:
+        """Finds the calls that a sample needs."""
+        wait_until_quiet()
+        fastest, total = math.inf, 0.0
+        while total < WARM_UP_SECONDS:
+            seconds = max(self._time(entry.call, 1), 1e-9)
+            fastest, total = min(fastest, seconds), total + seconds
+        entry.repeats = max(1, math.ceil(self.sample_seconds / fastest))
+        entry.untimed = 0 if fastest > LONG_SECONDS else math.ceil(UNTIMED_SECONDS / fastest)
+
+    def sample(self, entry: Entry) -> None:
+        """Begins quiet and warm."""
+        wait_until_quiet()
+        for _ in range(entry.untimed):
+            entry.call()
+        before = Disturbances.now()
+        milliseconds = 1e3 * self._time(entry.call, entry.repeats)
+        met = Disturbances.now().since(before)
+        entry.samples_ms.append(float(f"{milliseconds:.7g}"))  # no clock has more digits
+        entry.disturbed += met.preemptions > 0
+        entry.page_faults.append(met.page_faults)
+
+    def why(self, failure: Exception) -> str:
+        return f"failed: {first_line(failure)}"
+
+    def _time(self, call: Callable[[], Any], repeats: int) -> float:
+        start = self.timer()
+        for _ in range(repeats):
+            call()
+        return (self.timer() - start) / repeats
+
+
 @dataclass(frozen=True)
 class Runner:
     """Runs cases.
@@ -97,28 +175,24 @@ class Runner:
         contenders: in the order of the tables; the first takes the place of ours.
         samples: per contender and case.
         seconds: after which a case ends with `LEAST_SAMPLES`, or as many as there are by then.
-        timer: seconds; another one is for tests.
-        sample_seconds: calls of a sample take at least as long together.
     """
 
     contenders: Sequence[Contender]
     samples: int = DEFAULT_SAMPLES
     seconds: float = math.inf
-    timer: Callable[[], float] = time.perf_counter
-    sample_seconds: float = MIN_SAMPLE_SECONDS
+    clock: Any = CpuClock()
 
-    def run(self, case: Counted, work: CpuWork) -> Outcome:
+    def run(self, case: Counted, work: Work) -> Outcome:
         """One case. A contender that fails is kept, with the reason."""
-        with torch.inference_mode(work.inference):
-            with progress.bar(len(self.contenders) + self.samples, case.name) as bar:
-                prepared = self.prepare(case, work, bar)
-                bar.set_description_str(f"{case.name}: measuring")
-                self._measure(prepared, bar)
+        with self.clock.mode(work), progress(len(self.contenders) + self.samples, case.name) as bar:
+            prepared = self.prepare(case, work, bar)
+            bar.set_description_str(f"{case.name}: measuring")
+            self._measure(prepared, bar)
             return self.outcome(prepared)
 
-    def prepare(self, case: Counted, work: CpuWork, bar: progress.Bar = progress.SILENT) -> Prepared:
-        """Everything ahead of the first sample. The work's inference mode is the caller's to enter."""
-        keep_freed_memory()
+    def prepare(self, case: Counted, work: Work, bar: Any = None) -> Prepared:
+        """Everything ahead of the first sample. The clock's mode is the caller's to enter."""
+        bar = bar or _Silent()
         expected = as_list(work.expected())
         eager = work.plain("nchw").results()
         limits = [work.error_limit(*pair) for pair in zip(expected, eager, strict=True)]
@@ -130,50 +204,33 @@ class Runner:
                 reason = contender.unavailable()
                 if reason is None:
                     program = contender.prepare(work)
-                    prepared.results[contender.name] = program.results()
-                    memory = None if program.hoards else most_during(program)
-                    prepared.entries.append(Entry(contender.name, program, memory=memory))
+                    # A copy computes nothing, and is as good as what it is held against.
+                    prepared.results[contender.name] = expected if contender.name == COPY else program.results()
+                    entry = Entry(contender.name, program, program, program.detail)
+                    self.clock.first_call(entry)
+                    prepared.entries.append(entry)
             except Unsupported as refusal:
                 reason = str(refusal)
             except Exception as failure:  # a baseline may fail in any way; the others still count
-                reason = f"failed: {first_line(failure)}"
+                reason = self.clock.why(failure)
             prepared.reasons[contender.name] = reason
             bar.update()
         for entry in list(prepared.entries):
-            self._attempt(prepared, entry, self._calibrate)
+            self._attempt(prepared, entry, self.clock.warm_up)
         return prepared
 
     def outcome(self, prepared: Prepared) -> Outcome:
         """The row of what was measured."""
         measurements = {name: Measurement(name, reason=reason) for name, reason in prepared.reasons.items()}
-        for entry in prepared.entries:
-            error, passed = _judge(prepared.results[entry.contender], prepared.expected, prepared.limits)
-            measurements[entry.contender] = Measurement(
-                entry.contender,
-                entry.program.layout,
-                entry.program.detail,
-                tuple(float(f"{1e3 * seconds:.7g}") for seconds in entry.samples),  # no clock has more digits
-                entry.repeats,
-                entry.disturbed,
-                error,
-                passed,
-                page_faults=tuple(entry.page_faults),
-                memory=entry.memory,
-            )
+        for e in prepared.entries:
+            error, passed = _judge(prepared.results[e.contender], prepared.expected, prepared.limits)
+            measurements[e.contender] = Measurement(
+                e.contender, e.program.layout, e.detail, tuple(e.samples_ms), e.repeats, e.disturbed, error, passed,
+                page_faults=tuple(e.page_faults), memory=e.memory,
+            )  # fmt: skip
         case = prepared.case
         row = Row(case.name, case.flops, case.bytes, tuple(measurements.values()), parameters(case))
         return Outcome(row, prepared.expected[0], {name: results[0] for name, results in prepared.results.items()})
-
-    def sample(self, entry: Entry) -> None:
-        """Takes one, beginning quiet and warm."""
-        wait_until_quiet()
-        for _ in range(entry.untimed):
-            entry.program()
-        before = Disturbances.now()
-        entry.samples.append(self._time(entry.program, entry.repeats))
-        met = Disturbances.now().since(before)
-        entry.disturbed += met.preemptions > 0
-        entry.page_faults.append(met.page_faults)
 
     def _attempt(self, prepared: Prepared, entry: Entry, what: Callable[[Entry], None]) -> None:
         """A contender that fails late is taken out, with the reason."""
@@ -181,34 +238,19 @@ class Runner:
             what(entry)
         except Exception as failure:
             prepared.entries.remove(entry)
-            prepared.reasons[entry.contender] = f"failed: {first_line(failure)}"
+            prepared.reasons[entry.contender] = self.clock.why(failure)
 
-    def _measure(self, prepared: Prepared, bar: progress.Bar) -> None:
-        begun = self.timer()
+    def _measure(self, prepared: Prepared, bar: Any) -> None:
+        begun = self.clock.timer()
         with no_garbage_collection():
             for number in range(self.samples):
-                if number >= LEAST_SAMPLES and self.timer() - begun > self.seconds:
+                if number >= LEAST_SAMPLES and self.clock.timer() - begun > self.seconds:
                     break
                 # Rotated, so that nobody always runs in the caches the same neighbour left.
-                for entry in _rotated(prepared.entries, number):
-                    self._attempt(prepared, entry, self.sample)
+                first = number % max(1, len(prepared.entries))
+                for entry in prepared.entries[first:] + prepared.entries[:first]:
+                    self._attempt(prepared, entry, self.clock.sample)
                 bar.update()
-
-    def _calibrate(self, entry: Entry) -> None:
-        """Warms up, and finds the calls that a sample needs."""
-        wait_until_quiet()
-        fastest, total = math.inf, 0.0
-        while total < WARM_UP_SECONDS:
-            seconds = max(self._time(entry.program, 1), 1e-9)
-            fastest, total = min(fastest, seconds), total + seconds
-        entry.repeats = max(1, math.ceil(self.sample_seconds / fastest))
-        entry.untimed = 0 if fastest > LONG_SECONDS else math.ceil(UNTIMED_SECONDS / fastest)
-
-    def _time(self, program: Program, repeats: int) -> float:
-        start = self.timer()
-        for _ in range(repeats):
-            program()
-        return (self.timer() - start) / repeats
 
 
 def run_cases(
@@ -230,7 +272,7 @@ def run_cases(
     result = Result(machine(), list(rows.values()))
     try:
         _raise_roofs(result, kept.machine if kept else {})
-        with progress.bar(len(todo), "cases", leave=True) as bar:
+        with progress(len(todo), "cases", leave=True) as bar:
             for number, case in todo:
                 runner, known = runner_of(case), rows.get(case.name)
                 if known and not {c.name for c in runner.contenders} <= {m.contender for m in known.measurements}:
@@ -248,18 +290,6 @@ def run_cases(
     return result
 
 
-def _raise_roofs(result: Result, known: dict[str, Any]) -> None:
-    """Measures the roofs; the higher ones count, of those and the ones that are known."""
-    measured = roof_measurement.measure()
-    before = roofs.Roofs.from_plain(known.get("roofs"))
-    result.machine["roofs"] = (roofs.best(before, measured) if before else measured).to_plain()
-
-
-def _rotated(entries: list[Entry], by: int) -> list[Entry]:
-    by %= max(1, len(entries))
-    return entries[by:] + entries[:by]
-
-
 def as_list(results: Tensor | list[Tensor]) -> list[Tensor]:
     return [results] if isinstance(results, Tensor) else results
 
@@ -269,19 +299,173 @@ def _judge(results: Sequence[Tensor], expected: Sequence[Tensor], limits: Sequen
     whether each is within its limit."""
     if len(results) != len(expected):
         return None, False
-    errors = [_largest_error(*pair) for pair in zip(results, expected, strict=True)]
-    relative = [_relative(*pair) for pair in zip(errors, expected, strict=True)]
-    finite = [r for r in relative if r is not None]
+    errors = [largest_error(*pair) for pair in zip(results, expected, strict=True)]
+    scales = [max(_largest(one), torch.finfo(torch.float64).tiny) for one in expected]
+    relative = [error / scale for error, scale in zip(errors, scales, strict=True)]
     passed = all(error <= limit for error, limit in zip(errors, limits, strict=True))  # NaN compares false
-    return max(finite) if len(finite) == len(relative) else None, passed
+    return max(relative) if all(map(math.isfinite, relative)) else None, passed
 
 
-def _largest_error(output: Tensor, expected: Tensor) -> float:
-    if output.shape != expected.shape:
-        return math.nan
-    return (output.double() - expected).abs().max().item()
+def largest_error(output: Tensor, expected: Tensor) -> float:
+    return _largest(output.double() - expected) if output.shape == expected.shape else math.nan
 
 
-def _relative(error: float, expected: Tensor) -> float | None:
-    relative = error / max(expected.abs().max().item(), torch.finfo(torch.float64).tiny)
-    return relative if math.isfinite(relative) else None
+def _largest(values: Tensor) -> float:
+    return values.abs().max().item() if values.numel() else 0.0
+
+
+# Samples are taken fairly: every one begins in a quiet process, and what disturbed it is counted.
+
+#: Between looks at the threads, of which two in a row must find them asleep.
+LOOK_SECONDS = 1e-3
+LONGEST_WAIT = 0.25
+#: Waited where threads cannot be looked at: ONNX Runtime's were seen to spin for 35 ms.
+BLIND_WAIT = 0.06
+
+
+class Disturbances(NamedTuple):
+    """Counted since the process began, all its threads together."""
+
+    preemptions: int  # another process took a core from one of our threads, or one yielded: OpenVINO's do, in waiting
+    page_faults: int  # pages that the kernel had to supply, such as of an output whose memory was given back
+
+    @classmethod
+    def now(cls) -> Disturbances:
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        return cls(usage.ru_nivcsw, usage.ru_minflt)
+
+    def since(self, before: Disturbances) -> Disturbances:
+        return Disturbances(self.preemptions - before.preemptions, self.page_faults - before.page_faults)
+
+
+def wait_until_quiet() -> bool:
+    """Sleeps until no other thread of this process runs, and says whether it came to that.
+
+    The threads of ONNX Runtime, OpenVINO and OpenMP spin for a while after each call, in wait of the next. On as many
+    cores as threads they would take the cores of what is measured next, and slow it down several times.
+    """
+    end, quiet_looks = time.perf_counter() + LONGEST_WAIT, 0
+    while time.perf_counter() < end:
+        running = _other_threads_running()
+        if running is None:
+            time.sleep(BLIND_WAIT)
+            return True
+        quiet_looks = 0 if running else quiet_looks + 1
+        if quiet_looks == 2:
+            return True
+        time.sleep(LOOK_SECONDS)
+    return False
+
+
+def _other_threads_running() -> bool | None:
+    """By their states: their CPU time moves only with the ticks of the clock. None where there is no such list."""
+    own = str(threading.get_native_id())
+    try:
+        threads = os.listdir("/proc/self/task")
+    except OSError:
+        return None
+    for thread in threads:
+        with contextlib.suppress(OSError):  # it has ended
+            text = Path(f"/proc/self/task/{thread}/stat").read_text()
+            if thread != own and text.rpartition(")")[2].split()[0] == "R":
+                return True
+    return False
+
+
+@contextlib.contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+# The roofs of this machine, in the run that is held against them.
+
+TRIALS = 7  # of which the best counts: a roof is what was reached at all
+MULTIPLY_SECONDS, COPY_SECONDS = 1e-2, 4e-3
+#: Bytes read and written by each copy: from the first cache to well beyond the last.
+COPIES = tuple(4**power for power in range(8, 15))
+
+
+def _raise_roofs(result: Result, known: dict[str, Any]) -> None:
+    """Measures the roofs; the higher ones count, of those and the ones that are known: others were disturbed."""
+    measured, before = measure_roofs(), Roofs.from_plain(known.get("roofs"))
+    result.machine["roofs"] = (before.raised(measured) if before else measured).to_plain()
+
+
+def measure_roofs() -> Roofs:
+    """In about two seconds, on torch's number of threads."""
+    return Roofs(_multiply_adds(), tuple((size, _copy(size)) for size in COPIES))
+
+
+def _multiply_adds() -> dict[str, float]:
+    helper = None if native.cpu_library_error() else native.helper()
+    if helper is None:
+        return {}
+    threads = torch.get_num_threads()
+    found = {}
+    with ThreadPoolExecutor(threads) as pool:
+        for dtype in ("float32", "bfloat16"):
+
+            def run(rounds: int, dtype: str = dtype) -> int:
+                return sum(pool.map(lambda _: helper.multiply_adds(dtype, rounds), range(threads)))
+
+            found[dtype] = 2 * _best_rate(run, MULTIPLY_SECONDS) / 1e9
+    return found
+
+
+def _copy(size: int) -> float:
+    source = torch.zeros(size // 2, dtype=torch.uint8)
+    target = torch.zeros_like(source)
+
+    def run(rounds: int) -> int:
+        for _ in range(rounds):
+            target.copy_(source)
+        return rounds * size
+
+    return _best_rate(run, COPY_SECONDS) / 1e9
+
+
+def _best_rate(run: Callable[[int], int], seconds: float) -> float:
+    """The most per second of what ``run(rounds)`` says it did, in rounds that take about so long."""
+    rounds, spent = 1, 0.0
+    while True:
+        begun = time.perf_counter()
+        run(rounds)
+        spent = time.perf_counter() - begun
+        if spent > seconds / 2:
+            break
+        rounds *= 2
+    best = 0.0
+    for _ in range(TRIALS):
+        wait_until_quiet()
+        run(max(1, rounds // 4))
+        begun = time.perf_counter()
+        done = run(rounds)
+        best = max(best, done / (time.perf_counter() - begun))
+    return best
+
+
+class _Silent:
+    """No bar."""
+
+    def update(self, steps: int = 1) -> None:
+        pass
+
+    def set_description_str(self, text: str) -> None:
+        pass
+
+
+def progress(total: int, text: str, *, leave: bool = False) -> contextlib.AbstractContextManager[Any]:
+    """A context manager that gives a bar of ``total`` steps on stderr: tqdm's where it is installed and someone is
+    watching, else one that shows nothing."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return contextlib.nullcontext(_Silent())
+    return tqdm(total=total, desc=text, leave=leave, disable=None)

@@ -7,33 +7,28 @@ float32, batch 1, at the size of its input that timm names. The four contenders 
 from __future__ import annotations
 
 import argparse
-import copy
 import importlib.metadata
 import json
+import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import ffnet
-import ffnet_kernels
 from ffnet_kernels import dynamo
 from ffnet_kernels.selftest import error_limit
 
-from . import progress
-from .machine import machine
-from .peers import CONTENDERS, Contender
-from .programs import MEMORY_FORMATS, Program
-from .results import Result, write_json
-from .runner import Runner
-from .text import positive
-from .timm_report import COMPILED, EAGER, OPTIMIZED, agrees, failures, report
-from .work import SEED, ModelWork
+from .cases import numbers, positive
+from .contenders import CONTENDERS, EAGER, EAGER_NCHW, Contender, Ours, TorchCompile
+from .report import SLOWER, WRONG, markdown
+from .results import Result, Row, machine, machine_line, write_json
+from .runner import INTERRUPTED, CpuClock, Runner, progress
+from .work import MEMORY_FORMATS, SEED, ModelWork, Program, Wrap, as_is
 
 MODELS = (
     "mobilenetv1_100", "mobilenetv2_050", "mobilenetv2_100", "mobilenetv3_small_100", "mobilenetv3_large_100",
@@ -51,6 +46,21 @@ MODELS = (
     "coatnet_pico_rw_224", "maxvit_pico_rw_256", "tiny_vit_5m_224", "pvt_v2_b0", "coat_lite_tiny",
     "xcit_nano_12_p16_224", "davit_tiny", "gcvit_xxtiny",
 )  # fmt: skip
+PLAIN = (EAGER_NCHW, EAGER)
+OPTIMIZED = ("optimize nchw", "optimize channels-last")
+#: Backends of torch.compile, plain and ours, by contender.
+COMPILED = {"inductor": "inductor", "our backend": "ffnet_kernels"}
+#: A ratio below it is no noise of a quiet machine.
+NOT_SLOWER = 0.97
+HEADERS = (
+    "model", "input", *PLAIN, *OPTIMIZED, "nchw", "channels-last", "best / best", "quartiles", "error / eager", "",
+)  # fmt: skip
+NOTE = (
+    "Milliseconds of each contender (medians), and eager time over optimised time (median, round by round): in either "
+    "layout, and of the faster eager layout over the faster optimised one. error / eager: largest error against "
+    "float64, the worse of both optimised layouts over the worse of both eager ones; more than twice that, but for "
+    f"four roundings of the largest output, is marked {WRONG}, and a ratio below {NOT_SLOWER} {SLOWER}."
+)
 SAMPLES, SAMPLE_SECONDS = 9, 0.03
 #: After which a case on a busy machine ends with fewer samples.
 CASE_SECONDS = 60
@@ -76,52 +86,13 @@ class TimmCase:
 class TimmWork(ModelWork):
     """A model as timm makes it; nothing in it is folded for plain PyTorch."""
 
-    def plain(self, layout: str) -> Program:
-        return self.as_trained(layout)
-
-    def optimized(self, layout: str) -> Program:
-        # Outside inference mode, as users do it: what is made there are tensors of another kind.
-        with torch.inference_mode(False), torch.no_grad():
-            model = copy.deepcopy(self.model).to(memory_format=MEMORY_FORMATS[layout])  # type: ignore[call-overload]
-            return Program(ffnet_kernels.optimize(model), self._inputs(layout), layout)
+    def plain(self, layout: str, wrap: Wrap = as_is) -> Program:
+        return self.as_trained(layout, wrap)
 
     def error_limit(self, expected: Tensor, eager: Tensor) -> float:
         # Where rounding is amplified, it is luck which layout fares better.
         other = self.plain("channels_last").outputs()
         return max(error_limit(expected, eager), error_limit(expected, other))
-
-
-@dataclass(frozen=True)
-class Optimized:
-    """``ffnet_kernels.optimize`` of a model whose maps come in a layout."""
-
-    name: str
-    layout: str
-
-    def unavailable(self) -> str | None:
-        return None
-
-    def prepare(self, work: TimmWork) -> Program:
-        return work.optimized(self.layout)
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """The model as one graph, compiled by a backend of torch.compile."""
-
-    name: str
-    backend: str
-
-    def unavailable(self) -> str | None:
-        return CONTENDERS["torch.compile"].unavailable()
-
-    def prepare(self, work: TimmWork) -> Program:
-        torch._dynamo.reset()
-        program = work.as_trained("channels_last")
-        # By name it is known only where the package is installed.
-        backend: Any = dynamo.backend if self.backend == "ffnet_kernels" else self.backend
-        compiled = torch.compile(program.function, backend=backend, dynamic=False, fullgraph=True)
-        return replace(program, function=compiled)
 
 
 def build(name: str) -> TimmWork:
@@ -168,11 +139,13 @@ def measure(name: str, threads: Sequence[int], samples: int, *, compiled: bool =
     (image,) = work.batches
     flops = 2 * ffnet.count_macs(work.model, tuple(image.shape[1:]))  # type: ignore[arg-type]
     moved = 4 * (ffnet.count_parameters(work.model) + image.numel())
-    contenders: list[Contender] = [CONTENDERS[contender] for contender in EAGER]
-    contenders += [Optimized(contender, layout) for contender, layout in zip(OPTIMIZED, MEMORY_FORMATS, strict=True)]
+    contenders: list[Contender] = [CONTENDERS[contender] for contender in PLAIN]
+    contenders += [Ours(contender, layout) for contender, layout in zip(OPTIMIZED, MEMORY_FORMATS, strict=True)]
     if compiled:
-        contenders += [Compiled(contender, backend) for contender, backend in COMPILED.items()]
-    runner = Runner(contenders, samples, CASE_SECONDS, sample_seconds=SAMPLE_SECONDS)
+        # By name our backend is known only where the package is installed.
+        backends = {**COMPILED, "our backend": dynamo.backend}
+        contenders += [TorchCompile(name, arguments={"backend": b, "fullgraph": True}) for name, b in backends.items()]
+    runner = Runner(contenders, samples, CASE_SECONDS, CpuClock(sample_seconds=SAMPLE_SECONDS))
     result = Result(machine())
     for number in threads:
         torch.set_num_threads(number)
@@ -209,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
     here = {**machine(), "threads": " and ".join(map(str, options.threads))}
     result = Result(here, extra={"timm": version, "failed": {}})
     try:
-        with progress.bar(len(options.models), "models", leave=True) as bar:
+        with progress(len(options.models), "models", leave=True) as bar:
             for name in options.models:
                 bar.set_description_str(name)
                 measured = in_fresh_process(name, options)
@@ -227,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
         write_json(result, options.out)
         print(f"\nwrote {options.out}")
     if result.interrupted:
-        return progress.INTERRUPTED
+        return INTERRUPTED
     return int(bool(failures(result)) or not all(map(agrees, result.rows)))
 
 
@@ -236,7 +209,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--models", type=_names, default=MODELS, metavar="NAME,NAME", help=f"of timm (default: {len(MODELS)} of them)"
     )
-    parser.add_argument("--threads", type=_numbers, default=(1, 2), metavar="N,N", help="one table each (default: 1,2)")
+    parser.add_argument("--threads", type=numbers, default=(1, 2), metavar="N,N", help="one table each (default: 1,2)")
     parser.add_argument("--samples", type=positive, default=SAMPLES, metavar="N", help="a contender (%(default)s)")
     parser.add_argument("--compiled", action="store_true", help="torch.compile as well, by inductor and by our backend")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the results there, after every model")
@@ -248,5 +221,121 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(dict.fromkeys(positive(number.strip()) for number in text.split(",")))
+# The results as text, which is Markdown as well: a table a number of threads.
+
+
+def fastest(row: Row, names: Sequence[str]) -> str | None:
+    """The one that took least, of those that ran."""
+    ran = [measurement for name in names if (measurement := row.measurement(name))]
+    return min(ran, key=lambda measurement: measurement.median_ms).contender if ran else None
+
+
+def gain(row: Row) -> float | None:
+    """Time of the faster eager layout over that of the faster optimised one."""
+    eager, ours = fastest(row, PLAIN), fastest(row, OPTIMIZED)
+    return row.ratio(eager, ours) if eager and ours else None
+
+
+def agrees(row: Row) -> bool:
+    """Whether every optimised model that ran is as right as plain PyTorch."""
+    return all(m.passed for name in (*OPTIMIZED, "our backend") if (m := row.measurement(name)))
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A line a model, the greatest gain first."""
+    return markdown(HEADERS, [_line(row) for row in sorted(rows, key=lambda row: gain(row) or 0.0, reverse=True)])
+
+
+def compiled_table(rows: Sequence[Row]) -> str:
+    """A line for each model that torch.compile took part in."""
+    lines = []
+    for row in rows:
+        if any(row.measurement(name) for name in COMPILED):
+            times = [f"{m.median_ms:.2f}" if (m := row.measurement(name)) else "-" for name in COMPILED]
+            ratio, wrong = row.ratio(*COMPILED), any(m and not m.passed for m in map(row.measurement, COMPILED))
+            lines.append((row.parameters["model"], *times, f"{ratio:.2f}×" if ratio else "-", WRONG if wrong else ""))
+    return markdown(("model, torch.compile", *COMPILED, "ratio", ""), lines) if lines else ""
+
+
+def _line(row: Row) -> tuple[str, ...]:
+    measurements = [row.measurement(name) for name in (*PLAIN, *OPTIMIZED)]
+    times = [f"{m.median_ms:.2f}" if m else "-" for m in measurements]
+    ratios = [row.ratio(*pair) for pair in zip(PLAIN, OPTIMIZED, strict=True)]
+    eager, ours, best = fastest(row, PLAIN), fastest(row, OPTIMIZED), gain(row)
+    between = row.ratio_quartiles(eager, ours) if eager and ours else None
+    return (
+        row.parameters["model"],
+        f"{row.parameters['size']}²",
+        *times,
+        *(f"{ratio:.2f}" if ratio else "-" for ratio in ratios),
+        f"{SLOWER if best < NOT_SLOWER else ''} {best:.2f}×".lstrip() if best else "-",
+        "{:.2f}–{:.2f}".format(*between) if between else "-",
+        _error_text(row),
+        "" if agrees(row) else WRONG,
+    )
+
+
+def _error_text(row: Row) -> str:
+    eager, ours = _worst_error(row, PLAIN), _worst_error(row, OPTIMIZED)
+    return f"{ours / eager:.2f}" if eager and ours is not None else "-"
+
+
+def _worst_error(row: Row, names: Sequence[str]) -> float | None:
+    """None where nothing ran, or an output is not finite."""
+    errors = [m.error for name in names if (m := row.measurement(name))]
+    known = [error for error in errors if error is not None]
+    return max(known) if known and len(known) == len(errors) else None
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """What the table comes to."""
+    gains = {row.parameters["model"]: ratio for row in rows if (ratio := gain(row))}
+    if not gains:
+        return "nothing was measured"
+    slower = [name for name, ratio in gains.items() if ratio < NOT_SLOWER]
+    wrong = [row.parameters["model"] for row in rows if not agrees(row)]
+    means = [f"{statistics.geometric_mean(gains.values()):.2f}× best against best"]
+    for title, *pair in zip(("NCHW", "channels-last"), PLAIN, OPTIMIZED, strict=True):
+        if ratios := [ratio for row in rows if (ratio := row.ratio(*pair))]:
+            means.append(f"{statistics.geometric_mean(ratios):.2f}× in {title}")
+    return (
+        f"{len(gains)} models, geometric mean {', '.join(means)}; "
+        f"below {NOT_SLOWER}: {len(slower)}{_listed(slower)}; outputs that disagree: {len(wrong)}{_listed(wrong)}"
+    )
+
+
+def overview(result: Result) -> str:
+    """A line a number of threads: mean, least and greatest gain."""
+    lines = []
+    for threads in sorted({row.parameters["threads"] for row in result.rows}):
+        rows = [row for row in result.rows if row.parameters["threads"] == threads]
+        gains = sorted((ratio, row.parameters["model"]) for row in rows if (ratio := gain(row)))
+        mean = statistics.geometric_mean(ratio for ratio, _ in gains)
+        ends = [f"{ratio:.2f}× ({name})" for ratio, name in (gains[0], gains[-1])]
+        below = sum(ratio < NOT_SLOWER for ratio, _ in gains)
+        lines.append((str(threads), str(len(gains)), f"{mean:.2f}×", *ends, str(below)))
+    headers = ("threads", "models", "geometric mean", "least", "greatest", f"below {NOT_SLOWER}")
+    return f"{machine_line(result.machine)}, timm {result.extra['timm']}:\n\n{markdown(headers, lines)}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f" ({', '.join(names)})" if names else ""
+
+
+def failures(result: Result) -> list[str]:
+    """A line for each model that failed, and for each contender of one."""
+    failed = [f"{name}: {reason}" for name, reason in result.extra["failed"].items()]
+    return failed + [
+        f"{row.case}: {m.contender}: {m.reason}" for row in result.rows for m in row.measurements if m.reason
+    ]
+
+
+def report(result: Result) -> str:
+    """Machine, a table and a summary a number of threads, and what failed."""
+    parts = [f"machine: {machine_line(result.machine)}, timm {result.extra['timm']}", NOTE]
+    for threads in sorted({row.parameters["threads"] for row in result.rows}):
+        rows = [row for row in result.rows if row.parameters["threads"] == threads]
+        parts += filter(None, [f"## Threads: {threads}", table(rows), summary(rows), compiled_table(rows)])
+    if lines := failures(result):
+        parts += ["## Failed", "\n".join(f"- {line}" for line in lines)]
+    return "\n\n".join(parts)

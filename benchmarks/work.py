@@ -1,91 +1,183 @@
-"""Builds what a case computes, in the forms contenders run: plain PyTorch in either layout, and on our operators."""
+"""What contenders compute: operators, layers, models and training steps, in the forms in which they run them."""
 
 from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Sequence
+import importlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ffnet
 import ffnet_kernels
 from ffnet.layers import DropPath
+from ffnet_kernels.backends import reference
 from ffnet_kernels.selftest import error_limit
 
-from . import reference
 from .cases import OPERATORS, Case, LayerCase, ModelCase, OperatorCase, TrainingCase
-from .programs import (
-    MEMORY_FORMATS,
-    CpuWork,
-    Program,
-    Unsupported,
-    is_filter,
-    laid_out,
-    too_large_for_onednn,
-    without_onednn,
-)
-from .programs import (
-    Work as Work,
-)
-from .training import BackwardWork, TrainingWork
 
 SEED = 0
+MEMORY_FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 #: Arguments of operators that are maps; the others are weights.
 MAPS = ("x", "query", "residual")
+#: Taps of a filter beyond which oneDNN compiles 16-bit depthwise code for minutes.
+MOST_TAPS_IN_16_BITS = 100
+Wrap = Callable[[Any], Any]
+
+
+def as_is(function: Any) -> Any:
+    return function
+
+
+class Unsupported(Exception):
+    """A contender has no way to compute a work; the text says why."""
 
 
 @dataclass(frozen=True)
-class OperatorWork:
-    """An operator and the arguments of its public function, maps and weights contiguous."""
+class Program:
+    """A function and its inputs: calling it runs the first input, which is the one that is timed.
+
+    Attributes:
+        inputs: one tuple of arguments a call.
+        layout: of the maps it reads.
+        detail: what is worth knowing of how it runs, e.g. the backend.
+        judged: makes of a result the tensors that are checked, where those are more than the result; not timed.
+        hoards: whether it keeps memory for its maps between calls, so that a call's cannot be told.
+    """
+
+    function: Callable[..., Any]
+    inputs: Sequence[tuple]
+    layout: str
+    detail: str = ""
+    judged: Callable[[Any], list[Tensor]] | None = None
+    hoards: bool = False
+
+    def __call__(self) -> Any:
+        return self.function(*self.inputs[0])
+
+    def outputs(self) -> Tensor:
+        """The results of all inputs, along the batch."""
+        return torch.cat([self.function(*arguments) for arguments in self.inputs])
+
+    def results(self) -> list[Tensor]:
+        """All that is checked."""
+        return [self.outputs()] if self.judged is None else self.judged(self())
+
+
+class Work:
+    """What all contenders of a case compute.
+
+    Attributes:
+        dtype: of maps and weights.
+        layout: in which contenders that are free to choose get their maps.
+        inference: whether it runs in inference mode: no gradients are wanted.
+    """
+
+    dtype: torch.dtype
+    layout: str
+    inference: bool
+    #: Several layers round in a chain, so equally good orders of summation differ by more than in one operator.
+    limits: ClassVar[int] = 1
+
+    def plain(self, layout: str, wrap: Wrap = as_is) -> Program:
+        """Plain PyTorch operators, the maps in that layout; ``wrap`` makes of their function or module what runs."""
+        raise NotImplementedError
+
+    def fused(self, layout: str | None = None) -> Program:
+        """On ffnet_kernels, backend chosen by itself."""
+        raise NotImplementedError
+
+    def as_trained(self, layout: str) -> Program:
+        """As `plain`, before anything was folded."""
+        raise Unsupported("an operator has no training-time form")
+
+    def exportable(self) -> tuple[nn.Module, list[tuple[Tensor, ...]]]:
+        """As `plain` for other runtimes: a module with constant weights, and one tuple of maps a call, all contiguous.
+
+        In float32 whatever the dtype of the work: a runtime is told the precision to compute in.
+        """
+        raise Unsupported("only forward passes are run with it")
+
+    def expected(self) -> Any:
+        """What `Program.results` has, in float64; by itself where it is one tensor."""
+        raise NotImplementedError
+
+    def error_limit(self, expected: Tensor, eager: Tensor) -> float:
+        """The largest absolute error of a result that counts as right."""
+        return self.limits * error_limit(expected, eager)
+
+
+@dataclass(frozen=True)
+class OperatorWork(Work):
+    """An operator and the arguments of its public function, maps and weights contiguous.
+
+    With ``incoming``, the gradient of its result: the gradients of all tensors among the arguments, the filters lying
+    as parameters that are trained. The forward pass is made once, ahead, and not timed.
+    """
 
     operator: str
     arguments: dict[str, Any]
     layout: str = "channels_last"
-    inference = True
+    incoming: Tensor | None = None
 
     @property
-    def dtype(self) -> torch.dtype:
+    def inference(self) -> bool:  # type: ignore[override]
+        return self.incoming is None
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
         return next(v.dtype for v in self.arguments.values() if isinstance(v, Tensor))
 
-    def plain(self, layout: str) -> Program:
-        function, arguments = reference.function(self.operator), self._checked(laid_out(self.arguments, layout))
-        if too_large_for_onednn(self.arguments):
-            return Program(without_onednn(function), [arguments], layout, "without oneDNN")
-        return Program(function, [arguments], layout)
+    def plain(self, layout: str, wrap: Wrap = as_is) -> Program:
+        slow = too_large_for_onednn(self.arguments)
+        detail = "without oneDNN" if slow else ""
+        return self.program(reference_of(self.operator), self.checked(layout), layout, detail, wrap, slow=slow)
 
-    def fused(self) -> Program:
-        # Filters with their channels next to each other, where kernels need not move them in every call.
-        arguments = {
-            name: channels_innermost(value) if is_filter(value) else value
-            for name, value in laid_out(self.arguments, self.layout).items()
-        }
-        decision = ffnet_kernels.explain(self.operator, **arguments)
-        function = functools.partial(getattr(ffnet_kernels, self.operator), **arguments)
-        if decision.backend == "reference" and too_large_for_onednn(self.arguments):
-            return Program(without_onednn(function), [()], self.layout, "reference without oneDNN")
-        return Program(function, [()], self.layout, decision.backend)
+    def fused(self, layout: str | None = None) -> Program:
+        layout = layout or self.layout
+        arguments, slow, detail = laid_out(self.arguments, layout), too_large_for_onednn(self.arguments), ""
+        if self.inference:
+            # Filters with their channels next to each other, where kernels need not move them in every call.
+            arguments = {n: channels_innermost(v) if is_filter(v) else v for n, v in arguments.items()}
+            detail = ffnet_kernels.explain(self.operator, **arguments).backend
+            slow &= detail == "reference"
+        detail = f"{detail} without oneDNN".strip() if slow else detail
+        return self.program(getattr(ffnet_kernels, self.operator), arguments, layout, detail, slow=slow)
 
-    def as_trained(self, layout: str) -> Program:
-        raise Unsupported("an operator has no training-time form")
+    def program(
+        self, function: Callable[..., Tensor], arguments: dict[str, Any] | tuple, layout: str, detail: str = "",
+        wrap: Wrap = as_is, *, slow: bool = False,
+    ) -> Program:  # fmt: skip
+        """What is timed of a function of such arguments: its call, or with ``incoming`` its backward pass."""
+        around: Wrap = without_onednn if slow else as_is
+        function = wrap(around(function))
+        if self.incoming is None:
+            if isinstance(arguments, dict):
+                return Program(functools.partial(function, **arguments), [()], layout, detail)
+            return Program(function, [arguments], layout, detail)
+        _, backward = differentiated(function, arguments, self.incoming)
+        return Program(around(backward), [()], layout, detail, list)
 
     def exportable(self) -> tuple[nn.Module, list[tuple[Tensor, ...]]]:
-        single = {name: v.float() if isinstance(v, Tensor) else v for name, v in self.arguments.items()}
-        maps = {name: single[name] for name in MAPS if isinstance(single.get(name), Tensor)}
-        return _Call(self.operator, self._checked(single), list(maps.values())), [tuple(maps.values())]
+        if not self.inference:
+            return super().exportable()
+        single = mapped(Tensor.float, self.arguments)
+        maps = [single[name] for name in MAPS if isinstance(single.get(name), Tensor)]
+        return _Call(self.operator, checked(self.operator, single), maps), [tuple(maps)]
 
-    def expected(self) -> Tensor:
-        double = {name: v.double() if isinstance(v, Tensor) else v for name, v in self.arguments.items()}
-        return reference.function(self.operator)(*self._checked(double))
+    def expected(self) -> Any:
+        double = checked(self.operator, mapped(Tensor.double, self.arguments))
+        program = self.program(reference_of(self.operator), double, "nchw")
+        return program() if self.inference else program.results()
 
-    def error_limit(self, expected: Tensor, eager: Tensor) -> float:
-        return error_limit(expected, eager)
-
-    def _checked(self, arguments: dict[str, Any]) -> tuple:
-        return reference.checked(self.operator, arguments)
+    def checked(self, layout: str) -> tuple:
+        """The arguments in a layout, as the operator takes them."""
+        return checked(self.operator, laid_out(self.arguments, layout))
 
 
 class _Call(nn.Module):
@@ -93,8 +185,7 @@ class _Call(nn.Module):
 
     def __init__(self, operator: str, arguments: tuple, maps: list[Tensor]):
         super().__init__()
-        self.function = reference.function(operator)
-        self.arguments = arguments
+        self.function, self.arguments = reference_of(operator), arguments
         self.places = [next(i for i, a in enumerate(arguments) if a is one) for one in maps]
 
     def forward(self, *maps: Tensor) -> Tensor:
@@ -105,30 +196,31 @@ class _Call(nn.Module):
 
 
 @dataclass(frozen=True)
-class ModelWork:
+class ModelWork(Work):
     """A model in eval mode as trained, and its input batches of one size, contiguous."""
 
     model: nn.Module
     batches: Sequence[Tensor]
     layout: str = "channels_last"
     inference = True
+    limits = 2
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
         return self.batches[0].dtype
 
-    def plain(self, layout: str) -> Program:
-        return self._program(ffnet.reparameterize(self.model), layout)
+    def plain(self, layout: str, wrap: Wrap = as_is) -> Program:
+        return self._program(ffnet.reparameterize(self.model), layout, wrap)
 
-    def fused(self) -> Program:
+    def fused(self, layout: str | None = None) -> Program:
         # Outside inference mode, as users do it: what is made there are tensors of another kind.
         with torch.inference_mode(False), torch.no_grad():
-            model = ffnet.reparameterize(self.model)  # as the other contenders
-            model = model.to(memory_format=MEMORY_FORMATS[self.layout])  # type: ignore[call-overload]
-            return Program(ffnet_kernels.optimize(model), self._inputs(self.layout), self.layout)
+            # Reparameterised, as for the other contenders.
+            model = ffnet.reparameterize(self.model)
+            return self._program(model, layout or self.layout, ffnet_kernels.optimize)
 
-    def as_trained(self, layout: str) -> Program:
-        return self._program(copy.deepcopy(self.model), layout)
+    def as_trained(self, layout: str, wrap: Wrap = as_is) -> Program:
+        return self._program(copy.deepcopy(self.model), layout, wrap)
 
     def exportable(self) -> tuple[nn.Module, list[tuple[Tensor, ...]]]:
         model = ffnet.reparameterize(copy.deepcopy(self.model).float())
@@ -138,97 +230,191 @@ class ModelWork:
         model = copy.deepcopy(self.model).double()
         return torch.cat([model(batch.double()) for batch in self.batches])
 
-    def error_limit(self, expected: Tensor, eager: Tensor) -> float:
-        # The layers of a model round in a chain, so equally good orders of summation differ by more than in one
-        # operator: twice its limit.
-        return 2 * error_limit(expected, eager)
-
-    def _program(self, model: nn.Module, layout: str) -> Program:
+    def _program(self, model: nn.Module, layout: str, wrap: Wrap) -> Program:
         model = model.to(memory_format=MEMORY_FORMATS[layout])  # type: ignore[call-overload]
-        return Program(model, self._inputs(layout), layout)
-
-    def _inputs(self, layout: str) -> list[tuple]:
-        return [(batch.contiguous(memory_format=MEMORY_FORMATS[layout]),) for batch in self.batches]
+        return Program(wrap(model), [(laid_out(batch, layout),) for batch in self.batches], layout)
 
 
-def build(case: Case) -> CpuWork:
+@dataclass(frozen=True)
+class TrainingWork(Work):
+    """Forward pass, loss and all gradients of a model in train mode; no optimizer. With ``autocast``, forward pass and
+    loss are under it, but not what is compared with, in float64.
+
+    The logits are judged and, with ``gradients``, those of all parameters as one vector: in float64 they take twice
+    the memory of a step.
+    """
+
+    model: nn.Module
+    batch: Tensor
+    layout: str = "channels_last"
+    autocast: bool = False
+    gradients: bool = True
+    inference = False
+    limits = 2
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return self.batch.dtype
+
+    def plain(self, layout: str, wrap: Wrap = as_is) -> Program:
+        return self._program(wrap(self._copy(layout)), laid_out(self.batch, layout), layout)
+
+    def fused(self, layout: str | None = None) -> Program:
+        program = self.plain(layout or self.layout, ffnet_kernels.optimize)
+        program()  # its first step runs the modules, and is not what is judged
+        return program
+
+    def as_trained(self, layout: str) -> Program:
+        return self.plain(layout)
+
+    def expected(self) -> list[Tensor]:
+        model, batch = self._copy("nchw").double(), self.batch.double()
+        if self.gradients:
+            return self._program(model, batch, "nchw").results()
+        with torch.no_grad():
+            return [model(batch)]
+
+    def _copy(self, layout: str) -> nn.Module:
+        return copy.deepcopy(self.model).to(memory_format=MEMORY_FORMATS[layout])  # type: ignore[call-overload]
+
+    def _program(self, model: Any, batch: Tensor, layout: str) -> Program:
+        labels = torch.arange(len(batch), device=batch.device)
+        parameters = [parameter for _, parameter in sorted(model.named_parameters())]  # in one order for everybody
+
+        def step() -> tuple[Tensor, ...]:
+            autocast = self.autocast and batch.dtype == torch.float32
+            with torch.enable_grad():
+                with torch.autocast(batch.device.type, torch.bfloat16, enabled=autocast):
+                    logits = model(batch)
+                    loss = F.cross_entropy(logits, labels)
+                return logits.detach(), *torch.autograd.grad(loss, parameters)
+
+        return Program(step, [()], layout, judged=self._judged)
+
+    def _judged(self, results: tuple[Tensor, ...]) -> list[Tensor]:
+        logits, *gradients = results
+        return [logits, torch.cat([gradient.flatten() for gradient in gradients])] if self.gradients else [logits]
+
+
+def build(case: Case) -> Any:
     """The work of a case, the same in every run."""
-    if isinstance(case, ModelCase):
-        return _model_work(case)
-    if isinstance(case, LayerCase):
-        return _layer_work(case)
-    if isinstance(case, TrainingCase):
-        model = _model_work(ModelCase(case.model, case.batch, case.size, case.dtype))
-        return TrainingWork(model.model.train(), model.batches[0], autocast=case.autocast)
-    return _operator_work(case)
-
-
-def _operator_work(case: OperatorCase) -> OperatorWork | BackwardWork:
-    generator = torch.Generator().manual_seed(SEED)
-    dtype = getattr(torch, case.dtype)
-
-    def random(*shape: int, fan_in: int = 1) -> Tensor:
-        return (torch.randn(shape, generator=generator) / fan_in**0.5).to(dtype)
-
-    channels, kernel = case.channels, case.kernel
-    shape = case.shape
-
-    def filters() -> Tensor:
-        return random(channels, 1, kernel, kernel, fan_in=kernel**2)
-
-    arguments: dict[str, Any]
-    if case.operator == "depthwise_conv2d":
-        arguments = {"x": random(*shape), "weight": filters(), "bias": random(channels), "stride": 1, "padding": "same"}
-    elif case.operator == "ffnified_attention":
-        arguments = {
-            "query": random(*shape),
-            "key": filters(),
-            "key_bias": random(channels),
-            "value": filters(),
-            "value_bias": random(channels),
-            "scale": None,
-            "residual": random(*shape),
-        }
-    else:
-        hidden = OPERATORS[case.operator].expansion * channels
-        arguments = {
-            "x": random(*shape),
-            "weight": filters(),
-            "bias": random(channels),
-            "expand_weight": random(hidden, channels, fan_in=channels),
-            "expand_bias": random(hidden),
-            "project_weight": random(channels, hidden, fan_in=hidden),
-            "project_bias": random(channels),
-            "scale": None,
-            "residual": random(*shape),
-        }
-    arguments["activation"] = case.activation
-    if case.direction == "backward":
-        return BackwardWork(case.operator, arguments, random(*shape), case.layout)
-    return OperatorWork(case.operator, arguments, case.layout)
-
-
-def _model_work(case: ModelCase) -> ModelWork:
+    if isinstance(case, OperatorCase):
+        return _operator_work(case)
     dtype = getattr(torch, case.dtype)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        model = ffnet.create_model(case.model).eval().to(dtype)
+        model = ffnet.create_model(case.model).eval()
+        if isinstance(case, LayerCase):
+            batch = torch.randn(case.batch, case.channels, case.size, case.size).to(dtype)
+            return ModelWork(ffnet.reparameterize(model.get_submodule(case.path)).to(dtype), [batch])
+        model = model.to(dtype)
         # Stochastic depth would drop other blocks in float64 than in float32, and no training step could be judged.
         for module in model.modules():
             if isinstance(module, DropPath):
                 module.rate = 0.0
-        batch = torch.randn(case.batch, *case.shape).to(dtype)
+        shape = case.shape if isinstance(case, ModelCase) else (3, case.size, case.size)
+        batch = torch.randn(case.batch, *shape).to(dtype)
+    if isinstance(case, TrainingCase):
+        return TrainingWork(model.train(), batch, autocast=case.autocast)
     return ModelWork(model, [batch])
 
 
-def _layer_work(case: LayerCase) -> ModelWork:
-    dtype = getattr(torch, case.dtype)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
-        layer = ffnet.create_model(case.model).eval().get_submodule(case.path)
-        batch = torch.randn(case.batch, case.channels, case.size, case.size)
-    return ModelWork(ffnet.reparameterize(layer).to(dtype), [batch.to(dtype)])
+def _operator_work(case: OperatorCase) -> OperatorWork:
+    generator = torch.Generator().manual_seed(SEED)
+    dtype, channels, kernel = getattr(torch, case.dtype), case.channels, case.kernel
+    hidden = OPERATORS[case.operator].expansion * channels
+
+    def random(*shape: int, fan_in: int = 1) -> Tensor:
+        return (torch.randn(shape, generator=generator) / fan_in**0.5).to(dtype)
+
+    def a_map() -> Tensor:
+        return random(*case.shape)
+
+    def depthwise(weight: str, bias: str) -> dict[str, Tensor]:
+        return {weight: random(channels, 1, kernel, kernel, fan_in=kernel**2), bias: random(channels)}
+
+    arguments: dict[str, Any]
+    if case.operator == "depthwise_conv2d":
+        arguments = {"x": a_map(), **depthwise("weight", "bias"), "stride": 1, "padding": "same"}
+    elif case.operator == "ffnified_attention":
+        arguments = {"query": a_map(), **depthwise("key", "key_bias"), **depthwise("value", "value_bias")}
+        arguments |= {"scale": None, "residual": a_map()}
+    else:
+        arguments = {"x": a_map(), **depthwise("weight", "bias")}
+        arguments |= {"expand_weight": random(hidden, channels, fan_in=channels), "expand_bias": random(hidden)}
+        arguments |= {"project_weight": random(channels, hidden, fan_in=hidden), "project_bias": random(channels)}
+        arguments |= {"scale": None, "residual": a_map()}
+    arguments["activation"] = case.activation
+    return OperatorWork(case.operator, arguments, case.layout, a_map() if case.direction == "backward" else None)
+
+
+def differentiated(
+    function: Callable[..., Tensor], arguments: dict[str, Any] | tuple, incoming: Tensor
+) -> tuple[Tensor, Callable[[], tuple[Tensor, ...]]]:
+    """The output of a function, and what returns the gradients of all tensors among its arguments, in their order."""
+    arguments = mapped(lambda t: t.detach().requires_grad_(), arguments)
+    positional, named = ((), arguments) if isinstance(arguments, dict) else (arguments, {})
+    leaves = [v for v in (*positional, *named.values()) if isinstance(v, Tensor)]
+    with torch.enable_grad():
+        output = function(*positional, **named)
+    gradient = torch.empty_like(output, requires_grad=False).copy_(incoming)
+    return output, lambda: torch.autograd.grad(output, leaves, gradient, retain_graph=True)
+
+
+def mapped(function: Callable[[Tensor], Tensor], values: Any) -> Any:
+    """A tensor, or a dict or tuple of arguments, with the function applied to the tensors among them."""
+    if isinstance(values, dict):
+        return {name: mapped(function, value) for name, value in values.items()}
+    if isinstance(values, tuple):
+        return tuple(mapped(function, value) for value in values)
+    return function(values) if isinstance(values, Tensor) else values
+
+
+def laid_out(values: Any, layout: str) -> Any:
+    """The maps and filters among the arguments in a layout."""
+    memory_format = MEMORY_FORMATS[layout]
+    return mapped(lambda t: t.contiguous(memory_format=memory_format) if t.dim() == 4 else t, values)
+
+
+def is_filter(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 4 and value.shape[1] == 1
 
 
 def channels_innermost(weight: Tensor) -> Tensor:
     return weight.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
+
+
+def too_large_for_onednn(arguments: dict[str, Any]) -> bool:
+    """Whether oneDNN would compile code for minutes, to run the call once."""
+    return any(
+        is_filter(v) and v.element_size() == 2 and v[0].numel() > MOST_TAPS_IN_16_BITS and v.device.type == "cpu"
+        for v in arguments.values()
+    )
+
+
+def without_onednn(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function on PyTorch's own convolutions."""
+
+    def run(*arguments: Any, **keywords: Any) -> Any:
+        enabled = torch.backends.mkldnn.enabled
+        torch.backends.mkldnn.set_flags(_enabled=False)
+        try:
+            return function(*arguments, **keywords)
+        finally:
+            torch.backends.mkldnn.set_flags(_enabled=enabled)
+
+    return run
+
+
+def checked(operator: str, arguments: dict[str, Any]) -> tuple:
+    """Named arguments of a public function as its operator takes them, in this commit or an older one (`compare`)."""
+    if hasattr(ffnet_kernels, "ops"):
+        return ffnet_kernels.ops.OPERATORS[operator].defined.checked(**arguments)
+    return getattr(importlib.import_module("ffnet_kernels.checks"), operator)(**arguments)
+
+
+def reference_of(operator: str) -> Callable[..., Any]:
+    """The operator of such arguments in plain PyTorch."""
+    if hasattr(ffnet_kernels, "ops"):
+        return ffnet_kernels.ops.OPERATORS[operator].reference
+    return getattr(reference, operator)

@@ -26,7 +26,7 @@ def run(program: str, arguments: Sequence[str], *, may_restart: bool) -> int:
     name = package()
     try:
         if may_restart:
-            importlib.import_module(f"{name}.heap").restart_with_plain_heap()
+            importlib.import_module(f"{name}.memory").restart_with_plain_heap()
         return importlib.import_module(f"{name}.__main__").main(list(arguments))
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.partition(".")[0] in (name, "ffnet", "ffnet_kernels"):

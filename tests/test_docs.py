@@ -23,8 +23,8 @@ import benchmarks.__main__
 import ffnet
 import ffnet.__main__
 import ffnet_kernels.__main__
-from benchmarks import peers, roof_measurement, run
-from benchmarks.roofs import Roofs
+from benchmarks import contenders, run, runner
+from benchmarks.results import Roofs
 
 ROOT = Path(__file__).parents[1]
 TABLES_OF_RESOURCES = ("cuda-resources.md", "triton-resources.md")  # tests of their own hold them
@@ -195,10 +195,10 @@ PREPARED = {"models.md": for_models, "signals.md": for_signals}
 @pytest.fixture
 def short_measurements(monkeypatch):
     """Benchmarks as in the page, with fewer samples and baselines; torch.compile has a test of its own."""
-    few = (peers.OURS, "eager nchw")
+    few = (contenders.OURS, "eager nchw")
     monkeypatch.setattr(run, "DEFAULT_CONTENDERS", few)
     monkeypatch.setattr(run, "DEFAULT_SAMPLES", 2)
-    monkeypatch.setattr(roof_measurement, "measure", lambda: Roofs({"float32": 100.0}, ((2**16, 50.0),)))
+    monkeypatch.setattr(runner, "measure_roofs", lambda: Roofs({"float32": 100.0}, ((2**16, 50.0),)))
 
 
 @pytest.mark.long

@@ -5,12 +5,10 @@ import sys
 
 import pytest
 
-from benchmarks import chart, chart_work, heap, roof_measurement
+from benchmarks import charts, memory, runner
 from benchmarks.__main__ import COMMANDS, main
-from benchmarks.cases import OperatorCase, parameters
-from benchmarks.results import Measurement, Result, Row
-from benchmarks.roofs import Roofs
-from benchmarks.suites import suite
+from benchmarks.cases import OperatorCase, parameters, suite
+from benchmarks.results import Measurement, Result, Roofs, Row
 
 PNG = b"\x89PNG\r\n"
 ROOFS = Roofs({"float32": 100.0}, ((2**16, 50.0), (2**28, 10.0)))
@@ -19,7 +17,7 @@ ONE_CASE = ["--suite", "ops", "--quick", "--filter", "depthwise_conv2d 640x8x8 k
 
 @pytest.fixture(autouse=True)
 def known_roofs(monkeypatch):
-    monkeypatch.setattr(roof_measurement, "measure", lambda: ROOFS)
+    monkeypatch.setattr(runner, "measure_roofs", lambda: ROOFS)
 
 
 def row(case, **milliseconds):
@@ -111,36 +109,36 @@ def test_every_command_has_help(command, capsys):
 
 def test_charts(tmp_path):
     rows = [row("first b1 float32", ours=1.0, peer=2.0), row("second b1 float32", ours=1.0, peer=0.5)]
-    chart.latency_chart(rows[0], tmp_path / "latency.png", "title")
-    chart.speedup_chart(rows, tmp_path / "speedup.png", "title")
+    charts.latency_chart(rows[0], tmp_path / "latency.png", "title")
+    charts.speedup_chart(rows, tmp_path / "speedup.png", "title")
     grown = [row(case, ours=1.0 * case.flops, eager_nchw=2.0 * case.flops) for case in suite("growth", quick=True)]
-    chart_work.growth_chart(grown, tmp_path / "growth.png", "title")
-    chart_work.roofline_chart(grown, ROOFS, tmp_path / "roofline.png", "title")
+    charts.growth_chart(grown, tmp_path / "growth.png", "title")
+    charts.roofline_chart(grown, ROOFS, tmp_path / "roofline.png", "title")
     assert len(list(tmp_path.iterdir())) == 4
     assert all(path.read_bytes().startswith(PNG) for path in tmp_path.iterdir())
 
 
 def test_charts_say_what_is_missing(tmp_path, monkeypatch):
     path, case = tmp_path / "a.png", OperatorCase("depthwise_conv2d", 1, 8, 6, 3)
-    with pytest.raises(chart.ChartError, match="nothing was measured"):
-        chart.latency_chart(Row("case", 1, 1, (Measurement("ours", reason="absent"),)), path, "title")
-    with pytest.raises(chart.ChartError, match="no baseline"):
-        chart.speedup_chart([row(case, ours=1.0)], path, "title")
-    with pytest.raises(chart.ChartError, match="no roof"):
-        chart_work.roofline_chart([row(case, ours=1.0)], None, path, "title")
-    with pytest.raises(chart.ChartError, match="no dimension"):
-        chart_work.growth_chart([row(case, ours=1.0)], path, "title")
+    with pytest.raises(charts.ChartError, match="nothing was measured"):
+        charts.latency_chart(Row("case", 1, 1, (Measurement("ours", reason="absent"),)), path, "title")
+    with pytest.raises(charts.ChartError, match="no baseline"):
+        charts.speedup_chart([row(case, ours=1.0)], path, "title")
+    with pytest.raises(charts.ChartError, match="no roof"):
+        charts.roofline_chart([row(case, ours=1.0)], None, path, "title")
+    with pytest.raises(charts.ChartError, match="no dimension"):
+        charts.growth_chart([row(case, ours=1.0)], path, "title")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(chart.ChartError, match="matplotlib"):
-        chart.speedup_chart([row(case, ours=1.0, peer=2.0)], path, "title")
+    with pytest.raises(charts.ChartError, match="matplotlib"):
+        charts.speedup_chart([row(case, ours=1.0, peer=2.0)], path, "title")
     assert not path.exists()
 
 
 @pytest.mark.parametrize(
     ("version", "given", "expected"),
     [
-        ("2.36", "", heap.JOINED_AT_ONCE),
-        ("2.36", "glibc.malloc.check=1", f"glibc.malloc.check=1:{heap.JOINED_AT_ONCE}"),
+        ("2.36", "", memory.JOINED_AT_ONCE),
+        ("2.36", "glibc.malloc.check=1", f"glibc.malloc.check=1:{memory.JOINED_AT_ONCE}"),
         ("2.36", "glibc.malloc.tcache_count=7", None),
         ("2.38", "", None),
         ("", "", None),
@@ -148,9 +146,9 @@ def test_charts_say_what_is_missing(tmp_path, monkeypatch):
 )
 def test_old_c_libraries_are_told_how_to_keep_the_heap(version, given, expected, monkeypatch):
     started = []
-    monkeypatch.setattr(heap.platform, "libc_ver", lambda: ("glibc" if version else "", version))
-    monkeypatch.setattr(heap.os, "execv", lambda program, arguments: started.append((program, arguments)))
+    monkeypatch.setattr(memory.platform, "libc_ver", lambda: ("glibc" if version else "", version))
+    monkeypatch.setattr(memory.os, "execv", lambda program, arguments: started.append((program, arguments)))
     monkeypatch.setenv("GLIBC_TUNABLES", given)
-    heap.restart_with_plain_heap()
+    memory.restart_with_plain_heap()
     assert started == ([] if expected is None else [(sys.executable, sys.orig_argv)])
-    assert heap.os.environ["GLIBC_TUNABLES"] == (expected or given)
+    assert memory.os.environ["GLIBC_TUNABLES"] == (expected or given)

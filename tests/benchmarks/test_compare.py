@@ -7,11 +7,10 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import compare
-from benchmarks.cases import LayerCase, ModelCase, TrainingCase, parameters
+from benchmarks.cases import GROWTH_FROM, LayerCase, ModelCase, TrainingCase, parameters
 from benchmarks.compare import Change, Group, NotComparable
-from benchmarks.peers import OURS
+from benchmarks.contenders import OURS
 from benchmarks.results import Measurement, Result, Row
-from benchmarks.suites import GROWTH_FROM
 
 MACHINE = dict.fromkeys(("processor", "threads", "isa", "torch", "python", "ffnet_kernels", "commit", "runtimes"), "x")
 PEERS = ("eager nchw", "eager channels-last", "torch.compile")

@@ -4,12 +4,11 @@ import json
 
 import pytest
 
-from benchmarks import goals, high_water, memory
-from benchmarks.cases import ModelCase, OperatorCase, TrainingCase
+from benchmarks import goals, memory
+from benchmarks.cases import LARGE_FILTERS, STAGE_DIMS, ModelCase, OperatorCase, TrainingCase, suite
+from benchmarks.contenders import CONTENDERS, OURS
 from benchmarks.goals import Goal, goal
-from benchmarks.peers import CONTENDERS, OURS
 from benchmarks.results import Measurement, Result, Row, best_peer
-from benchmarks.suites import LARGE_FILTERS, STAGE_DIMS, suite
 
 CASE = OperatorCase("depthwise_conv2d", 8, 320, 16, 7)
 MACHINE = {
@@ -102,7 +101,7 @@ def test_parts_are_merged(tmp_path, capsys):
 
 
 def test_memory_table():
-    mib = high_water.MIB
+    mib = memory.MIB
     rows = [
         {"case": "c", "contender": OURS, "before": 10 * mib, "peak": 30 * mib},
         {"case": "c", "contender": "eager", "before": 10 * mib, "peak": 50 * mib},
@@ -116,14 +115,14 @@ def test_memory_table():
 
 def test_peak_memory_of_this_process():
     try:
-        high_water.reset_peak()
-    except high_water.MemoryUnknown as reason:
+        memory.reset_peak()
+    except memory.MemoryUnknown as reason:
         pytest.skip(str(reason))
-    before = high_water.resident("VmRSS")
-    block = bytearray(b"x" * (64 * high_water.MIB))
+    before = memory.resident("VmRSS")
+    block = bytearray(b"x" * (64 * memory.MIB))
     del block
-    assert high_water.resident("VmHWM") - before > 60 * high_water.MIB
-    assert high_water.most_during(lambda: bytearray(b"x" * (64 * high_water.MIB))) > 60 * high_water.MIB
-    assert high_water.most_during(lambda: None) < high_water.MIB
-    with pytest.raises(high_water.MemoryUnknown):
-        high_water.resident("NoSuchField")
+    assert memory.resident("VmHWM") - before > 60 * memory.MIB
+    assert memory.most_during(lambda: bytearray(b"x" * (64 * memory.MIB))) > 60 * memory.MIB
+    assert memory.most_during(lambda: None) < memory.MIB
+    with pytest.raises(memory.MemoryUnknown):
+        memory.resident("NoSuchField")

@@ -7,9 +7,9 @@ import time
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_processes, gpu_report
+from benchmarks import gpu, report
 from benchmarks.cases import OperatorCase
-from benchmarks.gpu_contenders import COMPILED, COPY, EAGER, EAGER_NCHW
+from benchmarks.contenders import COMPILED, COPY, EAGER, EAGER_NCHW
 from benchmarks.results import Measurement, Result, Row
 from ffnet_kernels import ops
 from ffnet_kernels.backends import choice
@@ -210,10 +210,10 @@ def test_the_table(monkeypatch, tmp_path):
     document = tmp_path / "cuda-resources.json"
     row = {"operator": "depthwise, GELU", "filter": 7, "map": 16, "gpu": "H200", "ratio_128": 1.3, "ratio_512": 1.1}
     document.write_text(json.dumps({"predictions": [row, {**row, "gpu": "H100 SXM", "ratio_128": 1.4}]}))
-    monkeypatch.setattr(gpu_report, "PREDICTIONS", document)
+    monkeypatch.setattr(report, "PREDICTIONS", document)
     result = Result({"device": "NVIDIA H200, 3 multiprocessors", "commit": "abc"}, [canned_row()])
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in gpu_report.table(result).splitlines()[-8:]]
-    assert lines[0] == list(gpu_report.HEADERS)
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.gpu_table(result).splitlines()[-8:]]
+    assert lines[0] == list(report.GPU_HEADERS)
     assert {line[0] for line in lines[2:]} == {CANNED}
     assert [line[1:] for line in lines[2:]] == [
         ["cuda nchw", "1.0000", "1.0000..1.5000", "3000", "1.25x", "1.30x", "1.0e-03", "ok"],
@@ -224,14 +224,14 @@ def test_the_table(monkeypatch, tmp_path):
         [COPY, "0.8000", "0.8000..1.2000", "3750", "1.00x", "-", "1.0e-03", "ok"],
     ]
     other = Result({"device": "Fake", "commit": "abc"}, [canned_row()])
-    assert "1.30x" not in gpu_report.table(other)
-    monkeypatch.setattr(gpu_report, "PREDICTIONS", tmp_path / "missing.json")
-    assert "1.30x" not in gpu_report.table(result)
+    assert "1.30x" not in report.gpu_table(other)
+    monkeypatch.setattr(report, "PREDICTIONS", tmp_path / "missing.json")
+    assert "1.30x" not in report.gpu_table(result)
 
 
 def test_the_predictions_of_the_repository_are_found():
     """The file is written by another program: were its table to change, predictions would silently be gone."""
-    found = gpu_report.predictions(gpu_report.PREDICTIONS, "NVIDIA H200")
+    found = report.predictions(report.PREDICTIONS, "NVIDIA H200")
     assert {f"{operator} {size}x{size} k7" for operator in gpu.HEADLINE_OPERATORS for size in (8, 16)} <= found.keys()
     assert all(1 <= ratio < 10 for ratio in found.values())
 
@@ -279,8 +279,8 @@ def test_what_was_skipped_is_tried_again_and_not_counted(fake_gpu, parts, capsys
 
 def test_a_new_library_is_loaded_by_a_new_process(fake_gpu, monkeypatch, capsys):
     run, _, started = fake_gpu
-    monkeypatch.setattr(gpu_processes, "build", lambda device, seconds: {"passed": True})
-    monkeypatch.setattr(gpu_processes, "library_state", lambda: (1, 2))
+    monkeypatch.setattr(gpu, "build_libraries", lambda device, seconds: {"passed": True})
+    monkeypatch.setattr(gpu, "library_state", lambda: (1, 2))
     gpu.PARTS["build"] = gpu.build_steps
     assert run("--only", "build") == 130
     assert len(started) == 1

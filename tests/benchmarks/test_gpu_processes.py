@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_processes
+from benchmarks import gpu
 from benchmarks.cases import OPERATORS
 from ffnet_kernels import native
 from ffnet_kernels.backends import choice
@@ -35,40 +35,40 @@ def builder(tmp_path, monkeypatch):
         )
         return None if outcome["code"] is None else (outcome["code"], outcome.get("log", "the log"))
 
-    monkeypatch.setattr(gpu_processes, "run", run)
+    monkeypatch.setattr(gpu, "finish", run)
     return outcome, asked
 
 
 def test_the_library_is_built_for_this_gpu(builder, monkeypatch):
     outcome, asked = builder
-    assert gpu_processes.build(CPU, 10) == {"passed": True, "architectures": "89"}
+    assert gpu.build_libraries(CPU, 10) == {"passed": True, "architectures": "89"}
     outcome["cuda"] = {"cuda": {"architectures": [75, 80]}}
-    gpu_processes.build(CPU, 10)
-    gpu_processes.build(CPU, 10)  # there is one for 8.0 now, which runs on 8.9
+    gpu.build_libraries(CPU, 10)
+    gpu.build_libraries(CPU, 10)  # there is one for 8.0 now, which runs on 8.9
     outcome["cuda"] = {"cuda": {"architectures": [75, 90]}}
-    gpu_processes.build(CPU, 10)
-    gpu_processes.build(CPU, 10)
+    gpu.build_libraries(CPU, 10)
+    gpu.build_libraries(CPU, 10)
     monkeypatch.setenv("FFNET_CUDA_ARCHS", "90,100")
-    gpu_processes.build(CPU, 10)
+    gpu.build_libraries(CPU, 10)
     assert asked == ["89", "89", "75,80", "75,80", "89", "90,100"]
 
 
 def test_why_there_is_no_library(builder, monkeypatch):
     outcome, asked = builder
     outcome["missing"] = {native.CUDA_LIBRARY: "no CUDA compiler (looked for nvcc)"}
-    assert gpu_processes.build(CPU, 10)["skipped"] == "no CUDA compiler (looked for nvcc)"
+    assert gpu.build_libraries(CPU, 10)["skipped"] == "no CUDA compiler (looked for nvcc)"
     outcome["missing"] = {native.CUDA_LIBRARY: "compilation failed: error"}
-    row = gpu_processes.build(CPU, 10)
+    row = gpu.build_libraries(CPU, 10)
     assert (row["passed"], row["error"]) == (False, "compilation failed: error\nthe log")
     outcome.update(code=1, log="ffnet-kernels: no native kernels")
     outcome["missing"] = {native.CUDA_LIBRARY: "no working C++ compiler"}
-    assert gpu_processes.build(CPU, 10)["skipped"] == "no working C++ compiler"
+    assert gpu.build_libraries(CPU, 10)["skipped"] == "no working C++ compiler"
     outcome["log"] = "the log"
-    assert gpu_processes.build(CPU, 10) == {"passed": False, "architectures": "89", "error": "the log"}
+    assert gpu.build_libraries(CPU, 10) == {"passed": False, "architectures": "89", "error": "the log"}
     outcome["code"] = None
-    assert gpu_processes.build(CPU, 10) is None
+    assert gpu.build_libraries(CPU, 10) is None
     monkeypatch.setenv("FFNET_KERNELS_LIBRARY_DIR", "elsewhere")
-    assert "FFNET_KERNELS_LIBRARY_DIR" in gpu_processes.build(CPU, 10)["skipped"]
+    assert "FFNET_KERNELS_LIBRARY_DIR" in gpu.build_libraries(CPU, 10)["skipped"]
     assert len(asked) == 5
 
 
@@ -77,7 +77,7 @@ def sanitizer(tmp_path, monkeypatch):
     """A command in the sanitizer's place: its script."""
     monkeypatch.setattr(choice, "why_unavailable", lambda name: None)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    script = tmp_path / gpu_processes.SANITIZER
+    script = tmp_path / gpu.SANITIZER
 
     def write(text):
         script.write_text(f"#!/bin/sh\n{text}\n")
@@ -88,21 +88,21 @@ def sanitizer(tmp_path, monkeypatch):
 
 def test_the_sanitizer(sanitizer, tmp_path):
     sanitizer(f'echo "$@ $PYTORCH_NO_CUDA_MEMORY_CACHING" > {tmp_path}/seen')
-    row = gpu_processes.sanitize("racecheck", "k=3 ", 1000)
+    row = gpu.sanitize("racecheck", "k=3 ", 1000)
     assert row["passed"]
     options = f"--tool racecheck --error-exitcode 86 --kernel-name kns=ffnet {sys.executable}"
     seen = (tmp_path / "seen").read_text()
     assert seen == f"{options} -m ffnet_kernels selftest --backend cuda --filter k=3  1\n"
     sanitizer("echo RACECHECK SUMMARY: 1 hazard displayed; exit 86")
-    row = gpu_processes.sanitize("racecheck", "k=3 ", 1000)
+    row = gpu.sanitize("racecheck", "k=3 ", 1000)
     assert (row["passed"], row["error"]) == (False, "RACECHECK SUMMARY: 1 hazard displayed")
 
 
 def test_the_sanitizer_is_stopped_in_time(sanitizer, tmp_path, monkeypatch):
     sanitizer(f"sleep 1000000 & echo $! >> {tmp_path}/children; wait")
-    assert gpu_processes.sanitize("memcheck", "k=3 ", 0.2) is None
-    monkeypatch.setattr(gpu_processes, "LONGEST", 2)
-    assert gpu_processes.sanitize("memcheck", "k=3 ", 1000)["error"] == "not finished after 2 s"
+    assert gpu.sanitize("memcheck", "k=3 ", 0.2) is None
+    monkeypatch.setattr(gpu, "LONGEST", 2)
+    assert gpu.sanitize("memcheck", "k=3 ", 1000)["error"] == "not finished after 2 s"
     children = tmp_path / "children"
     for child in children.read_text().split() if children.exists() else []:  # none where the machine is that slow
         with contextlib.suppress(OSError):  # there is no such process any more
@@ -113,14 +113,14 @@ def test_without_the_sanitizer(monkeypatch, tmp_path):
     monkeypatch.setattr(choice, "why_unavailable", lambda name: None)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    assert gpu_processes.sanitize("memcheck", "k=3 ", 1000) == {
+    assert gpu.sanitize("memcheck", "k=3 ", 1000) == {
         "passed": True, "skipped": "compute-sanitizer is not there (looked on the path and in CUDA's folder)"
     }  # fmt: skip
     monkeypatch.setattr(choice, "why_unavailable", lambda name: f"no {name}")
-    assert gpu_processes.sanitize("memcheck", "k=3 ", 1000)["skipped"] == "no cuda"
+    assert gpu.sanitize("memcheck", "k=3 ", 1000)["skipped"] == "no cuda"
 
 
 def test_the_sanitizer_is_given_cases_of_every_kind():
     names = [case.name for case in cases()]
-    for _, text in gpu_processes.SANITIZED:
+    for _, text in gpu.SANITIZED:
         assert {name.split()[0] for name in names if text in name} == set(OPERATORS)

@@ -7,11 +7,24 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import gpu_contenders, gpu_timing
-from benchmarks.cases import ModelCase, OperatorCase
-from benchmarks.gpu_contenders import COMPILED, COPY, CUDNN_NCHW, EAGER, EAGER_NCHW, SubquadraticOps
-from benchmarks.peers import OURS
-from benchmarks.work import ModelWork, build
+from benchmarks import contenders, gpu
+from benchmarks.cases import ModelCase, OperatorCase, TrainingCase
+from benchmarks.contenders import (
+    COMPILED,
+    COPY,
+    CUDNN_NCHW,
+    EAGER,
+    EAGER_NCHW,
+    OURS,
+    Cudnn,
+    Eager,
+    SubquadraticOps,
+    TorchCompile,
+    is_ours,
+)  # fmt: skip
+from benchmarks.gpu import GpuClock
+from benchmarks.runner import Runner
+from benchmarks.work import ModelWork, TrainingWork, build
 from ffnet import create_model
 from ffnet_kernels.backends import choice, reference
 from ffnet_kernels.backends.triton import INTERPRETED
@@ -31,39 +44,44 @@ def clock(function):
 clock.now = 0.0
 
 
-class NoCompiler:
-    def __init__(self, name, options):
-        self.name = name
+class NoCompiler(TorchCompile):
+    def unavailable(self):
+        return None
 
     def prepare(self, work):
         raise RuntimeError("no compiler")
 
 
+def timed(case, work, *peers, samples=1):
+    return Runner(peers, samples, clock=GpuClock(clock, CPU)).run(case, work).row
+
+
 @interpreted
-@pytest.mark.parametrize("backward", [False, True])
-def test_a_row_of_an_operator(backward, monkeypatch):
-    monkeypatch.setattr(gpu_timing, "TorchCompile", NoCompiler)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_a_row_of_an_operator(direction, monkeypatch):
+    monkeypatch.setattr(gpu, "TorchCompile", NoCompiler)
     monkeypatch.setattr(choice, "why_unavailable", lambda name: None)
     monkeypatch.setitem(choice.BACKENDS, "cuda", reference)  # in its place; that of Triton runs interpreted
-    case = OperatorCase("depthwise_conv2d", 1, 4, 4, 3, dtype="bfloat16")
-    row = gpu_timing.operator_row(case, CPU, clock, backward=backward, samples=2)
+    case = OperatorCase("depthwise_conv2d", 1, 4, 4, 3, dtype="bfloat16", direction=direction)
+    row = gpu.operator_row(case, CPU, clock, samples=2)
+    assert row.case == f"depthwise_conv2d 4x4x4 k3 b1 bfloat16 {direction}"
     by_name = {m.contender: m for m in row.measurements}
     ours = [f"{backend} {layout}" for backend in ("cuda", "triton") for layout in ("nchw", "channels-last")]
     assert list(by_name) == [*ours, EAGER_NCHW, EAGER, COMPILED, COPY]
     assert by_name.pop(COMPILED).reason == "RuntimeError: no compiler"
     assert all(m.passed and len(m.samples_ms) == 2 for m in by_name.values())
-    assert [name for name in by_name if gpu_contenders.is_ours(name)] == ours
+    assert [name for name in by_name if is_ours(name)] == ours
     assert 0 < by_name["triton nchw"].error < 0.02
     assert by_name["cuda nchw"].detail == "plain PyTorch operators"
     one_map, parameters = 4 * 16, 4 * 9 + 4
-    assert row.bytes == 2 * ((3 * one_map + 2 * parameters) if backward else (2 * one_map + parameters))
+    assert row.bytes == 2 * ((3 * one_map + 2 * parameters) if direction == "backward" else (2 * one_map + parameters))
 
 
 @interpreted
 def test_a_backend_that_is_not_there_is_not_timed(monkeypatch):
-    monkeypatch.setattr(gpu_timing, "TorchCompile", NoCompiler)
+    monkeypatch.setattr(gpu, "TorchCompile", NoCompiler)
     monkeypatch.setattr(choice, "why_unavailable", lambda name: "no" if name == "cuda" else None)
-    row = gpu_timing.operator_row(OperatorCase("depthwise_conv2d", 1, 2, 4, 3), CPU, clock, backward=False, samples=1)
+    row = gpu.operator_row(OperatorCase("depthwise_conv2d", 1, 2, 4, 3), CPU, clock, samples=1)
     assert [m.contender for m in row.measurements][:3] == ["triton nchw", "triton channels-last", EAGER_NCHW]
 
 
@@ -77,8 +95,8 @@ def test_cudnn_computes_the_same(operator, monkeypatch):
 
     monkeypatch.setattr(torch, "cudnn_convolution", convolve)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
-    work = gpu_timing.operator_work(OperatorCase(operator, 1, 4, 4, 3), CPU)
-    peer = gpu_contenders.Cudnn(CUDNN_NCHW, "nchw")
+    work = gpu.operator_work(OperatorCase(operator, 1, 4, 4, 3), CPU)
+    peer = Cudnn(CUDNN_NCHW, "nchw")
     assert peer.differs(work), "a CPU's convolution is another one"
     torch.testing.assert_close(peer.prepare(work)(), work.plain("nchw")())
     assert len(asked) == (1 if operator == "depthwise_conv2d" else 2)
@@ -106,50 +124,48 @@ def test_a_graph_is_replayed(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", Capture)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    run, text = gpu_timing.captured(lambda: happened.append("run"), CPU)
+    run, text = gpu.captured(lambda: happened.append("run"), CPU)
     run()
     assert (happened, text) == (["capture", "run", "captured", "replay", "replay"], "")
 
     def synchronises():
         raise RuntimeError("not permitted")
 
-    assert gpu_timing.captured(synchronises, CPU) == (
+    assert gpu.captured(synchronises, CPU) == (
         synchronises, "; without a CUDA graph: RuntimeError: not permitted"
     )  # fmt: skip
 
 
-def test_compiled_peers_run_their_backward_pass_many_times():
+def test_compiled_peers_run_their_backward_pass_many_times(monkeypatch):
     """The cheap stand-in for a compiler still goes through AOTAutograd, which may free what a second pass needs."""
-    case = OperatorCase("depthwise_conv2d", 1, 4, 4, 3)
-    work = gpu_timing.operator_work(case, CPU)
-
-    class Peer(gpu_timing.TorchCompile):
-        def prepare(self, work):
-            program = work.plain("nchw")
-            return gpu_timing.replace(program, function=torch.compile(program.function, backend="aot_eager"))
-
-    peers = [gpu_timing.Eager(EAGER, "channels_last"), Peer(COMPILED)]
-    row = gpu_timing.measure("case", 1, 1, work, peers, clock, 3, backward=True)
+    monkeypatch.setattr(contenders, "_why_compile_fails", lambda device: None)
+    case = OperatorCase("depthwise_conv2d", 1, 4, 4, 3, direction="backward")
+    compiled = TorchCompile(COMPILED, arguments={"backend": "aot_eager"}, gradients=True)
+    row = timed(case, gpu.operator_work(case, CPU), Eager(EAGER, "channels_last"), compiled, samples=3)
     assert [(m.passed, m.reason, len(m.samples_ms)) for m in row.measurements] == [(True, None, 3)] * 2
 
 
-@pytest.mark.parametrize("name", ["model_row", "training_row"])
-def test_a_row_of_a_model(name, monkeypatch):
+@pytest.mark.parametrize("training", [False, True])
+def test_a_row_of_a_model(training, monkeypatch):
     torch.manual_seed(0)
     model = create_model("ffnet_1", depths=(1, 1), dims=(8, 8), token_kernels=(3, 3), num_classes=5).eval()
     batch = torch.randn(4, 3, 32, 32)
-    monkeypatch.setattr(gpu_timing, "build", lambda case: ModelWork(model, [batch]))
-    monkeypatch.setattr(gpu_timing, "TorchCompile", NoCompiler)
-    monkeypatch.setattr(gpu_timing.CompiledTraining, "prepare", NoCompiler("", {}).prepare)
-    monkeypatch.setattr(ModelCase, "flops", 1)
-    monkeypatch.setattr(ModelCase, "bytes", 1)
-    case = ModelCase("ffnet_2", 4, dtype="bfloat16" if name == "training_row" else "float32")
-    row = getattr(gpu_timing, name)(case, CPU, clock, samples=1)
+    work = TrainingWork(model.train(), batch, autocast=True) if training else ModelWork(model, [batch])
+    monkeypatch.setattr(gpu, "build", lambda case: work)
+    monkeypatch.setattr(gpu, "TorchCompile", NoCompiler)
+    case = TrainingCase("ffnet_1", 4, 32, autocast=True) if training else ModelCase("ffnet_1", 4, 32)
+    row = (gpu.training_row if training else gpu.model_row)(case, CPU, clock, samples=1)
     ours, *others = row.measurements
     assert (ours.contender, ours.passed, ours.reason) == (OURS, True, None)
     assert [m.reason for m in others if m.contender == COMPILED] == ["RuntimeError: no compiler"]
     assert all(m.passed for m in others if m.contender != COMPILED)
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.fixture(autouse=True)
+def packages_are_looked_for_anew():
+    yield
+    contenders._why_missing.cache_clear()
 
 
 def fft_conv2d(x, kernel):
@@ -180,5 +196,5 @@ def test_what_a_fourier_transform_does_not_take(monkeypatch):
     )  # fmt: skip
     assert not any(contender.takes(build(other)) for other in others)
     monkeypatch.setitem(sys.modules, "subquadratic_ops_torch", None)
-    row = gpu_timing.measure("case", 1, 1, build(case), [contender], clock, 1)
+    row = timed(case, build(case), contender)
     assert "not installed" in row.measurements[0].reason

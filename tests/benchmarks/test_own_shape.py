@@ -4,20 +4,20 @@ import json
 
 import pytest
 
-from benchmarks import growth, own_shape, roof_measurement
+from benchmarks import cases as own_shape
+from benchmarks import runner
 from benchmarks.__main__ import main
-from benchmarks.cases import OperatorCase, parameters
-from benchmarks.peers import OURS
-from benchmarks.results import Measurement, Row
-from benchmarks.roofs import Roofs
-from benchmarks.suites import suite
+from benchmarks.cases import OperatorCase, parameters, suite
+from benchmarks.contenders import OURS
+from benchmarks.report import growth_table
+from benchmarks.results import Measurement, Roofs, Row
 from benchmarks.work import build
 from ffnet_kernels.__main__ import main as ffnet_kernels
 
 
 @pytest.fixture(autouse=True)
 def known_roofs(monkeypatch):
-    monkeypatch.setattr(roof_measurement, "measure", lambda: Roofs({"float32": 100.0}, ((2**16, 50.0),)))
+    monkeypatch.setattr(runner, "measure_roofs", lambda: Roofs({"float32": 100.0}, ((2**16, 50.0),)))
 
 
 def names(capsys, *options):
@@ -72,7 +72,7 @@ def test_other_widths_are_no_growth():
     rows = [Row(c.name, c.flops, 1, (Measurement(OURS, samples_ms=(1.0,)),), parameters(c)) for c in cases]
     wide = OperatorCase("depthwise_conv2d", 4, 160, 32, 7, width=64)
     rows.append(Row(wide.name, wide.flops, 1, (Measurement(OURS, samples_ms=(9.0,)),), parameters(wide)))
-    assert growth.table(rows) == growth.table(rows[:-1])
+    assert growth_table(rows) == growth_table(rows[:-1])
 
 
 @pytest.mark.parametrize(

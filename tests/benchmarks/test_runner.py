@@ -11,16 +11,13 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from benchmarks import peers, roof_measurement, roofs, runner, sampling
+from benchmarks import contenders, runner
 from benchmarks.cases import OperatorCase
-from benchmarks.machine import machine
-from benchmarks.peers import OURS, AsTrained, Eager, TorchCompile
-from benchmarks.programs import Program
+from benchmarks.contenders import OURS, AsTrained, Eager, TorchCompile
 from benchmarks.report import FASTER_BASELINE, SLOWER, WRONG, colored, overview, report, table
-from benchmarks.results import Measurement, Result, Row, merge, replacing, shared_words, write_json
-from benchmarks.roofs import Roofs
-from benchmarks.runner import Runner, run_cases
-from benchmarks.work import build
+from benchmarks.results import Measurement, Result, Roofs, Row, machine, merge, replacing, shared_words, write_json
+from benchmarks.runner import CpuClock, Runner, run_cases
+from benchmarks.work import Program, build
 from ffnet_kernels import native
 
 CASE = OperatorCase("depthwise_conv2d", 1, 8, 6, 3)
@@ -63,7 +60,7 @@ class Toy:
 
 
 def run(clock, *toys, samples=5):
-    return Runner(toys, samples, timer=clock).run(CASE, build(CASE)).row
+    return Runner(toys, samples, clock=CpuClock(clock)).run(CASE, build(CASE)).row
 
 
 @pytest.fixture
@@ -102,23 +99,23 @@ def test_a_sample_begins_quiet_and_warm(clock, monkeypatch):
 
 def test_a_long_case_ends_early_but_not_at_once(clock):
     toy = Toy(OURS, clock, 1.0)
-    row = Runner([toy], 50, 1.5, clock).run(CASE, build(CASE)).row
+    row = Runner([toy], 50, 1.5, CpuClock(clock)).run(CASE, build(CASE)).row
     assert len(row.measurements[0].samples_ms) == runner.LEAST_SAMPLES
 
 
 @pytest.mark.parametrize("answers", [[False, False], [True, False, True, False, False], [None]])
 def test_threads_that_still_spin_are_waited_for(monkeypatch, answers):
     looks = iter(answers)
-    monkeypatch.setattr(sampling, "_other_threads_running", lambda: next(looks))
-    monkeypatch.setattr(sampling, "LONGEST_WAIT", math.inf)
-    assert sampling.wait_until_quiet()
+    monkeypatch.setattr(runner, "_other_threads_running", lambda: next(looks))
+    monkeypatch.setattr(runner, "LONGEST_WAIT", math.inf)
+    assert runner.wait_until_quiet()
     assert list(looks) == []
 
 
 def test_threads_that_never_rest_are_not_waited_for(monkeypatch):
-    monkeypatch.setattr(sampling, "_other_threads_running", lambda: True)
-    monkeypatch.setattr(sampling, "LONGEST_WAIT", 0.01)
-    assert not sampling.wait_until_quiet()
+    monkeypatch.setattr(runner, "_other_threads_running", lambda: True)
+    monkeypatch.setattr(runner, "LONGEST_WAIT", 0.01)
+    assert not runner.wait_until_quiet()
 
 
 def test_a_running_thread_is_seen():
@@ -127,16 +124,16 @@ def test_a_running_thread_is_seen():
     work.start()
     seen = False
     while work.is_alive() and not seen:
-        seen = sampling._other_threads_running() is not False
+        seen = runner._other_threads_running() is not False
     work.join()
     assert seen
 
 
 def test_page_faults_are_counted():
-    before = sampling.Disturbances.now()
+    before = runner.Disturbances.now()
     with mmap.mmap(-1, 2**22) as fresh:  # what a C library gives may have been used before
         fresh.write(bytes(2**22))
-    assert sampling.Disturbances.now().since(before).page_faults > 0
+    assert runner.Disturbances.now().since(before).page_faults > 0
     measurement = Measurement("x", samples_ms=(1.0, 1.0, 1.0), repeats=2, page_faults=(4, 8, 600))
     assert measurement.faults_per_call == 4
 
@@ -189,11 +186,11 @@ def test_torch_compile_says_why_it_is_absent(monkeypatch):
         raise RuntimeError("InvalidCxxCompiler: no C++ compiler found\ndetails")
 
     monkeypatch.setattr(torch, "compile", fails)
-    peers._why_compile_fails.cache_clear()
+    contenders._why_compile_fails.cache_clear()
     try:
         row = Runner([Eager(OURS, "nchw"), TorchCompile()], 1).run(CASE, build(CASE)).row
     finally:
-        peers._why_compile_fails.cache_clear()
+        contenders._why_compile_fails.cache_clear()
     reason = row.measurements[1].reason
     assert reason == "does not compile on this machine: InvalidCxxCompiler: no C++ compiler found"
 
@@ -234,7 +231,7 @@ def test_ctrl_c_keeps_finished_rows(clock, monkeypatch):
         return runner.Outcome(row, torch.empty(0), {})
 
     monkeypatch.setattr(Runner, "run", run_one)
-    monkeypatch.setattr(roof_measurement, "measure", lambda: ROOFS)
+    monkeypatch.setattr(runner, "measure_roofs", lambda: ROOFS)
     saved = []
     cases = [CASE, OperatorCase("depthwise_conv2d", 2, 8, 6, 3)]
     result = run_cases(cases, lambda case: Runner([], 1), save=lambda result: saved.append(len(result.rows)))
@@ -245,7 +242,7 @@ def test_ctrl_c_keeps_finished_rows(clock, monkeypatch):
 
 
 def test_kept_rows_are_not_run_again(clock, monkeypatch):
-    monkeypatch.setattr(roof_measurement, "measure", lambda: ROOFS)
+    monkeypatch.setattr(runner, "measure_roofs", lambda: ROOFS)
     kept, other, ran = run(clock, Toy(OURS, clock)), OperatorCase("depthwise_conv2d", 2, 8, 6, 3), []
     unasked, real = dataclasses.replace(kept, case="another suite's"), Runner.run
 
@@ -253,7 +250,9 @@ def test_kept_rows_are_not_run_again(clock, monkeypatch):
         ran.clear()
         toys = [Toy(name, clock) for name in contenders]
         monkeypatch.setattr(Runner, "run", lambda self, case, work: ran.append(case) or real(self, case, work))
-        result = run_cases([CASE, other], lambda case: Runner(toys, 1, timer=clock), kept=Result({}, [unasked, kept]))
+        result = run_cases(
+            [CASE, other], lambda case: Runner(toys, 1, clock=CpuClock(clock)), kept=Result({}, [unasked, kept])
+        )
         assert [row.case for row in result.rows] == ["another suite's", CASE.name, other.name]
 
     resumed(OURS)
@@ -288,12 +287,12 @@ def test_a_contender_that_fails_late_is_taken_out(clock):
 
 
 def test_passes_are_put_together(clock, monkeypatch):
-    monkeypatch.setattr(roof_measurement, "measure", lambda: ROOFS)
+    monkeypatch.setattr(runner, "measure_roofs", lambda: ROOFS)
     other, order, real = OperatorCase("depthwise_conv2d", 2, 8, 6, 3), [], Runner.run
     monkeypatch.setattr(Runner, "run", lambda self, case, work: order.append(case) or real(self, case, work))
 
     def runner_of(case):
-        return Runner([Toy(OURS, clock, 1e-3 * (1 + len(order))), Toy("peer", clock)], 2, timer=clock)
+        return Runner([Toy(OURS, clock, 1e-3 * (1 + len(order))), Toy("peer", clock)], 2, clock=CpuClock(clock))
 
     result = run_cases([CASE, other], runner_of, passes=2)
     assert order == [CASE, other, CASE, other]
@@ -325,15 +324,15 @@ def test_the_share_of_the_roof():
     assert Roofs.from_plain(json.loads(json.dumps(roofs_.to_plain()))) == roofs_
     row = Row("case", 10**8, 1000, (Measurement(OURS, samples_ms=(2.0,)),), {"dtype": "float32"})
     assert " 50 % " in table(row, roofs_)
-    assert roofs.best(roofs_, Roofs({"float32": 90.0}, ((1000, 11.0), (100_000, 0.5)))) == Roofs(
+    assert roofs_.raised(Roofs({"float32": 90.0}, ((1000, 11.0), (100_000, 0.5)))) == Roofs(
         {"float32": 100.0}, ((1000, 11.0), (100_000, 1.0))
     )
 
 
 def test_roofs_of_this_machine(monkeypatch):
-    monkeypatch.setattr(roof_measurement, "COPIES", (2**16, 2**20))
-    monkeypatch.setattr(roof_measurement, "TRIALS", 1)
-    found = roof_measurement.measure()
+    monkeypatch.setattr(runner, "COPIES", (2**16, 2**20))
+    monkeypatch.setattr(runner, "TRIALS", 1)
+    found = runner.measure_roofs()
     assert all(rate > 0 for _, rate in found.copies)
     if native.helper():
         assert found.gflops["float32"] > 1

@@ -7,9 +7,19 @@ import torch
 
 import ffnet
 import ffnet_kernels
-from benchmarks.cases import OPERATORS, LayerCase, ModelCase, OperatorCase
-from benchmarks.peers import CONTENDERS, Eager
-from benchmarks.suites import FAMILIES, GROWTH, GROWTH_FROM, STAGE_DIMS, SUITES, suite
+from benchmarks.cases import (
+    FAMILIES,
+    GROWTH,
+    GROWTH_FROM,
+    OPERATORS,
+    STAGE_DIMS,
+    SUITES,
+    LayerCase,
+    ModelCase,
+    OperatorCase,
+    suite,
+)
+from benchmarks.contenders import CONTENDERS, Eager
 from benchmarks.work import ModelWork, build
 from ffnet import create_model
 

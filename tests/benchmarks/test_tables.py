@@ -5,8 +5,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks import chart_svg, tables
-from benchmarks.peers import OURS
+from benchmarks import tables
+from benchmarks.contenders import OURS
 from benchmarks.results import Measurement, Result, Row
 from benchmarks.tables import Table
 
@@ -45,25 +45,25 @@ def timm_row(model, threads, eager_ms, ours_ms):
 def test_the_chart_has_a_bar_a_model_at_its_height():
     rows = [timm_row("slower", 2, 1.0, 2.0), timm_row("same", 2, 1.0, 1.0), timm_row("faster", 2, 4.0, 1.0)]
     result = Result(MACHINE, [*rows, timm_row("faster", 1, 2.0, 1.0)], extra={"timm": "1"})
-    for theme in (chart_svg.LIGHT, chart_svg.DARK):
+    for theme in (tables.LIGHT, tables.DARK):
         bars = {}
-        for bar in ElementTree.fromstring(chart_svg.chart(result, theme)).iter("{http://www.w3.org/2000/svg}rect"):
+        for bar in ElementTree.fromstring(tables.svg_chart(result, theme)).iter("{http://www.w3.org/2000/svg}rect"):
             top = float(bar.get("y"))
             bars[bar[0].text] = (top, top + float(bar.get("height")))
         assert set(bars) == {"slower: 0.50×", "same: 1.00×", "faster: 4.00×"}
         line = bars["same: 1.00×"][1]
-        assert bars["slower: 0.50×"] == (line, chart_svg.BOTTOM)  # hangs from the line
-        assert bars["faster: 4.00×"] == (chart_svg.TOP, line)
-        assert line == pytest.approx((2 * chart_svg.BOTTOM + chart_svg.TOP) / 3, abs=0.1)
+        assert bars["slower: 0.50×"] == (line, tables.BOTTOM)  # hangs from the line
+        assert bars["faster: 4.00×"] == (tables.TOP, line)
+        assert line == pytest.approx((2 * tables.BOTTOM + tables.TOP) / 3, abs=0.1)
     with pytest.raises(ValueError, match="of 3 threads, got none"):
-        chart_svg.chart(result, chart_svg.LIGHT, threads=3)
+        tables.svg_chart(result, tables.LIGHT, threads=3)
 
 
 def test_names_of_bars_do_not_overlap():
-    places = sorted(chart_svg.places_of_names([*chart_svg.NAMED, *"abc"]))
+    places = sorted(tables.places_of_names([*tables.NAMED, *"abc"]))
     assert places[0] == 0
-    assert places[-1] == len(chart_svg.NAMED) + 2
-    assert all(later - earlier >= chart_svg.APART for earlier, later in itertools.pairwise(places))
+    assert places[-1] == len(tables.NAMED) + 2
+    assert all(later - earlier >= tables.APART for earlier, later in itertools.pairwise(places))
 
 
 def test_the_headline_names_both_ends():

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import timm_models, timm_report
+from benchmarks import timm_models
 from benchmarks.__main__ import main
 from benchmarks.results import Measurement, Result, Row
-from benchmarks.timm_report import EAGER, OPTIMIZED
+from benchmarks.timm_models import OPTIMIZED, PLAIN
 
 MACHINE = dict.fromkeys(("processor", "threads", "isa", "torch", "python", "ffnet_kernels", "commit"), "x")
 
@@ -27,7 +27,7 @@ def row(model, eager, optimized, threads=1, errors=(1e-7, 1e-7)):
             else:
                 yield Measurement(name, samples_ms=(ms, 1.1 * ms), repeats=1, error=error, passed=error < 1e-6)
 
-    both = [*measurements(EAGER, eager, errors[0]), *measurements(OPTIMIZED, optimized, errors[1])]
+    both = [*measurements(PLAIN, eager, errors[0]), *measurements(OPTIMIZED, optimized, errors[1])]
     return Row(f"{model} case", 1, 1, tuple(both), {"model": model, "size": 224, "threads": threads})
 
 
@@ -37,12 +37,12 @@ def cells(line):
 
 def test_the_better_layouts_are_compared_and_the_greatest_gain_comes_first():
     rows = [row("slower", (8.0, 9.0), (10.0, 12.0)), row("faster", (8.0, 6.0), (4.0, 3.0), errors=(1e-7, 1.5e-7))]
-    first, second = timm_report.table(rows).splitlines()[2:]
+    first, second = timm_models.table(rows).splitlines()[2:]
     expected = ["faster", "224²", "8.40", "6.30", "4.20", "3.15", "2.00", "2.00", "2.00×", "2.00–2.00", "1.50", ""]
     assert cells(first) == expected
     assert cells(second)[0] == "slower"
     assert cells(second)[6:9] == ["0.80", "0.75", "🔴 0.80×"]
-    text = timm_report.summary(rows)
+    text = timm_models.summary(rows)
     assert "2 models, geometric mean 1.26× best against best, 1.26× in NCHW, 1.22× in channels-last" in text
     assert "below 0.97: 1 (slower); outputs that disagree: 0" in text
 
@@ -53,7 +53,7 @@ def test_what_failed_or_is_wrong_is_listed():
         row("none", (8.0, 6.0), (None, None)),
         row("wrong", (8.0, 6.0), (4.0, 3.0), threads=2, errors=(1e-7, 1e-3)),
     ]
-    text = timm_report.report(Result(MACHINE, rows, extra={"timm": "1", "failed": {"gone": "exit code -11: "}}))
+    text = timm_models.report(Result(MACHINE, rows, extra={"timm": "1", "failed": {"gone": "exit code -11: "}}))
     one, two = text.split("## Threads: 2")
     assert "1 models" in one.split("## Threads: 1")[1]
     assert "❌" in two
@@ -67,18 +67,18 @@ def test_what_failed_or_is_wrong_is_listed():
 
 def test_backends_of_torch_compile_have_a_table_of_their_own():
     plain = row("small", (8.0, 6.0), (4.0, 3.0))
-    times = zip(timm_report.COMPILED, (6.0, 4.0), strict=True)
+    times = zip(timm_models.COMPILED, (6.0, 4.0), strict=True)
     compiled = [Measurement(name, samples_ms=(ms, ms), repeats=1, error=1e-7, passed=True) for name, ms in times]
     both = Row(plain.case, 1, 1, (*plain.measurements, *compiled), plain.parameters)
-    assert timm_report.compiled_table([plain]) == ""
-    assert cells(timm_report.compiled_table([plain, both]).splitlines()[-1]) == ["small", "6.00", "4.00", "1.50×", ""]
+    assert timm_models.compiled_table([plain]) == ""
+    assert cells(timm_models.compiled_table([plain, both]).splitlines()[-1]) == ["small", "6.00", "4.00", "1.50×", ""]
 
 
 def test_outputs_that_are_not_finite_have_no_error_ratio():
     broken = row("nan", (8.0, 6.0), (4.0, 3.0))
     nan = Measurement(OPTIMIZED[0], samples_ms=(1.0,), repeats=1)
     broken = Row(broken.case, 1, 1, (*broken.measurements[:2], nan), broken.parameters)
-    assert cells(timm_report.table([broken]).splitlines()[2])[-2:] == ["-", "❌"]
+    assert cells(timm_models.table([broken]).splitlines()[2])[-2:] == ["-", "❌"]
 
 
 class Scaled(nn.Module):
@@ -130,7 +130,7 @@ def test_a_model_is_measured_on_each_number_of_threads(timm, capsys, monkeypatch
     assert main(["timm", "--one", "any", "--threads", "1,2", "--samples", "1"]) == 0
     result = Result.from_plain(json.loads(capsys.readouterr().out))
     assert [measured.case for measured in result.rows] == ["any 16x16 b1 1 thread", "any 16x16 b1 2 threads"]
-    assert all([m.contender for m in measured.measurements] == [*EAGER, *OPTIMIZED] for measured in result.rows)
+    assert all([m.contender for m in measured.measurements] == [*PLAIN, *OPTIMIZED] for measured in result.rows)
     assert all(m.passed and m.samples_ms for measured in result.rows for m in measured.measurements)
 
 

@@ -5,14 +5,11 @@ import sys
 import pytest
 import torch
 
-from benchmarks import runtimes
+from benchmarks import contenders
 from benchmarks.cases import OPERATORS, OperatorCase, TrainingCase
-from benchmarks.peers import CONTENDERS, OURS, Eager, TorchCompile
-from benchmarks.programs import Unsupported, too_large_for_onednn
+from benchmarks.contenders import CONTENDERS, OURS, Eager, OnnxRuntime, OpenVino, TorchCompile
 from benchmarks.runner import Runner
-from benchmarks.runtimes import OnnxRuntime, OpenVino
-from benchmarks.training import TrainingWork
-from benchmarks.work import ModelWork, build
+from benchmarks.work import ModelWork, TrainingWork, Unsupported, build, too_large_for_onednn
 from ffnet import create_model
 
 SMALL = {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 8), "num_classes": 5, "drop_path_rate": 0.0}
@@ -107,11 +104,11 @@ def test_exported_models():
 def test_runtimes_that_are_missing_say_so(contender, monkeypatch):
     for name in ("onnx", "onnxruntime", "openvino"):
         monkeypatch.setitem(sys.modules, name, None)
-    runtimes._why_missing.cache_clear()
+    contenders._why_missing.cache_clear()
     try:
         assert contender.unavailable().startswith("not installed (pip install o")
     finally:
-        runtimes._why_missing.cache_clear()
+        contenders._why_missing.cache_clear()
 
 
 def test_onnx_runtime_says_why_it_runs_float32_only():

@@ -1,0 +1,386 @@
+"""What computes a work: ours and the baselines. A further one is a `Contender` in `CONTENDERS`."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import io
+import logging
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from ffnet_kernels.backends import reference
+
+from .work import OperatorWork, Program, Unsupported, Work, channels_innermost, is_filter
+
+OURS = "ours"
+BACKENDS = ("cuda", "triton")
+EAGER_NCHW, EAGER, CUDNN_NCHW, CUDNN, COMPILED, COPY = (
+    "eager nchw", "eager channels-last", "cudnn nchw", "cudnn channels-last", "torch.compile channels-last", "copy",
+)  # fmt: skip
+OPSET = 20  # the first of ONNX with Gelu
+
+
+def is_ours(contender: str) -> bool:
+    return contender == OURS or contender.split()[0] in BACKENDS
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to compute a work; its name is unique, for the tables. ``layout``: of its maps; by default the work's."""
+
+    name: str
+    layout: str | None = None
+
+    def unavailable(self) -> str | None:
+        """Why it cannot run on this machine, or None."""
+        return None
+
+    def prepare(self, work: Any) -> Program:
+        """Everything that is not timed: layout, weights, compilation."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Ours(Contender):
+    """ffnet_kernels, the backend chosen by itself."""
+
+    name: str = OURS
+
+    def prepare(self, work: Work) -> Program:
+        return work.fused(self.layout)
+
+
+@dataclass(frozen=True)
+class Eager(Contender):
+    """Plain PyTorch operators, call by call; models reparameterised."""
+
+    def prepare(self, work: Work) -> Program:
+        return work.plain(self.layout or work.layout)
+
+
+@dataclass(frozen=True)
+class AsTrained(Contender):
+    """The training-time module tree in eval mode: branches and batch norms run one by one."""
+
+    name: str = "as trained"
+
+    def prepare(self, work: Work) -> Program:
+        return work.as_trained("channels_last")
+
+
+@dataclass(frozen=True)
+class TorchCompile(Contender):
+    """What `Eager` runs, through torch.compile, maps in the layout of the case.
+
+    Attributes:
+        arguments: of torch.compile.
+        device: on which it compiles.
+        gradients: whether it takes part in work with gradients, too.
+    """
+
+    name: str = "torch.compile"
+    arguments: dict[str, Any] = field(default_factory=dict, hash=False)
+    device: str = "cpu"
+    gradients: bool = False
+
+    def unavailable(self) -> str | None:
+        return _why_compile_fails(self.device)
+
+    def prepare(self, work: Work) -> Program:
+        if not (work.inference or self.gradients):
+            raise Unsupported("only forward passes are compiled here")
+        # One function meets many shapes in a run: without a fresh start the compiler would generalise over them, and
+        # give up on it after a few.
+        torch._dynamo.reset()
+        return work.plain(work.layout, functools.partial(torch.compile, dynamic=False, **self.arguments))
+
+
+@functools.cache
+def _why_compile_fails(device: str) -> str | None:
+    """Compiles something tiny: whether a compiler works shows in no other way."""
+    x = torch.ones(8, device=device)
+    try:
+        compiled = torch.compile(lambda x: torch.relu(x) + 1, dynamic=False)
+        right = torch.equal(compiled(x), x + 1)
+    except Exception as error:  # the compiler stack raises whatever went wrong in it
+        return f"does not compile on this machine: {first_line(error)}"
+    finally:
+        torch._dynamo.reset()
+    return None if right else "compiles wrong code on this machine"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type where there is none."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
+@functools.cache
+def _why_missing(module: str, package: str = "") -> str | None:
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        return f"not installed (pip install {package or module}): {error}"
+    return None
+
+
+# ONNX Runtime and OpenVINO get contiguous NCHW maps, for which they were faster than behind a transposition from
+# channels-last, and write into tensors that are there already. Their threads spin after a call, as by default; the
+# runner waits for them.
+
+
+@dataclass(frozen=True)
+class OnnxRuntime(Contender):
+    """ONNX Runtime, all graph optimisations, float32."""
+
+    name: str = "onnxruntime"
+
+    def unavailable(self) -> str | None:
+        return _why_missing("onnx") or _why_missing("onnxruntime")
+
+    def prepare(self, work: Work) -> Program:
+        if work.dtype != torch.float32:
+            raise Unsupported("its CPU provider has no 16-bit convolution")
+        module, inputs = work.exportable()
+        return Program(_onnx_session(module, inputs[0]), inputs, "nchw", hoards=True)
+
+
+@dataclass(frozen=True)
+class OpenVino(Contender):
+    """OpenVINO's CPU plugin, its precision hint that of the work, one stream over all threads."""
+
+    name: str = "openvino"
+
+    def unavailable(self) -> str | None:
+        return _why_missing("openvino")
+
+    def prepare(self, work: Work) -> Program:
+        module, inputs = work.exportable()
+        narrow = [tuple(one.to(work.dtype) for one in maps) for maps in inputs]
+        return Program(_openvino_request(module, inputs[0], work.dtype), narrow, "nchw", hoards=True)
+
+
+def _bound(bind: Callable[[int, Tensor], object], run: Callable[[], object], out: Tensor) -> Callable[..., Tensor]:
+    """What runs on maps that are bound where they are others than in the call before."""
+    bound: list[tuple[Tensor, ...]] = []
+
+    def call(*maps: Tensor) -> Tensor:
+        if not bound or any(a is not b for a, b in zip(bound[0], maps, strict=True)):
+            for i, one in enumerate(maps):
+                bind(i, one)
+            bound[:] = [maps]
+        run()
+        return out
+
+    return call
+
+
+def _onnx_session(module: nn.Module, example: tuple[Tensor, ...]) -> Any:
+    import numpy
+    import onnxruntime
+
+    names, file = [f"map{i}" for i in range(len(example))], io.BytesIO()
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # the exporter's opinion of itself
+        torch.onnx.export(
+            module.eval(), example, file,  # type: ignore[arg-type]
+            dynamo=False, opset_version=OPSET, input_names=names, output_names=["out"],
+        )  # fmt: skip
+        out = torch.empty(tuple(module(*example).shape))
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
+    session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
+    binding = session.io_binding()
+    binding.bind_output("out", "cpu", 0, numpy.float32, tuple(out.shape), out.data_ptr())
+
+    def bind(i: int, one: Tensor) -> None:
+        binding.bind_input(names[i], "cpu", 0, numpy.float32, tuple(one.shape), one.data_ptr())
+
+    return _bound(bind, lambda: session.run_with_iobinding(binding), out)
+
+
+def _openvino_request(module: nn.Module, example: tuple[Tensor, ...], dtype: torch.dtype) -> Any:
+    import openvino
+    from openvino.preprocess import PrePostProcessor
+
+    logging.getLogger("openvino").setLevel(logging.ERROR)
+    hint = {torch.float32: "f32", torch.bfloat16: "bf16"}.get(dtype)
+    if hint is None:
+        raise Unsupported(f"computes in float32 or bfloat16 here, not in {dtype}")
+    element = getattr(openvino.Type, hint)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        shapes = [openvino.PartialShape(list(one.shape)) for one in example]
+        model = openvino.convert_model(module.eval(), example_input=example, input=shapes)
+        out = torch.empty(module(*example).shape, dtype=dtype)
+    processor = PrePostProcessor(model)  # maps in the dtype of the work, as everybody else has them
+    for i in range(len(example)):
+        processor.input(i).tensor().set_element_type(element)
+    processor.output().tensor().set_element_type(element)
+    settings = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": 1,
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": hint,
+        "ENABLE_CPU_PINNING": False,  # it binds this thread to a core, which threads of others inherit
+    }
+    request = _openvino_core().compile_model(processor.build(), "CPU", settings).create_infer_request()
+
+    def shared(x: Tensor) -> Any:
+        words = x.view(torch.int16) if dtype == torch.bfloat16 else x  # numpy has no bfloat16
+        return openvino.Tensor(words.numpy(), openvino.Shape(list(x.shape)), element)
+
+    request.set_output_tensor(shared(out))
+    return _bound(lambda i, one: request.set_input_tensor(i, shared(one)), request.infer, out)
+
+
+@functools.cache
+def _openvino_core() -> Any:
+    import openvino
+
+    return openvino.Core()
+
+
+#: All contenders on the CPU by name. The frozen form (weights constant, packed ahead) compiles longest.
+CONTENDERS: dict[str, Contender] = {
+    contender.name: contender
+    for contender in (
+        Ours(),
+        Eager(EAGER_NCHW, "nchw"),
+        Eager(EAGER, "channels_last"),
+        TorchCompile(),
+        TorchCompile("torch.compile frozen", arguments={"options": {"freezing": True}}),
+        TorchCompile("torch.compile max-autotune", arguments={"options": {"max_autotune": True, "freezing": True}}),
+        OnnxRuntime(),
+        OpenVino(),
+    )
+}
+#: Those that are installed take part; compiling longer than measuring is for who asks (``--baselines``).
+DEFAULT_CONTENDERS = (OURS, EAGER_NCHW, EAGER, "torch.compile", "onnxruntime", "openvino")
+
+
+# Operators on a GPU: our backends one by one, and what they are timed against.
+
+
+@dataclass(frozen=True)
+class OnBackend(Contender):
+    """An operator on a backend's kernels, whatever the chooser would take. In a forward pass filters lie as `optimize`
+    stores them, with their channels innermost; else as parameters that are trained."""
+
+    backend: str = ""
+
+    def unavailable(self) -> str | None:
+        from ffnet_kernels.backends import choice
+
+        return choice.why_unavailable(self.backend)
+
+    def prepare(self, work: OperatorWork) -> Program:
+        from ffnet_kernels.backends import choice  # older packages, which `compare` measures, lack some of these
+        from ffnet_kernels.ops import OPERATORS
+
+        layout = self.layout or work.layout
+        args = work.checked(layout)
+        if work.inference and layout == "channels_last":
+            args = tuple(channels_innermost(a) if is_filter(a) else a for a in args)
+        detail = choice.BACKENDS[self.backend].describe(work.operator, args)
+        return work.program(functools.partial(OPERATORS[work.operator].on, self.backend), args, layout, detail)
+
+
+@dataclass(frozen=True)
+class Cudnn(Contender):
+    """As `Eager`, depthwise convolutions by cuDNN where PyTorch takes a kernel of its own."""
+
+    def unavailable(self) -> str | None:
+        return None if torch.backends.cudnn.is_available() else "there is no cuDNN"
+
+    def prepare(self, work: OperatorWork) -> Program:
+        def by_cudnn(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            def run(*args: Any) -> Tensor:
+                with mock.patch.object(reference, "convolve", _cudnn_convolve):
+                    return function(*args)
+
+            return run
+
+        return work.plain(self.layout or work.layout, by_cudnn)
+
+    def differs(self, work: OperatorWork) -> bool:
+        """Whether PyTorch, asked for the operator's depthwise convolution, would not take cuDNN itself."""
+        if self.unavailable() or work.operator == "channel_mixer":
+            return False
+        x, weight = work.checked(self.layout or work.layout)[:2]
+        pads = [(side - 1) // 2 for side in weight.shape[2:]]
+        options = ([1, 1], pads, [1, 1], False, [0, 0], x.shape[1])
+        return torch._C._select_conv_backend(x, weight, None, *options) != torch._C._ConvBackend.Cudnn  # type: ignore[attr-defined]
+
+
+def _cudnn_convolve(x, weight, bias, stride, padding) -> Tensor:
+    """As `reference.convolve`, for even padding."""
+    top, _, left, _ = padding
+    out = torch.cudnn_convolution(
+        x, weight, (top, left), tuple(stride), (1, 1), x.shape[1], benchmark=True, deterministic=False, allow_tf32=False
+    )
+    return out if bias is None else out + bias[:, None, None]
+
+
+@dataclass(frozen=True)
+class SubquadraticOps(Contender):
+    """A depthwise convolution by fast Fourier transform, of NVIDIA's subquadratic-ops where that is installed.
+
+    Its ``fft_conv2d(x, kernel)`` takes a kernel of the map's size [C, H, W] and gives their linear convolution, H×W of
+    it from (H // 2, W // 2) on, as the tests of its version 0.1 say. So the filter stands turned around in a kernel of
+    zeros, where that crop makes it the cross-correlation of layers. Bias and activation follow, as in `Eager`.
+    """
+
+    name: str = "subquadratic-ops nchw"
+
+    def takes(self, work: OperatorWork) -> bool:
+        """Whether it can compute the work: one filter, which fits into the map in its place, in float32 or float64."""
+        if work.operator != "depthwise_conv2d" or work.dtype not in (torch.float32, torch.float64):
+            return False
+        x, weight, _, stride, padding, _ = work.checked("nchw")
+        places = zip(x.shape[2:], weight.shape[2:], self._last(x, padding), strict=True)
+        fits = all(taps - 1 <= last < side for side, taps, last in places)
+        return work.inference and fits and tuple(stride) == (1, 1) and weight.shape[0] == x.shape[1]
+
+    def unavailable(self) -> str | None:
+        return _why_missing("subquadratic_ops_torch.fft_conv2d", "subquadratic-ops-torch-cu13")
+
+    def prepare(self, work: OperatorWork) -> Program:
+        from ffnet_kernels.backends.activations import ACTIVATE
+
+        convolve = importlib.import_module("subquadratic_ops_torch.fft_conv2d").fft_conv2d
+        x, weight, bias, _, padding, activation = work.checked("nchw")
+        (kh, kw), (bottom, right) = weight.shape[2:], self._last(x, padding)
+        kernel = x.new_zeros(x.shape[1:])
+        kernel[:, bottom - kh + 1 : bottom + 1, right - kw + 1 : right + 1] = weight[:, 0].flip(1, 2)
+
+        def run(x: Tensor) -> Tensor:
+            out = convolve(x, kernel)
+            return ACTIVATE[activation](out if bias is None else out + bias[:, None, None])
+
+        return Program(run, [(x,)], "nchw")
+
+    @staticmethod
+    def _last(x: Tensor, padding: Any) -> tuple[int, int]:
+        """Where in the kernel the filter's first tap stands, turned around: its last place, by rows and columns."""
+        top, _, left, _ = padding
+        return x.shape[2] // 2 + top, x.shape[3] // 2 + left
+
+
+@dataclass(frozen=True)
+class Copy(Contender):
+    """As many bytes read and written by a plain copy: the floor. It computes nothing, and is not judged."""
+
+    name: str = COPY
+    bytes: int = 0
+    device: torch.device | str = "cpu"
+
+    def prepare(self, work: Any) -> Program:
+        source = torch.empty(self.bytes // 2, dtype=torch.uint8, device=self.device).random_()
+        return Program(torch.empty_like(source).copy_, [(source,)], "")
