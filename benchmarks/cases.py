@@ -121,12 +121,12 @@ class ModelCase:
     @property
     def flops(self) -> int:
         """Two per multiply–add of the reparameterised model."""
-        return 2 * self.batch * model_counts(self.model, self.shape)[1]
+        return 2 * self.batch * counts(self.model, "", self.shape)[1]
 
     @property
     def bytes(self) -> int:
         """Each fused parameter, the input and the output moved once."""
-        parameters, _, outputs = model_counts(self.model, self.shape)
+        parameters, _, outputs = counts(self.model, "", self.shape)
         return (parameters + self.batch * (math.prod(self.shape) + outputs)) * itemsize(self.dtype)
 
 
@@ -154,12 +154,12 @@ class LayerCase:
     @property
     def flops(self) -> int:
         """Two per multiply–add."""
-        return 2 * self.batch * layer_counts(self)[1]
+        return 2 * self.batch * counts(self.model, self.path, (self.channels, self.size, self.size))[1]
 
     @property
     def bytes(self) -> int:
         """Each parameter, the input and the output moved once."""
-        parameters, _, outputs = layer_counts(self)
+        parameters, _, outputs = counts(self.model, self.path, (self.channels, self.size, self.size))
         return (parameters + self.batch * (self.channels * self.size**2 + outputs)) * itemsize(self.dtype)
 
 
@@ -211,20 +211,12 @@ def itemsize(dtype: str) -> int:
 
 
 @functools.cache
-def model_counts(name: str, shape: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Parameters of the reparameterised model, and multiply–adds and elements of the output of one image."""
-    model = ffnet.reparameterize(ffnet.create_model(name, device="meta").eval())
-    outputs = model(torch.empty(1, *shape, device="meta")).numel()
-    return ffnet.count_parameters(model), ffnet.count_macs(model, shape), outputs
-
-
-@functools.cache
-def layer_counts(case: LayerCase) -> tuple[int, int, int]:
-    """Parameters of the reparameterised layer, and multiply–adds and elements of the output of one image."""
-    layer = ffnet.reparameterize(ffnet.create_model(case.model, device="meta").eval().get_submodule(case.path))
-    shape = (case.channels, case.size, case.size)
-    outputs = layer(torch.empty(1, *shape, device="meta")).numel()
-    return ffnet.count_parameters(layer), ffnet.count_macs(layer, shape), outputs
+def counts(name: str, path: str, shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Parameters of the part at a path in a reparameterised model, and multiply–adds and elements of the output of one
+    input."""
+    part = ffnet.reparameterize(ffnet.create_model(name, device="meta").eval().get_submodule(path))
+    outputs = part(torch.empty(1, *shape, device="meta")).numel()
+    return ffnet.count_parameters(part), ffnet.count_macs(part, shape), outputs
 
 
 #: Channels of each stage; the maps of a 256² input are 64², 32², 16² and 8².
@@ -425,19 +417,6 @@ DEFAULT_KERNEL, DEFAULT_BATCH = 7, 1
 FOLDER = Path("bench")
 
 
-class Shape(NamedTuple):
-    """A map of an image."""
-
-    channels: int
-    height: int
-    width: int
-
-    @property
-    def case_width(self) -> int | None:
-        """The width as `OperatorCase` has it: None for a square map."""
-        return None if self.width == self.height else self.width
-
-
 def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
     """The options; all but ``--shape`` ask for it."""
     group = parser.add_argument_group(
@@ -471,32 +450,28 @@ def own_cases(options: argparse.Namespace) -> list[Case]:
         if given := [f"--{name}" for name in names if getattr(options, name) is not None]:
             raise ValueError(f"expected --shape with {', '.join(given)}, such as --shape 320x16x16")
         return []
-    return [
-        OperatorCase(
-            operator, batch, shape.channels, shape.height, kernel, layout, dtype, direction, width=shape.case_width
-        )
-        for dtype, shape, kernel, batch, operator, layout, direction in itertools.product(
-            options.dtype or SHAPE_DTYPES[:1],
-            options.shape,
-            options.kernel or (DEFAULT_KERNEL,),
-            options.batch or (DEFAULT_BATCH,),
-            options.operator or tuple(OPERATORS),
-            options.layout or LAYOUTS[:1],
-            options.direction or DIRECTIONS[:1],
-        )
-    ]
+    choices = (
+        options.dtype or SHAPE_DTYPES[:1], options.shape, options.kernel or (DEFAULT_KERNEL,),
+        options.batch or (DEFAULT_BATCH,), options.operator or tuple(OPERATORS), options.layout or LAYOUTS[:1],
+        options.direction or DIRECTIONS[:1],
+    )  # fmt: skip
+    found: list[Case] = []
+    for dtype, (channels, height, width), kernel, batch, operator, layout, direction in itertools.product(*choices):
+        case = OperatorCase(operator, batch, channels, height, kernel, layout, dtype, direction)
+        found.append(case if width == height else replace(case, width=width))
+    return found
 
 
-def shapes(text: str) -> tuple[Shape, ...]:
-    """Raises argparse's error for anything but maps CxHxW."""
+def shapes(text: str) -> tuple[tuple[int, int, int], ...]:
+    """Channels, height and width of maps. Raises argparse's error for anything but maps CxHxW."""
     found = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)[x×*](\d+)[x×*](\d+)", part.strip())
         sizes = tuple(map(int, match.groups())) if match else (0,)
         if min(sizes) < 1:
             raise argparse.ArgumentTypeError(f"expected channels x height x width, such as 320x16x16, got {part!r}")
-        found.append(Shape(*sizes))
-    return tuple(dict.fromkeys(found))
+        found.append(sizes)
+    return tuple(dict.fromkeys(found))  # type: ignore[arg-type]
 
 
 def numbers(text: str) -> tuple[int, ...]:

@@ -173,11 +173,6 @@ def within(rows: Sequence[Row], before: str, again: str) -> Comparison:
     return Comparison(changes, false, [row.case for row in rows if row.case not in measured])
 
 
-def _deviation(values: Sequence[float]) -> float:
-    """Standard deviation around 0, from the median of the absolute values: a few wild ones do not count."""
-    return 1.4826 * statistics.median(map(abs, values))
-
-
 def group_of(row: Row) -> str:
     """An operator's cases of one direction and dtype; layers, models and training steps by dtype."""
     p = row.parameters
@@ -209,7 +204,9 @@ def _scores(row: Row, contender: str, peers: Sequence[str]) -> list[float]:
 def _error_of_median(values: Sequence[float]) -> float:
     """Standard error, as of normally distributed values."""
     middle = statistics.median(values)
-    return MEDIAN_OVER_MEAN * _deviation([value - middle for value in values]) / math.sqrt(len(values))
+    # From the median of the absolute values: a few wild ones do not count.
+    deviation = 1.4826 * statistics.median(abs(value - middle) for value in values)
+    return MEDIAN_OVER_MEAN * deviation / math.sqrt(len(values))
 
 
 def report(comparison: Comparison) -> str:

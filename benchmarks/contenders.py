@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ffnet_kernels.backends import reference
 
-from .work import OperatorWork, Program, Unsupported, Work, channels_innermost, is_filter
+from .work import ModelWork, OperatorWork, Program, Unsupported, Work, channels_innermost, is_filter
 
 OURS = "ours"
 BACKENDS = ("cuda", "triton")
@@ -25,6 +25,8 @@ EAGER_NCHW, EAGER, CUDNN_NCHW, CUDNN, COMPILED, COPY = (
     "eager nchw", "eager channels-last", "cudnn nchw", "cudnn channels-last", "torch.compile channels-last", "copy",
 )  # fmt: skip
 OPSET = 20  # the first of ONNX with Gelu
+#: Those of torch.compile(mode="max-autotune") but for CUDA graphs.
+MAX_AUTOTUNE = {"max_autotune": True, "coordinate_descent_tuning": True}
 
 
 def is_ours(contender: str) -> bool:
@@ -311,7 +313,7 @@ class Cudnn(Contender):
 
     def differs(self, work: OperatorWork) -> bool:
         """Whether PyTorch, asked for the operator's depthwise convolution, would not take cuDNN itself."""
-        if self.unavailable() or work.operator == "channel_mixer":
+        if self.unavailable() or not work.inference or work.operator == "channel_mixer":
             return False
         x, weight = work.checked(self.layout or work.layout)[:2]
         pads = [(side - 1) // 2 for side in weight.shape[2:]]
@@ -384,3 +386,21 @@ class Copy(Contender):
     def prepare(self, work: Any) -> Program:
         source = torch.empty(self.bytes // 2, dtype=torch.uint8, device=self.device).random_()
         return Program(torch.empty_like(source).copy_, [(source,)], "")
+
+
+def on_gpu(work: Work, device: torch.device, moved: int = 0) -> list[Contender]:
+    """Who takes part on a GPU: in an operator our backends one by one, those that can compute it, and a copy of as many
+    bytes; in models what is chosen by itself."""
+    both = [Eager(EAGER_NCHW, "nchw"), Eager(EAGER, "channels_last")]
+    # CUDA graphs would copy an operator's inputs in every call.
+    options = {**MAX_AUTOTUNE, "triton.cudagraphs": True} if isinstance(work, ModelWork) else MAX_AUTOTUNE
+    compiled = TorchCompile(COMPILED, arguments={"options": options}, device=device.type, gradients=True)
+    if not isinstance(work, OperatorWork):
+        return [Ours(), *(both if work.inference else both[1:]), compiled]
+    layouts = {"nchw": "nchw", "channels-last": "channels_last"}
+    ours = [OnBackend(f"{backend} {name}", layouts[name], backend) for backend in BACKENDS for name in layouts]
+    cudnn, fourier = [Cudnn(CUDNN_NCHW, "nchw"), Cudnn(CUDNN, "channels_last")], SubquadraticOps()
+    return [
+        *(one for one in ours if one.unavailable() is None), *both, *(one for one in cudnn if one.differs(work)),
+        compiled, Copy(bytes=moved, device=device), *([fourier] if fourier.takes(work) else []),
+    ]  # fmt: skip

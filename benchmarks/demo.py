@@ -7,7 +7,6 @@ import importlib.util
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from .charts import ChartError, latency_chart
 from .contenders import CONTENDERS, OURS, AsTrained, Contender
 from .report import busy_text, error_text, markdown, ratio_text
 from .results import Result, Row, machine, machine_line, write_json
-from .runner import Outcome, Runner
+from .runner import Runner
 from .work import ModelWork
 
 SEED = 0
@@ -35,25 +34,7 @@ class DemoError(Exception):
     """The settings ask for something that is not there; the text says what, in one line."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What to run; see ``ffnet demo --help``."""
-
-    model: str = "ffnet_1"
-    image: Sequence[Path] = ()
-    checkpoint: Path | None = None
-    labels: Path | None = None
-    size: int | None = None
-    batch: int = 1
-    dtype: str = "float32"
-    threads: int | None = None
-    samples: int = 20
-    compile: bool = True
-    output: Path = Path("demo")
-    json: Path | None = None
-
-
-def run(settings: Settings) -> Result:
+def run(settings: argparse.Namespace) -> Result:
     """Runs the demo, prints its tables and writes its files.
 
     Raises:
@@ -77,12 +58,18 @@ def run(settings: Settings) -> Result:
     # The last batch may be filled up with photographs that come a second time.
     logits = {name: output[: len(images)].double() for name, output in outcome.outputs.items()}
     predictions = _predictions(images, logits, outcome.expected[: len(images)], labels)
-    extra: dict[str, Any] = {"model": settings.model, "weights": _weights(settings), "predictions": predictions}
+    weights = str(settings.checkpoint) if settings.checkpoint else f"random, seed {SEED}"
+    extra: dict[str, Any] = {"model": settings.model, "weights": weights, "predictions": predictions}
     result = Result(machine(), [outcome.row], extra=extra)
     print(_text(result, settings))
     write_json(result, json_path)
     print(f"\nwrote {json_path}")
-    _draw(outcome, settings.output / "latency.png", result)
+    try:
+        path = settings.output / "latency.png"
+        latency_chart(outcome.row, path, f"{outcome.row.case}\n{machine_line(result.machine)}")
+        print(f"wrote {path}")
+    except ChartError as error:
+        print(f"no chart: {error}", file=sys.stderr)
     print(f"\n{closing(outcome.row)}")
     return result
 
@@ -97,7 +84,7 @@ def _require_writable(folder: Path) -> None:
         raise DemoError(f"cannot write to {folder}: {error.strerror or error}") from error
 
 
-def _model(settings: Settings) -> FFNet:
+def _model(settings: argparse.Namespace) -> FFNet:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         try:
@@ -112,11 +99,7 @@ def _model(settings: Settings) -> FFNet:
     return model.eval()
 
 
-def _weights(settings: Settings) -> str:
-    return str(settings.checkpoint) if settings.checkpoint else f"random, seed {SEED}"
-
-
-def _labels(settings: Settings, model: FFNet) -> list[str] | None:
+def _labels(settings: argparse.Namespace, model: FFNet) -> list[str] | None:
     if settings.labels is None:
         return None
     try:
@@ -156,7 +139,7 @@ def _batches(photographs: Tensor, batch: int) -> list[Tensor]:
     return list(photographs[torch.arange(count) % len(photographs)].split(batch))
 
 
-def _contenders(settings: Settings) -> list[Contender]:
+def _contenders(settings: argparse.Namespace) -> list[Contender]:
     names = (OURS, "eager nchw", "eager channels-last", "torch.compile")
     *contenders, compiled = [CONTENDERS[name] for name in names]
     return [*contenders, AsTrained(), *([compiled] if settings.compile else [])]
@@ -180,7 +163,7 @@ def _predictions(
     return predictions
 
 
-def _text(result: Result, settings: Settings) -> str:
+def _text(result: Result, settings: argparse.Namespace) -> str:
     (row,) = result.rows
     predictions = result.extra["predictions"]
     names = [Path(prediction["image"]).name for prediction in predictions]
@@ -234,14 +217,6 @@ def closing(row: Row) -> str:
     return f"With ffnet_kernels this model {compared} the best of the others, {best}, {numbers}. {upcoming}"
 
 
-def _draw(outcome: Outcome, path: Path, result: Result) -> None:
-    try:
-        latency_chart(outcome.row, path, f"{outcome.row.case}\n{machine_line(result.machine)}")
-        print(f"wrote {path}")
-    except ChartError as error:
-        print(f"no chart: {error}", file=sys.stderr)
-
-
 def _parser() -> argparse.ArgumentParser:
     demo = argparse.ArgumentParser(
         prog="ffnet demo",
@@ -249,22 +224,20 @@ def _parser() -> argparse.ArgumentParser:
         "latency, their error against float64 and their five best classes.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    demo.add_argument("--model", default="ffnet_1", help=f"one of {', '.join(list_models('classification'))}")
-    demo.add_argument(
-        "--image", nargs="+", type=Path, default=[], metavar="PATH", help="photographs (none: two of scikit-learn's)"
-    )
-    demo.add_argument("--checkpoint", type=Path, metavar="PATH", help="trained weights (none: random ones)")
-    demo.add_argument("--labels", type=Path, metavar="PATH", help="names of the classes, one a line")
-    demo.add_argument("--size", type=_size, metavar="N", help="height and width of the input (none: the model's own)")
-    demo.add_argument("--batch", type=positive, default=1, metavar="N", help="photographs a call")
-    demo.add_argument("--dtype", choices=("float32", "bfloat16", "float64"), default="float32", help="of the model")
-    demo.add_argument("--threads", type=positive, metavar="N", help="threads (none: torch's own)")
-    demo.add_argument("--samples", type=positive, default=20, metavar="N", help="time samples of each contender")
-    demo.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile as a contender"
-    )
-    demo.add_argument("--output", type=Path, default=Path("demo"), metavar="DIR", help="folder of the results")
-    demo.add_argument("--json", type=Path, metavar="FILE", help="the results as data (none: demo.json in the folder)")
+    add = demo.add_argument
+    add("--model", default="ffnet_1", help=f"one of {', '.join(list_models('classification'))}")
+    text = "photographs (none: two of scikit-learn's)"
+    add("--image", nargs="+", type=Path, default=[], metavar="PATH", help=text)
+    add("--checkpoint", type=Path, metavar="PATH", help="trained weights (none: random ones)")
+    add("--labels", type=Path, metavar="PATH", help="names of the classes, one a line")
+    add("--size", type=_size, metavar="N", help="height and width of the input (none: the model's own)")
+    add("--batch", type=positive, default=1, metavar="N", help="photographs a call")
+    add("--dtype", choices=("float32", "bfloat16", "float64"), default="float32", help="of the model")
+    add("--threads", type=positive, metavar="N", help="threads (none: torch's own)")
+    add("--samples", type=positive, default=20, metavar="N", help="time samples of each contender")
+    add("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile as a contender")
+    add("--output", type=Path, default=Path("demo"), metavar="DIR", help="folder of the results")
+    add("--json", type=Path, metavar="FILE", help="the results as data (none: demo.json in the folder)")
     return demo
 
 
@@ -281,7 +254,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         if options.json is not None and options.json.is_dir():
             raise DemoError(f"--json {options.json}: is a folder")
-        run(Settings(**{**vars(options), "image": tuple(options.image)}))
+        run(options)
     except DemoError as error:
         print(f"ffnet demo: {error}", file=sys.stderr)
         return 2

@@ -14,7 +14,7 @@ from pathlib import Path
 from .cases import LARGE_FILTERS, Case, LayerCase, ModelCase, OperatorCase, TrainingCase, suite
 from .contenders import OURS
 from .report import markdown
-from .results import Result, Row, best_peer, machine_line, merge, write_json
+from .results import Result, Row, best_peer, machine_line, read, write_json
 
 SAMPLES = 9  # of each contender: the suite has hundreds of cases
 NHWC, NCHW = "eager channels-last", "eager nchw"
@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all parts into this one")
     options = parser.parse_args(argv)
     try:
-        result = merge([Result.from_json(path.read_text()) for path in options.parts])
+        result = read(options.parts)
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2

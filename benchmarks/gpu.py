@@ -39,23 +39,7 @@ from ffnet_kernels.selftest import cases as selftest_cases
 from ffnet_kernels.selftest import error_limit, incoming_gradient, moved, poisoned_memory
 
 from .cases import DIRECTIONS, LAYOUTS, OPERATORS, ModelCase, OperatorCase, TrainingCase
-from .contenders import (
-    BACKENDS,
-    COMPILED,
-    CUDNN,
-    CUDNN_NCHW,
-    EAGER,
-    EAGER_NCHW,
-    Contender,
-    Copy,
-    Cudnn,
-    Eager,
-    OnBackend,
-    Ours,
-    SubquadraticOps,
-    TorchCompile,
-    is_ours,
-)  # fmt: skip
+from .contenders import is_ours, on_gpu
 from .report import error_text, gpu_summary, gpu_table
 from .results import Result, Row, machine, replacing, write_json
 from .runner import INTERRUPTED, Entry, Runner, largest_error
@@ -68,8 +52,6 @@ NARROW = (torch.bfloat16, torch.float16)
 MODEL = ModelCase("ffnet_2", BENCH_BATCH, dtype="bfloat16")
 TRAINING = TrainingCase("ffnet_2", BENCH_BATCH, autocast=True)
 WARM_UP = 3
-#: Those of torch.compile(mode="max-autotune") but for CUDA graphs, which would copy an operator's inputs in every call.
-MAX_AUTOTUNE = {"max_autotune": True, "coordinate_descent_tuning": True}
 
 #: Steps whose kernels are compiled together, on all processors: one by one in their first calls it would take long.
 CHUNK = 64
@@ -193,16 +175,8 @@ def check(backend: str, operator: str, args: tuple) -> dict[str, Any]:
 
 def operator_row(case: OperatorCase, device: torch.device, clock: tune.Clock, samples: int = 30) -> Row:
     """An operator, or all its gradients, beside baselines and a copy."""
-    work, forward = operator_work(case, device), case.direction == "forward"
-    ours = [OnBackend(f"{b} {layout.replace('_', '-')}", layout, b) for b in BACKENDS for layout in reversed(LAYOUTS)]
-    cudnn, fourier = [Cudnn(CUDNN_NCHW, "nchw"), Cudnn(CUDNN, "channels_last")], SubquadraticOps()
-    compiled = TorchCompile(COMPILED, arguments={"options": MAX_AUTOTUNE}, device=device.type, gradients=True)
-    contenders: list[Contender] = [
-        *(one for one in ours if one.unavailable() is None), Eager(EAGER_NCHW, "nchw"), Eager(EAGER, "channels_last"),
-        *(one for one in cudnn if forward and one.differs(work)), compiled, Copy(bytes=case.bytes, device=device),
-        *([fourier] if fourier.takes(work) else []),
-    ]  # fmt: skip
-    row = Runner(contenders, samples, clock=GpuClock(clock, device, graphs=forward)).run(case, work).row
+    work, graphs = operator_work(case, device), case.direction == "forward"
+    row = Runner(on_gpu(work, device, case.bytes), samples, clock=GpuClock(clock, device, graphs)).run(case, work).row
     # Its contenders have layouts of their own.
     parameters = {name: value for name, value in row.parameters.items() if name != "layout"}
     return replace(row, case=_operator_name(case), parameters=parameters)
@@ -216,20 +190,15 @@ def model_row(case: ModelCase, device: torch.device, clock: tune.Clock, samples:
     """Inference of a model, on the backends that are chosen by themselves."""
     built = build(case)
     work = replace(built, model=built.model.to(device), batches=[batch.to(device) for batch in built.batches])
-    options = {**MAX_AUTOTUNE, "triton.cudagraphs": True}
-    contenders = [Ours(), Eager(EAGER_NCHW, "nchw"), Eager(EAGER, "channels_last")]
-    contenders += [TorchCompile(COMPILED, arguments={"options": options}, device=device.type)]
-    row = Runner(contenders, samples, clock=GpuClock(clock, device)).run(case, work).row
+    row = Runner(on_gpu(work, device), samples, clock=GpuClock(clock, device)).run(case, work).row
     return replace(row, case=f"{case.name} inference")
 
 
 def training_row(case: TrainingCase, device: torch.device, clock: tune.Clock, samples: int = 5) -> Row:
-    """A training step without the optimizer; torch.compile has the model, the step around it as it is."""
+    """A training step without the optimizer."""
     built = build(case)
     work = replace(built, model=built.model.to(device), batch=built.batch.to(device), gradients=False)
-    compiled = TorchCompile(COMPILED, arguments={"options": MAX_AUTOTUNE}, device=device.type, gradients=True)
-    contenders = [Ours(), Eager(EAGER, "channels_last"), compiled]
-    return Runner(contenders, samples, clock=GpuClock(clock, device)).run(case, work).row
+    return Runner(on_gpu(work, device), samples, clock=GpuClock(clock, device)).run(case, work).row
 
 
 SANITIZER = "compute-sanitizer"
@@ -294,11 +263,13 @@ def built_architectures(folder: Path) -> list[int]:
 def sanitize(tool: str, text: str, seconds: float) -> dict[str, Any] | None:
     """A row: whether the CUDA kernels pass the self-test's cases with this text in their names without a finding of the
     sanitizer; None where time was up."""
-    reason = choice.why_unavailable("cuda") or why_no_sanitizer()
-    if reason is not None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    program = shutil.which(SANITIZER) or shutil.which(SANITIZER, path=f"{home}/bin")
+    missing = None if program else f"{SANITIZER} is not there (looked on the path and in CUDA's folder)"
+    if reason := choice.why_unavailable("cuda") or missing:
         return {"passed": True, "skipped": reason}
     begun = time.monotonic()
-    command = [_sanitizer(), "--tool", tool, "--error-exitcode", "86", "--kernel-name", "kns=ffnet", sys.executable]
+    command = [program, "--tool", tool, "--error-exitcode", "86", "--kernel-name", "kns=ffnet", sys.executable]
     command += ["-m", "ffnet_kernels", "selftest", "--backend", "cuda", "--filter", text]
     # Blocks of memory end where tensors end only where torch does not keep and divide them.
     finished = finish(command, min(seconds, LONGEST), {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
@@ -308,15 +279,6 @@ def sanitize(tool: str, text: str, seconds: float) -> dict[str, Any] | None:
     code, output = finished
     took = {"seconds": round(time.monotonic() - begun, 1)}
     return {"passed": True, **took} if code == 0 else {"passed": False, **took, "error": output}
-
-
-def why_no_sanitizer() -> str | None:
-    return None if _sanitizer() else f"{SANITIZER} is not there (looked on the path and in CUDA's folder)"
-
-
-def _sanitizer() -> str | None:
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
-    return shutil.which(SANITIZER) or shutil.which(SANITIZER, path=f"{home}/bin")
 
 
 def finish(command: Sequence[object], seconds: float, environment: dict[str, str]) -> tuple[int, str] | None:
@@ -398,22 +360,17 @@ def _check_on(backend: str, device: torch.device, operator: str, args: tuple) ->
     return check(backend, operator, moved(args, device=device))
 
 
-def parity_cases(stages: Sequence[tuple[int, int, int]], dtypes: Sequence[torch.dtype]) -> list[OperatorCase]:
-    """Every stage, those that draw the same random numbers one after the other."""
-    return [
-        OperatorCase(operator, batch, channels, size, kernel, layout, str(dtype).removeprefix("torch."))
-        for batch, (channels, size, kernel), operator, dtype, layout in itertools.product(
-            (8, 128), stages, OPERATORS, dtypes, LAYOUTS
-        )
-    ]
-
-
 def parity_steps(backend: str, session: Session) -> Iterator[Step]:
     """Of the CUDA kernels those on tensor cores, at FFNet's own stages: float32 has but one kernel in all sizes."""
     triton = backend == "triton"
 
     def steps() -> Iterator[Step]:
-        for case in parity_cases(*((tune.STAGES, tune.DTYPES) if triton else (tune.STAGES[:4], NARROW))):
+        stages, dtypes = (tune.STAGES, tune.DTYPES) if triton else (tune.STAGES[:4], NARROW)
+        # Those that draw the same random numbers one after the other.
+        choices = itertools.product((8, 128), stages, OPERATORS, dtypes, LAYOUTS)
+        for batch, (channels, size, kernel), operator, dtype, layout in choices:
+            name = str(dtype).removeprefix("torch.")
+            case = OperatorCase(operator, batch, channels, size, kernel, layout, name)
             jobs = [job for backward in (False, True) for job in _jobs(case, backward, session)] if triton else []
             yield Step(case.name, functools.partial(check_parity, backend, case, session.device), jobs)
 
@@ -434,12 +391,11 @@ def check_parity(backend: str, case: OperatorCase, device: torch.device) -> dict
 
 
 def sanitize_steps(session: Session) -> Iterator[Step]:
+    def step(tool: str, text: str) -> dict[str, Any] | None:
+        return sanitize(tool, text, session.deadline - time.monotonic())
+
     for tool, text in SANITIZED:
-        yield Step(f"{tool} {text.strip()}", functools.partial(_sanitize, tool, text, session))
-
-
-def _sanitize(tool: str, text: str, session: Session) -> dict[str, Any] | None:
-    return sanitize(tool, text, session.deadline - time.monotonic())
+        yield Step(f"{tool} {text.strip()}", functools.partial(step, tool, text))
 
 
 def headline_steps(session: Session) -> Iterator[Step]:
@@ -624,14 +580,11 @@ def _restart(options: argparse.Namespace, seconds: float, error: Exception) -> N
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"python -m {__package__} gpu", description=__doc__.splitlines()[0])
-    parser.add_argument("--only", action="append", choices=PARTS, default=[], help="this part; may be repeated")
-    parser.add_argument("--filter", default="", metavar="TEXT", help="only steps with this text in their name")
-    parser.add_argument("--again", action="store_true", help="forget what these parts have done before")
-    parser.add_argument("--budget", type=float, default=480, metavar="SECONDS", help="default: %(default)s")
-    parser.add_argument(
-        "--work", type=Path, default=ROOT / "build" / "gpu", metavar="DIR", help="of the parts' files (%(default)s)"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=ROOT / "benchmarks" / "results", metavar="DIR", help="of the result (%(default)s)"
-    )
+    add, work, out = parser.add_argument, ROOT / "build" / "gpu", ROOT / "benchmarks" / "results"
+    add("--only", action="append", choices=PARTS, default=[], help="this part; may be repeated")
+    add("--filter", default="", metavar="TEXT", help="only steps with this text in their name")
+    add("--again", action="store_true", help="forget what these parts have done before")
+    add("--budget", type=float, default=480, metavar="SECONDS", help="default: %(default)s")
+    add("--work", type=Path, default=work, metavar="DIR", help="of the parts' files (%(default)s)")
+    add("--out", type=Path, default=out, metavar="DIR", help="of the result (%(default)s)")
     return parser

@@ -16,6 +16,7 @@ import argparse
 import ctypes
 import functools
 import gc
+import itertools
 import json
 import os
 import platform
@@ -108,12 +109,20 @@ def measure(case: Any, contender: str) -> dict[str, int]:
         return {"before": before, "peak": resident("VmHWM")}
 
 
-def in_fresh_process(case: int, contender: str, threads: int) -> dict[str, Any]:
-    """As `measure`, or {"error": why not}."""
-    command = [sys.executable, "-m", str(__package__), "memory", "--one", str(case), contender]
-    done = subprocess.run([*command, "--threads", str(threads)], capture_output=True, text=True)
+def in_fresh_process(*arguments: object, seconds: float | None = None) -> Any:
+    """The JSON that a command of these benchmarks ends with in a process of its own.
+
+    Raises:
+        RuntimeError: where it fails, or takes longer than it may.
+    """
+    command = [sys.executable, "-m", str(__package__), *map(str, arguments)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"took longer than {seconds:.0f} s") from None
     if done.returncode != 0:
-        return {"error": next(reversed(done.stderr.strip().splitlines()), f"exit code {done.returncode}")}
+        last = next(reversed(done.stderr.strip().splitlines()), "")
+        raise RuntimeError(f"exit code {done.returncode}: {last}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -157,11 +166,13 @@ def main(argv: list[str] | None = None) -> int:
     if options.one:
         print(json.dumps(measure(MEMORY_CASES[int(options.one[0])], options.one[1])))
         return 0
-    rows: list[dict[str, Any]] = [
-        {"case": case.name, "contender": name, **in_fresh_process(number, name, torch.get_num_threads())}
-        for number, case in enumerate(MEMORY_CASES)
-        for name in DEFAULT_CONTENDERS[:3]  # ours, and eager PyTorch in both layouts
-    ]
+    rows = []
+    for number, name in itertools.product(range(len(MEMORY_CASES)), DEFAULT_CONTENDERS[:3]):  # ours, and eager PyTorch
+        try:
+            found = in_fresh_process("memory", "--one", number, name, "--threads", torch.get_num_threads())
+        except RuntimeError as error:
+            found = {"error": str(error)}
+        rows.append({"case": MEMORY_CASES[number].name, "contender": name, **found})
     print(f"machine: {machine_line(machine())}\n\n{table(rows)}")
     if options.json:
         options.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")

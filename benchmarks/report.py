@@ -25,8 +25,8 @@ from .results import (
     Row,
     fit,
     machine_line,
-    merge,
     peers_of,
+    read,
     replacing,
     series,
     shared_words,
@@ -145,7 +145,8 @@ def roofs_text(roofs: Roofs | None) -> str:
     if roofs is None:
         return ""
     peaks = ", ".join(f"{rate:.0f} GFLOP/s in {dtype}" for dtype, rate in roofs.gflops.items())
-    copies = ", ".join(f"{rate:.0f} GB/s for {_size_text(size)}" for size, rate in roofs.copies)
+    names = {size: f"{size >> 20} MiB" if size >= 1 << 20 else f"{size >> 10} KiB" for size, _ in roofs.copies}
+    copies = ", ".join(f"{rate:.0f} GB/s for {names[size]}" for size, rate in roofs.copies)
     return f"roofs: {peaks or 'multiply–adds not measured (no native helper)'}; copies at {copies}"
 
 
@@ -161,10 +162,6 @@ def ratio_text(row: Row, measurement: Measurement) -> str:
 def busy_text(measurement: Measurement) -> str:
     """Samples in which another process took a core, of all."""
     return f"{measurement.disturbed}/{len(measurement.samples_ms)}"
-
-
-def _size_text(size: int) -> str:
-    return f"{size >> 20} MiB" if size >= 1 << 20 else f"{size >> 10} KiB"
 
 
 def share_text(row: Row, m: Measurement, roofs: Roofs | None) -> str:
@@ -423,7 +420,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     options = parser.parse_args(argv)
     try:
-        result = merge([Result.from_json(path.read_text()) for path in options.parts])
+        result = read(options.parts)
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -108,6 +108,12 @@ class Measurement:
     page_faults: tuple[int, ...] = ()
     memory: int | None = None
 
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> Measurement:
+        known = {f.name: plain[f.name] for f in dataclasses.fields(cls) if f.name in plain}
+        lists = {"samples_ms": tuple(plain["samples_ms"]), "page_faults": tuple(plain.get("page_faults", ()))}
+        return cls(**{**known, **lists})
+
     def joined(self, later: Measurement) -> Measurement:
         """With the samples of a later one of the same case behind its own; the worse error of both counts, and one
         that did not run did not."""
@@ -224,7 +230,12 @@ class Result:
         if found not in (1, FORMAT_VERSION):
             raise ValueError(f"expected benchmark results of format {FORMAT_VERSION}, got {found!r}")
         try:
-            return cls(plain["machine"], [_row(row) for row in plain["rows"]], plain["interrupted"], plain["extra"])
+            rows = []
+            for row in plain["rows"]:
+                measurements = tuple(map(Measurement.from_plain, row["measurements"]))
+                counted = row["case"], row["flops"], row["bytes"]
+                rows.append(Row(*counted, measurements, row.get("parameters", {}), row.get("passes", 1)))
+            return cls(plain["machine"], rows, plain["interrupted"], plain["extra"])
         except (KeyError, TypeError) as error:
             raise ValueError(f"benchmark results lack {error}") from error
 
@@ -232,20 +243,6 @@ class Result:
     def from_json(cls, text: str) -> Result:
         """Raises ValueError for another format."""
         return cls.from_plain(json.loads(text))
-
-
-def _row(plain: dict[str, Any]) -> Row:
-    measurements = tuple(_measurement(m) for m in plain["measurements"])
-    return Row(
-        plain["case"], plain["flops"], plain["bytes"], measurements, plain.get("parameters", {}), plain.get("passes", 1)
-    )
-
-
-def _measurement(plain: dict[str, Any]) -> Measurement:
-    names = {f.name for f in dataclasses.fields(Measurement)}
-    known = {name: value for name, value in plain.items() if name in names}
-    lists = {"samples_ms": tuple(plain["samples_ms"]), "page_faults": tuple(plain.get("page_faults", ()))}
-    return Measurement(**{**known, **lists})
 
 
 @contextlib.contextmanager
@@ -285,6 +282,11 @@ def merge(parts: Sequence[Result]) -> Result:
             raise ValueError(f"parts of different runs: {reason}")
     rows = {row.case: row for part in parts for row in part.rows}
     return Result(first.machine, list(rows.values()), any(part.interrupted for part in parts), first.extra)
+
+
+def read(paths: Sequence[Path]) -> Result:
+    """One result of several files. Raises ValueError and OSError, as `merge` and where one cannot be read."""
+    return merge([Result.from_json(path.read_text()) for path in paths])
 
 
 def write_json(result: Result, path: Path) -> None:

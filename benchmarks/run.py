@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -143,60 +145,32 @@ def _parser() -> argparse.ArgumentParser:
         description="Measures operators, layers, models and training steps beside plain PyTorch and other runtimes.",
         epilog=f"Suites: {', '.join(SUITES)}. Baselines: {', '.join(name for name in CONTENDERS if name != OURS)}.",
     )
-    parser.add_argument(
-        "--suite", type=_suites, metavar="NAME,NAME", help=f"what to measure (default: {','.join(DEFAULT_SUITES)})"
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="the suites' quick forms, minutes: most of it FFNet-1 in float32"
-    )
-    parser.add_argument("--filter", default="", metavar="TEXT", help="only cases with this text in their name")
-    parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
-    parser.add_argument(
-        "--baselines",
-        "--peers",
-        dest="peers",
-        type=_peers,
-        metavar="NAME,NAME",
-        help=f"contenders beside ours, or 'all' (default: {','.join(DEFAULT_CONTENDERS[1:])}; suite 'record': by case)",
-    )
-    parser.add_argument("--threads", type=positive, metavar="N", help="threads (default: torch's)")
-    parser.add_argument(
-        "--samples",
-        type=positive,
-        metavar="N",
-        help=f"per contender (default: {DEFAULT_SAMPLES}; suite 'record': {goals.SAMPLES})",
-    )
-    parser.add_argument(
-        "--passes",
-        type=positive,
-        metavar="N",
-        help=f"go through all cases so often, taking a part of the samples (default: {DEFAULT_PASSES}; 'record': 1)",
-    )
-    parser.add_argument(
-        "--seconds",
-        type=positive,
-        default=DEFAULT_SECONDS,
-        metavar="N",
-        help=f"a case ends after them if each pass has {LEAST_SAMPLES} samples (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="FOLDER",
-        help=f"keep {RESULTS}, written after every case, report.md and charts there",
-    )
-    parser.add_argument("--resume", action="store_true", help="keep what is in --out, and measure only what it lacks")
-    parser.add_argument(
-        "--base", metavar="REV", help="build that commit beside, measure ours in both by turns, and say what changed"
-    )
+    add = parser.add_argument
+    default = ",".join(DEFAULT_SUITES)
+    add("--suite", type=_some(SUITES), help=f"what to measure (default: {default})", metavar="NAME,NAME")
+    add("--quick", action="store_true", help="the suites' quick forms, minutes: most of it FFNet-1 in float32")
+    add("--filter", default="", metavar="TEXT", help="only cases with this text in their name")
+    add("--list", action="store_true", help="print the names of the cases and stop")
+    default = ",".join(DEFAULT_CONTENDERS[1:])
+    text = f"contenders beside ours, or 'all' (default: {default}; suite 'record': by case)"
+    add("--baselines", "--peers", dest="peers", type=_some(CONTENDERS), help=text, metavar="NAME,NAME")
+    add("--threads", type=positive, metavar="N", help="threads (default: torch's)")
+    text = f"per contender (default: {DEFAULT_SAMPLES}; suite 'record': {goals.SAMPLES})"
+    add("--samples", type=positive, metavar="N", help=text)
+    text = f"go through all cases so often, taking a part of the samples (default: {DEFAULT_PASSES}; 'record': 1)"
+    add("--passes", type=positive, metavar="N", help=text)
+    text = f"a case ends after them if each pass has {LEAST_SAMPLES} samples (default: %(default)s)"
+    add("--seconds", type=positive, default=DEFAULT_SECONDS, metavar="N", help=text)
+    text = f"keep {RESULTS}, written after every case, report.md and charts there"
+    add("--out", type=Path, metavar="FOLDER", help=text)
+    text = "keep what is in --out, and measure only what it lacks"
+    add("--resume", action="store_true", help=text)
+    text = "build that commit beside, measure ours in both by turns, and say what changed"
+    add("--base", metavar="REV", help=text)
     add_shape_arguments(parser)
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    add("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser
 
 
-def _peers(text: str) -> tuple[str, ...]:
-    return chosen(text, tuple(CONTENDERS))
-
-
-def _suites(text: str) -> tuple[str, ...]:
-    return chosen(text, tuple(SUITES))
+def _some(known: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
+    return functools.partial(chosen, known=tuple(known))

@@ -100,6 +100,10 @@ class Prepared:
 class Clock(Protocol):
     """How a device is measured."""
 
+    @property
+    def timer(self) -> Callable[[], float]:
+        """Seconds."""
+
     def mode(self, work: Work) -> contextlib.AbstractContextManager[Any]:
         """In which everything of a work runs."""
 
@@ -180,7 +184,7 @@ class Runner:
     contenders: Sequence[Contender]
     samples: int = DEFAULT_SAMPLES
     seconds: float = math.inf
-    clock: Any = CpuClock()
+    clock: Clock = CpuClock()
 
     def run(self, case: Counted, work: Work) -> Outcome:
         """One case. A contender that fails is kept, with the reason."""

@@ -10,7 +10,6 @@ import argparse
 import importlib.metadata
 import json
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import ffnet
 from ffnet_kernels import dynamo
 from ffnet_kernels.selftest import error_limit
 
+from . import memory
 from .cases import numbers, positive
 from .contenders import CONTENDERS, EAGER, EAGER_NCHW, Contender, Ours, TorchCompile
 from .report import SLOWER, WRONG, markdown
@@ -155,17 +155,12 @@ def measure(name: str, threads: Sequence[int], samples: int, *, compiled: bool =
 
 def in_fresh_process(name: str, options: argparse.Namespace) -> Result | str:
     """As `measure`, or why not."""
-    threads = ",".join(map(str, options.threads))
-    arguments = ["--one", name, "--threads", threads, "--samples", str(options.samples)]
-    arguments += ["--compiled"] * options.compiled
-    command = [sys.executable, "-m", str(__package__), "timm", *arguments]
+    arguments = ["timm", "--one", name, "--threads", ",".join(map(str, options.threads)), "--samples", options.samples]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST)
-    except subprocess.TimeoutExpired:
-        return f"took longer than {LONGEST:.0f} s"
-    if done.returncode != 0:
-        return f"exit code {done.returncode}: {next(reversed(done.stderr.strip().splitlines()), '')}"
-    return Result.from_plain(json.loads(done.stdout.splitlines()[-1]))
+        plain = memory.in_fresh_process(*arguments, *["--compiled"] * options.compiled, seconds=LONGEST)
+    except RuntimeError as error:
+        return str(error)
+    return Result.from_plain(plain)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -206,14 +201,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"python -m {__package__} timm", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--models", type=_names, default=MODELS, metavar="NAME,NAME", help=f"of timm (default: {len(MODELS)} of them)"
-    )
-    parser.add_argument("--threads", type=numbers, default=(1, 2), metavar="N,N", help="one table each (default: 1,2)")
-    parser.add_argument("--samples", type=positive, default=SAMPLES, metavar="N", help="a contender (%(default)s)")
-    parser.add_argument("--compiled", action="store_true", help="torch.compile as well, by inductor and by our backend")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the results there, after every model")
-    parser.add_argument("--one", metavar="MODEL", help=argparse.SUPPRESS)
+    add, text = parser.add_argument, f"of timm (default: {len(MODELS)} of them)"
+    add("--models", type=_names, default=MODELS, metavar="NAME,NAME", help=text)
+    add("--threads", type=numbers, default=(1, 2), metavar="N,N", help="one table each (default: 1,2)")
+    add("--samples", type=positive, default=SAMPLES, metavar="N", help="a contender (%(default)s)")
+    add("--compiled", action="store_true", help="torch.compile as well, by inductor and by our backend")
+    add("--out", type=Path, metavar="FILE", help="write the results there, after every model")
+    add("--one", metavar="MODEL", help=argparse.SUPPRESS)
     return parser
 
 

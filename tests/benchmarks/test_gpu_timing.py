@@ -59,7 +59,7 @@ def timed(case, work, *peers, samples=1):
 @interpreted
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_a_row_of_an_operator(direction, monkeypatch):
-    monkeypatch.setattr(gpu, "TorchCompile", NoCompiler)
+    monkeypatch.setattr(contenders, "TorchCompile", NoCompiler)
     monkeypatch.setattr(choice, "why_unavailable", lambda name: None)
     monkeypatch.setitem(choice.BACKENDS, "cuda", reference)  # in its place; that of Triton runs interpreted
     case = OperatorCase("depthwise_conv2d", 1, 4, 4, 3, dtype="bfloat16", direction=direction)
@@ -79,7 +79,7 @@ def test_a_row_of_an_operator(direction, monkeypatch):
 
 @interpreted
 def test_a_backend_that_is_not_there_is_not_timed(monkeypatch):
-    monkeypatch.setattr(gpu, "TorchCompile", NoCompiler)
+    monkeypatch.setattr(contenders, "TorchCompile", NoCompiler)
     monkeypatch.setattr(choice, "why_unavailable", lambda name: "no" if name == "cuda" else None)
     row = gpu.operator_row(OperatorCase("depthwise_conv2d", 1, 2, 4, 3), CPU, clock, samples=1)
     assert [m.contender for m in row.measurements][:3] == ["triton nchw", "triton channels-last", EAGER_NCHW]
@@ -152,7 +152,7 @@ def test_a_row_of_a_model(training, monkeypatch):
     batch = torch.randn(4, 3, 32, 32)
     work = TrainingWork(model.train(), batch, autocast=True) if training else ModelWork(model, [batch])
     monkeypatch.setattr(gpu, "build", lambda case: work)
-    monkeypatch.setattr(gpu, "TorchCompile", NoCompiler)
+    monkeypatch.setattr(contenders, "TorchCompile", NoCompiler)
     case = TrainingCase("ffnet_1", 4, 32, autocast=True) if training else ModelCase("ffnet_1", 4, 32)
     row = (gpu.training_row if training else gpu.model_row)(case, CPU, clock, samples=1)
     ours, *others = row.measurements

@@ -147,7 +147,7 @@ def test_a_model_that_fails_does_not_end_the_run(timm, capsys, monkeypatch, tmp_
 
 
 def test_a_process_that_fails_says_why(monkeypatch):
-    monkeypatch.setattr(timm_models.sys, "executable", "false")
+    monkeypatch.setattr(sys, "executable", "false")
     options = SimpleNamespace(threads=(1,), samples=1, compiled=False)
     assert timm_models.in_fresh_process("any", options) == "exit code 1: "
 
