@@ -3,24 +3,16 @@ roofs, and how time grows."""
 
 from __future__ import annotations
 
+import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .cases import GROWTH_FROM, parameters
 from .contenders import OURS
-from .results import (
-    DIMENSIONS,
-    LEAST_POINTS,
-    Roofs,
-    Row,
-    best_peer,
-    fit,
-    peers_of,
-    replacing,
-    series,
-    shared_words,
-)  # fmt: skip
+from .results import Roofs, Row, best_peer, peers_of, replacing, shared_words
 
 OURS_COLOR, PEER_COLOR = "#1b6ca8", "#b4bcc4"
 #: By contender, the same in every chart; others take what follows.
@@ -217,6 +209,56 @@ def roofline_chart(rows: Sequence[Row], roofs: Roofs | None, path: Path, title: 
         axes.set_axisbelow(True)
         axes.legend(loc="lower right", fontsize=8, frameon=False)
     save(figure, path)
+
+
+# How time grows with work: exponents fitted to the cases that differ in one dimension only.
+
+#: Fields of a case that grow, and what they are called; maps are square, so a size counts as its pixels.
+DIMENSIONS = {"batch": "batch", "size": "pixels", "channels": "channels", "kernel": "kernel size"}
+LEAST_POINTS = 3
+
+
+@dataclass(frozen=True)
+class Series:
+    """One operator as one dimension grows; rows in that order."""
+
+    operator: str
+    dimension: str
+    rows: tuple[Row, ...]
+
+    @property
+    def values(self) -> list[int]:
+        """Of the dimension, in rows' order: pixels for a size."""
+        found = [row.parameters[self.dimension] for row in self.rows]
+        return [value**2 for value in found] if self.dimension == "size" else found
+
+    def times(self, contender: str) -> list[tuple[int, float]]:
+        """(value, median milliseconds), of the rows in which it ran."""
+        pairs = zip(self.values, self.rows, strict=True)
+        return [(value, m.median_ms) for value, row in pairs if (m := row.measurement(contender)) is not None]
+
+
+def series(rows: Sequence[Row]) -> Iterator[Series]:
+    """Of the rows that differ from a call of `GROWTH_FROM` in one dimension only, those with at least three points."""
+    for base in GROWTH_FROM.values():
+        start = parameters(base)
+        for dimension in DIMENSIONS:
+            fixed = {name: value for name, value in start.items() if name != dimension}
+            found = [row for row in rows if fixed.items() <= row.parameters.items() and "width" not in row.parameters]
+            found.sort(key=lambda row: row.parameters[dimension])
+            if len(found) >= LEAST_POINTS:
+                yield Series(base.operator, dimension, tuple(found))
+
+
+def fit(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Exponent, and the largest deviation of a point from the fitted power, as a share of the fit."""
+    xs, ys = [math.log(x) for x, _ in points], [math.log(y) for _, y in points]
+    x_mean, y_mean = sum(xs) / len(xs), sum(ys) / len(ys)
+    exponent = sum((x - x_mean) * (y - y_mean) for x, y in zip(xs, ys, strict=True)) / sum(
+        (x - x_mean) ** 2 for x in xs
+    )
+    deviations = [abs(math.expm1(y - y_mean - exponent * (x - x_mean))) for x, y in zip(xs, ys, strict=True)]
+    return exponent, max(deviations)
 
 
 def growth_chart(rows: Sequence[Row], path: Path, title: str) -> None:

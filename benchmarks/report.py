@@ -15,22 +15,9 @@ from typing import Any, NamedTuple
 
 from . import charts
 from .cases import GROWTH_FROM
+from .charts import DIMENSIONS, LEAST_POINTS, fit, series
 from .contenders import COPY, OURS, is_ours
-from .results import (
-    DIMENSIONS,
-    LEAST_POINTS,
-    Measurement,
-    Result,
-    Roofs,
-    Row,
-    fit,
-    machine_line,
-    peers_of,
-    read,
-    replacing,
-    series,
-    shared_words,
-)  # fmt: skip
+from .results import Measurement, Result, Roofs, Row, machine_line, peers_of, read, replacing, shared_words
 
 HEADERS = (
     "contender", "median ms", "quartiles", "busy", "faults", "GFLOP/s", "GB/s", "of roof", "MiB", "error", "",

@@ -18,7 +18,6 @@ from typing import Any
 
 import ffnet_kernels
 
-from .cases import GROWTH_FROM, parameters
 from .memory import keep_freed_memory
 
 FORMAT_VERSION = 2  # 1 had neither parameters nor memory; it is still read
@@ -313,54 +312,6 @@ def best_peer(row: Row, ours: str, against: str | None = None) -> str | None:
     names = [against] if against else peers_of([row], ours)
     ratios = {name: ratio for name in names if (ratio := row.ratio(name, ours)) is not None}
     return min(ratios, key=lambda name: ratios[name], default=None)
-
-
-#: Fields of a case that grow, and what they are called; maps are square, so a size counts as its pixels.
-DIMENSIONS = {"batch": "batch", "size": "pixels", "channels": "channels", "kernel": "kernel size"}
-LEAST_POINTS = 3
-
-
-@dataclass(frozen=True)
-class Series:
-    """One operator as one dimension grows; rows in that order."""
-
-    operator: str
-    dimension: str
-    rows: tuple[Row, ...]
-
-    @property
-    def values(self) -> list[int]:
-        """Of the dimension, in rows' order: pixels for a size."""
-        found = [row.parameters[self.dimension] for row in self.rows]
-        return [value**2 for value in found] if self.dimension == "size" else found
-
-    def times(self, contender: str) -> list[tuple[int, float]]:
-        """(value, median milliseconds), of the rows in which it ran."""
-        pairs = zip(self.values, self.rows, strict=True)
-        return [(value, m.median_ms) for value, row in pairs if (m := row.measurement(contender)) is not None]
-
-
-def series(rows: Sequence[Row]) -> Iterator[Series]:
-    """Of the rows that differ from a call of `GROWTH_FROM` in one dimension only, those with at least three points."""
-    for base in GROWTH_FROM.values():
-        start = parameters(base)
-        for dimension in DIMENSIONS:
-            fixed = {name: value for name, value in start.items() if name != dimension}
-            found = [row for row in rows if fixed.items() <= row.parameters.items() and "width" not in row.parameters]
-            found.sort(key=lambda row: row.parameters[dimension])
-            if len(found) >= LEAST_POINTS:
-                yield Series(base.operator, dimension, tuple(found))
-
-
-def fit(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Exponent, and the largest deviation of a point from the fitted power, as a share of the fit."""
-    xs, ys = [math.log(x) for x, _ in points], [math.log(y) for _, y in points]
-    x_mean, y_mean = sum(xs) / len(xs), sum(ys) / len(ys)
-    exponent = sum((x - x_mean) * (y - y_mean) for x, y in zip(xs, ys, strict=True)) / sum(
-        (x - x_mean) ** 2 for x in xs
-    )
-    deviations = [abs(math.expm1(y - y_mean - exponent * (x - x_mean))) for x, y in zip(xs, ys, strict=True)]
-    return exponent, max(deviations)
 
 
 RUNTIMES = ("onnx", "onnxruntime", "openvino")

@@ -22,7 +22,7 @@ from .cases import (
     own_cases,
     positive,
     suite,
-)  # fmt: skip
+)
 from .contenders import CONTENDERS, DEFAULT_CONTENDERS, OURS
 from .report import colored, report, write_report
 from .results import Result, different, machine, write_json
