@@ -50,24 +50,18 @@ def latency_chart(row: Row, path: Path, title: str) -> None:
     medians = [m.median_ms for m in measured]
     low, high = zip(*(m.quartiles_ms for m in measured), strict=True)
     axes.barh(
-        [m.contender for m in measured],
-        medians,
-        height=0.62,
+        [m.contender for m in measured], medians, height=0.62,
         color=[OURS_COLOR if m.contender == OURS else PEER_COLOR for m in measured],
         xerr=([m - q for m, q in zip(medians, low, strict=True)], [q - m for m, q in zip(medians, high, strict=True)]),
         error_kw={"ecolor": TEXT_COLOR, "elinewidth": 1, "capsize": 2},
-    )
+    )  # fmt: skip
     for position, m in enumerate(measured):
         ratio = row.ratio(m.contender, OURS)
         versus = "" if ratio is None or m.contender == OURS else f"   {ratio:.2f}× ours"
         axes.annotate(
-            f"{m.median_ms:.1f} ms{versus}",
-            (max(m.median_ms, m.quartiles_ms[1]), position),
-            xytext=(6, 0),
-            textcoords="offset points",
-            va="center",
-            weight="bold" if m.contender == OURS else "normal",
-        )
+            f"{m.median_ms:.1f} ms{versus}", (max(m.median_ms, m.quartiles_ms[1]), position), xytext=(6, 0),
+            textcoords="offset points", va="center", weight="bold" if m.contender == OURS else "normal",
+        )  # fmt: skip
     axes.set_xlim(0, 1.3 * max(high))
     axes.set_xlabel("milliseconds a call, median and quartiles; shorter is faster")
     save(figure, path)
@@ -94,16 +88,10 @@ def speedup_chart(rows: Sequence[Row], path: Path, title: str) -> None:
     for position, (_, ratios) in enumerate(found):
         least = min(ratios.values())
         axes.annotate(
-            f"{least:.2f}×",
-            (1, position),
-            xycoords=("axes fraction", "data"),
-            xytext=(6, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=8,
-            color=SLOWER_COLOR if least < 1 else TEXT_COLOR,
+            f"{least:.2f}×", (1, position), xycoords=("axes fraction", "data"), xytext=(6, 0),
+            textcoords="offset points", va="center", fontsize=8, color=SLOWER_COLOR if least < 1 else TEXT_COLOR,
             weight="bold" if least < 1 else "normal",
-        )
+        )  # fmt: skip
     axes.axvline(1, color=TEXT_COLOR, linewidth=1.2, zorder=2)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")

@@ -232,13 +232,9 @@ def report(comparison: Comparison) -> str:
 
 def _line(change: Change, significant: bool) -> tuple[str, ...]:
     return (
-        change.case,
-        f"{change.before_ms:.3f}",
-        f"{change.after_ms:.3f}",
-        _percent(change.size),
-        f"{100 * change.error:.1f} %",
-        _verdict(change.size, significant),
-    )
+        change.case, f"{change.before_ms:.3f}", f"{change.after_ms:.3f}", _percent(change.size),
+        f"{100 * change.error:.1f} %", _verdict(change.size, significant),
+    )  # fmt: skip
 
 
 def _percent(logarithm: float) -> str:

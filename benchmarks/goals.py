@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .cases import LARGE_FILTERS, Case, LayerCase, ModelCase, OperatorCase, TrainingCase, suite
 from .contenders import OURS
-from .report import markdown
+from .report import error_text, markdown
 from .results import Result, Row, best_peer, machine_line, read, write_json
 
 SAMPLES = 9  # of each contender: the suite has hundreds of cases
@@ -87,7 +87,7 @@ def report(result: Result) -> str:
     parts = [f"machine: {machine_line(result.machine)}", *NOTES]
     parts.append(markdown(HEADERS, [_line(row, goal(case)) for row, case in pairs], left=(0, 3, 9, 11)))
     wrong = [
-        f"{row.case}: {m.contender} has an error of {'nan' if m.error is None else f'{m.error:.1e}'}, over the limit"
+        f"{row.case}: {m.contender} has an error of {error_text(m)}, over the limit"
         for row, _ in pairs for m in row.measurements if m.samples_ms and not m.passed
     ]  # fmt: skip
     absent = {f"{m.contender}: {m.reason}" for row, _ in pairs for m in row.measurements if m.reason}
@@ -112,17 +112,11 @@ def _line(row: Row, goal: Goal | None) -> tuple[str, ...]:
     assert ratio
     assert spread
     return (
-        row.case,
-        f"{ours.median_ms:.3f}",
-        f"{row.gflops(ours):.0f}",
-        peer if theirs.passed else f"{peer} *",
-        f"{theirs.median_ms:.3f}",
-        f"{ratio:.2f}x",
-        f"{spread[0]:.2f}..{spread[1]:.2f}",
-        f"{ours.disturbed}/{len(ours.samples_ms)}",
-        *_verdict(ratio, goal.must if goal else None),
+        row.case, f"{ours.median_ms:.3f}", f"{row.gflops(ours):.0f}", peer if theirs.passed else f"{peer} *",
+        f"{theirs.median_ms:.3f}", f"{ratio:.2f}x", f"{spread[0]:.2f}..{spread[1]:.2f}",
+        f"{ours.disturbed}/{len(ours.samples_ms)}", *_verdict(ratio, goal.must if goal else None),
         *_verdict(ratio, goal.aim if goal else None),
-    )
+    )  # fmt: skip
 
 
 def _verdict(ratio: float, wanted: float | None) -> tuple[str, str]:

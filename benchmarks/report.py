@@ -171,16 +171,10 @@ def _overview_line(row: Row, shared: str, peers: Sequence[str], roofs: Roofs | N
     if ours is None:
         return (row.case.removesuffix(shared), *["-"] * (7 + len(peers)))
     return (
-        row.case.removesuffix(shared),
-        f"{ours.median_ms:.3f}",
-        _quartiles_text(ours),
-        f"{row.gflops(ours):.1f}",
-        f"{row.gbytes(ours):.1f}",
-        share_text(row, ours, roofs),
-        _memory_text(ours),
-        error_text(ours) if ours.passed else f"{WRONG} {error_text(ours)}",
-        *(_peer_text(row, peer) for peer in peers),
-    )
+        row.case.removesuffix(shared), f"{ours.median_ms:.3f}", _quartiles_text(ours), f"{row.gflops(ours):.1f}",
+        f"{row.gbytes(ours):.1f}", share_text(row, ours, roofs), _memory_text(ours),
+        error_text(ours) if ours.passed else f"{WRONG} {error_text(ours)}", *(_peer_text(row, peer) for peer in peers),
+    )  # fmt: skip
 
 
 def _peer_text(row: Row, peer: str) -> str:
@@ -197,20 +191,10 @@ def _line(row: Row, m: Measurement, roofs: Roofs | None) -> tuple[str, ...]:
         return (name, *["-"] * (len(HEADERS) - 2), "did not run")
     ratio = row.ratio(m.contender, OURS)
     return (
-        name,
-        f"{m.median_ms:.3f}",
-        _quartiles_text(m),
-        busy_text(m),
-        f"{m.faults_per_call:.0f}",
-        f"{row.gflops(m):.1f}",
-        f"{row.gbytes(m):.1f}",
-        share_text(row, m, roofs),
-        _memory_text(m),
-        error_text(m),
-        "ok" if m.passed else "WRONG",
-        ratio_text(row, m),
-        FASTER_BASELINE if ratio is not None and ratio < 1 else "",
-    )
+        name, f"{m.median_ms:.3f}", _quartiles_text(m), busy_text(m), f"{m.faults_per_call:.0f}",
+        f"{row.gflops(m):.1f}", f"{row.gbytes(m):.1f}", share_text(row, m, roofs), _memory_text(m), error_text(m),
+        "ok" if m.passed else "WRONG", ratio_text(row, m), FASTER_BASELINE if ratio is not None and ratio < 1 else "",
+    )  # fmt: skip
 
 
 def markdown(headers: Sequence[str], lines: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
@@ -340,16 +324,10 @@ def _gpu_line(row: Row, m: Measurement, predicted: Mapping[str, float]) -> tuple
     over_copy = row.ratio(m.contender, COPY)
     ratio = predicted.get(_without_channels(row.case) or "") if m.contender == "cuda nchw" else None
     return (
-        row.case,
-        m.contender,
-        f"{m.median_ms:.4f}",
-        f"{first:.4f}..{third:.4f}",
-        f"{row.gbytes(m):.0f}",
-        "-" if over_copy is None else f"{over_copy:.2f}x",
-        "-" if ratio is None else f"{ratio:.2f}x",
-        error_text(m),
+        row.case, m.contender, f"{m.median_ms:.4f}", f"{first:.4f}..{third:.4f}", f"{row.gbytes(m):.0f}",
+        "-" if over_copy is None else f"{over_copy:.2f}x", "-" if ratio is None else f"{ratio:.2f}x", error_text(m),
         "ok" if m.passed else "WRONG",
-    )
+    )  # fmt: skip
 
 
 def _without_channels(case: str) -> str | None:

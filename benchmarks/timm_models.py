@@ -258,15 +258,11 @@ def _line(row: Row) -> tuple[str, ...]:
     eager, ours, best = fastest(row, PLAIN), fastest(row, OPTIMIZED), gain(row)
     between = row.ratio_quartiles(eager, ours) if eager and ours else None
     return (
-        row.parameters["model"],
-        f"{row.parameters['size']}²",
-        *times,
+        row.parameters["model"], f"{row.parameters['size']}²", *times,
         *(f"{ratio:.2f}" if ratio else "-" for ratio in ratios),
         f"{SLOWER if best < NOT_SLOWER else ''} {best:.2f}×".lstrip() if best else "-",
-        "{:.2f}–{:.2f}".format(*between) if between else "-",
-        _error_text(row),
-        "" if agrees(row) else WRONG,
-    )
+        "{:.2f}–{:.2f}".format(*between) if between else "-", _error_text(row), "" if agrees(row) else WRONG,
+    )  # fmt: skip
 
 
 def _error_text(row: Row) -> str:
