@@ -13,7 +13,11 @@ namespace ffnet::FFNET_ISA {
 FFNET_INLINE Vec none(Vec x) { return x; }
 FFNET_INLINE Vec relu(Vec x) { return at_least(x, Vec::fill(0)); }
 FFNET_INLINE Vec relu6(Vec x) { return at_most(relu(x), Vec::fill(6)); }
-FFNET_INLINE Vec hardswish(Vec x) { return x * (relu6(x + Vec::fill(3)) * Vec::fill(1.f / 6)); }
+FFNET_INLINE Vec hardsigmoid(Vec x) { return relu6(x + Vec::fill(3)) * Vec::fill(1.f / 6); }
+FFNET_INLINE Vec hardswish(Vec x) { return x * hardsigmoid(x); }
+
+constexpr float kLeak = 0.01f;  // PyTorch's default
+FFNET_INLINE Vec leaky_relu(Vec x) { return at_least(x, x * Vec::fill(kLeak)); }
 
 #if defined(__AVX512F__)
 // Where a t >= 0 lies in the tables: adding 1.5 * 2^23 rounds to the nearest segment and leaves its number in the low
@@ -138,6 +142,15 @@ FFNET_INLINE Activated hardswish_with_slope(Vec x) {
   return {hardswish(x), above(x, -3, {x.v >= Vec::fill(3).v ? one.v : between.v}, Vec::fill(0))};
 }
 
+FFNET_INLINE Activated hardsigmoid_with_slope(Vec x) {
+  const Vec sixth = Vec::fill(1.f / 6), zero = Vec::fill(0);
+  return {hardsigmoid(x), {x.v < Vec::fill(3).v ? above(x, -3, sixth, zero).v : zero.v}};  // 0 at NaN, as torch's
+}
+
+FFNET_INLINE Activated leaky_relu_with_slope(Vec x) {
+  return {leaky_relu(x), {x.v > Vec::fill(0).v ? Vec::fill(1).v : Vec::fill(kLeak).v}};
+}
+
 // 1/2 + sign(x) * G(|x|), G(t) = H(t) + t * phi(t)
 FFNET_INLINE Activated gelu_with_slope(Vec x) {
   const Vec t = abs(x), half = Vec::fill(0.5f);
@@ -200,7 +213,8 @@ inline void slope_row(float* row, float* value, int64_t width, Activation activa
 
 // Whether a slope of 0 stops any gradient, an infinite one too, as torch has it for those that are made of pieces.
 constexpr bool is_piecewise(Activation activation) {
-  return activation == Activation::relu || activation == Activation::relu6 || activation == Activation::hardswish;
+  return activation == Activation::relu || activation == Activation::relu6 || activation == Activation::hardswish ||
+         activation == Activation::hardsigmoid;
 }
 
 // out = grad times the derivative, over `width` adjacent vectors.

@@ -21,6 +21,8 @@ ACTIVATE: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,
     "hardswish": F.hardswish,
+    "hardsigmoid": F.hardsigmoid,
+    "leaky_relu": F.leaky_relu,  # of PyTorch's default slope, and of no other
 }
 #: Their names, as operators take them.
 ACTIVATIONS = tuple(ACTIVATE)
@@ -35,6 +37,8 @@ ACTIVATE_BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gelu_tanh": lambda grad, x: _aten.gelu_backward(grad, x, approximate="tanh"),
     "silu": lambda grad, x: _silu_backward(grad, x),
     "hardswish": lambda grad, x: _aten.hardswish_backward(grad, x),
+    "hardsigmoid": lambda grad, x: _aten.hardtanh_backward(grad / 6, x, -3, 3),
+    "leaky_relu": lambda grad, x: _aten.leaky_relu_backward(grad, x, 0.01, False),
 }
 
 
@@ -45,6 +49,7 @@ def _silu_backward(grad: Tensor, x: Tensor) -> Tensor:  # aten::silu_backward ha
 
 _NAMED: dict[Any, str] = {
     F.relu: "relu", torch.relu: "relu", "relu": "relu", F.relu6: "relu6", F.silu: "silu", F.hardswish: "hardswish",
+    F.hardsigmoid: "hardsigmoid",
 }  # fmt: skip
 
 
@@ -58,4 +63,6 @@ def name_of(target: Any, args: tuple, kwargs: dict[str, Any]) -> str | None:
         return {"none": "gelu", "tanh": "gelu_tanh"}.get(argument(0, "approximate", "none"))
     if target is F.hardtanh:
         return "relu6" if (argument(0, "min_val", -1), argument(1, "max_val", 1)) == (0, 6) else None
+    if target is F.leaky_relu:
+        return "leaky_relu" if argument(0, "negative_slope", 0.01) == 0.01 else None
     return _NAMED.get(target)

@@ -279,9 +279,19 @@ PATTERNS = {
         ["depthwise_conv2d", "torch: convolution"],
     ),
     "a mixer of another activation": Pattern(
-        lambda: attention(depthwise(), depthwise(), nn.LeakyReLU()),
+        lambda: attention(depthwise(), depthwise(), nn.LeakyReLU(0.2)),
         ["depthwise_conv2d", "torch: leaky_relu", "depthwise_conv2d"],
         ["depthwise_conv2d", "torch: leaky_relu", "depthwise_conv2d"],
+    ),
+    "a leaky mixer": Pattern(
+        lambda: attention(depthwise(), depthwise(), nn.LeakyReLU(inplace=True)),
+        ["ffnified_attention"],
+        ["ffnified_attention"],
+    ),
+    "a hard sigmoid": Pattern(
+        lambda: nn.Sequential(depthwise(), nn.Hardsigmoid(), nn.Conv2d(8, 8, 1), nn.Hardsigmoid(inplace=True)),
+        ["depthwise_conv2d", "conv2d"],
+        ["depthwise_conv2d", "projection", "torch: hardsigmoid"],
     ),
     "a grouped projection": Pattern(
         lambda: nn.Sequential(depthwise(), nn.Conv2d(8, 16, 1), nn.GELU(), nn.Conv2d(16, 8, 1, groups=4)),

@@ -72,7 +72,7 @@ def test_derivatives_of_special_numbers(isa, activation):
     tiny = torch.finfo(torch.float32).tiny
     numbers = [math.nan, math.inf, -math.inf, 0.0, -0.0, tiny, -tiny, tiny / 1024, 1e-20, -1e-20]
     numbers += [sign * x for x in (1e18, 1e4, 200, 104, 90, 88.8, 88, 50, 17, 10, 6.05, 5.6) for sign in (1, -1)]
-    if activation in ("relu6", "hardswish"):  # whose gradient at NaN depends on PyTorch's vectorisation
+    if activation in ("relu6", "hardswish", "hardsigmoid"):  # whose gradient at NaN depends on PyTorch's vectorisation
         numbers.remove(numbers[0])
     x = torch.tensor(numbers).reshape(1, 1, 1, -1).repeat(1, 17, 2, 1)
     derive = activations.ACTIVATE_BACKWARD[activation]
@@ -93,9 +93,9 @@ def test_derivatives_over_the_line(isa, activation):
 
 
 @parity.every_isa
-@pytest.mark.parametrize("activation", ["relu", "relu6", "hardswish"])
+@pytest.mark.parametrize("activation", ["relu", "relu6", "hardswish", "hardsigmoid"])
 def test_a_derivative_of_zero_stops_infinite_gradients(isa, activation):
-    """At NaN as PyTorch's vectors have it; its code for the rest of a row lets the gradient through in all three."""
+    """At NaN as PyTorch's vectors have it; its code for the rest of a row lets the gradient through in all four."""
     x = torch.tensor([-4.0, -3.0, 2.0, math.nan]).repeat(64).reshape(1, 1, 16, 16)
     grad = torch.full_like(x, math.inf)
     expected = activations.ACTIVATE_BACKWARD[activation](grad, x)

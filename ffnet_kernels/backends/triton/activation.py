@@ -18,6 +18,10 @@ def activate(x, ACTIVATION: tl.constexpr):
         return x * tl.sigmoid(x)
     elif ACTIVATION == "hardswish":
         return x * (_clamp6(x + 3.0) * 0.16666667)
+    elif ACTIVATION == "hardsigmoid":
+        return _clamp6(x + 3.0) * 0.16666667
+    elif ACTIVATION == "leaky_relu":
+        return tl.where(x > 0, x, x * 0.01)
     else:
         return x
 
@@ -37,6 +41,10 @@ def derivative(x, ACTIVATION: tl.constexpr):
         return tl.where((x <= 0) | (x >= 6), 0.0, 1.0)
     elif ACTIVATION == "hardswish":
         return tl.where(x <= -3, 0.0, tl.where(x < 3, x * 0.33333333 + 0.5, 1.0))
+    elif ACTIVATION == "hardsigmoid":
+        return tl.where((x > -3) & (x < 3), 0.16666667, 0.0)
+    elif ACTIVATION == "leaky_relu":
+        return tl.where(x > 0, 1.0, 0.01)
     elif ACTIVATION == "silu":
         s = tl.sigmoid(x)
         return s * (1.0 + x * tl.sigmoid(-x))
