@@ -12,7 +12,7 @@ from torch import Tensor
 from . import training
 from .backends import choice, cpu
 from .backends.activations import ACTIVATE
-from .backends.maps import as_map, as_pixels
+from .backends.maps import as_map, as_pixels, same_padding
 from .ops import OPERATORS
 
 FEW_ROWS = 32  # of a linear layer: below, weights are read rather than multiplied, and PyTorch does that as well
@@ -130,6 +130,36 @@ def channel_mixer(x: Tensor, *args: Any) -> Tensor:
     return _run("channel_mixer", x, *weights, scale if scale is None else scale.reshape(-1), residual)
 
 
+def norm_mixer(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    expand_weight: Tensor,
+    expand_bias: Tensor | None,
+    project_weight: Tensor,
+    project_bias: Tensor | None,
+    activation: str,
+    scale: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """``residual + scale · (W₂ · act(W₁ · LayerNorm(DW(x)) + b₁) + b₂)``, ConvNeXt's block: one kernel on the CPU, else
+    step by step."""
+    scale = scale if scale is None else scale.reshape(-1)
+    if is_direct(x):
+        weights = expand_weight, expand_bias, project_weight, project_bias
+        norm = norm_weight, norm_bias, eps
+        return torch.ops.ffnet_kernels.norm_mixer.default(x, weight, bias, *norm, *weights, activation, scale, residual)
+    channels = weight.shape[0]
+    y = depthwise_conv2d(x, weight, bias, (1, 1), same_padding(weight), "none", channels).permute(0, 2, 3, 1)
+    y = F.layer_norm(y, (channels,), norm_weight, norm_bias, eps)
+    y = linear(y, expand_weight.flatten(1), expand_bias, activation)
+    residual = residual if residual is None else residual.permute(0, 2, 3, 1)
+    return linear(y, project_weight.flatten(1), project_bias, "none", scale, residual).permute(0, 3, 1, 2)
+
+
 def batch_norm(
     x: Tensor,
     running_mean: Tensor | None,
@@ -192,8 +222,8 @@ def _run(operator: str, *args: Any) -> Tensor:
 
 #: What is not plain PyTorch.
 FUSED = (
-    depthwise_conv2d, conv2d, projection, conv2d_pair, linear, ffnified_attention, channel_mixer, batch_norm_training,
-    branched_depthwise, feed_forward,
+    depthwise_conv2d, conv2d, projection, conv2d_pair, linear, ffnified_attention, channel_mixer, norm_mixer,
+    batch_norm_training, branched_depthwise, feed_forward,
 )  # fmt: skip
 
 #: Those that a native operator computes of the same arguments, but for what comes after these.
@@ -203,4 +233,5 @@ NATIVE = {
     conv2d_pair: torch.ops.ffnet_kernels.conv2d_pair.default,
     ffnified_attention: torch.ops.ffnet_kernels.ffnified_attention.default,
     channel_mixer: torch.ops.ffnet_kernels.channel_mixer.default,
+    norm_mixer: torch.ops.ffnet_kernels.norm_mixer.default,
 }

@@ -155,9 +155,13 @@ def vector_of_product(node: Node, map: Node, axis: int) -> Node | None:
     )
 
 
-def is_permuted_to_channels_first(node: Node) -> bool:
+def is_permuted(node: Node, order: tuple[int, ...]) -> bool:
     dims = node.args[1:] if len(node.args) != 2 else node.args[1]
-    return node.target in ("permute", torch.permute) and tuple(dims) == (0, 3, 1, 2)
+    return node.target in ("permute", torch.permute) and isinstance(dims, tuple | list) and tuple(dims) == order
+
+
+def is_permuted_to_channels_first(node: Node) -> bool:
+    return is_permuted(node, (0, 3, 1, 2))
 
 
 def is_sum(node: Node) -> bool:

@@ -28,6 +28,7 @@ from .nodes import (
     is_folded,
     is_node,
     is_parameter,
+    is_permuted,
     is_permuted_to_channels_first,
     is_sum,
     other_argument,
@@ -69,7 +70,7 @@ class Rewriter:
         else:
             passes = self.branched_depthwise, self.depthwise_norm, self.norm_activation
         passes = self.canonical, self.activation_before_views, *passes, self.ffnified_attention, self.channel_mixer
-        passes = *passes, *(() if self.fold else (self.feed_forward,)), self.lower
+        passes = *passes, self.norm_mixer if self.fold else self.feed_forward, self.lower
         for one in passes:
             for node in list(self.graph.nodes):
                 if node.op in ("call_function", "call_method") and not node._erased:
@@ -351,6 +352,65 @@ class Rewriter:
         weights = (depthwise.weight, depthwise.bias, expand.weight, expand.bias, project.weight, project.bias)
         self.mixer(node, kernels.channel_mixer, (depthwise.x, *weights, name))
 
+    def dense_at(self, node: Any) -> tuple[Any, Node, Node | None] | None:
+        """(map, weight, bias) of a pointwise convolution, or of a linear layer on maps whose channels come last."""
+        conv = self.convolution(node)
+        if conv is not None:
+            return (conv.x, conv.weight, conv.bias) if conv.is_pointwise else None
+        if not is_node(node) or node.target is not F.linear or not has_dimensions(node, 4):
+            return None
+        x, weight, bias = node.args[0], argument(node, 1, "weight", None), argument(node, 2, "bias", None)
+        takes = is_parameter(weight) and len(weight.meta["shape"]) == 2 and (bias is None or is_parameter(bias))
+        return (x, weight, bias) if takes else None
+
+    def normalized_depthwise_at(self, node: Any) -> tuple[Convolution, tuple] | None:
+        """A depthwise convolution behind which only a LayerNorm over its channels, the node, reads; weight, bias and
+        eps of that."""
+        if not is_node(node) or node.target is not F.layer_norm or len(node.users) != 1:
+            return None
+        moved = node.args[0]
+        if not is_node(moved) or len(moved.users) != 1 or not is_permuted(moved, (0, 2, 3, 1)):
+            return None
+        conv = self.sole(moved.args[0])
+        if conv is None or not (conv.is_depthwise and conv.keeps_size) or conv.inputs != conv.outputs:
+            return None
+        shape, eps = argument(node, 1, "normalized_shape", None), argument(node, 4, "eps", 1e-5)
+        affine = argument(node, 2, "weight", None), argument(node, 3, "bias", None)
+        is_over_channels = isinstance(shape, tuple | list) and tuple(shape) == (conv.outputs,)
+        # Under autocast weights of normalisations are wider than maps.
+        are_like_maps = all(p is None or (is_parameter(p) and has_dtype_of(p, node)) for p in affine)
+        return (conv, (*affine, eps)) if is_over_channels and isinstance(eps, float) and are_like_maps else None
+
+    def norm_mixer(self, node: Node) -> None:
+        """ConvNeXt's block: a depthwise convolution, a LayerNorm and two pointwise layers, of which the node is the
+        second."""
+        project = self.dense_at(node)
+        found = activation(project[0]) if project is not None else None
+        if project is None or found is None or len(project[0].users) > 1:
+            return
+        name, before = found
+        expand = self.dense_at(before) if is_node(before) and len(before.users) == 1 else None
+        if expand is None or before.target is not node.target:
+            return
+        norm, is_map = expand[0], node.target is not F.linear
+        if is_map:
+            if not is_node(norm) or len(norm.users) > 1 or not is_permuted_to_channels_first(norm):
+                return
+            norm = norm.args[0]
+        mixed = self.normalized_depthwise_at(norm)
+        if mixed is None:
+            return
+        depthwise, affine = mixed
+        if is_map:
+            scale, residual, end = self.epilogue(node)
+        else:
+            scale, residual, moved, end = self.epilogue_of_pixels(node)
+            if moved is None:
+                return
+        weight = self.said_channels_last(node, depthwise)
+        args = (depthwise.x, weight, depthwise.bias, *affine, *expand[1:], *project[1:], name, scale, residual)
+        self.put(end, kernels.norm_mixer, args)
+
     def feed_forward(self, node: Node) -> None:
         """Two pointwise convolutions and the activation between them, in training."""
         found = self.pointwise_pair_at(node)
@@ -468,16 +528,8 @@ class Rewriter:
             return
         name, end = self.following_activation(node)
         scale = residual = moved = None
-        while name == "none" and residual is None and (following := self.next(end)) is not None:
-            if scale is None and (found := vector_of_product(following, end, -1 if moved is None else -3)) is not None:
-                scale = found
-            elif moved is None and is_permuted_to_channels_first(following):
-                moved = following
-            elif is_sum(following) and has_shape_of(other := other_argument(following, end), end):
-                residual = other
-            else:
-                break
-            end = following
+        if name == "none":
+            scale, residual, moved, end = self.epilogue_of_pixels(node)
         if scale is None and residual is None and moved is not None:
             end, moved = node, None
         if moved is None:
@@ -490,6 +542,22 @@ class Rewriter:
         pixels.meta.update(values_of(node))
         result = self.put(end, torch.permute, (pixels, (0, 3, 1, 2)))
         pixels.meta["paths"], result.meta["paths"] = result.meta["paths"], []
+
+    def epilogue_of_pixels(self, node: Node) -> tuple[Node | None, Node | None, Node | None, Node]:
+        """As `epilogue`, of a map whose channels come last; also the node that makes them first, if one comes before
+        the residual sum."""
+        end, scale, residual, moved = node, None, None, None
+        while residual is None and (following := self.next(end)) is not None:
+            if scale is None and (found := vector_of_product(following, end, -1 if moved is None else -3)) is not None:
+                scale = found
+            elif moved is None and is_permuted_to_channels_first(following):
+                moved = following
+            elif is_sum(following) and has_shape_of(other := other_argument(following, end), end):
+                residual = other
+            else:
+                break
+            end = following
+        return scale, residual, moved, end
 
     def said_channels_last(self, node: Node, conv: Convolution) -> Node:
         """The weight, which has to say how the result is laid out where the map's strides may not."""

@@ -75,11 +75,13 @@ Tensor ffnified_attention(const Tensor& query, const Tensor& key, const std::opt
   return out;
 }
 
-Tensor channel_mixer(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                     const Tensor& expand_weight, const std::optional<Tensor>& expand_bias,
-                     const Tensor& project_weight, const std::optional<Tensor>& project_bias,
-                     const std::string& activation, const std::optional<Tensor>& scale,
-                     const std::optional<Tensor>& residual) {
+namespace {
+
+Tensor mix_channels(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const LayerNorm* norm,
+                    const Tensor& expand_weight, const std::optional<Tensor>& expand_bias,
+                    const Tensor& project_weight, const std::optional<Tensor>& project_bias,
+                    const std::string& activation, const std::optional<Tensor>& scale,
+                    const std::optional<Tensor>& residual) {
   check_map(x, "x");
   check_cpu(weight, "weight", 4, x);
   const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
@@ -95,6 +97,7 @@ Tensor channel_mixer(const Tensor& x, const Tensor& weight, const std::optional<
   op.n = n, op.channels = c, op.h = op.out_h = h, op.w = op.out_w = w;
   op.hidden = expand.rows(), op.outputs = project.rows();
   op.pad_top = (op.filter.kh - 1) / 2, op.pad_left = (op.filter.kw - 1) / 2;
+  op.norm = norm;
   op.expand = expand.data(), op.expand_stride = expand.stride(), op.expand_bias = expand_vector.data();
   op.project = project.data(), op.project_stride = project.stride(), op.project_bias = project_vector.data();
   op.activation = parse_activation(activation);
@@ -105,6 +108,30 @@ Tensor channel_mixer(const Tensor& x, const Tensor& weight, const std::optional<
   op.out = out.mutable_data_ptr(), op.out_stride = strides(out);
   if (n > 0) ffnet::active_kernels().channel_mixer(op, executor());
   return out;
+}
+
+}  // namespace
+
+Tensor channel_mixer(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                     const Tensor& expand_weight, const std::optional<Tensor>& expand_bias,
+                     const Tensor& project_weight, const std::optional<Tensor>& project_bias,
+                     const std::string& activation, const std::optional<Tensor>& scale,
+                     const std::optional<Tensor>& residual) {
+  return mix_channels(x, weight, bias, nullptr, expand_weight, expand_bias, project_weight, project_bias, activation,
+                      scale, residual);
+}
+
+// The same with a LayerNorm over the channels behind the depthwise convolution.
+Tensor norm_mixer(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                  const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias, double eps,
+                  const Tensor& expand_weight, const std::optional<Tensor>& expand_bias, const Tensor& project_weight,
+                  const std::optional<Tensor>& project_bias, const std::string& activation,
+                  const std::optional<Tensor>& scale, const std::optional<Tensor>& residual) {
+  check_map(x, "x");
+  const ChannelVector gamma(norm_weight, "norm_weight", x.size(1), x), beta(norm_bias, "norm_bias", x.size(1), x);
+  const LayerNorm norm{gamma.data(), beta.data(), static_cast<float>(eps)};
+  return mix_channels(x, weight, bias, &norm, expand_weight, expand_bias, project_weight, project_bias, activation,
+                      scale, residual);
 }
 
 namespace {
@@ -202,4 +229,5 @@ STABLE_TORCH_LIBRARY_IMPL(ffnet_kernels, CPU, m) {
   m.impl("depthwise_conv2d", TORCH_BOX(&cpu_operators::depthwise_conv2d));
   m.impl("ffnified_attention", TORCH_BOX(&cpu_operators::ffnified_attention));
   m.impl("channel_mixer", TORCH_BOX(&cpu_operators::channel_mixer));
+  m.impl("norm_mixer", TORCH_BOX(&cpu_operators::norm_mixer));
 }

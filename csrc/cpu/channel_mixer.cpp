@@ -1,8 +1,10 @@
-// channel_mixer forward: residual + scale * (project * act(expand * DW(x) + b1) + b2).
+// channel_mixer forward: residual + scale * (project * act(expand * DW(x) + b1) + b2); norm_mixer has a LayerNorm around
+// DW(x).
 //
 // A task takes a strip of rows of one image through the whole chain: depthwise convolution, transposed into panels of
 // pixels; product with the expanding weight and activation; product with the projecting weight; scale and residual on
 // the way out. The hidden map, several times as wide as x, exists for one strip at a time and stays in L2.
+#include "layer_norm.h"
 #include "panel_output.h"
 #include "retry.h"
 
@@ -22,12 +24,12 @@ struct MixerTask {
 };
 
 // [16 pixels][lanes] -> channels (or pairs of them) of a panel.
-template <class Taps>
+template <class Stored>
 void store_mixed(const float* pixels, float* panel) {
   const auto read = [&](int64_t i) __attribute__((always_inline)) { return Vec::load(pixels + i * kLanes); };
   Vec even = Vec::fill(0);
   const auto write = [&](int64_t c, Vec x) __attribute__((always_inline)) {
-    if constexpr (Taps::rows == 1) {
+    if constexpr (Stored::rows == 1) {
       x.store(panel + c * kPanel);
     } else {
 #if defined(__AVX512BF16__)
@@ -48,8 +50,8 @@ struct Strip {
   int64_t pixels(const ChannelMixer& op) const { return (last - first) * op.w; }
 };
 
-// Depthwise convolution of a strip, channel vector by channel vector, into panels.
-template <class T, class Taps>
+// Depthwise convolution of a strip, channel vector by channel vector, into panels of Stored taps.
+template <class T, class Taps, class Stored>
 void mix_pixels(const ChannelMixer& op, const Strip& strip, float* panels, int64_t panel_floats, Arena arena) {
   const int64_t kh = op.filter.kh, pixels = strip.pixels(op), padded = ceil_div(pixels, kPanel) * kPanel;
   const ConvRow conv_row = select_conv_row<Taps>(op.filter, 1);
@@ -77,7 +79,8 @@ void mix_pixels(const ChannelMixer& op, const Strip& strip, float* panels, int64
       row += last - first;
     }
     for (int64_t p = 0; p < padded; p += kLanes)
-      store_mixed<Taps>(lines + p * kLanes, panels + p / kPanel * panel_floats + c / Taps::rows * kPanel + p % kPanel);
+      store_mixed<Stored>(lines + p * kLanes,
+                          panels + p / kPanel * panel_floats + c / Stored::rows * kPanel + p % kPanel);
   }
 }
 
@@ -89,19 +92,30 @@ template <class T, class Taps>
 bool MixerTask<T, Taps>::run(int64_t) {
   const Strip strip{tiling.first_row(task), tiling.last_row(task)};
   const int64_t pixels = strip.pixels(op), panels = ceil_div(pixels, kPanel), kh = op.filter.kh;
-  const int64_t mixed_panel = whole_vectors(op.channels) / Taps::rows * kPanel, out_panel = op.outputs * kPanel;
+  const int64_t raw_panel = whole_vectors(op.channels) * kPanel, mixed_panel = raw_panel / Taps::rows,
+                out_panel = op.outputs * kPanel;
   const int64_t chunk = hidden_chunk(op), hidden_panel = chunk / Taps::rows * kPanel;
   const int64_t mixing = packed_floats<Taps>(op.filter) + panels * kPanel * kLanes +
                          (min_of(op.h, strip.last - strip.first + kh) + 1) * op.w * kLanes +
                          row_groups<Taps>(kh) * Arena::kPointer;
   const int64_t multiplying = WeightRows<T, Taps>::scratch_floats({nullptr, 0, max_of(op.channels, chunk), 1, true, 0});
-  Arena arena(panels * (mixed_panel + hidden_panel + out_panel) + max_of(mixing, multiplying));
+  const int64_t out_floats = panels * (op.norm ? max_of(out_panel, raw_panel) : out_panel);
+  Arena arena(panels * (mixed_panel + hidden_panel) + out_floats + max_of(mixing, multiplying));
   float* mixed = arena.floats(panels * mixed_panel);
   float* hidden = arena.floats(panels * hidden_panel);
-  float* out = arena.floats(panels * out_panel);
+  float* out = arena.floats(out_floats);
   float* scratch = arena.at;
 
-  mix_pixels<T, Taps>(op, strip, mixed, mixed_panel, arena);
+  if (op.norm) {
+    float* raw = Taps::rows == 1 ? mixed : out;  // the result comes when the mixed map is complete
+    ChannelMixer unbiased = op;  // the bias comes last: sums that start with a large one would lose digits
+    unbiased.filter.bias = nullptr;
+    mix_pixels<T, Taps, FloatTaps>(unbiased, strip, raw, raw_panel, arena);
+    for (int64_t p = 0; p < panels; ++p)
+      normalize_panel<Taps>(*op.norm, op.filter.bias, op.channels, raw + p * raw_panel, mixed + p * mixed_panel);
+  } else {
+    mix_pixels<T, Taps, Taps>(op, strip, mixed, mixed_panel, arena);
+  }
   for (int64_t h = 0; h < op.hidden; h += chunk) {
     const int64_t count = min_of(chunk, op.hidden - h);
     const Weight expand{

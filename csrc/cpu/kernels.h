@@ -68,7 +68,13 @@ struct FfnifiedAttention {
   Strides out_stride;
 };
 
-// out = residual + scale * (project * act(expand * (DW(x; filter)) + expand_bias) + project_bias), "same" padded.
+// (x - mean) / sqrt(variance + eps) * weight + bias, mean and variance over the channels of a pixel.
+struct LayerNorm {
+  const float *weight, *bias;  // [channels] contiguous, may be null
+  float eps;
+};
+
+// out = residual + scale * (project * act(expand * norm(DW(x; filter)) + expand_bias) + project_bias), "same" padded.
 struct ChannelMixer {
   Storage storage;
   int64_t n, channels, hidden, outputs, h, w, out_h, out_w;  // out_h = h, out_w = w
@@ -76,7 +82,8 @@ struct ChannelMixer {
   Strides x_stride;
   Filter filter;
   int64_t pad_top, pad_left;
-  const void* expand;  // [hidden][channels], rows expand_stride apart
+  const LayerNorm* norm;  // null: none
+  const void* expand;     // [hidden][channels], rows expand_stride apart
   int64_t expand_stride;
   const float* expand_bias;  // [hidden] contiguous, may be null
   const void* project;       // [outputs][hidden], rows project_stride apart

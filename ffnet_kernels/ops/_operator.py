@@ -50,7 +50,8 @@ def define(library: torch.library.Library, schema: str) -> Any:
     return overload
 
 
-define(LIBRARIES["ffnet_kernels"], schemas.CONV2D_PAIR)
+for _schema in (schemas.CONV2D_PAIR, schemas.NORM_MIXER):
+    define(LIBRARIES["ffnet_kernels"], _schema)
 
 
 class Operator:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..backends import reference as plain
 from ..backends.activations import ACTIVATE, ACTIVATE_BACKWARD
 from ..backends.maps import empty_output, same_padding
 from . import _arguments
-from ._operator import Operator
+from ._operator import LIBRARIES, Operator
 
 
 def channel_mixer(
@@ -120,3 +121,10 @@ def gradient(
 
 
 OPERATOR = Operator(__name__, weights=("weight", "expand_weight", "project_weight"))
+
+
+def _empty_normalized(x, weight, bias, norm_weight, norm_bias, eps, *pointwise) -> Tensor:
+    return empty(x, weight, bias, *pointwise)
+
+
+torch.library.register_fake("ffnet_kernels::norm_mixer", _empty_normalized, lib=LIBRARIES["ffnet_kernels"])

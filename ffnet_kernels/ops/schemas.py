@@ -49,6 +49,12 @@ TRAINING = {
 #: Two convolutions, such as those of a stem, without a map between them: for programs, which run below autograd.
 CONV2D_PAIR = f"conv2d_pair(Tensor x, {_CONVOLUTION.format('')}, {_CONVOLUTION.format('next_')}) -> Tensor"
 
+#: A channel mixer with a LayerNorm behind its depthwise convolution, ConvNeXt's block: for programs, too.
+NORM_MIXER = (
+    "norm_mixer(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, float eps, "
+    f"{_POINTWISE}, Tensor? residual) -> Tensor"
+)
+
 #: The operators that the CUDA library and the Triton kernels have in namespaces of their own.
 ON_GPUS = ("depthwise_conv2d", "ffnified_attention", "channel_mixer")
 
@@ -77,7 +83,7 @@ def of_training(name: str) -> tuple[str, str]:
 def by_namespace() -> dict[str, list[str]]:
     """All that a native library defines."""
     return {
-        "ffnet_kernels": [CONV2D_PAIR, *(schema for name in ARGUMENTS for schema in of_operator(name))],
+        "ffnet_kernels": [CONV2D_PAIR, NORM_MIXER, *(schema for name in ARGUMENTS for schema in of_operator(name))],
         "ffnet_kernels_training": [schema for name in TRAINING for schema in of_training(name)],
         "ffnet_kernels_cuda": [schema for name in ON_GPUS for schema in of_operator(name)],
     }

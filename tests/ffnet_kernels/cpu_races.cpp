@@ -163,9 +163,10 @@ Outputs attention(Storage s, const Executor& e) {
   return out;
 }
 
-Outputs mixer(Storage s, const Executor& e) {
+Outputs mix_channels(Storage s, const LayerNorm* norm, const Executor& e) {
   Outputs out;
   ChannelMixer op{};
+  op.norm = norm;
   op.storage = s, op.n = N, op.channels = C, op.hidden = D, op.outputs = C;
   op.h = op.out_h = H, op.w = op.out_w = W;
   op.x = input<0>(kMap, s), op.x_stride = kLast, op.filter = filter<10>(7, s), op.pad_top = op.pad_left = 3;
@@ -176,6 +177,13 @@ Outputs mixer(Storage s, const Executor& e) {
   op.out = out.add(kMap, s), op.out_stride = kLast;
   kernels->channel_mixer(op, e);
   return out;
+}
+
+Outputs mixer(Storage s, const Executor& e) { return mix_channels(s, nullptr, e); }
+
+Outputs norm_mixer(Storage s, const Executor& e) {
+  const LayerNorm norm{floats<50>(C), floats<51>(C), 1e-6f};
+  return mix_channels(s, &norm, e);
 }
 
 Conv2d conv_of(Storage s, int64_t inputs, int64_t k, int64_t stride) {
@@ -326,6 +334,7 @@ constexpr Call kCalls[] = {
     {"depthwise_conv2d", depthwise},
     {"ffnified_attention", attention},
     {"channel_mixer", mixer},
+    {"norm_mixer", norm_mixer},
     {"conv2d", dense},
     {"conv2d_pair", stem},
     {"depthwise_conv2d_backward", depthwise_backward},

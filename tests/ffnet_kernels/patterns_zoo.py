@@ -91,6 +91,22 @@ class ConvNeXt(nn.Module):
 
 
 @of_a_library
+class ConvNeXtOfMaps(nn.Module):
+    """Of 1×1 convolutions, as timm has it where maps stay channels first."""
+
+    def __init__(self, reads_norm=False):
+        super().__init__()
+        self.conv, self.norm = depthwise(8, 7), nn.LayerNorm(8, eps=1e-6)
+        self.fc1, self.act, self.fc2 = nn.Conv2d(8, 16, 1), nn.GELU(), nn.Conv2d(16, 8, 1)
+        self.gamma, self.reads_norm = nn.Parameter(torch.rand(8)), reads_norm
+
+    def forward(self, x):
+        normal = self.norm(self.conv(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        y = x + self.fc2(self.act(self.fc1(normal))).mul(self.gamma.reshape(1, -1, 1, 1))
+        return y + normal if self.reads_norm else y
+
+
+@of_a_library
 class ScaledTokens(nn.Module):
     """Vision transformers' feed-forward network, with its layer scale."""
 
@@ -310,17 +326,25 @@ PATTERNS = {
     ),
     "ConvNeXt": Pattern(
         ConvNeXt,
-        ["depthwise_conv2d", "torch: permute", "torch: layer_norm", "linear", "torch: permute", "linear",
-         "torch: permute"],
+        ["norm_mixer"],
         ["depthwise_conv2d", "torch: permute", "torch: layer_norm", "torch: linear", "torch: gelu", "torch: linear",
          "torch: mul", "torch: permute", "torch: add"],
     ),
     "timm's ConvNeXt": Pattern(
         lambda: ConvNeXt(scales_map=True),
-        ["depthwise_conv2d", "torch: permute", "torch: layer_norm", "linear", "torch: permute", "linear",
-         "torch: permute"],
+        ["norm_mixer"],
         ["depthwise_conv2d", "torch: permute", "torch: layer_norm", "torch: linear", "torch: gelu", "torch: linear",
          "torch: permute", "torch: reshape", "torch: mul", "torch: add"],
+    ),
+    "ConvNeXt of 1×1 convolutions": Pattern(
+        ConvNeXtOfMaps, ["norm_mixer"],
+        ["depthwise_conv2d", "torch: permute", "torch: layer_norm", "torch: permute", "torch: reshape", "feed_forward"],
+    ),
+    "ConvNeXt with a companion of its norm": Pattern(
+        lambda: ConvNeXtOfMaps(reads_norm=True),
+        ["depthwise_conv2d", "torch: permute", "torch: layer_norm", "torch: permute", "conv2d", "conv2d", "torch: add"],
+        ["depthwise_conv2d", "torch: permute", "torch: layer_norm", "torch: permute", "torch: reshape", "feed_forward",
+         "torch: add"],
     ),
     "scaled tokens": Pattern(
         ScaledTokens,
