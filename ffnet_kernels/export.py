@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from . import dynamo, kernels, patterns
+from . import kernels, patterns
 from .backends import choice
 from .capture import NotCapturable, capture
 from .normalize import normalize
@@ -152,9 +152,11 @@ def _captured_by_dynamo(model: nn.Module, x: Tensor, dynamic_batch: bool) -> nn.
     results: list[Any] = []
     kept: list[_Kept] = []
 
+    from .dynamo import _copy  # imports much
+
     def take(module: fx.GraphModule, inputs: list[Any], **_: Any) -> Callable[..., Any]:
         graph = fx.Graph()
-        placeholders = dynamo._copy(module.graph, graph, inputs)
+        placeholders = _copy(module.graph, graph, inputs)
         others = [node for node in placeholders if "tensor" not in node.meta]
         if kept:
             raise ValueError("export: its forward is more than one graph")

@@ -8,10 +8,12 @@ block of text behind one of Python shows what that printed.
 import contextlib
 import importlib
 import io
+import itertools
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,9 +70,17 @@ def name(page: Path) -> str:
 def commands(block: Block) -> list[list[str]]:
     """The words of each command: of lines, and between `&&`; settings of the environment in front are left out."""
     lines = re.sub(r"\\\n", " ", block.text).splitlines()
-    parts = [part for line in lines for part in re.split(r"&&|;", line.split("  #")[0].split(" # ")[0])]
-    words = [shlex.split(part, comments=True) for part in parts]
+    words = [part for line in lines for part in parted(line.split("  #")[0].split(" # ")[0])]
     return [stripped for line in words if (stripped := strip_settings(line))]
+
+
+def parted(line: str) -> Iterator[list[str]]:
+    """The words of the commands of a line."""
+    lexer = shlex.shlex(line, posix=True, punctuation_chars="&;")
+    lexer.whitespace_split = True
+    for is_between, words in itertools.groupby(lexer, lambda word: word in ("&&", ";")):
+        if not is_between:
+            yield list(words)
 
 
 def strip_settings(words: list[str]) -> list[str]:

@@ -1,7 +1,6 @@
 // The CUDA kernels as operators of torch's dispatcher, through the LibTorch stable ABI only. Schemas, fakes and
-// autograd of the public operators are in ffnet_kernels/ops; arguments have been checked by
-// ffnet_kernels/ops/_arguments.py, and what memory safety needs is checked here again. With FFNET_HOST_EXECUTION the same
-// operators take CPU tensors, for the tests (csrc/cuda/host).
+// autograd of the public operators are in ffnet_kernels/ops; what memory safety needs is checked here again. With
+// FFNET_HOST_EXECUTION the same operators take CPU tensors, for the tests (csrc/cuda/host).
 #include "define.h"
 #include "torch_common.h"
 
