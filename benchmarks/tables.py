@@ -238,7 +238,7 @@ class Table(NamedTuple):
     make: Callable[..., str]
 
 
-README_TABLES = {"headline": Table("cpu-zen5-timm.json", headline)}
+README_TABLES = {"headline": Table("cpu-zen5-timm-2026-11-30.json", headline)}
 TABLES = {
     "demo": Table("cpu-zen5-2threads-demo.json", demo),
     "operators": Table("cpu-zen5-2threads-quick.json", operators),
@@ -246,7 +246,7 @@ TABLES = {
     "growth": Table("cpu-zen5-2threads-quick.json", lambda result: growth_table(result.rows)),
     "record": Table("cpu-zen5-2threads-record.json", record),
     "memory": Table("cpu-zen5-2threads-memory.json", peak_memory),
-    "timm": Table("cpu-zen5-timm.json", timm),
+    "timm": Table("cpu-zen5-timm-2026-11-30.json", timm),
     "timm, AVX2": Table("cpu-zen5-timm-avx2.json", timm),
 }
 #: The pages with tables.
@@ -254,10 +254,10 @@ PAGES = {ROOT / "README.md": README_TABLES, ROOT / "docs" / "results.md": TABLES
 #: Files that are written whole.
 FILES = {
     RESULTS / "cpu-zen5-2threads-record.md": Table("cpu-zen5-2threads-record.json", goals.report),
-    RESULTS / "cpu-zen5-timm.md": Table("cpu-zen5-timm.json", timm_models.report),
+    RESULTS / "cpu-zen5-timm-2026-11-30.md": Table("cpu-zen5-timm-2026-11-30.json", timm_models.report),
     RESULTS / "cpu-zen5-timm-avx2.md": Table("cpu-zen5-timm-avx2.json", timm_models.report),
-    ROOT / "docs" / "pictures" / "speedup-light.svg": Table("cpu-zen5-timm.json", light),
-    ROOT / "docs" / "pictures" / "speedup-dark.svg": Table("cpu-zen5-timm.json", dark),
+    ROOT / "docs" / "pictures" / "speedup-light.svg": Table("cpu-zen5-timm-2026-11-30.json", light),
+    ROOT / "docs" / "pictures" / "speedup-dark.svg": Table("cpu-zen5-timm-2026-11-30.json", dark),
 }
 
 
