@@ -18,8 +18,8 @@ FFNET_INLINE Vec sum_channels(const float* pixels, int64_t channels, F f) {
   return total;
 }
 
-// In place, of pixels + bias. Deviations are taken about a mean that was rounded; what it was off by is their own mean. So a mean that is
-// large beside the deviations costs neither the variance nor the result anything.
+// In place, of pixels + bias. Deviations are taken about a mean that was rounded; what it was off by is their own mean.
+// So a mean that is large beside the deviations costs neither the variance nor the result anything.
 inline void normalize_pixels(const LayerNorm& norm, const float* bias, int64_t channels, float* pixels) {
   for (int64_t c = 0; bias && c < channels; ++c)
     (Vec::load(pixels + c * kPanel) + Vec::fill(bias[c])).store(pixels + c * kPanel);
