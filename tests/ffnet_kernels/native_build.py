@@ -21,6 +21,7 @@ def load_builder(csrc: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
+    module.SCHEMAS = ROOT / "ffnet_kernels" / "ops" / "schemas.py"  # which copies of csrc/ have not beside them
     return module
 
 

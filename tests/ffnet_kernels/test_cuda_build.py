@@ -463,7 +463,6 @@ def small_build(tmp_path, monkeypatch):
     """The builder of a copy of csrc/, whose CPU library is one empty file, to be quick."""
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc", ignore=shutil.ignore_patterns("*.cu"))
     builder = native_build.load_builder(tmp_path / "csrc")
-    monkeypatch.setattr(builder, "SCHEMAS", ROOT / "ffnet_kernels" / "ops" / "schemas.py")
 
     def plan(ninja, out, compiler, sanitize):
         source = tmp_path / "empty.cpp"
