@@ -1,6 +1,7 @@
 """The native code under sanitizers, and proofs that the tests see planted faults."""
 
 import os
+import re
 import sys
 
 import patience
@@ -87,4 +88,5 @@ def test_parity_sees_a_fault_in_a_gradient(workshop, fault):
 def test_parity_sees_unwritten_scratch(workshop):
     result = run_tests(build_with_fault(workshop, *BAND), PARITY, QUICK, "-k", "depthwise_conv2d_gradients")
     assert result.returncode == 1, (result.stdout + result.stderr)[-3000:]
-    assert "error nan over the limit" in result.stdout
+    # NaN of the first case drawn, or 0 where its activation is made of pieces, whose gradient is 0 at NaN.
+    assert re.search(r"error \S+ over the limit", result.stdout)
