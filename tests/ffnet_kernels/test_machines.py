@@ -20,12 +20,13 @@ MACHINES = {
     "avx2": {"FFNET_KERNELS_ISA": "avx2", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
     "baseline": {"FFNET_KERNELS_ISA": "baseline", "ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"},
 }
-#: Kernels of GPUs are the same on all of them.
+#: Kernels of GPUs, commands, docs and files are the same on all of them.
+ALIKE = ("cuda", "triton", "tune", "machines", "train_", "docs", "serve", "pretrained", "commands", "scale", "build")
 FILES = [
     str(path)
     for folder in ("ffnet_kernels", "ffnet")
     for path in sorted((ROOT / "tests" / folder).glob("test_*.py"))
-    if not any(word in path.name for word in ("cuda", "triton", "tune", "machines"))
+    if not any(word in path.name for word in ALIKE)
 ]
 
 
