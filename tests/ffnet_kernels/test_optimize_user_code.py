@@ -523,3 +523,43 @@ def test_patched_functions_of_pytorch(name, monkeypatch):
         before = len(seen)
         plain(X)
         assert len(seen) - before == {"conv2d": 3}.get(name, 1)
+
+
+EXECUTED = """
+class Counting(nn.Module):
+    calls = 0
+
+    def forward(self, x):
+        type(self).calls += 1
+        return x * 2
+
+class Twice:
+    def __call__(self, x, *args, **kwargs):
+        return x * 2
+"""
+
+
+def executed():
+    """Classes that have no module but Python's own."""
+    scope = {"nn": nn}
+    exec(EXECUTED, scope)
+    assert scope["Counting"].__module__ == "builtins"
+    return scope["Counting"], scope["Twice"]
+
+
+def test_classes_without_a_module():
+    counting, _ = executed()
+    optimised, plain = twins(lambda: nn.Sequential(depthwise(), counting()).eval())
+    for _ in range(3):
+        agree(optimised, plain, X, "no_grad")
+    assert counting.calls == 6  # three of each
+    assert not fk.report(optimised).rows[0].runs_on.startswith("a program")
+
+
+def test_patches_of_classes_without_a_module():
+    models = twins(lambda: body().eval())
+    agree(*models, X, "no_grad")
+    for model in models:
+        model[2].forward = executed()[1]()
+    for _ in range(3):
+        agree(*models, X, "no_grad")
