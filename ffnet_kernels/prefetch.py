@@ -1,7 +1,7 @@
 """Memory asked for ahead of its use.
 
 A guard looks at some thousand small objects, which a model's maps and weights have meanwhile driven out of the caches:
-one after the other, that takes three to four times as long as where they are in the cache.
+one after the other, that takes a multiple of what it takes where they are in the cache.
 """
 
 from __future__ import annotations
