@@ -133,7 +133,7 @@ def plan(ninja: Ninja, out: Path, compiler: list[str], sanitize: bool) -> dict[s
     objects.append(compile_one(CSRC / "cpu" / "scratch.cpp", "scratch", []))
     objects.append(compile_one(CSRC / "bindings" / "c_interface.cpp", "c_interface", []))
     binding_flags = [*schema_headers(ninja), "-isystem", str(include), target_version_flag()]
-    for name in ("torch_cpu", "torch_cpu_backward", "torch_cpu_training"):
+    for name in ("torch_cpu", "torch_cpu_steps", "torch_cpu_backward", "torch_cpu_training"):
         objects.append(compile_one(CSRC / "bindings" / f"{name}.cpp", name, binding_flags))
     link = [*compiler, "-shared", *extra]
     cpu_library = ninja.add(

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from . import autocast, kernels, onednn, patterns
+from . import autocast, kernels, onednn, patterns, steps
 from .backends import choice, cpu
 from .capture import NotCapturable, capture
 from .nodes import has_shape_of, is_node
@@ -70,13 +70,14 @@ class Program:
         if not differentiable:
             _reuse(lowered)
         self.channels = x.shape[1]
-        steps = [node for node in lowered.nodes if node.op.startswith("call") and not is_view(node)]
+        work = [node for node in lowered.nodes if node.op.startswith("call") and not is_view(node)]
         #: Whether maps stay in the format they come in: to convert them there and back takes as long as a few steps.
-        self.keeps_format = gives_maps and len(steps) <= _FEW_STEPS
-        self.lone_weight = _lone_weight(steps, self.constants)
+        self.keeps_format = gives_maps and len(work) <= _FEW_STEPS
+        self.lone_weight = _lone_weight(work, self.constants)
         self.code = self.direct = _compile(lowered)
         if not differentiable and kernels.is_direct(x):
             _call_natively(lowered, self.keeps_format)
+            steps.join(lowered)
             self.direct = _compile(lowered)
         for node in graph.nodes:  # nodes refer to each other, so they outlive the model; its weights should not
             node.meta.pop("tensor", None), node.meta.pop("counted_by", None)
@@ -131,7 +132,9 @@ class Program:
         if self.differentiable:
             return self.code(None, x, *self.constants.values(self.tensors))
         with torch._C._AutoDispatchBelowAutograd():
-            code = self.direct if choice.prefers_cpu() else self.code
+            # A profile shows operators by their names.
+            is_direct = choice.prefers_cpu() and not torch._C._autograd._profiler_enabled()
+            code = self.direct if is_direct else self.code
             return code(None, x, *self.constants.values(self.tensors))
 
 

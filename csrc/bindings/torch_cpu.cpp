@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "define.h"
+#include "torch_cpu.h"
 #include "torch_cpu_arguments.h"
 
 namespace ffnet::cpu_operators {

@@ -50,7 +50,7 @@ def define(library: torch.library.Library, schema: str) -> Any:
     return overload
 
 
-for _schema in (schemas.CONV2D_PAIR, schemas.NORM_MIXER):
+for _schema in (schemas.CONV2D_PAIR, schemas.NORM_MIXER, schemas.STEPS):
     define(LIBRARIES["ffnet_kernels"], _schema)
 
 

@@ -55,6 +55,10 @@ NORM_MIXER = (
     f"{_POINTWISE}, Tensor? residual) -> Tensor"
 )
 
+#: Any of these in a row, see ``csrc/bindings/torch_cpu_steps.cpp``: for programs.
+STEPS = "steps(Tensor[] values, int[] numbers) -> Tensor"
+STEP_OPERATORS = ("conv2d", "conv2d_pair", "depthwise_conv2d", "ffnified_attention", "channel_mixer", "norm_mixer")
+
 #: The operators that the CUDA library and the Triton kernels have in namespaces of their own.
 ON_GPUS = ("depthwise_conv2d", "ffnified_attention", "channel_mixer")
 
@@ -83,16 +87,22 @@ def of_training(name: str) -> tuple[str, str]:
 def by_namespace() -> dict[str, list[str]]:
     """All that a native library defines."""
     return {
-        "ffnet_kernels": [CONV2D_PAIR, NORM_MIXER, *(schema for name in ARGUMENTS for schema in of_operator(name))],
+        "ffnet_kernels": [
+            CONV2D_PAIR,
+            NORM_MIXER,
+            STEPS,
+            *(schema for name in ARGUMENTS for schema in of_operator(name)),
+        ],
         "ffnet_kernels_training": [schema for name in TRAINING for schema in of_training(name)],
         "ffnet_kernels_cuda": [schema for name in ON_GPUS for schema in of_operator(name)],
     }
 
 
 def header() -> str:
-    """These as C++: for each namespace a macro that applies ``define`` to every schema."""
+    """These as C++: a macro for each namespace that applies ``define`` to its schemas, one for what steps can be."""
     lines = ["// Made by csrc/build.py of ffnet_kernels/ops/schemas.py.", "#pragma once"]
     for namespace, schemas in by_namespace().items():
         calls = "".join(f' \\\n  define("{schema}");' for schema in schemas)
         lines.append(f"#define {namespace.upper()}_SCHEMAS(define){calls}")
+    lines.append(f"#define FFNET_KERNELS_STEPS(X) {' '.join(f'X({name})' for name in STEP_OPERATORS)}")
     return "\n".join(lines) + "\n"
