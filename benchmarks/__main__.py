@@ -12,8 +12,6 @@ COMMANDS = {
     "demo": ("classify photographs with every way to run a model, and time them side by side", "demo"),
     "run": ("measure a suite, or operators on a shape of yours, beside baselines", "run"),
     "report": ("tables and charts of results", "report"),
-    "compare": ("say which cases changed between two results", "compare"),
-    "goals": ("hold results of the suite 'record' against what was set as their goals", "goals"),
     "memory": ("peak memory of whole models, each in a fresh process", "memory"),
     "timm": ("models of timm, plain and optimised, in both layouts", "timm_models"),
     "tables": ("write the tables of README and docs from the results of record, or check them", "tables"),

@@ -15,11 +15,13 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from ffnet_kernels.backends import reference
+from ffnet_kernels.backends import choice, reference
+from ffnet_kernels.backends.activations import ACTIVATE
+from ffnet_kernels.ops import OPERATORS
 
+from .results import OURS
 from .work import ModelWork, OperatorWork, Program, Unsupported, Work, channels_innermost, is_filter
 
-OURS = "ours"
 BACKENDS = ("cuda", "triton")
 EAGER_NCHW, EAGER, CUDNN_NCHW, CUDNN, COMPILED, COPY = (
     "eager nchw", "eager channels-last", "cudnn nchw", "cudnn channels-last", "torch.compile channels-last", "copy",
@@ -278,14 +280,9 @@ class OnBackend(Contender):
     backend: str = ""
 
     def unavailable(self) -> str | None:
-        from ffnet_kernels.backends import choice
-
         return choice.why_unavailable(self.backend)
 
     def prepare(self, work: OperatorWork) -> Program:
-        from ffnet_kernels.backends import choice  # older packages, which `compare` measures, lack some of these
-        from ffnet_kernels.ops import OPERATORS
-
         layout = self.layout or work.layout
         args = work.checked(layout)
         if work.inference and layout == "channels_last":
@@ -354,8 +351,6 @@ class SubquadraticOps(Contender):
         return _why_missing("subquadratic_ops_torch.fft_conv2d", "subquadratic-ops-torch-cu13")
 
     def prepare(self, work: OperatorWork) -> Program:
-        from ffnet_kernels.backends.activations import ACTIVATE
-
         convolve = importlib.import_module("subquadratic_ops_torch.fft_conv2d").fft_conv2d
         x, weight, bias, _, padding, activation = work.checked("nchw")
         (kh, kw), (bottom, right) = weight.shape[2:], self._last(x, padding)

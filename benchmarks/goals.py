@@ -1,23 +1,17 @@
-"""What the CPU kernels are to reach, and whether results of the suite "record" hold it.
-
-``python -m benchmarks goals PART.json ...`` puts the parts of a run together and prints a line a shape.
-"""
+"""What the CPU kernels are to reach, and whether results of the suite "record" do: ``report --goals`` and `tables`."""
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import sys
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
+from typing import NamedTuple
 
 from .cases import LARGE_FILTERS, Case, LayerCase, ModelCase, OperatorCase, TrainingCase, suite
-from .contenders import OURS
-from .report import error_text, markdown
-from .results import Result, Row, best_peer, machine_line, read, write_json
+from .contenders import EAGER, EAGER_NCHW
+from .report import busy_text, error_text, markdown, range_text, ratio_text
+from .results import OURS, Result, Row, machine_line
 
 SAMPLES = 9  # of each contender: the suite has hundreds of cases
-NHWC, NCHW = "eager channels-last", "eager nchw"
 HEADERS = (
     "case", "ours ms", "GFLOP/s", "best peer", "peer ms", "ratio", "quartiles", "busy", "must", "", "aim", "",
 )  # fmt: skip
@@ -29,8 +23,7 @@ NOTES = (
 )
 
 
-@dataclass(frozen=True)
-class Goal:
+class Goal(NamedTuple):
     """Times as fast as the best baseline; ``against`` names the only one that counts, where there is one."""
 
     must: float
@@ -47,7 +40,7 @@ def goal(case: Case) -> Goal | None:
     if isinstance(case, TrainingCase) and case.autocast:
         return Goal(1.5, None)
     if isinstance(case, TrainingCase):
-        return None if half else Goal(1.6, 2.2, NHWC)
+        return None if half else Goal(1.6, 2.2, EAGER)
     if isinstance(case, LayerCase):
         return None
     if isinstance(case, ModelCase):
@@ -60,14 +53,14 @@ def goal(case: Case) -> Goal | None:
         narrow = case.channels <= 96
         return Goal((1.2 if narrow else 1.1) if half else (1.1 if narrow else 1.0), None)
     if case.direction == "backward":
-        return Goal(6, 15, NHWC)
+        return Goal(6, 15, EAGER)
     if half:
         return Goal(2, 3)
     return Goal(1.4, 1.8) if case.operator == "depthwise_conv2d" else Goal(1.5, 2)
 
 
-def peers(case: Case) -> tuple[str, ...]:
-    """The strongest baselines of a case, so that the suite is done in minutes.
+def baselines(case: Case) -> tuple[str, ...]:
+    """The strongest of a case, so that the suite is done in minutes.
 
     torch.compile is left out: its code calls the same convolutions as eager PyTorch, it was not the best of FFNet-1
     in trials, and compiling takes longer than measuring all others. ``--baselines all`` adds it. 16-bit filters of
@@ -75,47 +68,60 @@ def peers(case: Case) -> tuple[str, ...]:
     time.
     """
     if isinstance(case, OperatorCase) and case.dtype != "float32" and case.kernel > 7:
-        return ("openvino",) if case.direction == "forward" else (NHWC,)
-    if isinstance(case, OperatorCase):
-        return (NCHW, NHWC) if case.direction == "backward" else (NCHW, NHWC, "onnxruntime", "openvino")
-    return (NCHW, NHWC) if isinstance(case, TrainingCase) else (NHWC, "onnxruntime", "openvino")
+        return ("openvino",) if case.direction == "forward" else (EAGER,)
+    if isinstance(case, OperatorCase) and case.direction == "forward":
+        return EAGER_NCHW, EAGER, "onnxruntime", "openvino"
+    if isinstance(case, OperatorCase | TrainingCase):
+        return EAGER_NCHW, EAGER
+    return EAGER, "onnxruntime", "openvino"
+
+
+class _Judged(NamedTuple):
+    """A row of the suite, what is set for it, and the baseline that counts, if it and ours ran."""
+
+    row: Row
+    case: Case
+    goal: Goal | None
+    baseline: str | None
+
+
+def _judged(result: Result) -> Iterator[_Judged]:
+    cases = {case.name: case for case in suite("record")}
+    for row in result.rows:
+        if case := cases.get(row.case):
+            goal_ = goal(case)
+            yield _Judged(row, case, goal_, row.best_baseline(goal_.against if goal_ else None))
 
 
 def report(result: Result) -> str:
-    """Machine, a line a case, and how many of the goals hold."""
-    pairs = _pairs(result)
-    parts = [f"machine: {machine_line(result.machine)}", *NOTES]
-    parts.append(markdown(HEADERS, [_line(row, goal(case)) for row, case in pairs], left=(0, 3, 9, 11)))
+    """Machine, a line a case, and how many of the goals are reached."""
+    judged = list(_judged(result))
+    ran = [(one.row, m) for one in judged for m in one.row.measurements]
     wrong = [
         f"{row.case}: {m.contender} has an error of {error_text(m)}, over the limit"
-        for row, _ in pairs for m in row.measurements if m.samples_ms and not m.passed
+        for row, m in ran if m.samples_ms and not m.passed
     ]  # fmt: skip
-    absent = {f"{m.contender}: {m.reason}" for row, _ in pairs for m in row.measurements if m.reason}
-    parts += ["\n".join(lines) for lines in (wrong, sorted(absent)) if lines]
-    parts.append(summary(result))
-    if missing := len(suite("record")) - len(pairs):
-        parts.append(f"{missing} of {len(suite('record'))} cases of the suite are not in these results")
-    return "\n\n".join(parts)
+    absent = {f"{m.contender}: {m.reason}" for _, m in ran if m.reason}
+    missing, count = len(suite("record")) - len(judged), len(suite("record"))
+    parts = [
+        f"machine: {machine_line(result.machine)}", *NOTES,
+        markdown(HEADERS, [_line(one) for one in judged], left=(0, 3, 9, 11)),
+        "\n".join(wrong), "\n".join(sorted(absent)), summary(result),
+        f"{missing} of {count} cases of the suite are not in these results" if missing else "",
+    ]  # fmt: skip
+    return "\n\n".join(part for part in parts if part)
 
 
-def _pairs(result: Result) -> list[tuple[Row, Case]]:
-    cases = {case.name: case for case in suite("record")}
-    return [(row, cases[row.case]) for row in result.rows if row.case in cases]
-
-
-def _line(row: Row, goal: Goal | None) -> tuple[str, ...]:
-    ours, peer = row.measurement(OURS), best_peer(row, OURS, goal.against if goal else None)
-    if ours is None or peer is None:
+def _line(judged: _Judged) -> tuple[str, ...]:
+    row, _, goal, baseline = judged
+    ours, theirs = row.measurement(OURS), row.measurement(baseline) if baseline else None
+    ratio, spread = (row.ratio(baseline), row.ratio_quartiles(baseline)) if baseline else (None, None)
+    if not (ours and theirs and ratio and spread):
         return (row.case, f"{ours.median_ms:.3f}" if ours else "-", *["-"] * (len(HEADERS) - 2))
-    theirs, ratio, spread = row.measurement(peer), row.ratio(peer, OURS), row.ratio_quartiles(peer, OURS)
-    assert theirs
-    assert ratio
-    assert spread
     return (
-        row.case, f"{ours.median_ms:.3f}", f"{row.gflops(ours):.0f}", peer if theirs.passed else f"{peer} *",
-        f"{theirs.median_ms:.3f}", f"{ratio:.2f}x", f"{spread[0]:.2f}..{spread[1]:.2f}",
-        f"{ours.disturbed}/{len(ours.samples_ms)}", *_verdict(ratio, goal.must if goal else None),
-        *_verdict(ratio, goal.aim if goal else None),
+        row.case, f"{ours.median_ms:.3f}", f"{row.gflops(ours):.0f}", theirs.contender + " *" * (not theirs.passed),
+        f"{theirs.median_ms:.3f}", ratio_text(ratio), range_text(spread, 2), busy_text(ours),
+        *_verdict(ratio, goal.must if goal else None), *_verdict(ratio, goal.aim if goal else None),
     )  # fmt: skip
 
 
@@ -124,50 +130,25 @@ def _verdict(ratio: float, wanted: float | None) -> tuple[str, str]:
 
 
 def summary(result: Result) -> str:
-    """How many of the goals hold: a line a kind of case."""
+    """How many of the goals are reached: a line a kind of case."""
     found: dict[str, list[tuple[float, Goal]]] = {}
-    for row, case in _pairs(result):
-        set_for = goal(case)
-        peer = best_peer(row, OURS, set_for.against) if set_for else None
-        ratio = row.ratio(peer, OURS) if peer else None
-        if set_for and ratio:
-            found.setdefault(_kind(case), []).append((ratio, set_for))
+    for row, case, goal, baseline in _judged(result):
+        if goal and baseline and (ratio := row.ratio(baseline)):
+            found.setdefault(_kind(case), []).append((ratio, goal))
     lines = []
-    for kind, results in found.items():
-        ratios = sorted(ratio for ratio, _ in results)
-        aims = [ratio >= of.aim for ratio, of in results if of.aim is not None]
-        musts = sum(ratio >= of.must for ratio, of in results)
-        lines.append(
-            (kind, f"{musts} of {len(ratios)}", f"{sum(aims)} of {len(aims)}" if aims else "-",
-             f"{ratios[0]:.2f}x", f"{statistics.median(ratios):.2f}x", f"{ratios[-1]:.2f}x")
-        )  # fmt: skip
+    for kind, reached in found.items():
+        ratios = [ratio for ratio, _ in reached]
+        aims = [ratio >= goal.aim for ratio, goal in reached if goal.aim is not None]
+        musts = sum(ratio >= goal.must for ratio, goal in reached)
+        spread = map(ratio_text, (min(ratios), statistics.median(ratios), max(ratios)))
+        lines.append((kind, f"{musts} of {len(ratios)}", f"{sum(aims)} of {len(aims)}" if aims else "-", *spread))
     return markdown(("goal", "must holds", "aim holds", "least ratio", "median", "largest"), lines)
 
 
 def _kind(case: Case) -> str:
-    if isinstance(case, LayerCase):
-        return f"layer {case.dtype}"
-    if isinstance(case, ModelCase):
-        return f"model {case.dtype}"
+    if isinstance(case, LayerCase | ModelCase):
+        return f"{'layer' if isinstance(case, LayerCase) else 'model'} {case.dtype}"
     if isinstance(case, TrainingCase):
         return "training step autocast" if case.autocast else f"training step {case.dtype}"
     size = f" {case.kernel}x{case.kernel}" if case.kernel > 7 else ""
     return f"{case.operator}{size} {case.direction} {case.dtype}"
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Returns 0; 2 where parts cannot be read or do not belong together."""
-    parser = argparse.ArgumentParser(prog=f"python -m {__package__} goals", description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="+", type=Path, metavar="PART.json", help="a later one replaces equal cases")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all parts into this one")
-    options = parser.parse_args(argv)
-    try:
-        result = read(options.parts)
-    except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(report(result))
-    if options.json:
-        write_json(result, options.json)
-        print(f"\nwrote {options.json}")
-    return 0

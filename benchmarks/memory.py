@@ -2,7 +2,7 @@
 FFNet-SR, ours against eager PyTorch: ``python -m benchmarks memory``. Importing it imports no torch.
 
 An output that is fresh memory in every call costs its page faults, maybe more than the call itself. Whether it is so
-depends on where earlier blocks happened to lie, for one contender and not for another: the heap decides who is fast.
+depends on where earlier blocks happened to lie, for one contender and not for another: the heap decides which is fast.
 
 The command runs each contender in a fresh process. There the model and its input are made and the resident high-water
 mark is set to what is resident. After some calls the mark, VmHWM, says how much was resident at most; ``calls`` is what
@@ -78,14 +78,20 @@ def resident(field: str) -> int:
     raise MemoryUnknown(f"/proc/self/status has no {field}")
 
 
-def most_during(call: Callable[[], object]) -> int | None:
+def resident_during(call: Callable[[], object]) -> tuple[int, int]:
+    """Bytes that are resident before a call, and at most during it."""
+    reset_peak()
+    before = resident("VmRSS")
+    call()
+    return before, resident("VmHWM")
+
+
+def peak_during(call: Callable[[], object]) -> int | None:
     """Bytes that a call takes at most beyond what is resident before it, its result among them; None where the system
     does not tell. To some pages."""
     try:
-        reset_peak()
-        before = resident("VmRSS")
-        call()
-        return max(0, resident("VmHWM") - before)
+        before, peak = resident_during(call)
+        return max(0, peak - before)
     except (MemoryUnknown, OSError):
         return None
 
@@ -102,11 +108,13 @@ def measure(case: Any, contender: str) -> dict[str, int]:
         program = CONTENDERS[contender].prepare(work)
         del work
         gc.collect()
-        reset_peak()
-        before = resident("VmRSS")
-        for _ in range(CALLS):
-            program()
-        return {"before": before, "peak": resident("VmHWM")}
+
+        def calls() -> None:
+            for _ in range(CALLS):
+                program()
+
+        before, peak = resident_during(calls)
+        return {"before": before, "peak": peak}
 
 
 def in_fresh_process(*arguments: object, seconds: float | None = None) -> Any:
@@ -129,17 +137,18 @@ def in_fresh_process(*arguments: object, seconds: float | None = None) -> Any:
 def table(rows: list[dict[str, Any]]) -> str:
     """A line a contender; ratios are to ours in the same case."""
     from .report import markdown
+    from .results import OURS
 
-    ours = {row["case"]: row for row in rows if row["contender"] == "ours" and "error" not in row}
+    taken = {(row["case"], row["contender"]): row["peak"] - row["before"] for row in rows if "error" not in row}
     lines = []
     for row in rows:
         name = (row["case"], row["contender"])
         if "error" in row:
             lines.append((*name, "-", "-", "-", "-", row["error"]))
             continue
-        calls, own = row["peak"] - row["before"], ours.get(row["case"])
-        ratio = f"{calls / max(1, own['peak'] - own['before']):.2f}x" if own else "-"
-        lines.append((*name, *(f"{size / MIB:.0f}" for size in (row["before"], row["peak"], calls)), ratio, ""))
+        ours = taken.get((row["case"], OURS))
+        ratio = "-" if ours is None else f"{taken[name] / max(1, ours):.2f}x"
+        lines.append((*name, *(f"{size / MIB:.0f}" for size in (row["before"], row["peak"], taken[name])), ratio, ""))
     headers = ("case", "contender", "before MiB", "peak MiB", "calls MiB", "calls / ours", "")
     return markdown(headers, lines, left=(0, 1, 6))
 
@@ -150,14 +159,11 @@ def main(argv: list[str] | None = None) -> int:
 
     from .cases import MEMORY_CASES
     from .contenders import DEFAULT_CONTENDERS
+    from .options import parser_of, positive
     from .results import machine, machine_line
 
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {__package__} memory",
-        description="Peak memory of FFNet-1, FFNet-Seg and FFNet-SR, ours against eager PyTorch: "
-        "``python -m benchmarks memory``.",
-    )
-    parser.add_argument("--threads", type=int, metavar="N", help="threads (default: torch's)")
+    parser = parser_of("memory", "Peak memory of FFNet-1, FFNet-Seg and FFNet-SR, ours against eager PyTorch.")
+    parser.add_argument("--threads", type=positive, metavar="N", help="threads (default: torch's)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     parser.add_argument("--one", nargs=2, metavar=("CASE", "CONTENDER"), help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -167,12 +173,13 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(measure(MEMORY_CASES[int(options.one[0])], options.one[1])))
         return 0
     rows = []
-    for number, name in itertools.product(range(len(MEMORY_CASES)), DEFAULT_CONTENDERS[:3]):  # ours, and eager PyTorch
+    ours_and_eager = DEFAULT_CONTENDERS[:3]
+    for (number, case), name in itertools.product(enumerate(MEMORY_CASES), ours_and_eager):
         try:
             found = in_fresh_process("memory", "--one", number, name, "--threads", torch.get_num_threads())
         except RuntimeError as error:
             found = {"error": str(error)}
-        rows.append({"case": MEMORY_CASES[number].name, "contender": name, **found})
+        rows.append({"case": case.name, "contender": name, **found})
     print(f"machine: {machine_line(machine())}\n\n{table(rows)}")
     if options.json:
         options.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")

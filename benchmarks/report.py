@@ -3,9 +3,9 @@ with work, and the same of a GPU. ``python -m benchmarks report`` puts them and 
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
+import math
 import re
 import statistics
 import sys
@@ -14,10 +14,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import charts
-from .cases import GROWTH_FROM
-from .charts import DIMENSIONS, LEAST_POINTS, fit, series
-from .contenders import COPY, OURS, is_ours
-from .results import Measurement, Result, Roofs, Row, machine_line, peers_of, read, replacing, shared_words
+from .cases import GROWTH_FROM, parameters
+from .contenders import COPY, is_ours
+from .options import parser_of
+from .results import (
+    OURS,
+    Measurement,
+    Result,
+    Roofs,
+    Row,
+    baselines_of,
+    machine_line,
+    read,
+    replacing,
+    shared_words,
+    write_json,
+)
 
 HEADERS = (
     "contender", "median ms", "quartiles", "busy", "faults", "GFLOP/s", "GB/s", "of roof", "MiB", "error", "",
@@ -57,7 +69,7 @@ KINDS = {
 
 def report(result: Result, *, details: bool = True) -> str:
     """Everything: machine, summary, a table a kind of case, fitted growth, what did not run, and all contenders."""
-    roofs = Roofs.from_plain(result.machine.get("roofs"))
+    roofs = Roofs.of(result.machine)
     parts = [f"machine: {machine_line(result.machine)}", roofs_text(roofs), *NOTES, summary(result.rows)]
     for kind, title in KINDS.items():
         rows = [row for row in result.rows if kind_of(row) == kind]
@@ -82,15 +94,41 @@ def kind_of(row: Row) -> str:
 
 def overview(rows: Sequence[Row], roofs: Roofs | None = None) -> str:
     """A line a case: ours, and the time of each baseline over ours."""
-    peers, shared = peers_of(rows, OURS), shared_words(rows)
+    baselines, shared = baselines_of(rows), shared_words(rows)
     name = f"case ({shared.strip()})" if shared else "case"
-    headers = (name, "ours ms", "quartiles", "GFLOP/s", "GB/s", "of roof", "MiB", "error", *peers)
-    return markdown(headers, [_overview_line(row, shared, peers, roofs) for row in rows])
+    headers = (name, "ours ms", "quartiles", "GFLOP/s", "GB/s", "of roof", "MiB", "error", *baselines)
+    lines = []
+    for row in rows:
+        cells, ours = ["-"] * (len(headers) - 1), row.measurement(OURS)
+        if ours:
+            error = error_text(ours) if ours.passed else f"{WRONG} {error_text(ours)}"
+            cells = [*_rates(row, ours, roofs), error, *(_baseline_text(row, name) for name in baselines)]
+        lines.append((row.case.removesuffix(shared), *cells))
+    return markdown(headers, lines)
 
 
 def table(row: Row, roofs: Roofs | None = None) -> str:
     """One line a contender."""
-    return markdown(HEADERS, [_line(row, m, roofs) for m in row.measurements], left=(0, 10, 12))
+    lines = []
+    for m in row.measurements:
+        name = f"{m.contender} ({m.detail})" if m.detail else m.contender
+        if not m.samples_ms:
+            lines.append((name, *["-"] * (len(HEADERS) - 2), "did not run"))
+            continue
+        ms, quartiles, *rates = _rates(row, m, roofs)
+        ratio = row.ratio(m.contender)
+        lines.append((
+            name, ms, quartiles, busy_text(m), f"{m.faults_per_call:.0f}", *rates, error_text(m),
+            "ok" if m.passed else "WRONG", ratio_text(ratio), FASTER_BASELINE if ratio and ratio < 1 else "",
+        ))  # fmt: skip
+    return markdown(HEADERS, lines, left=(0, 10, 12))
+
+
+def _rates(row: Row, m: Measurement, roofs: Roofs | None) -> tuple[str, ...]:
+    """Milliseconds, quartiles, GFLOP/s, GB/s, share of the roofline and MiB."""
+    memory = "-" if m.memory is None else f"{m.memory / 2**20:.1f}"
+    quartiles, share = range_text(m.quartiles_ms, 3), share_text(row, m, roofs)
+    return f"{m.median_ms:.3f}", quartiles, f"{row.gflops(m):.1f}", f"{row.gbytes(m):.1f}", share, memory
 
 
 def absences(rows: Sequence[Row]) -> list[str]:
@@ -110,22 +148,11 @@ def absences(rows: Sequence[Row]) -> list[str]:
 def summary(rows: Sequence[Row]) -> str:
     """For each baseline: cases, in how many of them ours is faster, the ratio's geometric mean and extremes."""
     lines = []
-    for peer in peers_of(rows, OURS):
-        ratios = [ratio for row in rows if (ratio := row.ratio(peer, OURS)) is not None]
-        if ratios:
-            faster = sum(ratio > 1 for ratio in ratios)
-            mean = statistics.geometric_mean(ratios)
-            lines.append(
-                (peer, f"{faster} of {len(ratios)}", f"{mean:.2f}x", f"{min(ratios):.2f}x", f"{max(ratios):.2f}x")
-            )
-    if not lines:
-        return ""
-    return markdown(("time / ours of", "ours faster", "geometric mean", "least", "most"), lines)
-
-
-def colored(text: str) -> str:
-    """For a terminal: what is marked slower in red."""
-    return re.sub(rf"{SLOWER} ([\d.]+x)", "\033[31m  \\1\033[0m", text)
+    for name in baselines_of(rows):
+        if ratios := [ratio for row in rows if (ratio := row.ratio(name)) is not None]:
+            numbers = statistics.geometric_mean(ratios), min(ratios), max(ratios)
+            lines.append((name, f"{sum(ratio > 1 for ratio in ratios)} of {len(ratios)}", *map(ratio_text, numbers)))
+    return markdown(("time / ours of", "ours faster", "geometric mean", "least", "most"), lines) if lines else ""
 
 
 def roofs_text(roofs: Roofs | None) -> str:
@@ -141,9 +168,13 @@ def error_text(measurement: Measurement) -> str:
     return "nan" if measurement.error is None else f"{measurement.error:.1e}"
 
 
-def ratio_text(row: Row, measurement: Measurement) -> str:
-    ratio = row.ratio(measurement.contender, OURS)
+def ratio_text(ratio: float | None) -> str:
     return "-" if ratio is None else f"{ratio:.2f}x"
+
+
+def range_text(ends: tuple[float, float], digits: int, between: str = "..") -> str:
+    """Such as quartiles."""
+    return between.join(f"{end:.{digits}f}" for end in ends)
 
 
 def busy_text(measurement: Measurement) -> str:
@@ -157,44 +188,12 @@ def share_text(row: Row, m: Measurement, roofs: Roofs | None) -> str:
     return "-" if least is None else f"{100 * least / m.median_ms:.0f} %"
 
 
-def _memory_text(m: Measurement) -> str:
-    return "-" if m.memory is None else f"{m.memory / 2**20:.1f}"
-
-
-def _quartiles_text(m: Measurement) -> str:
-    first, third = m.quartiles_ms
-    return f"{first:.3f}..{third:.3f}"
-
-
-def _overview_line(row: Row, shared: str, peers: Sequence[str], roofs: Roofs | None) -> tuple[str, ...]:
-    ours = row.measurement(OURS)
-    if ours is None:
-        return (row.case.removesuffix(shared), *["-"] * (7 + len(peers)))
-    return (
-        row.case.removesuffix(shared), f"{ours.median_ms:.3f}", _quartiles_text(ours), f"{row.gflops(ours):.1f}",
-        f"{row.gbytes(ours):.1f}", share_text(row, ours, roofs), _memory_text(ours),
-        error_text(ours) if ours.passed else f"{WRONG} {error_text(ours)}", *(_peer_text(row, peer) for peer in peers),
-    )  # fmt: skip
-
-
-def _peer_text(row: Row, peer: str) -> str:
-    theirs, ratio = row.measurement(peer), row.ratio(peer, OURS)
+def _baseline_text(row: Row, name: str) -> str:
+    theirs, ratio = row.measurement(name), row.ratio(name)
     if theirs is None or ratio is None:
         return "-"
     marks = [mark for mark, applies in ((SLOWER, ratio < 1), (WRONG, not theirs.passed)) if applies]
-    return " ".join((*marks, f"{ratio:.2f}x"))
-
-
-def _line(row: Row, m: Measurement, roofs: Roofs | None) -> tuple[str, ...]:
-    name = f"{m.contender} ({m.detail})" if m.detail else m.contender
-    if not m.samples_ms:
-        return (name, *["-"] * (len(HEADERS) - 2), "did not run")
-    ratio = row.ratio(m.contender, OURS)
-    return (
-        name, f"{m.median_ms:.3f}", _quartiles_text(m), busy_text(m), f"{m.faults_per_call:.0f}",
-        f"{row.gflops(m):.1f}", f"{row.gbytes(m):.1f}", share_text(row, m, roofs), _memory_text(m), error_text(m),
-        "ok" if m.passed else "WRONG", ratio_text(row, m), FASTER_BASELINE if ratio is not None and ratio < 1 else "",
-    )  # fmt: skip
+    return " ".join((*marks, ratio_text(ratio)))
 
 
 def markdown(headers: Sequence[str], lines: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
@@ -209,6 +208,11 @@ def markdown(headers: Sequence[str], lines: Sequence[Sequence[str]], left: Seque
     return "\n".join([format_line(headers), f"|{rule}|", *map(format_line, lines)])
 
 
+# How time grows with work: exponents fitted to the cases that differ in one dimension only.
+
+#: Fields of a case that grow, and what they are called; maps are square, so a size counts as its pixels.
+DIMENSIONS = {"batch": "batch", "size": "pixels", "channels": "channels", "kernel": "kernel size"}
+LEAST_POINTS = 3
 GROWTH_NOTE = (
     "Time is taken to be a power of what grows, all else as in {base}: the exponent of the line through the "
     "logarithms (least squares), and in brackets by how much the point that is farthest from it is off. "
@@ -217,17 +221,50 @@ GROWTH_NOTE = (
 )
 
 
+class Series(NamedTuple):
+    """One operator as one dimension grows: its values (pixels for a size), and a row for each."""
+
+    operator: str
+    dimension: str
+    values: list[int]
+    rows: list[Row]
+
+    def times(self, contender: str) -> list[tuple[int, float]]:
+        """(value, median milliseconds), of the rows in which it ran."""
+        pairs = zip(self.values, self.rows, strict=True)
+        return [(value, m.median_ms) for value, row in pairs if (m := row.measurement(contender)) is not None]
+
+
+def series(rows: Sequence[Row]) -> Iterator[Series]:
+    """Of the rows that differ from a call of `GROWTH_FROM` in one dimension only, those with at least three points."""
+    for base in GROWTH_FROM.values():
+        start = parameters(base)
+        for dimension in DIMENSIONS:
+            fixed = {name: value for name, value in start.items() if name != dimension}
+            found = [row for row in rows if fixed.items() <= row.parameters.items() and "width" not in row.parameters]
+            found.sort(key=lambda row: row.parameters[dimension])
+            if len(found) >= LEAST_POINTS:
+                power = 2 if dimension == "size" else 1
+                yield Series(base.operator, dimension, [row.parameters[dimension] ** power for row in found], found)
+
+
+def fit(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Exponent, and the largest deviation of a point from the fitted power, as a share of the fit."""
+    xs, ys = [math.log(x) for x, _ in points], [math.log(y) for _, y in points]
+    exponent, offset = statistics.linear_regression(xs, ys)
+    return exponent, max(abs(math.expm1(y - offset - exponent * x)) for x, y in zip(xs, ys, strict=True))
+
+
 def growth_table(rows: Sequence[Row]) -> str:
     """A line a series; empty where there is none."""
     found = list(series(rows))
     if not found:
         return ""
-    contenders = [OURS, *peers_of([row for one in found for row in one.rows], OURS)]
+    contenders = [OURS, *baselines_of([row for one in found for row in one.rows])]
     lines = []
     for one in found:
-        work = fit([(value, row.flops) for value, row in zip(one.values, one.rows, strict=True)])[0]
-        cells = [_fit_text(one.times(contender)) for contender in contenders]
-        range_ = f"{one.values[0]}..{one.values[-1]}"
+        work, _ = fit([(value, row.flops) for value, row in zip(one.values, one.rows, strict=True)])
+        range_, cells = f"{one.values[0]}..{one.values[-1]}", [_fit_text(one.times(name)) for name in contenders]
         lines.append((one.operator, DIMENSIONS[one.dimension], range_, f"{work:.2f}", *cells))
     headers = ("operator", "grows", "from..to", "arithmetic", *contenders)
     base = next(iter(GROWTH_FROM.values()))
@@ -336,11 +373,13 @@ def _without_channels(case: str) -> str | None:
     return f"{found[1]} {found[2]}" if found else None
 
 
+# As files, and the command.
+
+
 def write_report(result: Result, folder: Path) -> None:
     """report.md in the folder, and beside it the charts that can be drawn; says what was written."""
     folder.mkdir(parents=True, exist_ok=True)
-    line = machine_line(result.machine)
-    drawn = [chart for chart in _charts(result) if _drawn(chart, folder, line)]
+    drawn = [chart for chart in _charts(result) if _drawn(chart, folder, machine_line(result.machine))]
     pictures = "\n\n".join(f"![{chart.title}]({chart.name})" for chart in drawn)
     with replacing(folder / "report.md") as temporary:
         temporary.write_text(f"# Benchmark report\n\n{pictures}\n\n{report(result)}\n")
@@ -354,13 +393,12 @@ class _Chart(NamedTuple):
 
 
 def _charts(result: Result) -> Iterator[_Chart]:
-    rows, roofs = result.rows, Roofs.from_plain(result.machine.get("roofs"))
     for kind, title in KINDS.items():
-        if of_kind := [row for row in rows if kind_of(row) == kind]:
-            draw = functools.partial(charts.speedup_chart, of_kind)
+        if rows := [row for row in result.rows if kind_of(row) == kind]:
+            draw = functools.partial(charts.speedup_chart, rows)
             yield _Chart(f"speedup-{kind or 'cases'}.png", f"{title}: time over ours", draw)
-    yield _Chart("roofline.png", "Rates under the roofs", functools.partial(charts.roofline_chart, rows, roofs))
-    yield _Chart("growth.png", "Time as work grows", functools.partial(charts.growth_chart, rows))
+    draw = functools.partial(charts.roofline_chart, result.rows, Roofs.of(result.machine))
+    yield _Chart("roofline.png", "Rates under the roofline", draw)
 
 
 def _drawn(chart: _Chart, folder: Path, line: str) -> bool:
@@ -375,14 +413,13 @@ def _drawn(chart: _Chart, folder: Path, line: str) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns 0; 2 where results cannot be read or do not belong together."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {__package__} report",
-        description="``python -m benchmarks report``: the tables and charts of results that were kept.",
-    )
+    from . import goals  # which writes its tables by what is above
+
+    parser = parser_of("report", "Prints the tables of results that were kept.")
     parser.add_argument("parts", nargs="+", type=Path, metavar="RESULTS.json", help="a later one replaces equal cases")
-    parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="write report.md and charts there, in place of printing"
-    )
+    parser.add_argument("--goals", action="store_true", help="which goals of the suite 'record' are reached, instead")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write report.md and charts there, print nothing")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all parts into this one, too")
     options = parser.parse_args(argv)
     try:
         result = read(options.parts)
@@ -392,5 +429,8 @@ def main(argv: list[str] | None = None) -> int:
     if options.out:
         write_report(result, options.out)
     else:
-        print(report(result))
+        print(goals.report(result) if options.goals else report(result))
+    if options.json:
+        write_json(result, options.json)
+        print(f"\nwrote {options.json}")
     return 0

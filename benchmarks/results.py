@@ -1,4 +1,4 @@
-"""Results as plain data with their JSON form, and the machine that they are of, with its roofs."""
+"""Results as plain data with their JSON form, and the machine that they are of, with its roofline."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ import ffnet_kernels
 
 from .memory import keep_freed_memory
 
+#: The contender that all others, its baselines, are compared with.
+OURS = "ours"
 FORMAT_VERSION = 2  # 1 had neither parameters nor memory; it is still read
 
 
 @dataclass(frozen=True)
 class Roofs:
-    """Of this machine, on as many threads as torch uses.
+    """The roofline of this machine, on as many threads as torch uses.
 
     Attributes:
         gflops: multiply–adds on registers, two operations each, by dtype; none where the instrument was not built.
@@ -36,13 +38,13 @@ class Roofs:
     copies: tuple[tuple[int, float], ...]
 
     def least_ms(self, flops: int, moved: int, dtype: str) -> float | None:
-        """Milliseconds below which nobody can do so many operations and move so many bytes: the longer of both, for
-        they may overlap. None where a roof is unknown."""
+        """Milliseconds that so many operations and bytes take at least: the longer of both, as they may overlap. None
+        where the roofline of the dtype is unknown."""
         peak = self.gflops.get(dtype)
         return None if peak is None else max(flops / peak, moved / self.copy_rate(moved)) / 1e6
 
     def copy_rate(self, moved: int) -> float:
-        """GB/s of a copy of that size, between those that were measured."""
+        """GB/s of a copy of that size, interpolated between those that were measured."""
         sizes = [math.log(size) for size, _ in self.copies]
         rates = [rate for _, rate in self.copies]
         at = math.log(max(1, moved))
@@ -52,18 +54,14 @@ class Roofs:
         share = (at - sizes[right - 1]) / (sizes[right] - sizes[right - 1])
         return rates[right - 1] * (1 - share) + rates[right] * share
 
-    def to_plain(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
     @classmethod
-    def from_plain(cls, plain: dict[str, Any] | None) -> Roofs | None:
+    def of(cls, machine: dict[str, Any]) -> Roofs | None:
         """Those in a result's machine; None where they were not measured."""
-        if not plain:
-            return None
-        return cls(plain["gflops"], tuple((size, rate) for size, rate in plain["copies"]))
+        plain = machine.get("roofs")
+        return cls(plain["gflops"], tuple((size, rate) for size, rate in plain["copies"])) if plain else None
 
     def raised(self, other: Roofs) -> Roofs:
-        """The higher of two of the same machine, which was disturbed while the lower was measured."""
+        """The higher of two of the same machine: while the lower was measured, something else ran."""
         gflops = {dtype: max(rate, self.gflops.get(dtype, 0.0)) for dtype, rate in other.gflops.items()}
         copies = dict(self.copies)
         return Roofs(gflops, tuple((size, max(rate, copies.get(size, 0.0))) for size, rate in other.copies))
@@ -86,13 +84,13 @@ class Measurement:
         layout: of the maps it reads.
         detail: what is worth knowing of how it ran, e.g. the backend.
         samples_ms: milliseconds a call, each the mean of ``repeats`` calls.
-        repeats: calls of a sample.
+        repeats: calls in a sample.
         disturbed: samples during which another process took a core from this one.
         error: largest error against float64, relative to the largest element; None where the output is not finite.
         passed: whether the error is within the limit.
         reason: why it did not run.
         page_faults: of each sample, pages that the kernel had to supply.
-        memory: bytes that the first call after the check took at most, its result among them; None where unknown.
+        memory: peak bytes of the first call after the check, its result among them; None where unknown.
     """
 
     contender: str
@@ -109,13 +107,13 @@ class Measurement:
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> Measurement:
-        known = {f.name: plain[f.name] for f in dataclasses.fields(cls) if f.name in plain}
-        lists = {"samples_ms": tuple(plain["samples_ms"]), "page_faults": tuple(plain.get("page_faults", ()))}
+        known: dict[str, Any] = {f.name: plain[f.name] for f in dataclasses.fields(cls) if f.name in plain}
+        lists = {name: tuple(value) for name, value in known.items() if isinstance(value, list)}
         return cls(**{**known, **lists})
 
     def joined(self, later: Measurement) -> Measurement:
-        """With the samples of a later one of the same case behind its own; the worse error of both counts, and one
-        that did not run did not."""
+        """With the samples of a later one of the same case appended; the worse error of both counts, and one that did
+        not run did not."""
         if not self.samples_ms or not later.samples_ms:
             return later if self.samples_ms else self
         errors = (self.error, later.error)
@@ -150,7 +148,7 @@ class Row:
 
     Attributes:
         parameters: "kind", and the fields of the case.
-        passes: of how many its samples are, one after the other.
+        passes: how many its samples were taken in, one after the other.
     """
 
     case: str
@@ -161,7 +159,7 @@ class Row:
     passes: int = 1
 
     def joined(self, later: Row) -> Row:
-        """With the samples of a later pass behind its own."""
+        """With the samples of a later pass appended."""
         others = {m.contender: m for m in later.measurements}
         measurements = tuple(m.joined(others[m.contender]) if m.contender in others else m for m in self.measurements)
         return dataclasses.replace(self, measurements=measurements, passes=self.passes + later.passes)
@@ -170,12 +168,12 @@ class Row:
         """That of a contender, or None where it did not run."""
         return next((m for m in self.measurements if m.contender == contender and m.samples_ms), None)
 
-    def ratio(self, contender: str, to: str) -> float | None:
+    def ratio(self, contender: str, to: str = OURS) -> float | None:
         """Median over the rounds of one's time over another's, or None where one did not run."""
         ratios = self._ratios(contender, to)
         return statistics.median(ratios) if ratios else None
 
-    def ratio_quartiles(self, contender: str, to: str) -> tuple[float, float] | None:
+    def ratio_quartiles(self, contender: str, to: str = OURS) -> tuple[float, float] | None:
         """First and third quartile of that."""
         ratios = self._ratios(contender, to)
         return quartiles(ratios) if ratios else None
@@ -187,6 +185,15 @@ class Row:
             return []
         return [a / b for a, b in zip(one.samples_ms, other.samples_ms, strict=False)]
 
+    def best_baseline(self, only: str | None = None) -> str | None:
+        """That with the least time over ours, of all or one that is named; None where it or ours did not run."""
+        ratios = {name: ratio for name, ratio in self.ratios().items() if only in (None, name)}
+        return min(ratios, key=lambda name: ratios[name], default=None)
+
+    def ratios(self) -> dict[str, float]:
+        """Of each baseline that ran, its time over ours."""
+        return {name: ratio for name in baselines_of([self]) if (ratio := self.ratio(name)) is not None}
+
     def gflops(self, measurement: Measurement) -> float:
         return self.flops / measurement.median_ms / 1e6
 
@@ -195,7 +202,7 @@ class Row:
         return self.bytes / measurement.median_ms / 1e6
 
     def least_ms(self, roofs: Roofs) -> float | None:
-        """Milliseconds that the machine takes at least; None where its roof in this dtype is unknown."""
+        """Milliseconds that the machine takes at least; None where its roofline in this dtype is unknown."""
         return roofs.least_ms(self.flops, self.bytes, self.parameters.get("dtype", ""))
 
 
@@ -257,24 +264,19 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
-#: What has to agree for rows of two runs to stand in one result.
-IDENTITY = ("processor", "threads", "isa", "torch", "commit", "runtimes")
+def write_json(result: Result, path: Path) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(result.to_json())
 
 
-def different(one: dict[str, Any], other: dict[str, Any], names: Sequence[str] = IDENTITY) -> str | None:
-    """What is not the same in two machines, or None."""
-    for name in names:
-        if one.get(name) != other.get(name):
-            return f"{name} is {one.get(name)!r} and {other.get(name)!r}"
-    return None
-
-
-def merge(parts: Sequence[Result]) -> Result:
-    """One result of several runs; a case that is in more than one is taken from the last.
+def read(paths: Sequence[Path]) -> Result:
+    """One result of several files; a case that is in more than one is taken from the last.
 
     Raises:
-        ValueError: for runs on different machines, versions or numbers of threads.
+        ValueError: for runs on different machines, versions or numbers of threads, and other formats.
+        OSError: for a file that cannot be read.
     """
+    parts = [Result.from_json(path.read_text()) for path in paths]
     first = parts[0]
     for part in parts:
         if reason := different(first.machine, part.machine):
@@ -283,19 +285,9 @@ def merge(parts: Sequence[Result]) -> Result:
     return Result(first.machine, list(rows.values()), any(part.interrupted for part in parts), first.extra)
 
 
-def read(paths: Sequence[Path]) -> Result:
-    """One result of several files. Raises ValueError and OSError, as `merge` and where one cannot be read."""
-    return merge([Result.from_json(path.read_text()) for path in paths])
-
-
-def write_json(result: Result, path: Path) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(result.to_json())
-
-
-def peers_of(rows: Sequence[Row], ours: str) -> list[str]:
-    """Names of the other contenders, in the order in which they appear."""
-    return list(dict.fromkeys(m.contender for row in rows for m in row.measurements if m.contender != ours))
+def baselines_of(rows: Sequence[Row]) -> list[str]:
+    """Names of the contenders other than ours, in the order in which they appear."""
+    return list(dict.fromkeys(m.contender for row in rows for m in row.measurements if m.contender != OURS))
 
 
 def shared_words(rows: Sequence[Row]) -> str:
@@ -307,14 +299,17 @@ def shared_words(rows: Sequence[Row]) -> str:
     return "".join(f" {word}" for word in words[0][len(words[0]) - shared :]) if rows else ""
 
 
-def best_peer(row: Row, ours: str, against: str | None = None) -> str | None:
-    """The baseline whose time over ours is least, or the one named; None where it or ours did not run."""
-    names = [against] if against else peers_of([row], ours)
-    ratios = {name: ratio for name in names if (ratio := row.ratio(name, ours)) is not None}
-    return min(ratios, key=lambda name: ratios[name], default=None)
-
-
+#: What has to agree for rows of two runs to stand in one result.
+IDENTITY = ("processor", "threads", "isa", "torch", "commit", "runtimes")
 RUNTIMES = ("onnx", "onnxruntime", "openvino")
+
+
+def different(one: dict[str, Any], other: dict[str, Any]) -> str | None:
+    """What is not the same in two machines, or None."""
+    for name in IDENTITY:
+        if one.get(name) != other.get(name):
+            return f"{name} is {one.get(name)!r} and {other.get(name)!r}"
+    return None
 
 
 def machine() -> dict[str, Any]:
@@ -349,17 +344,18 @@ def _version(distribution: str) -> str | None:
 def _commit() -> str | None:
     """The commit of the kernels' source tree, "+" behind it for local changes; None for an installed copy."""
     here = Path(ffnet_kernels.__file__).resolve()
-    # An environment inside someone's repository is not under version control there: ask about this very file.
-    if _git(here.parent, "ls-files", "--error-unmatch", here.name) is None:
-        return None
-    commit = _git(here.parent, "rev-parse", "--short=12", "HEAD")
-    changed = _git(here.parent, "status", "--porcelain", "--untracked-files=no")
-    return f"{commit}+" if commit and changed else commit
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
+        # An environment inside someone's repository is not under version control there: ask about this very file.
+        git(here.parent, "ls-files", "--error-unmatch", here.name)
+        commit = git(here.parent, "rev-parse", "--short=12", "HEAD")
+        return commit + "+" * bool(git(here.parent, "status", "--porcelain", "--untracked-files=no"))
+    except OSError:
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def git(folder: Path, *arguments: str) -> str:
+    """What a git command prints in a folder. Raises OSError where it fails or there is no git."""
+    done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise OSError(f"git {' '.join(arguments)}: {done.stderr.strip()}")
+    return done.stdout.strip()

@@ -1,8 +1,6 @@
 """Measures contenders side by side: one process, alternating, every output checked against float64 in the same run.
 
-A clock says how a contender is made ready and how a sample is taken. That of the processor, here, waits ahead of each
-sample until the process is quiet, then makes untimed calls: thread pools and caches are those of the contender that is
-measured, no matter who ran before. That of a GPU is in `gpu`.
+A clock says how a contender is made ready and how a sample is taken: that of the CPU is here, that of a GPU in `gpu`.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -27,7 +25,7 @@ from ffnet_kernels import native
 
 from .cases import Case, parameters
 from .contenders import COPY, Contender, first_line
-from .memory import keep_freed_memory, most_during
+from .memory import keep_freed_memory, peak_during
 from .results import Measurement, Result, Roofs, Row, machine
 from .work import Program, Unsupported, Work, build
 
@@ -36,24 +34,13 @@ MIN_SAMPLE_SECONDS = 5e-3
 #: Untimed running before the first sample: caches, thread pools and clocks settle.
 WARM_UP_SECONDS = 5e-2
 #: Untimed running ahead of a sample, at least a call; none where a call is so long that it does not matter. After 10 ms
-#: everybody was as fast beside the others as alone; after 2 ms ONNX Runtime and OpenVINO were not yet.
+#: every contender was as fast beside the others as alone; after 2 ms ONNX Runtime and OpenVINO were not yet.
 UNTIMED_SECONDS, LONG_SECONDS = 1e-2, 5e-2
 DEFAULT_SAMPLES = 12
 #: Rounds that are measured even where a case takes longer than it may.
 LEAST_SAMPLES = 5
 DEFAULT_SECONDS = 20
 INTERRUPTED = 130  # as shells report a process that Ctrl-C ended
-
-
-class Counted(Protocol):
-    """What the runner needs to know of a case."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def flops(self) -> int: ...
-    @property
-    def bytes(self) -> int: ...
 
 
 class Outcome(NamedTuple):
@@ -72,6 +59,8 @@ class Entry:
     program: Program
     call: Callable[[], Any]
     detail: str = ""
+    error: float | None = None
+    passed: bool = False
     repeats: int = 1
     untimed: int = 0
     samples_ms: list[float] = field(default_factory=list)
@@ -79,22 +68,36 @@ class Entry:
     page_faults: list[int] = field(default_factory=list)
     memory: int | None = None
 
+    def measurement(self) -> Measurement:
+        return Measurement(
+            self.contender, self.program.layout, self.detail, tuple(self.samples_ms), self.repeats, self.disturbed,
+            self.error, self.passed, page_faults=tuple(self.page_faults), memory=self.memory,
+        )  # fmt: skip
+
 
 @dataclass
 class Prepared:
     """A case whose contenders are checked and warm.
 
     Attributes:
-        results: of each contender that runs, what it is judged by.
+        case: has a name, and counts its ``flops`` and ``bytes``.
+        outputs: of each contender that runs, the first of its results.
         reasons: of each contender, why it does not run, or None.
     """
 
-    case: Counted
+    case: Any
     expected: list[Tensor]
-    limits: list[float]
     entries: list[Entry] = field(default_factory=list)
-    results: dict[str, list[Tensor]] = field(default_factory=dict)
+    outputs: dict[str, Tensor] = field(default_factory=dict)
     reasons: dict[str, str | None] = field(default_factory=dict)
+
+    def outcome(self) -> Outcome:
+        """The row of what was measured."""
+        measurements = {name: Measurement(name, reason=reason) for name, reason in self.reasons.items()}
+        measurements |= {entry.contender: entry.measurement() for entry in self.entries}
+        case = self.case
+        row = Row(case.name, case.flops, case.bytes, tuple(measurements.values()), parameters(case))
+        return Outcome(row, self.expected[0], self.outputs)
 
 
 class Clock(Protocol):
@@ -111,7 +114,7 @@ class Clock(Protocol):
         """After the check, before others are prepared."""
 
     def warm_up(self, entry: Entry) -> None:
-        """Once all are prepared: settles what a sample is."""
+        """Once all are prepared: settles how many calls a sample is."""
 
     def sample(self, entry: Entry) -> None:
         """Takes one."""
@@ -122,7 +125,8 @@ class Clock(Protocol):
 
 @dataclass(frozen=True)
 class CpuClock:
-    """The processor's.
+    """The CPU's: ahead of each sample it waits until the process is quiet, then makes untimed calls. Thread pools and
+    caches are those of the contender that is measured, no matter which ran before.
 
     Attributes:
         timer: seconds; another one is for tests.
@@ -137,10 +141,9 @@ class CpuClock:
         return torch.inference_mode(work.inference)
 
     def first_call(self, entry: Entry) -> None:
-        entry.memory = None if entry.program.hoards else most_during(entry.program)
+        entry.memory = None if entry.program.hoards else peak_during(entry.program)
 
     def warm_up(self, entry: Entry) -> None:
-        """Finds the calls that a sample needs."""
         wait_until_quiet()
         fastest, total = math.inf, 0.0
         while total < WARM_UP_SECONDS:
@@ -150,16 +153,15 @@ class CpuClock:
         entry.untimed = 0 if fastest > LONG_SECONDS else math.ceil(UNTIMED_SECONDS / fastest)
 
     def sample(self, entry: Entry) -> None:
-        """Begins quiet and warm."""
         wait_until_quiet()
         for _ in range(entry.untimed):
             entry.call()
         before = Disturbances.now()
         milliseconds = 1e3 * self._time(entry.call, entry.repeats)
-        met = Disturbances.now().since(before)
+        after = Disturbances.now()
         entry.samples_ms.append(float(f"{milliseconds:.7g}"))  # no clock has more digits
-        entry.disturbed += met.preemptions > 0
-        entry.page_faults.append(met.page_faults)
+        entry.disturbed += after.preemptions > before.preemptions
+        entry.page_faults.append(after.page_faults - before.page_faults)
 
     def why(self, failure: Exception) -> str:
         return f"failed: {first_line(failure)}"
@@ -176,7 +178,7 @@ class Runner:
     """Runs cases.
 
     Attributes:
-        contenders: in the order of the tables; the first takes the place of ours.
+        contenders: in the order of the tables.
         samples: per contender and case.
         seconds: after which a case ends with `LEAST_SAMPLES`, or as many as there are by then.
     """
@@ -186,31 +188,30 @@ class Runner:
     seconds: float = math.inf
     clock: Clock = CpuClock()
 
-    def run(self, case: Counted, work: Work) -> Outcome:
+    def run(self, case: Any, work: Work) -> Outcome:
         """One case. A contender that fails is kept, with the reason."""
         with self.clock.mode(work), progress(len(self.contenders) + self.samples, case.name) as bar:
             prepared = self.prepare(case, work, bar)
             bar.set_description_str(f"{case.name}: measuring")
             self._measure(prepared, bar)
-            return self.outcome(prepared)
+            return prepared.outcome()
 
-    def prepare(self, case: Counted, work: Work, bar: Any = None) -> Prepared:
+    def prepare(self, case: Any, work: Work, bar: Any = None) -> Prepared:
         """Everything ahead of the first sample. The clock's mode is the caller's to enter."""
         bar = bar or _Silent()
         expected = as_list(work.expected())
-        eager = work.plain("nchw").results()
-        limits = [work.error_limit(*pair) for pair in zip(expected, eager, strict=True)]
-        del eager
-        prepared = Prepared(case, expected, limits)
+        limits = [work.error_limit(*pair) for pair in zip(expected, work.plain("nchw").results(), strict=True)]
+        prepared = Prepared(case, expected)
         for contender in self.contenders:
             bar.set_description_str(f"{case.name}: preparing {contender.name}")
             try:
                 reason = contender.unavailable()
                 if reason is None:
                     program = contender.prepare(work)
-                    # A copy computes nothing, and is as good as what it is held against.
-                    prepared.results[contender.name] = expected if contender.name == COPY else program.results()
-                    entry = Entry(contender.name, program, program, program.detail)
+                    # A copy computes nothing, so there is nothing to check.
+                    results = expected if contender.name == COPY else program.results()
+                    entry = Entry(contender.name, program, program, program.detail, *_judge(results, expected, limits))
+                    prepared.outputs[contender.name] = results[0]
                     self.clock.first_call(entry)
                     prepared.entries.append(entry)
             except Unsupported as refusal:
@@ -222,19 +223,6 @@ class Runner:
         for entry in list(prepared.entries):
             self._attempt(prepared, entry, self.clock.warm_up)
         return prepared
-
-    def outcome(self, prepared: Prepared) -> Outcome:
-        """The row of what was measured."""
-        measurements = {name: Measurement(name, reason=reason) for name, reason in prepared.reasons.items()}
-        for e in prepared.entries:
-            error, passed = _judge(prepared.results[e.contender], prepared.expected, prepared.limits)
-            measurements[e.contender] = Measurement(
-                e.contender, e.program.layout, e.detail, tuple(e.samples_ms), e.repeats, e.disturbed, error, passed,
-                page_faults=tuple(e.page_faults), memory=e.memory,
-            )  # fmt: skip
-        case = prepared.case
-        row = Row(case.name, case.flops, case.bytes, tuple(measurements.values()), parameters(case))
-        return Outcome(row, prepared.expected[0], {name: results[0] for name, results in prepared.results.items()})
 
     def _attempt(self, prepared: Prepared, entry: Entry, what: Callable[[Entry], None]) -> None:
         """A contender that fails late is taken out, with the reason."""
@@ -250,11 +238,16 @@ class Runner:
             for number in range(self.samples):
                 if number >= LEAST_SAMPLES and self.clock.timer() - begun > self.seconds:
                     break
-                # Rotated, so that nobody always runs in the caches the same neighbour left.
-                first = number % max(1, len(prepared.entries))
-                for entry in prepared.entries[first:] + prepared.entries[:first]:
+                for entry in rotated(prepared.entries, number):
                     self._attempt(prepared, entry, self.clock.sample)
                 bar.update()
+
+
+def rotated(entries: Sequence[Any], number: int) -> list[Any]:
+    """In the order of a round, in which another one goes first than in the round before: no contender always runs in
+    the caches that the same neighbour left."""
+    first = number % max(1, len(entries))
+    return [*entries[first:], *entries[:first]]
 
 
 def run_cases(
@@ -338,9 +331,6 @@ class Disturbances(NamedTuple):
         usage = resource.getrusage(resource.RUSAGE_SELF)
         return cls(usage.ru_nivcsw, usage.ru_minflt)
 
-    def since(self, before: Disturbances) -> Disturbances:
-        return Disturbances(self.preemptions - before.preemptions, self.page_faults - before.page_faults)
-
 
 def wait_until_quiet() -> bool:
     """Sleeps until no other thread of this process runs, and says whether it came to that.
@@ -388,7 +378,7 @@ def no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-# The roofs of this machine, in the run that is held against them.
+# The roofline of this machine, measured in the run that is compared with it.
 
 TRIALS = 7  # of which the best counts: a roof is what was reached at all
 MULTIPLY_SECONDS, COPY_SECONDS = 1e-2, 4e-3
@@ -397,9 +387,9 @@ COPIES = tuple(4**power for power in range(8, 15))
 
 
 def _raise_roofs(result: Result, known: dict[str, Any]) -> None:
-    """Measures the roofs; the higher ones count, of those and the ones that are known: others were disturbed."""
-    measured, before = measure_roofs(), Roofs.from_plain(known.get("roofs"))
-    result.machine["roofs"] = (before.raised(measured) if before else measured).to_plain()
+    """Measures the roofs; where some are known the higher ones count, as the others were disturbed."""
+    measured, before = measure_roofs(), Roofs.of(known)
+    result.machine["roofs"] = asdict(before.raised(measured) if before else measured)
 
 
 def measure_roofs() -> Roofs:
@@ -437,21 +427,19 @@ def _copy(size: int) -> float:
 
 def _best_rate(run: Callable[[int], int], seconds: float) -> float:
     """The most per second of what ``run(rounds)`` says it did, in rounds that take about so long."""
-    rounds, spent = 1, 0.0
-    while True:
+
+    def timed(rounds: int) -> tuple[int, float]:
         begun = time.perf_counter()
-        run(rounds)
-        spent = time.perf_counter() - begun
-        if spent > seconds / 2:
-            break
+        return run(rounds), time.perf_counter() - begun
+
+    rounds, best = 1, 0.0
+    while timed(rounds)[1] <= seconds / 2:
         rounds *= 2
-    best = 0.0
     for _ in range(TRIALS):
         wait_until_quiet()
         run(max(1, rounds // 4))
-        begun = time.perf_counter()
-        done = run(rounds)
-        best = max(best, done / (time.perf_counter() - begun))
+        done, spent = timed(rounds)
+        best = max(best, done / spent)
     return best
 
 

@@ -7,11 +7,9 @@ hand. Long tables, as of the suite "record" by shape, are files of their own bes
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import re
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,10 +17,10 @@ from typing import NamedTuple
 from xml.sax.saxutils import escape
 
 from . import goals, memory, timm_models
-from .contenders import OURS
-from .report import SLOWER, WRONG, error_text, growth_table, markdown, share_text
-from .results import Result, Roofs, Row, best_peer, machine_line, replacing
-from .timm_models import gain
+from .options import parser_of
+from .report import SLOWER, WRONG, error_text, growth_table, markdown, range_text, share_text
+from .results import OURS, Result, Roofs, Row, machine_line, replacing
+from .timm_models import by_threads, gains_of, mean_of
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -32,24 +30,22 @@ BEGIN, END = "<!-- table: {} -->", "<!-- end of table -->"
 def demo(result: Result) -> str:
     """The contenders of the demo, with what they take."""
     (row,) = result.rows
-    lines = []
-    for m in row.measurements:
-        if m.samples_ms:
-            first, third = m.quartiles_ms
-            ratio = row.ratio(m.contender, OURS)
-            quartiles = f"{first:.2f}–{third:.2f}"
-            lines.append((m.contender, f"{m.median_ms:.2f}", quartiles, _ratio_text(ratio), error_text(m)))
+    lines = [
+        (m.contender, f"{m.median_ms:.2f}", range_text(m.quartiles_ms, 2, "–"), _ratio_text(row.ratio(m.contender)),
+         error_text(m))
+        for m in row.measurements if m.samples_ms
+    ]  # fmt: skip
     table = markdown(("contender", "median ms", "quartiles", "time / ours", "error"), lines)
     return f"{_measured(result)}\n\n{table}"
 
 
 def operators(result: Result) -> str:
     """Operators forward in float32: a line a shape, a pair of columns a batch."""
-    rows = [r for r in result.rows if r.parameters.get("kind") == "operator"]
     shapes: dict[tuple[str, int, int, int], dict[int, Row]] = {}
-    for row in rows:
+    wanted = {"kind": "operator", "dtype": "float32", "direction": "forward", "layout": "channels_last"}
+    for row in result.rows:
         p = row.parameters
-        if (p["dtype"], p["direction"], p["layout"]) == ("float32", "forward", "channels_last"):
+        if wanted.items() <= p.items():
             shapes.setdefault((p["operator"], p["channels"], p["size"], p["kernel"]), {})[p["batch"]] = row
     lines = []
     for (operator, channels, size, kernel), by_batch in shapes.items():
@@ -85,14 +81,13 @@ def timm(result: Result) -> str:
 
 def headline(result: Result) -> str:
     """What the README says of the models of timm, in a paragraph."""
-    means = []
-    for threads in sorted({row.parameters["threads"] for row in result.rows}):
-        gains = gains_of(result, threads)
-        mean = statistics.geometric_mean(ratio for ratio, _ in gains)
+    means, gains = [], []
+    for threads, rows in by_threads(result).items():
+        gains = gains_of(rows)
         (least, slowest), (most, fastest) = gains[0], gains[-1]
         means.append(
-            f"{mean:.2f}× on {threads} thread{'s' if threads > 1 else ''} ({least:.2f}× `{slowest}` to {most:.2f}× "
-            f"`{fastest}`)"
+            f"{mean_of(gains):.2f}× on {threads} thread{'s' if threads > 1 else ''} ({least:.2f}× `{slowest}` to "
+            f"{most:.2f}× `{fastest}`)"
         )
     return (
         f"Geometric mean over {len(gains)} models of timm: {', '.join(means)}. Float32, batch 1, the better layout of "
@@ -147,7 +142,7 @@ def svg_chart(result: Result, theme: Theme, threads: int = THREADS) -> str:
     Raises:
         ValueError: where nothing was measured on that number of threads.
     """
-    gains = gains_of(result, threads)
+    gains = gains_of(by_threads(result).get(threads, []))
     if not gains:
         raise ValueError(f"expected results of {threads} threads, got none")
     # The axis ends at the next power of two; it begins at 1, or below the least.
@@ -182,19 +177,13 @@ def svg_chart(result: Result, theme: Theme, threads: int = THREADS) -> str:
                 f'<text transform="translate({x + 3:.1f} {y:.1f}) rotate(-42)" text-anchor="end" font-size="10.5" '
                 f'fill="{theme.text}">{escape(text)}</text>'
             )
-    mean = statistics.geometric_mean(ratio for ratio, _ in gains)
+    mean = mean_of(gains)
     parts += [
         _line(LEFT, WIDTH - RIGHT, height(mean), theme.mean, dashed=True),
         _text(LEFT + 6, height(mean) - 6, f"geometric mean {mean:.2f}×", theme.mean, weight=600),
         "</svg>",
     ]
     return "\n".join(parts)
-
-
-def gains_of(result: Result, threads: int) -> list[tuple[float, str]]:
-    """Speed-up and name of each model on so many threads, the least first."""
-    rows = [row for row in result.rows if row.parameters["threads"] == threads]
-    return sorted((ratio, row.parameters["model"]) for row in rows if (ratio := gain(row)))
 
 
 def places_of_names(names: list[str]) -> set[int]:
@@ -288,10 +277,7 @@ def made(table: Table, folder: Path) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns 0; 1 where ``--check`` found a table that is not what its results say, 2 where something is missing."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {__package__} tables",
-        description="Writes tables and chart of README and docs/results.md from the results of record.",
-    )
+    parser = parser_of("tables", "Writes tables and chart of README and docs/results.md from the results of record.")
     parser.add_argument("--check", action="store_true", help="change nothing, and say what would change")
     options = parser.parse_args(argv)
     try:
@@ -323,11 +309,11 @@ def _ratio_text(ratio: float | None) -> str:
 
 
 def _against_best(row: Row, result: Result) -> tuple[str, str, str, str]:
-    """Our milliseconds, share of the roof, the fastest baseline, and its time over ours."""
-    ours, peer = row.measurement(OURS), best_peer(row, OURS)
+    """Our milliseconds, share of the roofline, the fastest baseline, and its time over ours."""
+    ours, baseline = row.measurement(OURS), row.best_baseline()
     if ours is None:
         return ("-",) * 4
-    theirs = row.measurement(peer) if peer else None
-    name = f"{peer} {WRONG}" if theirs and not theirs.passed else peer or "-"
-    share = share_text(row, ours, Roofs.from_plain(result.machine.get("roofs")))
-    return f"{ours.median_ms:.3f}", share, name, _ratio_text(row.ratio(peer, OURS) if peer else None)
+    theirs = row.measurement(baseline) if baseline else None
+    name = f"{baseline} {WRONG}" if theirs and not theirs.passed else baseline or "-"
+    share = share_text(row, ours, Roofs.of(result.machine))
+    return f"{ours.median_ms:.3f}", share, name, _ratio_text(row.ratio(baseline) if baseline else None)

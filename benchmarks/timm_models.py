@@ -23,9 +23,9 @@ from ffnet_kernels import dynamo
 from ffnet_kernels.selftest import error_limit
 
 from . import memory
-from .cases import numbers, positive
 from .contenders import CONTENDERS, EAGER, EAGER_NCHW, Contender, Ours, TorchCompile
-from .report import SLOWER, WRONG, markdown
+from .options import names, numbers, parser_of, positive
+from .report import SLOWER, WRONG, markdown, range_text
 from .results import Result, Row, machine, machine_line, write_json
 from .runner import INTERRUPTED, CpuClock, Runner, progress
 from .work import MEMORY_FORMATS, SEED, ModelWork, Program, Wrap, as_is
@@ -200,19 +200,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"python -m {__package__} timm", description=__doc__.splitlines()[0])
+    parser = parser_of("timm", __doc__.splitlines()[0])
     add, text = parser.add_argument, f"of timm (default: {len(MODELS)} of them)"
-    add("--models", type=_names, default=MODELS, metavar="NAME,NAME", help=text)
+    add("--models", type=names, default=MODELS, metavar="NAME,NAME", help=text)
     add("--threads", type=numbers, default=(1, 2), metavar="N,N", help="one table each (default: 1,2)")
     add("--samples", type=positive, default=SAMPLES, metavar="N", help="a contender (%(default)s)")
     add("--compiled", action="store_true", help="torch.compile as well, by inductor and by our backend")
     add("--out", type=Path, metavar="FILE", help="write the results there, after every model")
     add("--one", metavar="MODEL", help=argparse.SUPPRESS)
     return parser
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
 # The results as text, which is Markdown as well: a table a number of threads.
@@ -253,38 +249,51 @@ def compiled_table(rows: Sequence[Row]) -> str:
 
 def _line(row: Row) -> tuple[str, ...]:
     measurements = [row.measurement(name) for name in (*PLAIN, *OPTIMIZED)]
-    times = [f"{m.median_ms:.2f}" if m else "-" for m in measurements]
     ratios = [row.ratio(*pair) for pair in zip(PLAIN, OPTIMIZED, strict=True)]
     eager, ours, best = fastest(row, PLAIN), fastest(row, OPTIMIZED), gain(row)
     between = row.ratio_quartiles(eager, ours) if eager and ours else None
+    errors = _worst_error(row, PLAIN), _worst_error(row, OPTIMIZED)
     return (
-        row.parameters["model"], f"{row.parameters['size']}²", *times,
+        row.parameters["model"], f"{row.parameters['size']}²",
+        *(f"{m.median_ms:.2f}" if m else "-" for m in measurements),
         *(f"{ratio:.2f}" if ratio else "-" for ratio in ratios),
         f"{SLOWER if best < NOT_SLOWER else ''} {best:.2f}×".lstrip() if best else "-",
-        "{:.2f}–{:.2f}".format(*between) if between else "-", _error_text(row), "" if agrees(row) else WRONG,
+        range_text(between, 2, "–") if between else "-",
+        f"{errors[1] / errors[0]:.2f}" if errors[0] and errors[1] is not None else "-", "" if agrees(row) else WRONG,
     )  # fmt: skip
-
-
-def _error_text(row: Row) -> str:
-    eager, ours = _worst_error(row, PLAIN), _worst_error(row, OPTIMIZED)
-    return f"{ours / eager:.2f}" if eager and ours is not None else "-"
 
 
 def _worst_error(row: Row, names: Sequence[str]) -> float | None:
     """None where nothing ran, or an output is not finite."""
     errors = [m.error for name in names if (m := row.measurement(name))]
-    known = [error for error in errors if error is not None]
-    return max(known) if known and len(known) == len(errors) else None
+    return max(errors) if errors and None not in errors else None  # type: ignore[type-var]
+
+
+def gains_of(rows: Sequence[Row]) -> list[tuple[float, str]]:
+    """Speed-up and name of each model, the least first."""
+    return sorted((ratio, row.parameters["model"]) for row in rows if (ratio := gain(row)))
+
+
+def by_threads(result: Result) -> dict[int, list[Row]]:
+    """The rows of each number of threads."""
+    found: dict[int, list[Row]] = {}
+    for row in result.rows:
+        found.setdefault(row.parameters["threads"], []).append(row)
+    return dict(sorted(found.items()))
+
+
+def mean_of(gains: Sequence[tuple[float, str]]) -> float:
+    return statistics.geometric_mean(ratio for ratio, _ in gains)
 
 
 def summary(rows: Sequence[Row]) -> str:
     """What the table comes to."""
-    gains = {row.parameters["model"]: ratio for row in rows if (ratio := gain(row))}
+    gains = [(ratio, row.parameters["model"]) for row in rows if (ratio := gain(row))]
     if not gains:
         return "nothing was measured"
-    slower = [name for name, ratio in gains.items() if ratio < NOT_SLOWER]
+    slower = [name for ratio, name in gains if ratio < NOT_SLOWER]
     wrong = [row.parameters["model"] for row in rows if not agrees(row)]
-    means = [f"{statistics.geometric_mean(gains.values()):.2f}× best against best"]
+    means = [f"{mean_of(gains):.2f}× best against best"]
     for title, *pair in zip(("NCHW", "channels-last"), PLAIN, OPTIMIZED, strict=True):
         if ratios := [ratio for row in rows if (ratio := row.ratio(*pair))]:
             means.append(f"{statistics.geometric_mean(ratios):.2f}× in {title}")
@@ -297,13 +306,11 @@ def summary(rows: Sequence[Row]) -> str:
 def overview(result: Result) -> str:
     """A line a number of threads: mean, least and greatest gain."""
     lines = []
-    for threads in sorted({row.parameters["threads"] for row in result.rows}):
-        rows = [row for row in result.rows if row.parameters["threads"] == threads]
-        gains = sorted((ratio, row.parameters["model"]) for row in rows if (ratio := gain(row)))
-        mean = statistics.geometric_mean(ratio for ratio, _ in gains)
+    for threads, rows in by_threads(result).items():
+        gains = gains_of(rows)
         ends = [f"{ratio:.2f}× ({name})" for ratio, name in (gains[0], gains[-1])]
         below = sum(ratio < NOT_SLOWER for ratio, _ in gains)
-        lines.append((str(threads), str(len(gains)), f"{mean:.2f}×", *ends, str(below)))
+        lines.append((str(threads), str(len(gains)), f"{mean_of(gains):.2f}×", *ends, str(below)))
     headers = ("threads", "models", "geometric mean", "least", "greatest", f"below {NOT_SLOWER}")
     return f"{machine_line(result.machine)}, timm {result.extra['timm']}:\n\n{markdown(headers, lines)}"
 
@@ -323,8 +330,7 @@ def failures(result: Result) -> list[str]:
 def report(result: Result) -> str:
     """Machine, a table and a summary a number of threads, and what failed."""
     parts = [f"machine: {machine_line(result.machine)}, timm {result.extra['timm']}", NOTE]
-    for threads in sorted({row.parameters["threads"] for row in result.rows}):
-        rows = [row for row in result.rows if row.parameters["threads"] == threads]
+    for threads, rows in by_threads(result).items():
         parts += filter(None, [f"## Threads: {threads}", table(rows), summary(rows), compiled_table(rows)])
     if lines := failures(result):
         parts += ["## Failed", "\n".join(f"- {line}" for line in lines)]

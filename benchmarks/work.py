@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -16,10 +15,9 @@ from torch import Tensor, nn
 import ffnet
 import ffnet_kernels
 from ffnet.layers import DropPath
-from ffnet_kernels.backends import reference
 from ffnet_kernels.selftest import error_limit
 
-from .cases import OPERATORS, Case, LayerCase, ModelCase, OperatorCase, TrainingCase
+from .cases import OPERATORS, Case, LayerCase, OperatorCase, TrainingCase
 
 SEED = 0
 MEMORY_FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -94,7 +92,7 @@ class Work:
 
     def as_trained(self, layout: str) -> Program:
         """As `plain`, before anything was folded."""
-        raise Unsupported("an operator has no training-time form")
+        raise Unsupported("it has no training-time form")
 
     def exportable(self) -> tuple[nn.Module, list[tuple[Tensor, ...]]]:
         """As `plain` for other runtimes: a module with constant weights, and one tuple of maps a call, all contiguous.
@@ -136,7 +134,7 @@ class OperatorWork(Work):
     def plain(self, layout: str, wrap: Wrap = as_is) -> Program:
         slow = too_large_for_onednn(self.arguments)
         detail = "without oneDNN" if slow else ""
-        return self.program(reference_of(self.operator), self.checked(layout), layout, detail, wrap, slow=slow)
+        return self.program(self._defined.reference, self.checked(layout), layout, detail, wrap, slow=slow)
 
     def fused(self, layout: str | None = None) -> Program:
         layout = layout or self.layout
@@ -168,24 +166,28 @@ class OperatorWork(Work):
             return super().exportable()
         single = mapped(Tensor.float, self.arguments)
         maps = [single[name] for name in MAPS if isinstance(single.get(name), Tensor)]
-        return _Call(self.operator, checked(self.operator, single), maps), [tuple(maps)]
+        return _Call(self._defined.reference, self._defined.defined.checked(**single), maps), [tuple(maps)]
 
     def expected(self) -> Any:
-        double = checked(self.operator, mapped(Tensor.double, self.arguments))
-        program = self.program(reference_of(self.operator), double, "nchw")
+        double = self._defined.defined.checked(**mapped(Tensor.double, self.arguments))
+        program = self.program(self._defined.reference, double, "nchw")
         return program() if self.inference else program.results()
 
     def checked(self, layout: str) -> tuple:
         """The arguments in a layout, as the operator takes them."""
-        return checked(self.operator, laid_out(self.arguments, layout))
+        return self._defined.defined.checked(**laid_out(self.arguments, layout))
+
+    @property
+    def _defined(self) -> Any:
+        return ffnet_kernels.ops.OPERATORS[self.operator]
 
 
 class _Call(nn.Module):
     """A call of an operator in plain PyTorch; all arguments but the maps are constants."""
 
-    def __init__(self, operator: str, arguments: tuple, maps: list[Tensor]):
+    def __init__(self, function: Callable[..., Tensor], arguments: tuple, maps: list[Tensor]):
         super().__init__()
-        self.function, self.arguments = reference_of(operator), arguments
+        self.function, self.arguments = function, arguments
         self.places = [next(i for i, a in enumerate(arguments) if a is one) for one in maps]
 
     def forward(self, *maps: Tensor) -> Tensor:
@@ -264,9 +266,6 @@ class TrainingWork(Work):
         program()  # its first step runs the modules, and is not what is judged
         return program
 
-    def as_trained(self, layout: str) -> Program:
-        return self.plain(layout)
-
     def expected(self) -> list[Tensor]:
         model, batch = self._copy("nchw").double(), self.batch.double()
         if self.gradients:
@@ -305,15 +304,14 @@ def build(case: Case) -> Any:
         torch.manual_seed(SEED)
         model = ffnet.create_model(case.model).eval()
         if isinstance(case, LayerCase):
-            batch = torch.randn(case.batch, case.channels, case.size, case.size).to(dtype)
+            batch = torch.randn(case.batch, *case.shape).to(dtype)
             return ModelWork(ffnet.reparameterize(model.get_submodule(case.path)).to(dtype), [batch])
         model = model.to(dtype)
         # Stochastic depth would drop other blocks in float64 than in float32, and no training step could be judged.
         for module in model.modules():
             if isinstance(module, DropPath):
                 module.rate = 0.0
-        shape = case.shape if isinstance(case, ModelCase) else (3, case.size, case.size)
-        batch = torch.randn(case.batch, *shape).to(dtype)
+        batch = torch.randn(case.batch, *case.shape).to(dtype)
     if isinstance(case, TrainingCase):
         return TrainingWork(model.train(), batch, autocast=case.autocast)
     return ModelWork(model, [batch])
@@ -404,17 +402,3 @@ def without_onednn(function: Callable[..., Any]) -> Callable[..., Any]:
             torch.backends.mkldnn.set_flags(_enabled=enabled)
 
     return run
-
-
-def checked(operator: str, arguments: dict[str, Any]) -> tuple:
-    """Named arguments of a public function as its operator takes them, in this commit or an older one (`compare`)."""
-    if hasattr(ffnet_kernels, "ops"):
-        return ffnet_kernels.ops.OPERATORS[operator].defined.checked(**arguments)
-    return getattr(importlib.import_module("ffnet_kernels.checks"), operator)(**arguments)
-
-
-def reference_of(operator: str) -> Callable[..., Any]:
-    """The operator of such arguments in plain PyTorch."""
-    if hasattr(ffnet_kernels, "ops"):
-        return ffnet_kernels.ops.OPERATORS[operator].reference
-    return getattr(reference, operator)

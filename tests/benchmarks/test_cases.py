@@ -8,7 +8,6 @@ import torch
 
 import ffnet
 import ffnet_kernels
-from benchmarks import cases as own_shape
 from benchmarks import runner
 from benchmarks.__main__ import main
 from benchmarks.cases import (
@@ -24,9 +23,10 @@ from benchmarks.cases import (
     parameters,
     suite,
 )
-from benchmarks.contenders import CONTENDERS, OURS, Eager
+from benchmarks.contenders import CONTENDERS, Eager
 from benchmarks.report import growth_table
-from benchmarks.results import Measurement, Roofs, Row
+from benchmarks.results import OURS, Measurement, Roofs, Row
+from benchmarks.run import FOLDER
 from benchmarks.work import ModelWork, build
 from ffnet import create_model
 from ffnet_kernels.__main__ import main as kernels_command
@@ -68,7 +68,11 @@ def test_the_layers_are_where_their_paths_say():
 
 def test_the_operator_suite_covers_every_stage():
     cases = suite("ops")
-    families = {(*shape, family.activation) for family in FAMILIES.values() for shape in family.shapes}
+    families = {
+        (*shape, activation)
+        for dims, kernels, activation in FAMILIES.values()
+        for shape in zip(dims, (56, 28, 14, 7), kernels, strict=True)
+    }
     assert {(c.channels, c.size, c.kernel, c.activation) for c in cases} >= families
     covered = {(case.operator, case.channels) for case in cases}
     assert covered >= {(op, dim) for op in OPERATORS for dims in STAGE_DIMS.values() for dim in dims}
@@ -173,12 +177,12 @@ def names(capsys, *options):
 
 def test_one_command_makes_table_and_chart(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    command = ["bench", "--shape", "32x6x10", "--kernel", "5", "--peers", "eager nchw", "--samples", "2"]
+    command = ["bench", "--shape", "32x6x10", "--kernel", "5", "--baselines", "eager nchw", "--samples", "2"]
     assert kernels_command(command) == 0
     text = capsys.readouterr().out
-    for operator in own_shape.OPERATORS:
+    for operator in OPERATORS:
         assert f"| {operator}" in text
-    folder = tmp_path / own_shape.FOLDER
+    folder = tmp_path / FOLDER
     rows = json.loads((folder / "results.json").read_text())["rows"]
     assert [row["case"].partition(" ")[2] for row in rows] == ["32x6x10 k5 b1 float32 channels_last"] * 3
     assert all(m["passed"] for row in rows for m in row["measurements"])
@@ -187,7 +191,7 @@ def test_one_command_makes_table_and_chart(tmp_path, monkeypatch, capsys):
 
 def test_every_combination_is_a_case(capsys):
     assert names(capsys, "--shape", "320x16x16") == [
-        f"{operator} 320x16x16 k7 b1 float32 channels_last" for operator in own_shape.OPERATORS
+        f"{operator} 320x16x16 k7 b1 float32 channels_last" for operator in OPERATORS
     ]
     options = ("--kernel", "3,31", "--batch", "1,8", "--operator", "depthwise_conv2d", "--dtype", "all")
     found = names(capsys, "--shape", "8x4x4,16X8x4".lower(), *options, "--layout", "nchw", "--direction", "all")
@@ -196,7 +200,7 @@ def test_every_combination_is_a_case(capsys):
     assert names(capsys, "--shape", "8x4x4", "--filter", "mixer") == ["channel_mixer 8x4x4 k7 b1 float32 channels_last"]
 
 
-@pytest.mark.parametrize("operator", own_shape.OPERATORS)
+@pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("kernel", [4, 5])
 def test_maps_need_not_be_square(operator, kernel):
     case = OperatorCase(operator, 2, 8, 3, kernel, width=9)

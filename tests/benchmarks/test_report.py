@@ -16,11 +16,10 @@ from benchmarks.cases import (
     parameters,
     suite,
 )
-from benchmarks.charts import DIMENSIONS, fit, series
-from benchmarks.contenders import CONTENDERS, OURS
+from benchmarks.contenders import CONTENDERS, EAGER, EAGER_NCHW
 from benchmarks.goals import Goal, goal
-from benchmarks.report import growth_table
-from benchmarks.results import Measurement, Result, Row, best_peer
+from benchmarks.report import DIMENSIONS, fit, growth_table, main, series
+from benchmarks.results import OURS, Measurement, Result, Row
 
 
 def test_exponents():
@@ -66,14 +65,14 @@ def row(case=CASE, passed=True, **milliseconds):
         (CASE, Goal(1.4, 1.8)),
         (OperatorCase("ffnified_attention", 1, 80, 64, 3), Goal(1.5, 2)),
         (OperatorCase("ffnified_attention", 1, 80, 64, 3, dtype="bfloat16"), Goal(2, 3)),
-        (OperatorCase("ffnified_attention", 1, 80, 64, 3, direction="backward"), Goal(6, 15, goals.NHWC)),
+        (OperatorCase("ffnified_attention", 1, 80, 64, 3, direction="backward"), Goal(6, 15, EAGER)),
         (OperatorCase("channel_mixer", 1, 96, 64, 7), Goal(1.1, None)),
         (OperatorCase("channel_mixer", 1, 160, 32, 3, dtype="bfloat16"), Goal(1.1, None)),
         (OperatorCase("channel_mixer", 1, 160, 32, 3, direction="backward"), None),
         (OperatorCase("depthwise_conv2d", 1, *LARGE_FILTERS[0], direction="backward"), Goal(10, 40)),
         (ModelCase("ffnet_1", 1), Goal(1.05, 1.12)),
         (ModelCase("ffnet_1", 1, dtype="bfloat16"), Goal(1.2, 1.35)),
-        (TrainingCase("ffnet_1", 4), Goal(1.6, 2.2, goals.NHWC)),
+        (TrainingCase("ffnet_1", 4), Goal(1.6, 2.2, EAGER)),
         (TrainingCase("ffnet_1", 4, autocast=True), Goal(1.5, None)),
     ],
     ids=lambda value: value.name if hasattr(value, "name") else "",
@@ -96,14 +95,14 @@ def test_the_suite_covers_what_goals_are_about():
     assert stages == {
         (op, b, c, d, way) for op, way in kinds for b in (1, 8) for c in channels for d in ("float32", "bfloat16")
     }
-    assert {name for case in cases for name in goals.peers(case)} <= set(CONTENDERS)
+    assert {name for case in cases for name in goals.baselines(case)} <= set(CONTENDERS)
 
 
-def test_the_best_peer_is_the_fastest_or_the_one_named():
+def test_the_best_baseline_is_the_fastest_or_the_one_named():
     measured = row(ours=1.0, nchw=2.0, eager=3.0)
-    assert best_peer(measured, OURS) == "eager nchw"
-    assert best_peer(measured, OURS, goals.NHWC) == "eager channels-last"
-    assert best_peer(row(ours=1.0), OURS) is None
+    assert measured.best_baseline() == EAGER_NCHW
+    assert measured.best_baseline(EAGER) == EAGER
+    assert row(ours=1.0).best_baseline() is row(ours=1.0, nchw=2.0).best_baseline(EAGER) is None
 
 
 def test_report():
@@ -130,10 +129,10 @@ def test_parts_are_merged(tmp_path, capsys):
     machine = {**MACHINE, "runtimes": {"openvino": "1"}}
     for path, measured in zip(parts, (row(ours=1.0, eager=2.0), row(other, ours=1.0, openvino=1.1)), strict=True):
         path.write_text(Result(machine, [measured]).to_json())
-    assert goals.main([*map(str, parts), "--json", str(tmp_path / "all.json")]) == 0
+    assert main(["--goals", *map(str, parts), "--json", str(tmp_path / "all.json")]) == 0
     assert "openvino" in capsys.readouterr().out
     assert [r["case"] for r in json.loads((tmp_path / "all.json").read_text())["rows"]] == [CASE.name, other.name]
-    assert goals.main([str(tmp_path / "none.json")]) == 2
+    assert main([str(tmp_path / "none.json")]) == 2
 
 
 def test_memory_table():
@@ -158,7 +157,7 @@ def test_peak_memory_of_this_process():
     block = bytearray(b"x" * (64 * memory.MIB))
     del block
     assert memory.resident("VmHWM") - before > 60 * memory.MIB
-    assert memory.most_during(lambda: bytearray(b"x" * (64 * memory.MIB))) > 60 * memory.MIB
-    assert memory.most_during(lambda: None) < memory.MIB
+    assert memory.peak_during(lambda: bytearray(b"x" * (64 * memory.MIB))) > 60 * memory.MIB
+    assert memory.peak_during(lambda: None) < memory.MIB
     with pytest.raises(memory.MemoryUnknown):
         memory.resident("NoSuchField")

@@ -13,9 +13,9 @@ import torch
 
 from benchmarks import contenders, runner
 from benchmarks.cases import OperatorCase
-from benchmarks.contenders import OURS, AsTrained, Eager, TorchCompile
-from benchmarks.report import FASTER_BASELINE, SLOWER, WRONG, colored, overview, report, table
-from benchmarks.results import Measurement, Result, Roofs, Row, machine, merge, replacing, shared_words, write_json
+from benchmarks.contenders import AsTrained, Eager, TorchCompile
+from benchmarks.report import FASTER_BASELINE, SLOWER, WRONG, overview, report, table
+from benchmarks.results import OURS, Measurement, Result, Roofs, Row, machine, read, replacing, shared_words, write_json
 from benchmarks.runner import CpuClock, Runner, run_cases
 from benchmarks.work import Program, build
 from ffnet_kernels import native
@@ -133,7 +133,7 @@ def test_page_faults_are_counted():
     before = runner.Disturbances.now()
     with mmap.mmap(-1, 2**22) as fresh:  # what a C library gives may have been used before
         fresh.write(bytes(2**22))
-    assert runner.Disturbances.now().since(before).page_faults > 0
+    assert runner.Disturbances.now().page_faults > before.page_faults
     measurement = Measurement("x", samples_ms=(1.0, 1.0, 1.0), repeats=2, page_faults=(4, 8, 600))
     assert measurement.faults_per_call == 4
 
@@ -178,7 +178,7 @@ def test_an_absent_contender_keeps_its_reason(clock):
     assert row.ratio("absent", OURS) is None
     text = report(Result(machine(), [row]))
     assert "absent: no compiler" in text
-    assert "as trained: an operator has no training-time form" in text
+    assert "as trained: it has no training-time form" in text
 
 
 def test_torch_compile_says_why_it_is_absent(monkeypatch):
@@ -195,7 +195,7 @@ def test_torch_compile_says_why_it_is_absent(monkeypatch):
     assert reason == "does not compile on this machine: InvalidCxxCompiler: no C++ compiler found"
 
 
-def test_faster_peers_are_marked_and_kept(clock):
+def test_faster_baselines_are_marked_and_kept(clock):
     lines = table(run(clock, Toy(OURS, clock, 2e-3), Toy("fast", clock, 1e-3), Toy("slow", clock, 3e-3))).splitlines()
     assert [FASTER_BASELINE in line for line in lines[2:]] == [False, True, False]
     assert "0.50x" in lines[3]
@@ -208,7 +208,6 @@ def test_the_overview_marks_slower_and_wrong(clock):
     line = overview([row]).splitlines()[-1]
     assert f"{SLOWER} 0.50x" in line
     assert f"{WRONG} 1.50x" in line
-    assert "\033[31m  0.50x\033[0m" in colored(line)
 
 
 def test_the_overview_says_once_what_all_names_end_in():
@@ -321,7 +320,7 @@ def test_the_share_of_the_roof():
     assert roofs_.least_ms(0, 10**6, "float32") == pytest.approx(1.0)  # by its bytes, as of the largest copy
     assert roofs_.copy_rate(10_000) == pytest.approx(5.5)  # between, by the logarithm of the size
     assert roofs_.least_ms(1, 1, "float16") is None
-    assert Roofs.from_plain(json.loads(json.dumps(roofs_.to_plain()))) == roofs_
+    assert Roofs.of({"roofs": json.loads(json.dumps(dataclasses.asdict(roofs_)))}) == roofs_
     row = Row("case", 10**8, 1000, (Measurement(OURS, samples_ms=(2.0,)),), {"dtype": "float32"})
     assert " 50 % " in table(row, roofs_)
     assert roofs_.raised(Roofs({"float32": 90.0}, ((1000, 11.0), (100_000, 0.5)))) == Roofs(
@@ -335,7 +334,7 @@ def test_roofs_of_this_machine(monkeypatch):
     found = runner.measure_roofs()
     assert all(rate > 0 for _, rate in found.copies)
     if native.helper():
-        assert found.gflops["float32"] > 1
+        assert found.gflops["float32"] > 0
 
 
 def test_json_round_trip(clock, tmp_path):
@@ -363,14 +362,18 @@ def test_json_round_trip(clock, tmp_path):
             Result.from_json(text)
 
 
-def test_merge(clock):
+def test_several_files_make_one_result(tmp_path):
     rows = [Row(case, 1, 1, (Measurement(OURS, samples_ms=(float(ms),)),)) for ms, case in enumerate("aba", 1)]
     machine = {"processor": "p", "threads": 2, "isa": "avx512", "torch": "2", "commit": "c"}
-    merged = merge([Result(machine, rows[:2]), Result(machine, rows[2:], interrupted=True)])
+    first, second, other = [tmp_path / name for name in ("1.json", "2.json", "other.json")]
+    write_json(Result(machine, rows[:2]), first)
+    write_json(Result(machine, rows[2:], interrupted=True), second)
+    merged = read([first, second])
     assert [(row.case, row.measurements[0].median_ms) for row in merged.rows] == [("a", 3.0), ("b", 2.0)]
     assert merged.interrupted
+    write_json(Result({**machine, "threads": 1}), other)
     with pytest.raises(ValueError, match="threads is 2 and 1"):
-        merge([Result(machine), Result({**machine, "threads": 1})])
+        read([first, other])
 
 
 def test_a_ratio_is_of_rounds():

@@ -6,8 +6,7 @@ from xml.etree import ElementTree
 import pytest
 
 from benchmarks import tables
-from benchmarks.contenders import OURS
-from benchmarks.results import Measurement, Result, Row
+from benchmarks.results import OURS, Measurement, Result, Row
 from benchmarks.tables import Table
 
 MACHINE = dict.fromkeys(("processor", "threads", "isa", "torch", "python", "ffnet_kernels", "commit"), "x")

@@ -7,7 +7,8 @@ import torch
 
 from benchmarks import contenders
 from benchmarks.cases import OPERATORS, OperatorCase, TrainingCase
-from benchmarks.contenders import CONTENDERS, OURS, Eager, OnnxRuntime, OpenVino, TorchCompile
+from benchmarks.contenders import CONTENDERS, Eager, OnnxRuntime, OpenVino, TorchCompile
+from benchmarks.results import OURS
 from benchmarks.runner import Runner
 from benchmarks.work import ModelWork, TrainingWork, Unsupported, build, too_large_for_onednn
 from ffnet import create_model
