@@ -75,6 +75,7 @@ setup(
         "ffnet_kernels.backends.triton",
         "ffnet_kernels.lib",
         "ffnet_kernels.ops",
+        "ffnet_kernels.patterns",
         "ffnet",
         "ffnet.commands",
         "ffnet.examples",
