@@ -296,17 +296,9 @@ class FFNet(FFNetTrunk):
             ValueError: If ``num_classes`` is negative, or ``global_pool``, timm's argument, is not ``"avg"``.
             RuntimeError: If the final norm has been folded into the present head.
         """
-        if num_classes < 0:
-            raise ValueError(f"expected num_classes >= 0, got {num_classes}")
-        if global_pool not in (None, "avg"):
-            raise ValueError(f"expected global_pool 'avg', got {global_pool!r}")
         self._require_norm("a new head")
+        self.head = new_classifier(self.num_features, num_classes, global_pool, next(self.parameters()))
         self.num_classes = self.config["num_classes"] = num_classes
-        self.head: nn.Module = nn.Identity()
-        if num_classes > 0:
-            like = next(self.parameters())
-            self.head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
-            init_weights(self.head)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Norm, global average pool and head: map of the last stage → [N, num_classes].
@@ -352,6 +344,24 @@ class FFNet(FFNetTrunk):
 
 def _as_it_is(x: Tensor) -> Tensor:
     return x
+
+
+def new_classifier(features: int, num_classes: int, global_pool: str | None, like: Tensor) -> nn.Module:
+    """A classifying layer, [N, features] → [N, num_classes], initialised, on the device of a tensor and in its dtype;
+    an identity for no classes.
+
+    Raises:
+        ValueError: If ``num_classes`` is negative, or ``global_pool``, timm's argument, is not ``"avg"``.
+    """
+    if num_classes < 0:
+        raise ValueError(f"expected num_classes >= 0, got {num_classes}")
+    if global_pool not in (None, "avg"):
+        raise ValueError(f"expected global_pool 'avg', got {global_pool!r}")
+    if num_classes == 0:
+        return nn.Identity()
+    classifier = nn.Linear(features, num_classes, device=like.device, dtype=like.dtype)
+    init_weights(classifier)
+    return classifier
 
 
 def init_weights(module: nn.Module) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .backbone import DENSE_CONFIG, FFNetBackbone
 from .layers import ConvBN, DropChannels
 from .mixers import ResidualMixer, conv_ffn_mixer, ffnified_attention_mixer
-from .model import PRESETS, FFNetTrunk, init_weights
+from .model import PRESETS, FFNetTrunk, init_weights, new_classifier
 from .registry import register_model
 from .upernet import UPerHead
 
@@ -124,16 +124,10 @@ class FFNetSegClassifier(FFNetTrunk):
         Raises:
             ValueError: If ``num_classes`` is negative, or ``global_pool``, timm's argument, is not ``"avg"``.
         """
-        if num_classes < 0:
-            raise ValueError(f"expected num_classes >= 0, got {num_classes}")
-        if global_pool not in (None, "avg"):
-            raise ValueError(f"expected global_pool 'avg', got {global_pool!r}")
+        self.head2[3] = new_classifier(
+            self.head_hidden_size, num_classes, global_pool, self.get_parameter("head2.0.weight")
+        )
         self.num_classes = self.config["num_classes"] = num_classes
-        like = self.head2[0].weight
-        self.head2[3] = nn.Identity()
-        if num_classes > 0:
-            self.head2[3] = nn.Linear(self.head_hidden_size, num_classes, device=like.device, dtype=like.dtype)
-            init_weights(self.head2[3])
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Map of the last stage → [N, num_classes]; with ``pre_logits``, stops before the last layer: [N, 1280]."""

@@ -160,20 +160,17 @@ def norm_mixer(
     return linear(y, project_weight.flatten(1), project_bias, "none", scale, residual).permute(0, 3, 1, 2)
 
 
-def batch_norm(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    dimensions: tuple[int, ...],
-) -> Tensor:
-    """``nn.BatchNorm`` by its running statistics, of maps of so many dimensions."""
+def batch_norm(x: Tensor, *norm: Any) -> Tensor:
+    """``nn.BatchNorm`` by its running statistics.
+
+    Args:
+        norm: running mean, running variance, weight, bias (each [C] or None), eps, and a map's possible dimensions.
+    """
+    *vectors, eps, dimensions = norm
     if x.dim() not in dimensions:
         raise ValueError(f"expected a map of {dimensions} dimensions, got {x.dim()}")
     # PyTorch's gradients on channels-last maps take the strides of vectors for one.
-    weight, bias, running_mean, running_var = map(dense, (weight, bias, running_mean, running_var))
+    running_mean, running_var, weight, bias = map(dense, vectors)
     return torch.batch_norm(x, weight, bias, running_mean, running_var, False, 0.0, eps, torch.backends.cudnn.enabled)
 
 
@@ -195,20 +192,10 @@ def branched_depthwise(
     return training.branched_depthwise(x, weights, [training.Norm(*norm) for norm in norms], stride, activation)
 
 
-def feed_forward(
-    x: Tensor,
-    expand_weight: Tensor,
-    expand_bias: Tensor | None,
-    project_weight: Tensor,
-    project_bias: Tensor | None,
-    activation: str,
-    scale: Tensor | None,
-    residual: Tensor | None,
-) -> Tensor:
-    return training.feed_forward(
-        x, expand_weight, expand_bias, project_weight, project_bias,
-        activation=activation, scale=scale if scale is None else scale.reshape(-1), residual=residual,
-    )  # fmt: skip
+def feed_forward(x: Tensor, *args: Any) -> Tensor:
+    *weights, activation, scale, residual = args
+    scale = scale if scale is None else scale.reshape(-1)
+    return training.feed_forward(x, *weights, activation=activation, scale=scale, residual=residual)
 
 
 def is_direct(x: Tensor) -> bool:

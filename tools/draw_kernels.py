@@ -26,9 +26,9 @@ FONT = "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif"
 
 
 class Drawing:
-    """An SVG that grows by rectangles, text and arrows."""
+    """An SVG with a heading that grows by rectangles, text and arrows; ``label`` is for those who cannot see it."""
 
-    def __init__(self, width: int, height: int, label: str) -> None:
+    def __init__(self, width: int, height: int, label: str, heading: str, below: str) -> None:
         self.parts = [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" role="img" '
             f'aria-label="{escape(label)}" font-family="{FONT}" font-size="13"><style>{STYLE}</style>',
@@ -37,6 +37,8 @@ class Drawing:
             'orient="auto">'
             '<path class="q" d="M0 0L8 4L0 8z"/></marker></defs>',
         ]
+        self.text(24, 34, heading, size=16, weight=600)
+        self.text(24, 56, below, "q")
 
     def box(self, x: float, y: float, width: float, height: float, style: str = "cell", text: str = "") -> None:
         self.parts.append(f'<rect class="{style}" x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="2"/>')
@@ -62,14 +64,11 @@ class Drawing:
 def banded_matrix() -> Drawing:
     """A window of 8 columns with 4 on each side, times the matrix that holds a row of a 7×7 filter."""
     cell, taps, own, halo = 21, 7, 8, 4
-    drawing = Drawing(880, 500, "A row of a depthwise convolution as a product with a banded matrix")
-    drawing.text(24, 34, "One row of a 7×7 filter on a row of the map: 16 numbers in, 8 out", size=16, weight=600)
-    drawing.text(
-        24,
-        56,
+    drawing = Drawing(
+        880, 500, "A row of a depthwise convolution as a product with a banded matrix",
+        "One row of a 7×7 filter on a row of the map: 16 numbers in, 8 out",
         "The matrix is the same for every window, row and image of a channel: a warp keeps it in registers.",
-        "q",
-    )
+    )  # fmt: skip
     left, top = 24, 104
     drawing.text(left, top - 10, "16 windows of a channel (rows of the fragment)", "q", size=12)
     for row in range(16):
@@ -103,9 +102,11 @@ def banded_matrix() -> Drawing:
 
 def rolling_rows() -> Drawing:
     """The token mixer: seven rows of the middle map exist at a time."""
-    drawing = Drawing(880, 380, "Rolling rows in the token mixer")
-    drawing.text(24, 34, "The token mixer rolls the rows: the middle map never exists as a whole", size=16, weight=600)
-    drawing.text(24, 56, "FFNified attention, 7×7: the step that completes row h of the result.", "q")
+    drawing = Drawing(
+        880, 380, "Rolling rows in the token mixer",
+        "The token mixer rolls the rows: the middle map never exists as a whole",
+        "FFNified attention, 7×7: the step that completes row h of the result.",
+    )  # fmt: skip
     height, width, top = 22, 170, 100
     lefts = {"q": 40, "middle": 355, "y": 670}
     drawing.text(lefts["q"], top - 12, "q, in memory", weight=600)
@@ -155,14 +156,11 @@ FUSED = (2, 1)
 
 def bytes_moved() -> Drawing:
     """Maps that plain PyTorch and the fused operators move."""
-    drawing = Drawing(880, 330, "Maps moved by plain PyTorch and by the fused operators")
-    drawing.text(24, 34, "Where bytes go: maps that are read and written", size=16, weight=600)
-    drawing.text(
-        24,
-        56,
+    drawing = Drawing(
+        880, 330, "Maps moved by plain PyTorch and by the fused operators",
+        "Where bytes go: maps that are read and written",
         "Counted, in maps of C × H × W; the hidden map of the channel mixer counts three. Weights are left out.",
-        "q",
-    )
+    )  # fmt: skip
     unit, left, y = 28.0, 175, 84
     for name, passes in PLAIN.items():
         total = sum(read + written for _, read, written in passes)

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from ..registry import create_model, list_models, model_entry
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import nn
 
 __all__ = [
     "CommandError",
@@ -21,6 +22,7 @@ __all__ = [
     "labels_from",
     "model_arguments",
     "model_from",
+    "model_of",
     "new_file",
     "picture_from",
 ]
@@ -64,10 +66,32 @@ def model_from(options: argparse.Namespace, task: str | None, **kwargs: Any) -> 
     try:
         model = create_model(options.model, checkpoint=options.checkpoint, **kwargs)
     except (OSError, ValueError, ImportError, TypeError) as error:  # TypeError: of a keyword that is none
-        raise CommandError("; ".join(line.strip() for line in str(error).splitlines())) from error
+        raise CommandError(one_line(error)) from error
     if model.config["input_size"][0] != 3:
         raise CommandError(f"expected a model of 3 channels, as pictures have; got {model.config['input_size'][0]}")
     return reparameterize(model.eval())
+
+
+def model_of(checkpoint: Path, build: Callable[[dict[str, Any]], nn.Module]) -> Any:
+    """The model that ``build`` makes for a checkpoint's state dict, in eval mode, with its weights and folded.
+
+    Raises:
+        CommandError: If the checkpoint cannot be read, or is of no such model.
+    """
+    from ..checkpoint import load_checkpoint, read_state_dict
+    from ..folding import reparameterize
+
+    try:
+        model = build(read_state_dict(checkpoint))
+        load_checkpoint(model, checkpoint)
+    except (OSError, ValueError, ImportError) as error:
+        raise CommandError(one_line(error)) from error
+    return reparameterize(model.eval())
+
+
+def one_line(error: Exception) -> str:
+    """The text of an error."""
+    return "; ".join(line.strip() for line in str(error).splitlines())
 
 
 def model_arguments(text: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .common import CommandError, new_file
+from .common import CommandError, model_of, new_file
 
 
 def add_parser(commands: Any) -> None:
@@ -116,13 +116,6 @@ def _is_number(text: str) -> bool:
 
 
 def _model(checkpoint: Path) -> Any:
-    from ..checkpoint import load_checkpoint, read_state_dict
-    from ..folding import reparameterize
     from ..forecasting import ForecastFFNet, forecast_arguments
 
-    try:
-        model = ForecastFFNet(**forecast_arguments(read_state_dict(checkpoint)))
-        load_checkpoint(model, checkpoint)
-    except (OSError, ValueError, ImportError) as error:
-        raise CommandError("; ".join(line.strip() for line in str(error).splitlines())) from error
-    return reparameterize(model.eval())
+    return model_of(checkpoint, lambda state: ForecastFFNet(**forecast_arguments(state)))

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import CommandError, new_file
+from .common import CommandError, model_of, new_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -67,23 +67,21 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _model(options: argparse.Namespace) -> Any:
-    from ..checkpoint import load_checkpoint, read_state_dict
-    from ..folding import reparameterize
     from ..super_resolution import SCALES, FFNetSR, sr_arguments
 
     if options.scale is not None and options.scale not in SCALES:
         raise CommandError(f"expected --scale 2, 3 or 4, got {options.scale}")
-    try:
-        arguments = sr_arguments(read_state_dict(options.checkpoint))
+
+    def build(state: dict[str, Any]) -> FFNetSR:
+        arguments = sr_arguments(state)
         if options.scale not in (None, arguments["scale"]):
             raise CommandError(f"{options.checkpoint} enlarges {arguments['scale']} times, got --scale {options.scale}")
-        model = FFNetSR(**arguments)
-        load_checkpoint(model, options.checkpoint)
-    except (OSError, ValueError, ImportError) as error:
-        raise CommandError("; ".join(line.strip() for line in str(error).splitlines())) from error
+        return FFNetSR(**arguments)
+
+    model = model_of(options.checkpoint, build)
     if model.in_chans != 3:
         raise CommandError(f"{options.checkpoint}: expected a model of 3 channels, got {model.in_chans}")
-    return reparameterize(model.eval())
+    return model
 
 
 def picture_from(path: Path) -> Image:

@@ -7,18 +7,16 @@ that training never sees. Needs torchvision.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..commands.common import new_file
+from .files import parser_of, save, started
 from .photographs import grey, photograph
 
 #: left, top, right, bottom of each coin, row by row.
@@ -127,14 +125,10 @@ def picture(image: Any, areas: Sequence[Sequence[int]], found: Sequence[Tensor])
     return sheet
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m ffnet.examples.detect_coins", description=__doc__)
-    parser.add_argument("--steps", type=int, default=250)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("build/detect_coins"), metavar="FOLDER")
-    options = parser.parse_args(argv)
-    options.out.mkdir(parents=True, exist_ok=True)  # where that fails, before minutes of training
-    torch.manual_seed(options.seed)
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = parser_of("detect_coins", __doc__)
+    parser.add_argument("--steps", type=int, default=250, help="of training (default: %(default)s)")
+    options = started(parser, argv)
     photo = photograph("scikit-image", "coins.png")
     image = grey(photo).expand(3, -1, -1)
     known, unknown = ([piece(image, area) for area in areas] for areas in (TRAINED_ON, HELD_OUT))
@@ -146,13 +140,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     held_out, more = score(model, unknown)
     result = {"steps": options.steps, "seconds": seconds, "trained on": trained, "held out": held_out}
     print(json.dumps(result, indent=2))
-    with new_file(options.out / "result.json") as file:
-        file.write(json.dumps(result, indent=2).encode())
-    with new_file(options.out / "picture.png") as file:
-        picture(photo, (*TRAINED_ON, *HELD_OUT), [*boxes, *more]).save(file, format="png")
-    print(f"wrote result.json and picture.png to {options.out}")
-    return 0
+    sheet = picture(photo, (*TRAINED_ON, *HELD_OUT), [*boxes, *more])
+    save(options.out, result, lambda file: sheet.save(file, format="png"))
+    return result
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

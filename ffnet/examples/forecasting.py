@@ -9,11 +9,10 @@ last value; the value of 52 weeks before; and that with what the last year has a
 
 from __future__ import annotations
 
-import argparse
 import copy
 import sys
 import time
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from ..forecasting import ForecastFFNet
 from ..profile import count_parameters
-from .files import save
+from .files import parser_of, save, started
 
 LOOKBACK, HORIZON, PERIOD = 104, 52, 52
 BATCH, RATE = 64, 2e-3
@@ -101,17 +100,11 @@ def draw(past: Tensor, future: Tensor, forecasts: dict[str, Tensor]) -> Any:
     return figure
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(prog="python -m ffnet.examples.forecasting", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = parser_of("forecasting", __doc__)
     parser.add_argument("--epochs", type=int, default=30, help="of training (default: %(default)s)")
     parser.add_argument("--dim", type=int, default=32, help="features (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("build/forecasting"), help="folder (default: %(default)s)")
-    options = parser.parse_args(argv)
-    options.out.mkdir(parents=True, exist_ok=True)  # where that fails, before minutes of training
-
-    torch.manual_seed(options.seed)
+    options = started(parser, argv)
     series = weekly_co2()
     test, held = int(0.8 * len(series)), int(0.7 * len(series))
     model = ForecastFFNet(1, LOOKBACK, HORIZON, options.dim)
@@ -135,7 +128,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "series": "weekly CO2 at Mauna Loa, statsmodels", "lookback": LOOKBACK, "horizon": HORIZON, "dim": options.dim,
         "parameters": count_parameters(model), "epochs": options.epochs, "seconds": round(seconds, 1), "errors": errors,
     }  # fmt: skip
-    save(options.out, "forecasting", model, result, draw(past, future, forecasts))
+    figure = draw(past, future, forecasts)
+    save(options.out, result, lambda file: figure.savefig(file, dpi=80, format="png"), model)
     return result
 
 

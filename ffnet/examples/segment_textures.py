@@ -7,20 +7,18 @@ halves; what is reported is of mosaics cut from the right halves, which training
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..commands.common import new_file
 from ..commands.segment import as_picture
 from ..registry import create_model
+from .files import parser_of, save, started
 from .photographs import grey, photograph
 
 CLASSES = {
@@ -133,14 +131,10 @@ def picture(model: Any, images: Tensor, masks: Tensor) -> Any:
     return sheet
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m ffnet.examples.segment_textures", description=__doc__)
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("build/segment_textures"), metavar="FOLDER")
-    options = parser.parse_args(argv)
-    options.out.mkdir(parents=True, exist_ok=True)  # where that fails, before minutes of training
-    torch.manual_seed(options.seed)
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = parser_of("segment_textures", __doc__)
+    parser.add_argument("--steps", type=int, default=400, help="of training (default: %(default)s)")
+    options = started(parser, argv)
     generator = torch.Generator().manual_seed(options.seed)
     left, right = halves()
     model = create_model("ffnet_seg_ade20k", **MODEL)
@@ -156,15 +150,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "pixel accuracy by brightness alone": by_brightness(left, images, masks),
     }
     print(json.dumps(result, indent=2))
-    with new_file(options.out / "result.json") as file:
-        file.write(json.dumps(result, indent=2).encode())
-    with new_file(options.out / "model.pth") as file:
-        torch.save(model.state_dict(), file)
-    with new_file(options.out / "picture.png") as file:
-        picture(model, images[:5], masks[:5]).save(file, format="png")
-    print(f"wrote result.json, model.pth and picture.png to {options.out}")
-    return 0
+    sheet = picture(model, images[:5], masks[:5])
+    save(options.out, result, lambda file: sheet.save(file, format="png"), model)
+    return result
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

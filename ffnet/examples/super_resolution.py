@@ -10,10 +10,9 @@ the latter.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import time
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from ..profile import count_parameters
 from ..super_resolution import SCALES, FFNetSR, upscale
-from .files import save
+from .files import parser_of, save, started
 from .photographs import photograph
 
 #: Of scikit-image.
@@ -147,22 +146,14 @@ def draw(scores: dict[str, dict[str, float]], pictures: dict[str, Any], scale: i
     return figure
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(prog="python -m ffnet.examples.super_resolution", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = parser_of("super_resolution", __doc__)
     parser.add_argument("--scale", type=int, choices=SCALES, default=2)
     parser.add_argument("--steps", type=int, default=1500, help="of training (default: %(default)s)")
     parser.add_argument("--depth", type=int, default=6, help="blocks (default: %(default)s)")
     parser.add_argument("--dim", type=int, default=32, help="channels (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--out", type=Path, default=Path("build/super_resolution"), help="folder (default: %(default)s)"
-    )
-    options = parser.parse_args(argv)
-    options.out.mkdir(parents=True, exist_ok=True)  # where that fails, before minutes of training
-
+    options = started(parser, argv)
     trained, held_out = photographs()
-    torch.manual_seed(options.seed)
     model = FFNetSR(scale=options.scale, depth=options.depth, dim=options.dim)
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     pairs = [
@@ -182,7 +173,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "scale": options.scale, "depth": options.depth, "dim": options.dim, "parameters": count_parameters(model),
         "steps": options.steps, "seconds": round(seconds, 1), "trained_on": list(trained), "psnr": scores,
     }  # fmt: skip
-    save(options.out, "super_resolution", model, result, draw(scores, pictures, options.scale))
+    figure = draw(scores, pictures, options.scale)
+    save(options.out, result, lambda file: figure.savefig(file, dpi=80, format="png"), model)
     return result
 
 

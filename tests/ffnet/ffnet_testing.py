@@ -1,5 +1,7 @@
 """Helpers of the tests of ffnet."""
 
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import nn
 
@@ -36,3 +38,18 @@ def small_ffnet(**kwargs) -> ffnet.FFNet:
     """All of the family's structure, at a size for tests."""
     defaults = {"depths": (1, 1, 2, 1), "dims": (8, 16, 32, 64), "stem_width": 8, "num_classes": 10}
     return ffnet.FFNet(**{**defaults, **kwargs})
+
+
+def steps_side_by_side(models: tuple[nn.Module, nn.Module], inputs: Iterable[torch.Tensor]) -> Iterator[None]:
+    """A training step of both on each input, by gradient descent; their losses have to be the same."""
+    optimizers = [torch.optim.SGD(model.parameters(), lr=1e-3) for model in models]
+    for x in inputs:
+        losses = []
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.zero_grad()
+            loss = model(x).square().mean()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-6)
+        yield

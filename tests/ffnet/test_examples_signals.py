@@ -7,19 +7,12 @@ import torch
 
 from ffnet.__main__ import main as command
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Two on busy cores wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def written(folder, name: str) -> dict:
-    assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    return json.loads((folder / f"{name}.json").read_text())
+def written(folder) -> dict:
+    assert (folder / "picture.png").read_bytes().startswith(b"\x89PNG")
+    return json.loads((folder / "result.json").read_text())
 
 
 @pytest.mark.long
@@ -30,12 +23,12 @@ def test_super_resolution(tmp_path, capsys):
     from ffnet.examples import super_resolution
 
     result = super_resolution.main(["--steps", "150", "--depth", "3", "--dim", "24", "--out", str(tmp_path)])
-    assert written(tmp_path, "super_resolution")["psnr"] == result["psnr"]
+    assert written(tmp_path)["psnr"] == result["psnr"]
     assert not set(result["psnr"]) & set(result["trained_on"])
     assert all(score["FFNet-SR"] > score["nearest"] + 0.2 for score in result["psnr"].values())
 
     capsys.readouterr()
-    small, checkpoint, out = tmp_path / "small.png", tmp_path / "super_resolution.pth", tmp_path / "out.png"
+    small, checkpoint, out = tmp_path / "small.png", tmp_path / "model.pth", tmp_path / "out.png"
     _, held_out = super_resolution.photographs()
     super_resolution.pair(held_out["flower.jpg"], 2)[0].save(small)
     assert command(["upscale", str(small), "--scale", "2", "--checkpoint", str(checkpoint), "--out", str(out)]) == 0
@@ -54,7 +47,7 @@ def test_forecasting(tmp_path, capsys):
     from ffnet.examples import forecasting
 
     result = forecasting.main(["--epochs", "4", "--dim", "16", "--out", str(tmp_path)])
-    assert written(tmp_path, "forecasting") == result
+    assert written(tmp_path) == result
     for metric in ("mse", "mae"):
         ours = result["errors"]["FFNet"][metric]
         assert all(ours < result["errors"][name][metric] for name in ("last value", "seasonal naive"))
@@ -62,7 +55,7 @@ def test_forecasting(tmp_path, capsys):
     series = forecasting.weekly_co2()
     (tmp_path / "co2.csv").write_text("co2\n" + "".join(f"{value}\n" for value in series[:-52, 0].tolist()))
     capsys.readouterr()
-    argv = ["forecast", str(tmp_path / "co2.csv"), "--checkpoint", str(tmp_path / "forecasting.pth")]
+    argv = ["forecast", str(tmp_path / "co2.csv"), "--checkpoint", str(tmp_path / "model.pth")]
     assert command(argv) == 0
     values = [float(line.split(",")[1]) for line in capsys.readouterr().out.splitlines()[1:]]
     assert (torch.tensor(values) - series[-52:, 0]).abs().mean() < 2

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from ffnet_testing import randomise, relative_error
+from ffnet_testing import randomise, relative_error, steps_side_by_side
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -179,16 +179,7 @@ def test_trains_the_same_when_optimised(norm):
     """From the second step on: in the first the modules run."""
     plain = small(norm=norm, dim=16).train()
     fast = ffnet_kernels.optimize(copy.deepcopy(plain))
-    optimizers = [torch.optim.SGD(model.parameters(), lr=1e-3) for model in (plain, fast)]
-    for _ in range(3):
-        x, losses = torch.rand(4, 3, 12, 12), []
-        for model, optimizer in zip((plain, fast), optimizers, strict=True):
-            optimizer.zero_grad()
-            loss = model(x).square().mean()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.detach())
-        torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-6)
+    for _ in steps_side_by_side((plain, fast), torch.rand(3, 4, 3, 12, 12)):
         for own, other in zip(fast.parameters(), plain.parameters(), strict=True):
             torch.testing.assert_close(own.grad, other.grad, rtol=1e-3, atol=1e-4)
 

@@ -22,12 +22,7 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 TRAIN = ("--model", "ffnet_tiny", "--batch", "6", "--epochs", "1", "--lr", "1e-3", "--workers", "0", *PLAIN)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -1,7 +1,9 @@
-"""One representative call of every operator, in any layout, dtype and size."""
+"""One representative call of every operator, in any layout, dtype and size, and a model of their modules."""
 
 import torch
 from parity import Case, laid_out
+
+import ffnet_kernels as fk
 
 
 def example(
@@ -42,3 +44,17 @@ def example(
         args = (x, weight, values(channels), expand, values(hidden), project, values(outputs))
     residual = laid_out((shape[0], outputs, *shape[2:]), layout, generator, dtype=dtype)
     return Case(operator, args, {**kwargs, "residual": residual, **options})
+
+
+class Mixers(torch.nn.Module):
+    """Of 8 channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = fk.DepthwiseConv2d(8, 7, activation="gelu")
+        self.attention = fk.FFNifiedAttention(8, 5, layer_scale=0.5)
+        self.mixer = fk.ChannelMixer(8, 3, layer_scale=0.5)
+
+    def forward(self, x):
+        x = self.attention(self.conv(x), x)
+        return self.mixer(x, x)

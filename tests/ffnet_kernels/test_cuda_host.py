@@ -8,7 +8,7 @@ import parity
 import pytest
 import torch
 from cuda_cases import BF16, DTYPES, F16, F32, HALVES, LAST, machine, one_thread  # noqa: F401  (a fixture)
-from examples import example
+from examples import Mixers, example
 from native_build import ROOT
 
 import ffnet_kernels as fk
@@ -239,18 +239,6 @@ def test_opcheck(operator, layout, batch, dtype):
     backward = getattr(torch.ops.ffnet_kernels_cuda, f"{operator.name}_backward").default
     call = (grad, *args, [i % 2 == 0 for i in range(len(operator.tensors))])
     torch.library.opcheck(backward, call, test_utils=tests, **tolerance)
-
-
-class Mixers(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = fk.DepthwiseConv2d(8, 7, activation="gelu")
-        self.attention = fk.FFNifiedAttention(8, 5, layer_scale=0.5)
-        self.mixer = fk.ChannelMixer(8, 3, layer_scale=0.5)
-
-    def forward(self, x):
-        x = self.attention(self.conv(x), x)
-        return self.mixer(x, x)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

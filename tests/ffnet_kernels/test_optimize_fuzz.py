@@ -25,13 +25,7 @@ EDITS = {**edits.EDITS, **edits.FORGOTTEN}
 COMMON = ["evaluated", "evaluated", "trained", "statistics_changed", "value_changed", "recorded", "float", "unhooked"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small maps gain nothing from more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 QUICK, LONG, CHUNK = range(64), range(64, 2304), 32

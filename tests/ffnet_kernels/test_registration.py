@@ -6,7 +6,7 @@ import parity
 import pytest
 import torch
 import torch.nn.functional as F
-from examples import example
+from examples import Mixers, example
 
 import ffnet_kernels as fk
 
@@ -88,18 +88,6 @@ def test_meta_tensors(operator):
     )
     assert meta.run().shape == case.run().shape
     assert meta.run().device.type == "meta"
-
-
-class Mixers(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = fk.DepthwiseConv2d(8, 7, activation="gelu")
-        self.attention = fk.FFNifiedAttention(8, 5, layer_scale=0.5)
-        self.mixer = fk.ChannelMixer(8, 3, layer_scale=0.5)
-
-    def forward(self, x):
-        x = self.attention(self.conv(x), x)
-        return self.mixer(x, x)
 
 
 def test_export_holds_plain_operators_only():
