@@ -3,7 +3,8 @@
 // has come first: its kernels compare these numbers, and another order costs some of them registers.
 #pragma once
 
-#define FFNET_ACTIVATIONS(X) X(none) X(gelu) X(gelu_tanh) X(relu) X(silu) X(relu6) X(hardswish) X(hardsigmoid) X(leaky_relu)
+#define FFNET_ACTIVATIONS(X) \
+  X(none) X(gelu) X(gelu_tanh) X(relu) X(silu) X(relu6) X(hardswish) X(hardsigmoid) X(leaky_relu)
 
 namespace ffnet {
 

@@ -42,8 +42,8 @@ class Definitions {
 
 }  // namespace ffnet
 
-#define FFNET_DEFINE(name, SCHEMAS)            \
-  static const struct name##_definitions {     \
-    ffnet::Definitions define{#name};          \
-    name##_definitions() { SCHEMAS(define) }   \
+#define FFNET_DEFINE(name, SCHEMAS)          \
+  static const struct name##_definitions {   \
+    ffnet::Definitions define{#name};        \
+    name##_definitions() { SCHEMAS(define) } \
   } name##_defined;

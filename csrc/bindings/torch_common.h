@@ -25,7 +25,8 @@ inline Activation parse_activation(const std::string& name) {
   STD_TORCH_CHECK(false, "ffnet_kernels: unknown activation '", name, "'");
 }
 
-// torch's own test, by strides: the format a convolution of this tensor would answer in (ffnet_kernels/backends/maps.py).
+// torch's own test, by strides: the format a convolution of this tensor would answer in
+// (ffnet_kernels/backends/maps.py).
 inline bool suggests_channels_last(const Tensor& t) {
   const auto sizes = t.sizes(), stride = t.strides();
   if (stride[1] == 0) return false;

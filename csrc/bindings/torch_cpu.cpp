@@ -79,10 +79,9 @@ Tensor ffnified_attention(const Tensor& query, const Tensor& key, const std::opt
 namespace {
 
 Tensor mix_channels(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const LayerNorm* norm,
-                    const Tensor& expand_weight, const std::optional<Tensor>& expand_bias,
-                    const Tensor& project_weight, const std::optional<Tensor>& project_bias,
-                    const std::string& activation, const std::optional<Tensor>& scale,
-                    const std::optional<Tensor>& residual) {
+                    const Tensor& expand_weight, const std::optional<Tensor>& expand_bias, const Tensor& project_weight,
+                    const std::optional<Tensor>& project_bias, const std::string& activation,
+                    const std::optional<Tensor>& scale, const std::optional<Tensor>& residual) {
   check_map(x, "x");
   check_cpu(weight, "weight", 4, x);
   const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);

@@ -135,8 +135,8 @@ std::vector<Tensor> conv2d_backward(const Tensor& grad, const Tensor& x, const T
                                     const std::vector<bool>& mask) {
   const bool bias_alone = mask.size() == 5 && mask[2] && !mask[1];
   if (bias_alone || scale || residual || !is_pointwise(grad, x, weight, stride, padding, activation))
-    return composed("ffnet_kernels::conv2d_backward_composed", mask, grad, x, weight, bias, stride, padding,
-                    activation, scale, residual);
+    return composed("ffnet_kernels::conv2d_backward_composed", mask, grad, x, weight, bias, stride, padding, activation,
+                    scale, residual);
   const ChannelVector checked(bias, "bias", weight.size(0), x);
   Gradients grads({&x, &weight, pointer(bias), nullptr, nullptr}, mask);
   const auto data = [&](size_t i) { return static_cast<float*>(grads.data(i)); };

@@ -143,8 +143,8 @@ struct Branches {
     STD_TORCH_CHECK(
         filter.size(0) == outputs() && filter.size(1) == 1 && filter.size(2) % 2 == 1 && filter.size(3) % 2 == 1,
         "ffnet_kernels (cpu): a weight must be [outputs, 1, kh, kw], kh and kw odd");
-    return {{filter.const_data_ptr(), nullptr, filter.size(2), filter.size(3), filter.stride(0),
-             filter.stride(2), filter.stride(3)},
+    return {{filter.const_data_ptr(), nullptr, filter.size(2), filter.size(3), filter.stride(0), filter.stride(2),
+             filter.stride(3)},
             norm_of(b == 0 ? gamma : *other_gamma, b == 0 ? beta : *other_beta, eps[static_cast<size_t>(b)],
                     mean + b * outputs(), variance + b * outputs(), outputs())};
   }

@@ -34,8 +34,8 @@ class BranchRows {
     for (int b = 0; b < op_.branches; ++b) {
       const Branch& branch = op_.branch[b];
       float* packed = arena.floats(packed_floats<FloatTaps>(branch.filter));
-      filter_[b] = pack_filter<T, FloatTaps>(branch.filter, lanes.first, lanes.count, op_.stride_w,
-                                                 pad_left(branch), packed);
+      filter_[b] =
+          pack_filter<T, FloatTaps>(branch.filter, lanes.first, lanes.count, op_.stride_w, pad_left(branch), packed);
       bias_[b] = packed + branch.filter.kh * branch.filter.kw * kLanes;
       conv_row_[b] = select_conv_row<FloatTaps>(branch.filter, op_.stride_w);
       line_[b] = arena.floats(op_.out_w * kLanes);

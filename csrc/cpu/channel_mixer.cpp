@@ -1,5 +1,5 @@
-// channel_mixer forward: residual + scale * (project * act(expand * DW(x) + b1) + b2); norm_mixer has a LayerNorm around
-// DW(x).
+// channel_mixer forward: residual + scale * (project * act(expand * DW(x) + b1) + b2); norm_mixer has a LayerNorm
+// around DW(x).
 //
 // A task takes a strip of rows of one image through the whole chain: depthwise convolution, transposed into panels of
 // pixels; product with the expanding weight and activation; product with the projecting weight; scale and residual on

@@ -1,5 +1,5 @@
-// conv2d forward, one group: residual + scale * act(conv(x; weight) + bias). What a depthwise model has around its mixers: 1x1 projections
-// and the strided convolutions of its stem.
+// conv2d forward, one group: residual + scale * act(conv(x; weight) + bias). What a depthwise model has around its
+// mixers: 1x1 projections and the strided convolutions of its stem.
 //
 // Here the pixels are on the left of the product and the weight, packed once a call, on the right. In a channels-last
 // row a window is kw * channels adjacent taps, and windows are stride_w pixels apart: nothing is gathered window by
@@ -135,7 +135,8 @@ class Convolution {
     const Strides& residual_stride = op_.residual_stride;
     const T* residual = static_cast<const T*>(op_.residual);
     if (residual)
-      residual += part.image * residual_stride.n + part.first_row * residual_stride.h + part.first_column * residual_stride.w;
+      residual +=
+          part.image * residual_stride.n + part.first_row * residual_stride.h + part.first_column * residual_stride.w;
     for (int64_t j = 0; j < packed_.panels(); ++j) {
       const int64_t columns = packed_.columns(j);
       for (int64_t r = part.first_row; r < part.last_row; ++r) {
@@ -151,8 +152,9 @@ class Convolution {
           else
             activate_row(block, kPanel, count, op_.activation);
           if (op_.scale || residual)
-            add_residual(block, count, j, line,
-                         residual ? residual + (r - part.first_row) * residual_stride.h + first * residual_stride.w : nullptr);
+            add_residual(
+                block, count, j, line,
+                residual ? residual + (r - part.first_row) * residual_stride.h + first * residual_stride.w : nullptr);
           write(block, count, j, line, out + (r - part.first_row) * out_stride.h + first * out_stride.w, out_stride);
         });
       }
@@ -277,8 +279,8 @@ bool weight_goes_left(const Conv2d& op) {
   return op.n * op.h * op.w * (op.channels + op.outputs) < whole_panels * op.channels * op.outputs;
 }
 
-// One row of all pixels, or one for each image, where rows of a 1x1 convolution follow each other in memory. Of images of
-// one pixel strides within an image say nothing.
+// One row of all pixels, or one for each image, where rows of a 1x1 convolution follow each other in memory. Of images
+// of one pixel strides within an image say nothing.
 Conv2d flattened(Conv2d op) {
   if (!is_pointwise(op) || !rows_follow(op)) return op;
   const int64_t pixels = op.h * op.w;

@@ -1,9 +1,9 @@
 // conv2d of 1x1 filters on a few pixels, such as those of squeeze-and-excitation:
 // residual + scale * act(weight * x + bias).
 //
-// Each weight is used for a pixel or a few, so that reading it is what takes time: rows of the weight are read in order,
-// a vector along the channels at a time. As many sums as a vector has lanes run side by side, of some outputs of some
-// pixels; a transposition turns what their lanes hold into one vector of results.
+// Each weight is used for a pixel or a few, so that reading it is what takes time: rows of the weight are read in
+// order, a vector along the channels at a time. As many sums as a vector has lanes run side by side, of some outputs of
+// some pixels; a transposition turns what their lanes hold into one vector of results.
 #include "activation.h"
 #include "buffer.h"
 #include "conv2d.h"

@@ -21,16 +21,13 @@ int64_t multiply_adds(Storage, int64_t);
 const Kernels* FFNET_TABLE_NAME(FFNET_ISA)() {
 #define FFNET_ENTRY(name, Operation) FFNET_ISA::name,
   static constexpr Kernels table = {
-      FFNET_ISA_NAME(FFNET_ISA),
-      FFNET_ISA::Vec::lanes,
-      FFNET_KERNELS(FFNET_ENTRY)
-      [](int64_t kh, int64_t kw) { return FFNET_ISA::is_unrolled(kh, kw); },
-      FFNET_ISA::pairs_conv2d,
-      FFNET_ISA::conv2d_pair,
-      FFNET_ISA::multiply_adds,
-  };
+      FFNET_ISA_NAME(FFNET_ISA), FFNET_ISA::Vec::lanes,
+      FFNET_KERNELS(FFNET_ENTRY)[](int64_t kh, int64_t kw){return FFNET_ISA::is_unrolled(kh, kw);
+}
+, FFNET_ISA::pairs_conv2d, FFNET_ISA::conv2d_pair, FFNET_ISA::multiply_adds,
+};  // namespace ffnet
 #undef FFNET_ENTRY
-  return &table;
+return &table;
 }
 
 }  // namespace ffnet

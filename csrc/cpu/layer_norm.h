@@ -40,8 +40,8 @@ inline void normalize_pixels(const LayerNorm& norm, const float* bias, int64_t c
   }
 }
 
-// A panel of float32 plus bias, which may be null, as the B of a product; `pixels` change, and may be `panel` where taps
-// are single floats.
+// A panel of float32 plus bias, which may be null, as the B of a product; `pixels` change, and may be `panel` where
+// taps are single floats.
 template <class Taps>
 void normalize_panel(const LayerNorm& norm, const float* bias, int64_t channels, float* pixels, float* panel) {
   for (int64_t p = 0; p < kPanel; p += kLanes) normalize_pixels(norm, bias, channels, pixels + p);

@@ -23,8 +23,7 @@ struct Free {
 void poison_scratch(bool wanted) { poisoned.store(wanted, std::memory_order_relaxed); }
 
 void poison(float* scratch, size_t floats) {
-  if (poisoned.load(std::memory_order_relaxed))
-    std::fill_n(scratch, floats, std::numeric_limits<float>::quiet_NaN());
+  if (poisoned.load(std::memory_order_relaxed)) std::fill_n(scratch, floats, std::numeric_limits<float>::quiet_NaN());
 }
 
 float* thread_scratch(size_t floats) {

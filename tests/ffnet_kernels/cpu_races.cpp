@@ -13,9 +13,7 @@
 #include "training.h"
 
 namespace ffnet {
-void poison(float* scratch, size_t floats) {
-  std::fill_n(scratch, floats, std::numeric_limits<float>::quiet_NaN());
-}
+void poison(float* scratch, size_t floats) { std::fill_n(scratch, floats, std::numeric_limits<float>::quiet_NaN()); }
 float* thread_scratch(size_t floats) {
   static thread_local std::vector<float> buffer;
   if (buffer.size() < floats + 16) buffer.resize(floats + 16);
@@ -139,8 +137,8 @@ Filter filter(int64_t k, Storage storage) {
 Outputs depthwise(Storage s, const Executor& e) {
   Outputs out;
   kernels->depthwise_conv2d({s, N, C, 1, H, W, H, W, 1, 1, 3, 3, input<0>(kMap, s), kLast, filter<10>(7, s),
-                               Activation::gelu, out.add(kMap, s), kLast},
-                              e);
+                             Activation::gelu, out.add(kMap, s), kLast},
+                            e);
   return out;
 }
 
@@ -248,28 +246,28 @@ Outputs attention_backward(Storage s, const Executor& e) {
   Outputs out;
   const FfnifiedAttention f = attention_of(s);
   kernels->ffnified_attention_backward({s,
-                                          N,
-                                          C,
-                                          H,
-                                          W,
-                                          f.query,
-                                          kLast,
-                                          f.key,
-                                          f.value,
-                                          3,
-                                          3,
-                                          3,
-                                          3,
-                                          f.activation,
-                                          f.scale,
-                                          input<1>(kMap, s),
-                                          kLast,
-                                          out.add(kMap, s),
-                                          kLast,
-                                          filter_grad(out, s),
-                                          filter_grad(out, s),
-                                          out.add<float>(C, s)},
-                                         e);
+                                        N,
+                                        C,
+                                        H,
+                                        W,
+                                        f.query,
+                                        kLast,
+                                        f.key,
+                                        f.value,
+                                        3,
+                                        3,
+                                        3,
+                                        3,
+                                        f.activation,
+                                        f.scale,
+                                        input<1>(kMap, s),
+                                        kLast,
+                                        out.add(kMap, s),
+                                        kLast,
+                                        filter_grad(out, s),
+                                        filter_grad(out, s),
+                                        out.add<float>(C, s)},
+                                       e);
   return out;
 }
 
@@ -277,8 +275,8 @@ Outputs pointwise_backward(Storage s, const Executor& e) {
   if (s != Storage::float32) return {};
   Outputs out;
   kernels->pointwise_conv2d_backward({kPixels, C, D, floats<40>(kPixels * D), floats<0>(kMap), floats<36>(D * C),
-                                        out.add<float>(kMap), out.add<float>(D * C), out.add<float>(D)},
-                                       e);
+                                      out.add<float>(kMap), out.add<float>(D * C), out.add<float>(D)},
+                                     e);
   return out;
 }
 
@@ -300,8 +298,7 @@ Outputs branched(Storage s, const Executor& e) {
   op.out = out.add(kMap, s);
   kernels->branched_depthwise(op, e);
   BranchedDepthwiseBackward back{op, input<1>(kMap, s), kLast, out.add(kMap, s), kLast, {}};
-  for (const int b : {0, 1})
-    back.gradients[b] = {out.add(C * (b ? 9 : 49), s), {out.add<float>(C), out.add<float>(C)}};
+  for (const int b : {0, 1}) back.gradients[b] = {out.add(C * (b ? 9 : 49), s), {out.add<float>(C), out.add<float>(C)}};
   kernels->branched_depthwise_backward(back, e);
   return out;
 }
@@ -325,8 +322,8 @@ Outputs feed_forward(Storage s, const Executor& e) {
                        out.add<float>(kMap)};
   kernels->feed_forward(op, e);
   kernels->feed_forward_backward({op, floats<1>(kMap), out.add<float>(kMap), out.add<float>(D * C), out.add<float>(D),
-                                    out.add<float>(C * D), out.add<float>(C), out.add<float>(C)},
-                                   e);
+                                  out.add<float>(C * D), out.add<float>(C), out.add<float>(C)},
+                                 e);
   return out;
 }
 
