@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOT_PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGELOG.md": "CHANGELOG.md"}
 ROOT_FILES = ("CITATION.cff", "SECURITY.md")
 RESULTS = "benchmarks/results"
+ON_SITE = f"{RESULTS}/|CONTRIBUTING|CHANGELOG|SECURITY"
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -29,8 +30,9 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Links of pages in docs/ that leave it."""
-    return re.sub(r"\]\(\.\./(?=benchmarks/results/|CONTRIBUTING|CHANGELOG|SECURITY)", "](", markdown)
+    """Links of pages in docs/ that leave it: to pages of the site, or to sources, of which the names are left."""
+    markdown = re.sub(rf"\]\(\.\./(?={ON_SITE})", "](", markdown)
+    return re.sub(r"\[([^\]]+)\]\(\.\./[^)]+\)", r"\1", markdown)
 
 
 def at_root(text: str) -> str:
