@@ -17,7 +17,7 @@ from .backends import choice
 from .info import format_info, info
 from .selftest import BACKENDS, Check, selftest
 
-#: What `bench` runs where it is given no command: minutes.
+#: What `bench` runs by default; takes minutes.
 QUICK_BENCH = ["run", "--quick", "--passes", "1"]
 
 
@@ -113,12 +113,12 @@ def _traffic() -> int:
 
 
 def _tune(quick: bool, again: bool, folder: Path | None) -> int:
-    """Returns 0; 1 where it could not go on, 2 where there is nothing to tune, 130 after Ctrl-C."""
+    """Returns 0; 1 if it could not continue, 2 if there is nothing to tune, 130 after Ctrl-C."""
     reason = choice.why_unavailable("triton") if torch.cuda.is_available() else "there is no GPU"
     if reason:
         print(f"tune: {reason}", file=sys.stderr)
         return 2
-    from .backends.triton import tune  # not before it is known that Triton is there
+    from .backends.triton import tune  # only once Triton is known to be installed
 
     device = torch.device("cuda", torch.cuda.current_device())
     try:

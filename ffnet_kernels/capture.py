@@ -1,9 +1,9 @@
-"""What a module computes, as a graph: found by running library code on symbols, never user code.
+"""Captures what a module computes as a graph, by running library code, never user code, on symbols.
 
-Classes of PyTorch, torchvision, timm and ffnet are taken for what they are: their ``forward`` has no effect but its
-result. It runs on stand-ins of the modules, whose parameters are symbols and whose attributes are copies, so neither
-the model nor other threads see anything of it. A module of any other class, with a hook, or with a patched method ends
-the capture: then its parent cannot be a program, though the modules below it may.
+Classes of PyTorch, torchvision, timm and ffnet are trusted: their ``forward`` has no effect but its result. It runs on
+stand-ins of the modules, whose parameters are symbols and whose attributes are copies, so neither the model nor other
+threads notice anything. A module of any other class, with a hook, or with a patched method ends the capture: its parent
+then cannot become a program, but modules below it may.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from torch.overrides import TorchFunctionMode
 from . import autocast, kernels
 from .shapes import LARGER, evaluate
 
-#: Packages, or parts of one, whose classes are taken for what they are.
+#: Packages, or parts of packages, whose classes are trusted.
 LIBRARIES = ("torch.nn.modules.", "torchvision.", "timm.", "ffnet.", "ffnet_kernels.")
 _PLAIN_BASES = ("builtins", "abc", "typing")
-#: Whose functions these packages may call: none of a user's, nor of a test's.
+#: Packages whose functions these may call: never a user's or a test's.
 _HOMES = {
     *(sys.stdlib_module_names - {"unittest"}), "torch", "torchvision", "timm", "ffnet", "ffnet_kernels", "numpy",
     "PIL", "yaml", "huggingface_hub", "safetensors", "packaging", "typing_extensions", "requests", "tqdm",
 }  # fmt: skip
 
-#: Where nn.Module itself keeps what its compile() makes, and an optimised one its programs; no copy or pickle takes it
-#: along.
+#: Where nn.Module itself keeps what its compile() makes, and an optimised one its programs; copies and pickles leave it
+#: out.
 PLACE = "_compiled_call_impl"
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -48,7 +48,7 @@ class NotCapturable(Exception):
 
 
 def capture(root: nn.Module, x: Tensor, grows: tuple[bool, bool] = (True, True)) -> fx.Graph:
-    """The graph of ``root(x)`` for maps like x, in the present mode of the modules.
+    """Captures the graph of ``root(x)`` for maps like x, in the present mode of the modules.
 
     Parameters and buffers are ``get_attr`` nodes, whose ``meta["tensor"]`` is the tensor. ``meta["value"]`` of a node
     is what it is for x, without data, ``meta[LARGER]`` what it is for a larger map; ``meta["paths"]`` the modules it is
@@ -72,8 +72,8 @@ def capture(root: nn.Module, x: Tensor, grows: tuple[bool, bool] = (True, True))
 
 
 class _NoDraws(TorchFunctionMode):
-    """Refuses random numbers that are drawn for no symbol, before they are. (A mode of the dispatcher would know them
-    by a tag, but imports torch.compile: two seconds.)"""
+    """Refuses random numbers that do not depend on a symbol, before they are drawn. (A dispatcher mode could tell by a
+    tag, but would import torch.compile, which takes two seconds.)"""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if str(getattr(function, "__name__", "")).rstrip("_") in _DRAWS:
@@ -109,14 +109,14 @@ def modules_of(classes: Iterable[type]) -> list[Any]:
 
 
 def refuse_foreign(holder: Any, attributes: Any) -> None:
-    """Refuses what a module of Python's or a class was given by others: capture would run it."""
+    """Refuses Python modules and classes that were patched from outside: capture would run the patch."""
     for name, value in list(attributes.items()):  # torch.compile puts its own into modules, with two underscores
         if (holder is Tensor or not name.startswith("__")) and is_foreign(value):
             raise NotCapturable(f"{getattr(holder, '__name__', holder)}.{name} is not its own")
 
 
 def named_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """As ``root.named_modules()``, without a method of theirs."""
+    """Like ``root.named_modules()``, without calling a method of the modules."""
     seen: set[int] = set()
     waiting = [("", root)]
     while waiting:
@@ -136,7 +136,7 @@ def _is_of_library(module: str) -> bool:
 
 
 def is_library(kind: type) -> bool:
-    """Whether a class of modules, with all that it is derived from, is one of those taken for what they are."""
+    """Whether a module class and all its bases are of trusted packages."""
     return all(
         (cls.__module__ in _PLAIN_BASES and _home_of(cls) in _HOMES)
         or (_is_of_library(cls.__module__) and not any(is_foreign(value) for value in vars(cls).values()))
@@ -149,7 +149,7 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def is_patched(module: nn.Module) -> bool:
-    """Whether something that the class defines, or code from elsewhere, was put onto the module itself."""
+    """Whether the module itself overrides what its class defines, or holds code from elsewhere."""
     kind = type(module)
     return any(
         name not in OF_EVERY_MODULE and (callable(getattr(kind, name, None)) or is_foreign(value))
@@ -161,9 +161,9 @@ OF_EVERY_MODULE = frozenset((*vars(nn.Module()), PLACE))
 
 
 def is_foreign(value: Any) -> bool:
-    """Whether calling a value, or what it holds, would run code from outside of some packages.
+    """Whether calling a value, or what it holds, would run code from outside the given packages.
 
-    Where the code stands tells, not the name that the function bears: a patch may bear another's.
+    Decided by where the code is defined, not by the function's name, which a patch may copy.
     """
     seen: set[int] = set()
     waiting = [value]
@@ -192,14 +192,14 @@ def is_foreign(value: Any) -> bool:
 
 
 def _parts(value: Any) -> list[Any]:
-    """What an object of PyTorch's or the standard library's calls: partial, property, lru_cache, a bound method."""
+    """What a wrapper of PyTorch or the standard library calls: partial, property, lru_cache, a bound method."""
     names = ("func", "args", "keywords", "fget", "fset", "fdel", "__func__")
     kept = vars(value).values() if type(value).__module__ == "functools" else ()
     return [*(getattr(value, name) for name in names if hasattr(type(value), name)), *kept]
 
 
 def _closed_over(function: Any) -> list[Any]:
-    """What a function calls by its closure, or wraps."""
+    """What a function refers to by its closure, or wraps."""
     found = [getattr(function, "__wrapped__", None)]
     for cell in function.__closure__ or ():
         with contextlib.suppress(ValueError):  # of one that is empty
@@ -220,8 +220,8 @@ _ON_THE_HEAP = 1 << 9  # Py_TPFLAGS_HEAPTYPE
 
 
 def _copy_containers(value: Any) -> Any:
-    """Lists and the like copied, so that nobody sees what is put into them; keys and elements of sets are not asked for
-    their hash, which may be a user's function."""
+    """Copies lists and the like, so that what is put into them stays unseen; keys and elements of sets are not hashed,
+    which could run a user's function."""
     if type(value) in (dict, OrderedDict):
         copy = value.copy()
         if all(type(key) in (str, int) for key in copy):
@@ -234,7 +234,7 @@ def _copy_containers(value: Any) -> Any:
 
 
 class _Symbol(fx.Proxy):
-    """A value of the graph. What holds for every map that the graph is for, it tells as it is."""
+    """A value of the graph. It answers whatever holds for all maps that the graph is for."""
 
     tracer: _Capture
 
@@ -263,7 +263,7 @@ class _Symbol(fx.Proxy):
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """As fx's own, which imports half of torch to tell methods from functions."""
+        """Like fx's own, which imports half of torch to tell methods from functions."""
         symbols: list[_Symbol] = []
         fx.node.map_aggregate((args, kwargs), lambda a: symbols.append(a) if isinstance(a, _Symbol) else None)
         name = getattr(function, "__name__", "")
@@ -273,7 +273,7 @@ class _Symbol(fx.Proxy):
 
 
 class _Foreign:
-    """In the place of a module whose class is no library's: a call of it ends the capture."""
+    """Stands in for a module of an untrusted class: calling it ends the capture."""
 
     def __init__(self, kind: type, refuse: Any) -> None:
         self.kind, self.refuse = kind, refuse
@@ -311,7 +311,7 @@ class _Capture(fx.proxy.GraphAppendingTracer):
             self.graph.output(self.create_arg(result))
         except NotCapturable:
             raise
-        except Exception as error:  # whatever library code raises on symbols
+        except Exception as error:  # library code may raise anything on symbols
             raise NotCapturable(f"{type(root).__name__} cannot run on symbols: {error}") from error
         finally:
             for stand_in in self.stand_ins.values():  # which refer to themselves, and to the model
@@ -337,7 +337,7 @@ class _Capture(fx.proxy.GraphAppendingTracer):
         return node
 
     def as_autocast(self, target: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """The arguments of a call as autocast hands them on."""
+        """The arguments of a call as autocast would pass them on."""
         try:
             if not autocast.casts(target):
                 return args, kwargs
@@ -358,11 +358,12 @@ class _Capture(fx.proxy.GraphAppendingTracer):
         return self.cast_nodes[node]
 
     def stand_in(self, module: nn.Module) -> Any:
-        """An object of the module's class and attributes whose tensors are symbols and whose calls come here."""
+        """An object with the module's class and attributes whose tensors are symbols and whose calls are routed
+        here."""
         known = self.stand_ins.get(id(module))
         if known is not None:
             return known
-        if not self.is_library(type(module)):  # even to make one, or to let it go, may run code of the class
+        if not self.is_library(type(module)):  # creating or destroying one may run code of the class
             self.stand_ins[id(module)] = _Foreign(type(module), functools.partial(self.call, module, None))
             return self.stand_ins[id(module)]
         stand_in = object.__new__(type(module))
@@ -382,7 +383,7 @@ class _Capture(fx.proxy.GraphAppendingTracer):
 
     def symbol(self, module: nn.Module, name: str, tensor: Tensor) -> fx.Proxy:
         symbol = self.constant(f"{self.paths[id(module)]}.{name}".lstrip("."), tensor)
-        if name in ("running_mean", "running_var"):  # which batch normalisation moves without PyTorch's counting it
+        if name in ("running_mean", "running_var"):  # batch normalisation updates these without a new version
             symbol.node.meta["counted_by"] = module._buffers.get("num_batches_tracked")
         return symbol
 
@@ -390,7 +391,7 @@ class _Capture(fx.proxy.GraphAppendingTracer):
         if type(a) in (
             Tensor,
             nn.Parameter,
-        ):  # one that a module keeps elsewhere than in its registries, such as in a cache
+        ):  # a tensor that a module keeps outside its registries, such as in a cache
             return self.constant(f"constant_{len(self.graph.nodes)}", a).node
         return super().create_arg(a)
 
@@ -403,7 +404,7 @@ class _Capture(fx.proxy.GraphAppendingTracer):
         return symbol
 
     def call(self, module: nn.Module, stand_in: Any, *args: Any, **kwargs: Any) -> Any:
-        """What nn.Module's ``__call__`` does on a stand-in."""
+        """What nn.Module's ``__call__`` does, for a stand-in."""
         kind: Any = type(module)
         where = f"{self.paths[id(module)] or 'the model'} ({kind.__name__})"
         if not self.is_library(kind):

@@ -1,4 +1,4 @@
-"""``torch.compile(model, backend="ffnet_kernels")``: PyTorch's own capture, our operators, inductor for the rest."""
+"""``torch.compile(model, backend="ffnet_kernels")``: capture by PyTorch, our operators, inductor for the rest."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .shapes import LARGER, Node
 
 
 def backend(module: fx.GraphModule, example_inputs: list[Any], **options: Any) -> Callable[..., Any]:
-    """What ``torch.compile`` calls with each graph that it captured.
+    """The backend that ``torch.compile`` calls with each graph it captures.
 
-    Without gradients, weights are folded as `ffnet_kernels.optimize` does it, and computed anew when one changes. Under
-    autocast, whose casts are not in the graph, inductor compiles it as it is.
+    Without gradients, weights are folded as by `ffnet_kernels.optimize`, and folded again when one changes. Under
+    autocast, whose casts are not in the graph, inductor compiles the graph unchanged.
     """
     inductor = lookup_backend("inductor")
     differentiable = torch.is_grad_enabled() and any(
@@ -43,12 +43,12 @@ def backend(module: fx.GraphModule, example_inputs: list[Any], **options: Any) -
     others = [place for node, place in places.items() if "tensor" not in node.meta]
     values: list[Any] = constants.values([example_inputs[place] for place in leaves])
     context = torch._guards.TracingContext.try_get()
-    if context is not None and context.fake_mode is not None:  # their sizes, unlike those of inputs, are for good
+    if context is not None and context.fake_mode is not None:  # unlike those of inputs, their sizes never change
         values = [context.fake_mode.from_tensor(value, static_shapes=True) for value in values]
     lowered = fx.GraphModule(module, lower(graph, constants))
     compiled = inductor(lowered, [*(example_inputs[place] for place in others), *values], **options)
 
-    # Batch normalisation moves its running statistics without PyTorch's counting it, so these are compared.
+    # Batch normalisation updates running statistics without changing their versions, so their values are compared.
     statistics = [place for place in leaves if not isinstance(example_inputs[place], nn.Parameter)]
     known = [example_inputs[place].clone() for place in statistics]
 
@@ -63,7 +63,7 @@ def backend(module: fx.GraphModule, example_inputs: list[Any], **options: Any) -
 
 
 def _copy(source: fx.Graph, graph: fx.Graph, example_inputs: list[Any]) -> list[Node]:
-    """Copies a graph of Dynamo's and marks parameters and buffers, which it hands over in every call."""
+    """Copies a Dynamo graph and marks its parameters and buffers, which are passed in with every call."""
     env: dict[Node, Node] = {}
     placeholders = []
     for node in source.nodes:

@@ -25,10 +25,10 @@ from .trial import difference
 def export(
     model: nn.Module, example: Tensor, *, operators: bool = True, dynamic_batch: bool = True
 ) -> torch.export.ExportedProgram:
-    """A model's inference as a program of ``torch.export``, for ``torch.export.save``, AOTInductor and the like.
+    """Exports a model's inference by ``torch.export``, for ``torch.export.save``, AOTInductor and the like.
 
-    The program is that of the plain model: whether `optimize` was called makes no difference, and the model stays as it
-    is. It is run once and compared with the model.
+    The program is that of the plain model, whether or not `optimize` was called, and the model is left unchanged. The
+    program is run once and compared with the model.
 
     Args:
         model: in eval mode, whose forward takes one tensor.
@@ -36,13 +36,13 @@ def export(
             made channels-last first.
         operators: whether layers become operators of ``torch.ops.ffnet_kernels`` (on a GPU
             ``torch.ops.ffnet_kernels_cuda``), with batch normalisation, parallel branches and layer scales folded into
-            their weights. What loads the program then needs them, by ``import ffnet_kernels`` or, in C++, by loading
-            the library. Else there are operators of PyTorch only, and nothing is folded.
-        dynamic_batch: whether the program takes any number of images, from one on; else that of the example.
+            their weights. Whatever loads the program then needs those operators, by ``import ffnet_kernels`` or, in
+            C++, by loading the library. Otherwise the program has PyTorch's operators only, and nothing is folded.
+        dynamic_batch: whether the program takes any number of images, one or more; otherwise only that of the example.
 
     Raises:
-        TypeError: for a model that is no module, or an example that is no tensor.
-        ValueError: for a model in training mode, without operators to keep, or that does not hold for any batch.
+        TypeError: if the model is not a module, or the example not a tensor.
+        ValueError: if the model is in training mode, has no operators to keep, or does not work for every batch size.
         RuntimeError: if the program does not compute what the model does, and whatever ``torch.export`` raises.
     """
     require_module(model, "export")
@@ -51,7 +51,7 @@ def export(
     training = next((name or "the model" for name, module in model.named_modules() if module.training), None)
     if training is not None:
         raise ValueError(f"export: expected a model in eval mode, {training} is in training mode (call .eval())")
-    if dynamic_batch and example.dim() > 0 and example.shape[0] < 2:  # torch.export takes 0 and 1 for constants
+    if dynamic_batch and example.dim() > 0 and example.shape[0] < 2:  # torch.export treats 0 and 1 as constants
         example = torch.cat([example, example]) if len(example) else example.new_zeros(2, *example.shape[1:])
     with torch.no_grad(), choice.keep_operators(operators):
         program = _export(_kept(model, example, dynamic_batch) if operators else model, example, dynamic_batch)
@@ -64,7 +64,7 @@ def export(
 
 
 def _difference(out: Any, expected: Any) -> str | None:
-    """As `difference`, of results that may hold constants as well."""
+    """Like `difference`, for results that may contain constants as well."""
     (leaves, spec), (expected_leaves, expected_spec) = tree_flatten(out), tree_flatten(expected)
     constants, expected_constants = ([a for a in of if not isinstance(a, Tensor)] for of in (leaves, expected_leaves))
     if spec != expected_spec or constants != expected_constants:
@@ -80,7 +80,7 @@ def _export(model: nn.Module, example: Tensor, dynamic_batch: bool) -> torch.exp
 
 
 class _OneArgument(nn.Module):
-    """Of a model whose forward may have further arguments, or other names."""
+    """A model with one input, whose forward may have further arguments, or other names."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class _OneArgument(nn.Module):
 
 
 def _kept(model: nn.Module, x: Tensor, dynamic_batch: bool) -> nn.Module:
-    """A model as the operators it runs on."""
+    """A model rewritten onto the operators."""
     try:
         graph = capture(model, x, (dynamic_batch, False))
         return _Kept(graph)
@@ -101,7 +101,7 @@ def _kept(model: nn.Module, x: Tensor, dynamic_batch: bool) -> nn.Module:
 
 
 class _Kept(nn.Module):
-    """A graph with operators in it, which has its constants as buffers."""
+    """A graph of operators that holds its constants as buffers."""
 
     def __init__(self, graph: fx.Graph, finish: Callable[[fx.Graph], Any] | None = None) -> None:
         super().__init__()
@@ -129,26 +129,26 @@ class _Kept(nn.Module):
 
 
 def _of_its_own(value: Tensor) -> Tensor:
-    """A tensor that is all of its memory, so that a file has no more than that: as it is, or a copy."""
+    """A tensor that owns all of its storage, so that a file holds no more than it needs: itself, or a copy."""
     is_whole = value.untyped_storage().nbytes() == value.numel() * value.element_size()
     return value if is_whole else value.clone()
 
 
 def _name_of(node: Node, place: int) -> str:
-    """The buffer's: a parameter's path, or a number where it is computed from several."""
+    """The name of a buffer: a parameter's path, or a number if it is computed from several."""
     path = str(node.target).replace(".", "_") if node.op == "get_attr" else ""
     return f"{path}_{place}" if path.isidentifier() else f"folded_{place}"
 
 
 def _linear_of(node: Node) -> Callable[..., Tensor]:
-    """What `kernels.linear` does for as many rows as the example's: the program has one way for all of them."""
+    """What `kernels.linear` does for the example's number of rows; the program does the same for all."""
     x = node.args[0].meta.get("value")
     rows = int(x.numel() // x.shape[-1]) if isinstance(x, Tensor) else 0
     return kernels.linear_of_few_rows if rows < kernels.FEW_ROWS else kernels.linear_of_many_rows
 
 
 def _captured_by_dynamo(model: nn.Module, x: Tensor, dynamic_batch: bool) -> nn.Module:
-    """A model of any classes, by PyTorch's own capture of the whole of it."""
+    """A model of arbitrary classes, captured as a whole by PyTorch."""
     results: list[Any] = []
     kept: list[_Kept] = []
 
@@ -165,7 +165,7 @@ def _captured_by_dynamo(model: nn.Module, x: Tensor, dynamic_batch: bool) -> nn.
             raise ValueError(f"export: expected one tensor that is no parameter or buffer, got {len(maps)}")
 
         def sized(lowered: fx.Graph) -> None:
-            """The map alone as input, which tells its number of images."""
+            """The map as the only input, which determines the number of images."""
             given = [node for node in lowered.nodes if node.op == "placeholder"][: len(others)]
             image = given[others.index(maps[0])]
             first = next(node for node in lowered.nodes if node.op != "placeholder")
@@ -175,7 +175,7 @@ def _captured_by_dynamo(model: nn.Module, x: Tensor, dynamic_batch: bool) -> nn.
                         node.replace_all_uses_with(lowered.call_method("size", (image, 0)))
                     lowered.erase_node(node)
 
-        with contextlib.suppress(NotCapturable):  # what the model itself has of operators is kept
+        with contextlib.suppress(NotCapturable):  # operators that the model itself calls are kept
             kept.append(_Kept(graph, sized))
 
         def run(*values: Any) -> Any:
@@ -206,7 +206,7 @@ def _captured_by_dynamo(model: nn.Module, x: Tensor, dynamic_batch: bool) -> nn.
 
 
 class _Structured(nn.Module):
-    """A graph whose results are put together as the model's: tensors at their places, constants at the others."""
+    """A graph whose results are assembled like the model's: tensors in their places, constants in the others."""
 
     def __init__(self, kept: _Kept, places: dict[int, int], constants: list[Any], spec: Any) -> None:
         super().__init__()

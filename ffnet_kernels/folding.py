@@ -1,4 +1,4 @@
-"""What linear layers around a convolution make of its weights. Vectors are computed in float64, weights in float32 or
+"""Folds linear layers around a convolution into its weights. Vectors are computed in float64, weights in float32 or
 better; both are rounded at the end. A missing weight is one, a missing bias zero."""
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ def wide_like(scale: Tensor, weight: Tensor) -> Tensor:
 
 
 def layout(weight: Tensor) -> torch.memory_format:
-    """As kernels read a weight best: filters of several taps in channels-last."""
+    """The layout that kernels read fastest: channels-last for filters of several taps."""
     is_dense = weight.dim() == 4 and weight.shape[2:] != (1, 1) and weight.shape[1] > 1
     return torch.channels_last if is_dense else torch.contiguous_format
 
 
 def norm_scale(variance: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """Of batch normalisation by running statistics as an affine map, [C]."""
+    """The scale [C] of batch normalisation by running statistics, as an affine map."""
     scale = (variance.double() + eps).rsqrt()
     return scale if weight is None else scale * weight
 
 
 def norm_shift(mean: Tensor, bias: Tensor | None, scale: Tensor) -> Tensor:
-    """As `norm_scale`: what is added afterwards, [C]."""
+    """The shift [C] that is added after `norm_scale`."""
     shift = -mean * scale
     return shift if bias is None else shift + bias
 
@@ -41,7 +41,7 @@ def vector(scale: Tensor) -> Tensor:
 
 def scale_outputs(weight: Tensor, scale: Tensor) -> Tensor:
     weight = wide(weight)
-    # In its layout at once: a copy that is let go does not give its memory back to the system.
+    # Created in its final layout: freeing a copy would not return its memory to the system.
     out = torch.empty_like(weight, memory_format=layout(weight))
     return torch.mul(weight, wide_like(scale, weight)[:, None, None, None], out=out)
 
@@ -62,13 +62,13 @@ def scale_columns(weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def through(weight: Tensor, bias: Tensor | None, shift: Tensor) -> Tensor:
-    """The bias behind a 1×1 convolution of a map that was shifted before it."""
+    """The bias of a 1×1 convolution that takes in a shift of its input."""
     moved = weight.double().flatten(1) @ shift
     return moved if bias is None else moved + bias
 
 
 def add_kernels(weight: Tensor, other: Tensor, margins: tuple[int, int, int, int]) -> Tensor:
-    """``other``, with margins (left, right, top, bottom) of zeros, on ``weight``."""
+    """``weight`` plus ``other``, zero-padded by margins (left, right, top, bottom)."""
     return wide(weight) + F.pad(wide(other), margins)
 
 
@@ -77,7 +77,7 @@ def add_bias(bias: Tensor | None, other: Tensor) -> Tensor:
 
 
 def add_identity(weight: Tensor, scale: Tensor | None, groups: int) -> Tensor:
-    """The map itself, or scaled per channel, added to a convolution that keeps its shape."""
+    """The weight of a shape-preserving convolution plus the identity, or plus a scale per channel."""
     outputs, inputs, height, width = weight.shape
     each = torch.arange(outputs, device=weight.device)
     total = wide(weight).clone()
@@ -86,18 +86,18 @@ def add_identity(weight: Tensor, scale: Tensor | None, groups: int) -> Tensor:
 
 
 def channels_last(weight: Tensor) -> Tensor:
-    """In strides that say so in dimensions of one element, too. What is computed with it is channels-last then,
-    whatever the strides of its map say of a batch of one image."""
+    """With channels-last strides also in dimensions of one element, so that results are channels-last even if the map
+    is a batch of one image with ambiguous strides."""
     _, inputs, height, width = weight.shape
     dense = weight.contiguous(memory_format=torch.channels_last)
     return dense.as_strided(weight.shape, (inputs * height * width, 1, width * inputs, inputs))
 
 
 def rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A weight as it is used.
+    """A folded weight, rounded to its dtype.
 
     Raises:
-        OverflowError: where a folded one is beyond the numbers of its dtype, which no layer's own weight is.
+        OverflowError: if it exceeds the range of the dtype, as no layer's own weight does.
     """
     out = weight.to(dtype).contiguous(memory_format=layout(weight))
     if dtype == torch.float16 and bool((out.isinf() & weight.isfinite()).any()):

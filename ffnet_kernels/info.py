@@ -1,4 +1,4 @@
-"""What this installation is and can do."""
+"""Describes this installation and what it can run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from . import native
 from .backends import choice
 
-#: Every environment variable that is read; the table of docs/install.md is checked against it.
+#: All environment variables that are read; the table in docs/install.md is checked against this.
 ENVIRONMENT = {
     "FFNET_CPU_ISAS": "instruction sets of the CPU library when it is built: all, or a list such as avx2,avx512",
     "FFNET_CUDA_ARCHS": "architectures of the CUDA library when it is built: all, none, or a list such as 80,90",
@@ -25,7 +25,8 @@ ENVIRONMENT = {
 
 
 def info() -> dict[str, Any]:
-    """Versions, processor, instruction sets, native libraries, backends and why any is missing, as plain data.
+    """Describes this installation as plain data: versions, processor, instruction sets, native libraries, backends, and
+    why any is missing.
 
     ``python -m ffnet_kernels info`` prints it.
     """
@@ -52,7 +53,7 @@ def info() -> dict[str, Any]:
 
 
 def format_info() -> str:
-    """:func:`info` as aligned text."""
+    """The result of :func:`info` as aligned text."""
     lines = []
     for name, value in info().items():
         if isinstance(value, dict):

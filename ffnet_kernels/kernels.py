@@ -1,5 +1,5 @@
-"""What the steps of a program call: the operators with arguments that the rewriter has checked, and convolution in the
-form it works with."""
+"""The functions that steps of a program call: the operators, with arguments that the rewriter has checked, and the form
+of convolution that it rewrites."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .backends.activations import ACTIVATE
 from .backends.maps import as_map, as_pixels, same_padding
 from .ops import OPERATORS
 
-FEW_ROWS = 32  # of a linear layer: below, weights are read rather than multiplied, and PyTorch does that as well
+FEW_ROWS = 32  # rows of a linear layer: with fewer it is bound by reading weights, which PyTorch does as fast
 
 Pads = tuple[int, int, int, int]  # top, bottom, left, right
 
@@ -29,7 +29,7 @@ def convolution(
     dilation: tuple[int, int],
     groups: int,
 ) -> Tensor:
-    """``torch.conv2d`` with its padding spelled out."""
+    """``torch.conv2d`` with explicit padding on all four sides."""
     top, bottom, left, right = padding
     if top != bottom or left != right:
         return torch.conv2d(F.pad(x, (left, right, top, bottom)), weight, bias, stride, 0, dilation, groups)
@@ -45,7 +45,7 @@ def depthwise_conv2d(
     activation: str,
     channels: int,
 ) -> Tensor:
-    if x.shape[1] != channels:  # the operator would take the filters for two a channel
+    if x.shape[1] != channels:  # else the operator would assume two filters a channel
         raise ValueError(f"expected a map of {channels} channels, got {list(x.shape)}")
     return _run("depthwise_conv2d", x, weight, bias, stride, padding, activation)
 
@@ -65,8 +65,8 @@ def conv2d(
 
 
 def projection(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A 1×1 convolution with gradients: on one thread, where PyTorch does without oneDNN, the kernel is twice as fast;
-    on more it is not faster. Of 16 bits PyTorch's products of matrices are the fastest, above all of gradients."""
+    """A 1×1 convolution with gradients. On one thread, where PyTorch does not use oneDNN, the kernel is twice as fast;
+    on more it is not faster. In 16 bits PyTorch's matrix products are fastest, above all for gradients."""
     if x.dtype in (torch.bfloat16, torch.float16) and x.is_cpu and x.is_contiguous(memory_format=torch.channels_last):
         return as_map(F.linear(as_pixels(x), weight.flatten(1), bias), x)
     if torch.get_num_threads() == 1 and x.is_contiguous(memory_format=torch.channels_last):
@@ -75,7 +75,7 @@ def projection(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def conv2d_pair(x: Tensor, *first_and_second: Any) -> Tensor:
-    """One `conv2d` on another's result, which the CPU's kernel makes as it is read."""
+    """One `conv2d` on the result of another, which the CPU kernel computes as it is read."""
     if is_direct(x):
         return torch.ops.ffnet_kernels.conv2d_pair.default(x, *first_and_second)
     weight, bias, stride, padding, activation = first_and_second[5:]
@@ -93,7 +93,7 @@ def linear(
 ) -> Tensor:
     """``residual + scale · act(x · weight + bias)`` over the last dimension, whose rows are the pixels of a
     channels-last map."""
-    is_few = x.numel() // x.shape[-1] < FEW_ROWS or x.shape[-1] != weight.shape[1]  # or it is wrong
+    is_few = x.numel() // x.shape[-1] < FEW_ROWS or x.shape[-1] != weight.shape[1]  # or the shapes do not match
     return (linear_of_few_rows if is_few else linear_of_many_rows)(x, weight, bias, activation, scale, residual)
 
 
@@ -169,7 +169,7 @@ def batch_norm(x: Tensor, *norm: Any) -> Tensor:
     *vectors, eps, dimensions = norm
     if x.dim() not in dimensions:
         raise ValueError(f"expected a map of {dimensions} dimensions, got {x.dim()}")
-    # PyTorch's gradients on channels-last maps take the strides of vectors for one.
+    # PyTorch's gradients on channels-last maps assume that vectors have a stride of one.
     running_mean, running_var, weight, bias = map(dense, vectors)
     return torch.batch_norm(x, weight, bias, running_mean, running_var, False, 0.0, eps, torch.backends.cudnn.enabled)
 
@@ -179,14 +179,14 @@ def dense(vector: Tensor | None) -> Tensor | None:
 
 
 def batch_norm_training(x: Tensor, *norm_and_activation: Any) -> Tensor:
-    """``act(norm(x))`` by the statistics of the batch: the fields of a `training.Norm`, then the activation, if any."""
+    """``act(norm(x))`` by batch statistics: the fields of a `training.Norm`, then the activation, if any."""
     return training.batch_norm(x, training.Norm(*norm_and_activation[:7]), *norm_and_activation[7:])
 
 
 def branched_depthwise(
     x: Tensor, weights: tuple[Tensor, ...], norms: tuple, stride: tuple[int, int], activation: str, channels: int
 ) -> Tensor:
-    """``act(Σ norm(conv(x)))`` by the statistics of the batch, of filters padded to keep the size of the map."""
+    """``act(Σ norm(conv(x)))`` by batch statistics, with filters padded to keep the map's size."""
     if x.shape[1] != channels:
         raise ValueError(f"expected a map of {channels} channels, got {list(x.shape)}")
     return training.branched_depthwise(x, weights, [training.Norm(*norm) for norm in norms], stride, activation)
@@ -199,7 +199,7 @@ def feed_forward(x: Tensor, *args: Any) -> Tensor:
 
 
 def is_direct(x: Tensor) -> bool:
-    """Whether operators on a map surely run on the CPU's kernels."""
+    """Whether operators on a map certainly run on the CPU kernels."""
     return x.is_cpu and x.dtype in cpu.DTYPES and choice.prefers_cpu()
 
 
@@ -207,13 +207,13 @@ def _run(operator: str, *args: Any) -> Tensor:
     return OPERATORS[operator].on(choice.select(operator, args).NAME, *args)
 
 
-#: What is not plain PyTorch.
+#: All that are more than plain PyTorch.
 FUSED = (
     depthwise_conv2d, conv2d, projection, conv2d_pair, linear, ffnified_attention, channel_mixer, norm_mixer,
     batch_norm_training, branched_depthwise, feed_forward,
 )  # fmt: skip
 
-#: Those that a native operator computes of the same arguments, but for what comes after these.
+#: Those that a native operator computes from the same leading arguments.
 NATIVE = {
     depthwise_conv2d: torch.ops.ffnet_kernels.depthwise_conv2d.default,
     conv2d: torch.ops.ffnet_kernels.conv2d.default,

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class DepthwiseConv2d(nn.Conv2d):
     """An ``nn.Conv2d`` with ``groups == in_channels`` that runs on :func:`ffnet_kernels.depthwise_conv2d`.
 
-    Parameters, state dict and results are those of the ``nn.Conv2d``, which :meth:`from_conv` takes over as it is; a
-    map without batch dimension is taken too.
+    Parameters, state dict and results are those of the ``nn.Conv2d``; :meth:`from_conv` converts one as it is. Maps
+    without a batch dimension are accepted, too.
 
     Args:
         channels: input channels.
@@ -30,7 +30,7 @@ class DepthwiseConv2d(nn.Conv2d):
         activation: applied to the result, one of ``ffnet_kernels.ACTIVATIONS``.
 
     Raises:
-        ValueError: for a multiplier, stride or activation that the operator does not take.
+        ValueError: for a multiplier, stride or activation that the operator does not support.
 
     Shape: ``[N, C, H, W]`` to ``[N, C·multiplier, H', W']``.
     """
@@ -87,7 +87,7 @@ class DepthwiseConv2d(nn.Conv2d):
 
 
 def convolve(conv: nn.Conv2d, input: Tensor, activation: str = "none") -> Tensor:
-    """What a convolution gives, on the operator where that takes it: ``act(conv(input))``."""
+    """``act(conv(input))``, on the operator if that takes the call."""
     if input.dim() == 3:
         return convolve(conv, input[None], activation)[0]
     if not (_computable(conv) and _fits(conv, input)):
@@ -99,7 +99,7 @@ def convolve(conv: nn.Conv2d, input: Tensor, activation: str = "none") -> Tensor
 
 
 def _fits(conv: nn.Conv2d, input: Tensor) -> bool:
-    """Whether a map is one for a layer; plain PyTorch says in its own words what is wrong with another."""
+    """Whether a map fits a layer; if not, plain PyTorch raises its own error."""
     weight = conv.weight
     like = input.dtype == weight.dtype or torch.is_autocast_enabled(input.device.type)
     return (
@@ -117,7 +117,7 @@ def _check_activation(activation: str) -> None:
 
 
 def _computable(conv: nn.Conv2d) -> bool:
-    """Whether the operator computes a layer as it is now: its attributes may hold whatever users put there."""
+    """Whether the operator computes a layer in its present state: users may have changed its attributes."""
     stride, weight = _integers(conv.stride), conv.weight.shape
     return (
         weight[1] == 1
@@ -136,7 +136,7 @@ def _computable(conv: nn.Conv2d) -> bool:
 
 
 def _integers(value: object) -> tuple[int, ...] | None:
-    """An integer or a pair of them as a tuple; None for anything else, numpy's integers included."""
+    """An integer or a pair of integers as a tuple; None for anything else, NumPy integers included."""
     values = value if isinstance(value, tuple | list) else (value,)
     return tuple(values) if len(values) <= 2 and all(type(v) is int for v in values) else None
 

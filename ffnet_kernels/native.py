@@ -1,4 +1,4 @@
-"""Loads the native libraries once, and remembers why where that is not possible."""
+"""Loads the native libraries once, and remembers why if that fails."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import warnings
 from pathlib import Path
 from types import ModuleType
 
-import torch  # before any library: they resolve their symbols in the torch that is loaded
+import torch  # before any library, as they resolve their symbols in the torch that is loaded
 
 CPU_LIBRARY = "libffnet_kernels_cpu.so"
 CUDA_LIBRARY = "libffnet_kernels_cuda.so"
 
 
 def library_dir() -> Path:
-    """The folder of the native libraries: the package's own, or that of ``FFNET_KERNELS_LIBRARY_DIR``."""
+    """The folder of the native libraries: the package's own, or ``FFNET_KERNELS_LIBRARY_DIR``."""
     return Path(os.environ.get("FFNET_KERNELS_LIBRARY_DIR") or Path(__file__).parent / "lib")
 
 
@@ -41,13 +41,13 @@ def build_record() -> dict:
 
 @functools.cache
 def cpu_library_error() -> str | None:
-    """Loads the CPU library on the first call; None where that worked, else the reason."""
+    """Loads the CPU library on the first call; None if that worked, else the reason."""
     reason = _load(library_dir() / CPU_LIBRARY)
     if reason is not None:
         return reason
     try:
-        _ = _cpu_library().ffnet_cpu_unbuilt_isa  # the newest of its functions
-        select_isa("")  # refuses a wrong FFNET_KERNELS_ISA here, not in the first call
+        _ = _cpu_library().ffnet_cpu_unbuilt_isa  # its most recent function
+        select_isa("")  # so that a wrong FFNET_KERNELS_ISA fails here, not in the first call
     except AttributeError as error:
         return f"{CPU_LIBRARY} is not of this version of the package: {error}"
     except ValueError as error:
@@ -66,18 +66,20 @@ def _cpu_library() -> ctypes.CDLL:
 
 @functools.cache
 def usable_isas() -> tuple[str, ...]:
-    """The instruction sets that the CPU library holds and this processor runs, slowest first; none without it.
+    """The instruction sets that the CPU library has code for and this processor runs, slowest first; none without the
+    library.
 
-    ``FFNET_KERNELS_ISA`` makes the processor pass for one that has nothing better than the named one.
+    ``FFNET_KERNELS_ISA`` restricts the processor to the named one and those below it.
     """
     return _names("ffnet_cpu_usable_isa")
 
 
 def select_isa(name: str) -> None:
-    """Makes calls use this instruction set; an empty name returns to the default.
+    """Restricts calls to this instruction set; an empty name restores the default.
 
     Raises:
-        ValueError: for a name that this build and processor do not run, which ``FFNET_KERNELS_ISA`` may hold as well.
+        ValueError: for an instruction set that this build or processor does not have, also if ``FFNET_KERNELS_ISA``
+            names it.
     """
     reason = ctypes.create_string_buffer(500)
     if _cpu_library().ffnet_cpu_select_isa(name.encode(), reason, ctypes.c_size_t(len(reason))):
@@ -85,27 +87,27 @@ def select_isa(name: str) -> None:
 
 
 def isa() -> str:
-    """The instruction set that calls use. This and what follows: only where ``cpu_library_error()`` is None."""
+    """The instruction set in use. This and the functions below need ``cpu_library_error()`` to be None."""
     return _cpu_library().ffnet_cpu_isa().decode()
 
 
 def lanes() -> int:
-    """Channels that one vector of it holds."""
+    """Channels in one vector of it."""
     return _cpu_library().ffnet_cpu_lanes()
 
 
 def is_unrolled(kh: int, kw: int) -> bool:
-    """Whether filters of this size have code of their own in it."""
+    """Whether filters of this size have specialised code in it."""
     return bool(_cpu_library().ffnet_cpu_is_unrolled(ctypes.c_int64(kh), ctypes.c_int64(kw)))
 
 
 def unbuilt_isas() -> tuple[str, ...]:
-    """Instruction sets that this processor runs and the CPU library does not hold: it was built on another one."""
+    """Instruction sets that this processor runs but the CPU library, built on another one, lacks."""
     return _names("ffnet_cpu_unbuilt_isa")
 
 
 def _names(function: str) -> tuple[str, ...]:
-    """What a C function answers for 0, 1, ... until there is no more; nothing without the library."""
+    """The names that a C function returns for 0, 1, ... until there are no more; none without the library."""
     if cpu_library_error() is not None:
         return ()
     name_of = getattr(_cpu_library(), function)
@@ -115,14 +117,14 @@ def _names(function: str) -> tuple[str, ...]:
 
 
 def poison_scratch(wanted: bool) -> None:
-    """For tests: whether the CPU kernels' scratch is full of NaN before they write it. Without the library, nothing."""
+    """For tests: fills the CPU kernels' scratch memory with NaN before use. Does nothing without the library."""
     if cpu_library_error() is None:
         _cpu_library().ffnet_cpu_poison_scratch(ctypes.c_int(wanted))
 
 
 @functools.cache
 def cuda_library_error() -> str | None:
-    """The same of the CUDA library, which takes a torch with CUDA; a GPU is not needed to load it."""
+    """The same for the CUDA library, which needs a torch with CUDA, but no GPU to load."""
     host = cuda_host_library()
     if host is not None:
         return _load(host)
@@ -141,7 +143,7 @@ def cuda_device_error(index: int) -> str | None:
 
 
 def cuda_host_library() -> Path | None:
-    """The CUDA kernels compiled for the processor, for tests: where ``FFNET_KERNELS_CUDA_HOST`` says."""
+    """The CUDA kernels compiled for the processor, for tests: the library at ``FFNET_KERNELS_CUDA_HOST``."""
     path = os.environ.get("FFNET_KERNELS_CUDA_HOST")
     return Path(path) if path else None
 
@@ -161,7 +163,7 @@ def _load(path: Path) -> str | None:
 
 
 def _damage(path: Path) -> str | None:
-    """Why a library is not the one that was built, or None: to load one that was cut short would end the process."""
+    """Why a library is not the one that was built, or None: loading a truncated one would end the process."""
     content = path.read_bytes()
     built = build_record().get("files", {}).get(path.name) if path.parent == library_dir() else None
     what = None
@@ -175,7 +177,7 @@ def _damage(path: Path) -> str | None:
 
 
 def _elf_bytes(content: bytes) -> int:
-    """The least size of the 64-bit ELF file that begins like this, by its header; 0 for any other file."""
+    """The minimum size of a 64-bit ELF file, according to its header; 0 for any other file."""
     if content[:5] != b"\x7fELF\2" or len(content) < 64:
         return 0
     order = "<" if content[5] == 1 else ">"
@@ -187,9 +189,9 @@ def _elf_bytes(content: bytes) -> int:
 
 @functools.cache
 def helper() -> ModuleType | None:
-    """The pybind11 helper, or None: nothing needs it, and it loads in the Python that built it alone."""
+    """The pybind11 helper, or None: it is optional, and loads only in the Python version that it was built for."""
     if cpu_library_error() is not None:
-        return None  # loading it would load that library
+        return None  # loading it would load that library, too
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
         path = library_dir() / f"_native{suffix}"
         if path.exists() and _damage(path) is None:

@@ -1,4 +1,4 @@
-"""What nodes of a graph compute: convolutions, activations, sums, and what is known of parameters."""
+"""Recognises what nodes of a graph compute: convolutions, activations, sums, and functions of parameters."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MULS = (operator.mul, torch.mul, "mul")
 
 
 class Convolution(NamedTuple):
-    """The arguments of the node of a 2-D convolution, padding spelled out as (top, bottom, left, right)."""
+    """The arguments of a 2-D convolution's node, with padding as (top, bottom, left, right)."""
 
     x: Node
     weight: Node
@@ -49,14 +49,14 @@ class Convolution(NamedTuple):
 
     @property
     def keeps_size(self) -> bool:
-        """Whether result and map have one size, each tap of the kernel being centred on its pixel."""
+        """Whether the result has the size of the map, with the kernel centred on each pixel."""
         kh, kw = self.kernel
         centred = (kh // 2, kh // 2, kw // 2, kw // 2)
         return self.stride == self.dilation == (1, 1) and kh % 2 == kw % 2 == 1 and self.padding == centred
 
 
 def why_not(conv: Convolution) -> str:
-    """Why a convolution stays with PyTorch, if it does."""
+    """Why a convolution stays with PyTorch, should it do so."""
     if conv.dilation != (1, 1):
         return f"a dilation of {conv.dilation[0]}×{conv.dilation[1]}"
     if not set(conv.stride) <= {1, 2}:
@@ -65,7 +65,7 @@ def why_not(conv: Convolution) -> str:
 
 
 def parse(node: Node) -> Convolution | None:
-    """A node that calls ``torch.conv2d``, where all but the map is known."""
+    """The convolution of a node that calls ``torch.conv2d``; None unless all arguments but the map are known."""
     x, weight = argument(node, 0, "input", None), argument(node, 1, "weight", None)
     bias = argument(node, 2, "bias", None)
     if not is_node(x) or not is_parameter(weight) or len(weight.meta["shape"]) != 4:
@@ -91,7 +91,7 @@ def parse(node: Node) -> Convolution | None:
 
 
 def activation(node: Any) -> tuple[str, Node] | None:
-    """(name, map) of an activation that operators know."""
+    """(name, map) if a node is an activation that operators support."""
     if not is_node(node) or node.op not in ("call_function", "call_method") or not node.args:
         return None
     name = name_of(node.target, node.args[1:], node.kwargs)
@@ -111,31 +111,31 @@ def has_shape_of(node: Any, other: Node) -> bool:
 
 
 def has_dtype_of(node: Node, other: Node) -> bool:
-    """Whether two nodes are of one dtype: under autocast sums and products of maps may be wider than these."""
+    """Whether two nodes have the same dtype: under autocast, sums and products may be wider than their maps."""
     value, expected = node.meta.get("value"), other.meta.get("value")
     return not (isinstance(value, Tensor) and isinstance(expected, Tensor)) or value.dtype == expected.dtype
 
 
 def is_cast(node: Any) -> bool:
-    """Whether a node is another one in another dtype."""
+    """Whether a node only casts another one."""
     return is_node(node) and node.target == "to" and isinstance(argument(node, 1, "dtype", None), torch.dtype)
 
 
 def uncast(node: Any) -> Any:
-    """What a node was before it was cast."""
+    """The node before a cast, or the node itself."""
     while is_cast(node):
         node = node.args[0]
     return node
 
 
 def other_argument(node: Node, one: Node) -> Any:
-    """The other of the two operands of a sum or a product; None where they are the same."""
+    """The other operand of a sum or a product; None if both are the same."""
     others = [a for a in node.args[:2] if a is not one]
     return others[0] if len(others) == 1 else None
 
 
 def vector_of_product(node: Node, map: Node, axis: int) -> Node | None:
-    """What a map is multiplied with, where that is a parameter along one axis, counted from the last."""
+    """The parameter that a map is multiplied with, if it lies along one axis, counted from the last."""
     if node.target not in MULS or len(node.args) != 2:
         return None
     vector = other_argument(node, map)
@@ -165,13 +165,13 @@ def is_permuted_to_channels_first(node: Node) -> bool:
 
 
 def is_sum(node: Node) -> bool:
-    """Whether a node is the plain sum of two maps, which is not wider than one of them."""
+    """Whether a node is the plain sum of two maps, in a dtype no wider than theirs."""
     plain = node.target in ADDS and len(node.args) == 2 and not node.kwargs
     return plain and all(has_dtype_of(a, node) for a in node.args if is_node(a))
 
 
 def describe_constant(node: Node) -> None:
-    """Shape and dtype of a parameter, or of what is computed from parameters alone, into ``node.meta``."""
+    """Writes the shape and dtype of a parameter, or of a value computed from parameters alone, into ``node.meta``."""
     computed = node.op in ("call_function", "call_method") and bool(node.all_input_nodes)
     value = node.meta.get("value")
     is_constant = "tensor" in node.meta or (computed and all("shape" in other.meta for other in node.all_input_nodes))
@@ -184,12 +184,12 @@ def is_parameter(node: Any) -> bool:
 
 
 def is_folded(conv: Convolution) -> bool:
-    """Whether a convolution's weights are computed anyhow, so that further folding takes no memory."""
+    """Whether a convolution's weights are folded already, so that further folding takes no memory."""
     return conv.weight.op == "call_function" or is_cast(conv.weight)
 
 
 def _pair(value: Any) -> tuple[int, int] | None:
-    """An integer or a pair of them as a pair; None for anything else, numpy's integers included."""
+    """An integer or a pair of integers as a pair; None for anything else, NumPy integers included."""
     values = tuple(value) if isinstance(value, tuple | list) else (value, value)
     values = values * 2 if len(values) == 1 else values
     return values if len(values) == 2 and all(type(v) is int for v in values) else None

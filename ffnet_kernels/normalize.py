@@ -1,4 +1,4 @@
-"""A captured graph as one without in-place operations, randomness and anything that could tell memory formats apart.
+"""Rewrites a captured graph without in-place operations, randomness, and anything that depends on memory formats.
 
 Afterwards a node is its value: nodes may be merged, reordered and run on maps of any layout.
 """
@@ -19,7 +19,7 @@ from .shapes import Node, has_dimensions, shapes
 
 _DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 
-#: In place -> what gives the same value.
+#: In-place operation -> the functional one of the same value.
 _FUNCTIONAL: dict[Any, Callable] = {
     operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul,
     operator.itruediv: operator.truediv, F.relu_: F.relu, F.leaky_relu_: F.leaky_relu, F.hardtanh_: F.hardtanh,
@@ -33,7 +33,7 @@ _VIEWS = {
     "chunk", "split", "unbind", "narrow", "select", "reshape_as", "view_as", "movedim", "swapaxes", "t", "detach",
     "contiguous", "to", "float", "type_as", "tensor_split", "swapdims",
 }  # fmt: skip
-#: Methods and functions that keep their word on any layout, by name; and those of the elementwise kinds below.
+#: Methods and functions whose values do not depend on the layout, by name; and the elementwise ones below.
 _PURE = _VIEWS | {
     "add", "sub", "mul", "div", "truediv", "neg", "pow", "matmul", "bmm", "linear", "exp", "sqrt", "rsqrt", "abs",
     "square", "mean", "sum", "amax", "amin", "max", "min", "softmax", "log_softmax", "sigmoid", "tanh", "relu", "relu6",
@@ -54,7 +54,7 @@ _HOMES = ("torch", "_operator", "builtins", "math", "timm", "ffnet_kernels")
 _ATTRIBUTES = {"shape", "dtype", "device", "ndim", "is_cuda", "mT", "T"}
 
 
-#: Whose gradients do not need their results, so that these may be changed in place.
+#: Functions whose gradients do not need their results, so that these may be changed in place.
 _SAVE_NO_RESULT = {
     torch.conv2d, F.linear, F.batch_norm, kernels.batch_norm, kernels.batch_norm_training, operator.add, torch.add,
     operator.mul, torch.mul, "bernoulli_",
@@ -66,10 +66,10 @@ def normalize(graph: fx.Graph, *, draws: bool = False) -> None:
 
     Args:
         graph: as captured.
-        draws: whether it may draw random numbers and move running statistics, which stay in their order.
+        draws: whether it may draw random numbers and update running statistics, in their order.
 
     Raises:
-        NotCapturable: where it does something that has no such form.
+        NotCapturable: if it does something that cannot be written so.
     """
     seen: set[Node] = set()
     for node in list(graph.nodes):
@@ -106,7 +106,7 @@ def _normalize(graph: fx.Graph, node: Node, seen: set[Node], draws: bool) -> Non
     elif _in_place_flag(node):
         node.args, node.kwargs = _without_in_place(node)
         _make_functional(node, target, seen, draws)
-    elif target is operator.add and 0 in node.args:  # what sum() begins with
+    elif target is operator.add and 0 in node.args:  # the start value of sum()
         others = [a for a in node.args if isinstance(a, fx.Node)]
         if len(others) == 1:
             _replace(graph, node, others[0])
@@ -116,7 +116,7 @@ _ROWWISE = {F.linear, F.gelu, F.relu, F.silu, F.hardswish, F.batch_norm, F.layer
 
 
 def _is_in_rows(node: Any) -> bool:
-    """Whether a node is a matrix in row-major order in every format of the map."""
+    """Whether a node is a matrix in row-major order whatever the format of the map."""
     while isinstance(node, fx.Node) and has_dimensions(node, 2) and not is_mean_of_pixels(node):
         if node.target is F.linear:
             return True
@@ -148,7 +148,7 @@ def _without_in_place(node: Node) -> tuple[tuple, dict]:
 
 
 def _make_functional(node: Node, target: Any, seen: set[Node], draws: bool) -> None:
-    """The node as one that leaves its map alone: whoever reads that map later reads the node instead."""
+    """Makes a node leave its map alone: later readers of that map read the node instead."""
     changed = node.args[0]
     if not isinstance(changed, fx.Node):
         raise NotCapturable(f"{_name(node)} changes something that is no map of the model's own")
@@ -163,7 +163,7 @@ def _make_functional(node: Node, target: Any, seen: set[Node], draws: bool) -> N
 
 
 def _moves_statistics(node: Node) -> bool:
-    """Whether a normalisation writes into the running statistics that it is given."""
+    """Whether a normalisation updates the running statistics passed to it."""
     if node.target in (torch.batch_norm, torch.instance_norm):
         return True
     flags = {F.batch_norm: ("training", False), F.instance_norm: ("use_input_stats", True)}
@@ -174,7 +174,8 @@ def _moves_statistics(node: Node) -> bool:
 
 
 def _is_draw(node: Node) -> bool:
-    """Whether a node moves running statistics, or draws random numbers in an order that no map's layout changes."""
+    """Whether a node updates running statistics, or draws random numbers in an order that does not depend on a
+    layout."""
     if node.target in (F.dropout, kernels.batch_norm_training):
         return True
     is_bernoulli = node.op == "call_method" and node.target == "bernoulli_" and len(node.args) == 2
@@ -206,17 +207,17 @@ def _name(node: Node) -> str:
 
 
 def is_view(node: Node) -> bool:
-    """Whether a node's result may be its map's own memory in another shape."""
+    """Whether a node's result may share its map's memory in another shape."""
     return _name(node) in _VIEWS or node.target in (operator.getitem, getattr)
 
 
 def argument(node: Node, place: int, name: str, default: Any) -> Any:
-    """An argument that may have come by place or by name."""
+    """An argument that may have been passed by position or by keyword."""
     return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
 
 
 def is_mean_of_pixels(node: Node) -> bool:
-    """Whether a node takes the mean over pixels, or drops the dimensions of one pixel."""
+    """Whether a node takes the mean over pixels, or removes pixel dimensions of size one."""
     if node.target in ("mean", torch.mean):
         dims = argument(node, 1, "dim", None)
         return isinstance(dims, tuple | list) and tuple(dims) in ((2, 3), (-2, -1), [2, 3])

@@ -1,8 +1,7 @@
 """Dense convolutions that stay with PyTorch, in the memory formats in which oneDNN computes them.
 
-PyTorch has oneDNN put weights into an order of its own in every call, which can take longer than to convolve a small
-map. A weight that a program computes anyway it keeps in that order; one that is a parameter decides the format of a
-small map.
+In every call PyTorch makes oneDNN reorder weights, which can take longer than convolving a small map. A program keeps
+weights that it computes in that order; a weight that is a parameter determines the format of a small map.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from .shapes import has_dimensions
 
 
 def lower(graph: fx.Graph, *, pack: bool) -> None:
-    """Puts the functions below in the place of `kernels.convolution`, in a rewritten graph for the CPU."""
+    """Replaces `kernels.convolution` by the functions below, in a rewritten graph for the CPU."""
     for node in list(graph.nodes):
         if node.target is not kernels.convolution:
             continue
@@ -36,7 +35,8 @@ def lower(graph: fx.Graph, *, pack: bool) -> None:
 
 
 def convolution(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
-    """`kernels.convolution`; the map in the format of the weight, where that is the larger of them to transpose."""
+    """`kernels.convolution` with the map converted to the weight's format, if the weight is the larger one to
+    transpose."""
     if weight.numel() > x.numel() and not weight.is_contiguous(memory_format=torch.channels_last):
         x = x.contiguous()
     return kernels.convolution(x, weight, *args)
@@ -50,13 +50,14 @@ def packed_weight(
     groups: int,
     size: tuple[int, ...],
 ) -> Tensor:
-    """A weight for `packed_convolution`, best for maps of a size."""
+    """A weight in oneDNN's order for `packed_convolution`, chosen for maps of a given size."""
     reorder = torch.ops.mkldnn._reorder_convolution_weight.default
     return reorder(weight, padding, stride, dilation, groups, size)
 
 
 def give_back_memory() -> None:
-    """To the system, where the C library can: copies that packing let go lie between what it keeps."""
+    """Returns freed memory to the system, if the C library can: the copies that packing freed lie between those it
+    keeps."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -71,19 +72,19 @@ def packed_convolution(
     dilation: tuple[int, int],
     groups: int,
 ) -> Tensor:
-    """``torch.conv2d`` with a `packed_weight`."""
+    """``torch.conv2d`` with a weight from `packed_weight`."""
     run = torch.ops.mkldnn._convolution_pointwise.default
     return run(x, weight, bias, padding, stride, dilation, groups, "none", [], "")
 
 
 @functools.cache
 def is_available() -> bool:
-    """Whether this PyTorch has what its own compiler packs weights with, and it gives what a convolution does."""
+    """Whether this PyTorch has the operators by which inductor packs weights, and they compute a convolution."""
     x, weight = torch.linspace(-1, 1, 96).reshape(1, 6, 4, 4), torch.linspace(-1, 1, 216).reshape(4, 6, 3, 3)
     try:
         with torch.no_grad():
             packed = packed_weight(weight, (1, 1), (1, 1), (1, 1), 1, tuple(x.shape))
             out = packed_convolution(x, packed, None, (1, 1), (1, 1), (1, 1), 1)
             return torch.allclose(out, torch.conv2d(x, weight, None, 1, 1), atol=1e-5)
-    except Exception:  # of names that are not PyTorch's interface
+    except Exception:  # these names are private to PyTorch
         return False

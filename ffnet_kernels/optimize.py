@@ -1,4 +1,4 @@
-"""Puts a model onto the operators, and leaves it the model it is."""
+"""Runs a model on the operators while leaving the model itself unchanged."""
 
 from __future__ import annotations
 
@@ -31,32 +31,39 @@ _LEAST_OFTEN = 1024
 
 
 def optimize(model: ModuleT) -> ModuleT:
-    """Lets a model run on the operators, in place, and returns it.
+    """Makes a model run on the operators, in place, and returns it.
 
-    What the model computes of one map ``[N, C, H, W]`` is made into a program at the first call: layers become
+    At the first call, what the model computes from one map ``[N, C, H, W]`` is made into a program: layers become
     operators, batch normalisation, parallel branches and layer scales are folded into weights that the program keeps,
-    and maps are channels-last on the CPU. The program runs where a call is plain eager PyTorch; else, and wherever
-    something cannot be known, the modules run as they are. Calls with gradients have a program of their own, whose
+    and maps are channels-last on the CPU. The program runs if a call is plain eager PyTorch; otherwise, and whenever
+    its result is not certain, the modules run as they are. Calls with gradients have a program of their own, whose
     operators keep little for the backward pass and fold nothing.
 
-    1. Results are those of the plain model in every later state, to rounding, or its own error is raised. The first
-       call for each shape and layout of the map runs both and compares, of a large map on a corner.
-    2. The model stays itself: modules, classes, parameters, buffers, hooks, state dict and both modes are as they
-       were, and so is what one can do with them. Copies and pickles are plain models: optimize them again. Results
-       have the strides that the plain model gives them.
-    3. What changes later counts: values, parameters, submodules, classes, hooks, patched methods, attributes, modes.
-       PyTorch does not see edits through ``.data``, of tensors made in inference mode, and of their memory by others,
-       such as collectives of torch.distributed: where such a weight is folded, call `refresh`.
-    4. No code of the user's runs that would not run without it. Modules of PyTorch, torchvision, timm and ffnet are
-       taken for what they are; a module of any other class is called as it is, and what is below it has its own
-       programs. ``torch.compile(model, backend="ffnet_kernels")`` captures that, too.
-    5. A program takes at most one further copy of the weights that folding changes.
-    6. `report` tells what runs where, and why not; `restore` takes all of it back.
+    1. Results are those of the plain model, to rounding, in every later state, or the plain model's own error is
+       raised. The first call for each shape and layout of the map runs both and compares them (of a large map, on a
+       corner).
+    2. The model is left unchanged: modules, classes, parameters, buffers, hooks, state dict and both modes, and
+       everything that can be done with them. Copies and pickles are plain models: optimize them again. Results have the
+       strides of the plain model's.
+    3. Later changes take effect: of values, parameters, submodules, classes, hooks, patched methods, attributes, modes.
+       PyTorch does not track edits through ``.data``, of tensors made in inference mode, or of their memory by others,
+       such as collectives of torch.distributed: call `refresh` if such a weight is folded.
+    4. No user code runs that would not run without it. Modules of PyTorch, torchvision, timm and ffnet are trusted to
+       be free of side effects; a module of any other class is called as it is, and modules below it have programs of
+       their own. ``torch.compile(model, backend="ffnet_kernels")`` captures that, too.
+    5. A program holds at most one additional copy of the weights that folding changes.
+    6. `report` shows what runs where, and why not; `restore` undoes everything.
 
     Copies of a module's ``__dict__``, such as the replicas of ``nn.DataParallel``, run the modules as they are.
 
+    Args:
+        model: a module whose forward takes a map ``[N, C, H, W]``, or that has such modules.
+
+    Returns:
+        The same model.
+
     Raises:
-        TypeError: if ``model`` is no ``nn.Module``.
+        TypeError: if ``model`` is not an ``nn.Module``.
     """
     require_module(model, "optimize")
     known: Any = functools.cache(is_library)
@@ -69,14 +76,24 @@ def optimize(model: ModuleT) -> ModuleT:
 
 
 def restore(model: ModuleT) -> ModuleT:
-    """Takes back what `optimize` did to a model, in place, and returns it."""
+    """Undoes what `optimize` did to a model, in place, and returns the model.
+
+    Raises:
+        TypeError: if ``model`` is not an ``nn.Module``.
+    """
     for module, _ in _shortcuts(model, "restore"):
         del module.__dict__[PLACE]
     return model
 
 
 def refresh(model: ModuleT) -> ModuleT:
-    """Has all that an optimised model computed from its weights computed anew, and returns the model."""
+    """Makes an optimised model recompute all that it has computed from its weights, and returns the model.
+
+    Needed only after changes that PyTorch does not track, see `optimize`.
+
+    Raises:
+        TypeError: if ``model`` is not an ``nn.Module``.
+    """
     for _, shortcut in _shortcuts(model, "refresh"):
         for way in shortcut.ways:
             if way.program is not None:
@@ -100,7 +117,7 @@ def _has_convolution(module: nn.Module) -> bool:
 
 
 class _Local(threading.local):
-    """Of a thread: whether modules are to run as written, programs of those below included."""
+    """Per thread: whether modules are to run as written, without programs of modules below them."""
 
     is_plain = False
 
@@ -109,13 +126,13 @@ _local = _Local()
 
 
 class Shortcut:
-    """What an optimised module calls: a program, where one applies, or itself as written."""
+    """What an optimised module calls: a program if one applies, otherwise the module as written."""
 
     is_program = True
 
     def __init__(self, module: nn.Module) -> None:
         self.module = weakref.ref(module)
-        #: Without and with gradients; then the same under autocast.
+        #: Without and with gradients, and both under autocast.
         self.ways = tuple(Way(differentiable) for _ in range(2) for differentiable in (False, True))
         self.last = self.ways[0]
 
@@ -123,7 +140,7 @@ class Shortcut:
         module: Any = self.module()
         if torch.compiler.is_compiling() or _local.is_plain:
             return module._call_impl(*args, **kwargs)
-        # What copies a module's attributes, as DataParallel does, copies this, too: then the copy is called.
+        # DataParallel and others copy a module's attributes, this one included: then the copy is called.
         caller = sys._getframe(1).f_locals.get("self")
         if caller is not module and isinstance(caller, nn.Module) and vars(caller).get(PLACE) is self:
             return caller._call_impl(*args, **kwargs)
@@ -141,7 +158,8 @@ class Shortcut:
 
 
 class Way:
-    """The program of a module with or without gradients, or why there is none, and what is known of its results."""
+    """The program of a module, with or without gradients, or the reason why there is none, and what is known of its
+    results."""
 
     def __init__(self, differentiable: bool) -> None:
         self.differentiable = differentiable
@@ -156,15 +174,15 @@ class Way:
         self.bypass: str | None = None  # why the last call ran the modules, where it would not do for any call
 
     def current_program(self, module: nn.Module, x: Tensor) -> Program | None:
-        """The program of the module as it is now, or None."""
+        """The program for the module's present state, or None."""
         program = self.program
         if program is not None and program.fits(x) and program.is_current(module):
             self.patience, self.refusal = max(self.patience - 1, 0), None
             return program
-        if self.waiting:  # there is a program, of an earlier state
+        if self.waiting:  # the program is of an earlier state
             self.waiting -= 1
             return None
-        # Made anew ever less often, where that is in vain or the model changes all the time.
+        # Rebuilt ever less often if that fails, or if the model keeps changing.
         self.patience = min(2 * self.patience + 1, _LEAST_OFTEN)
         self.waiting = self.patience - 1
         with self.lock:
@@ -174,7 +192,7 @@ class Way:
             except NotCapturable as error:
                 self.refusal = str(error)
                 return None
-            except Exception as error:  # a model that is wrong: its modules say how
+            except Exception as error:  # the model is wrong: its modules raise the error
                 self.refusal = f"no program can be made of it: {error}"
                 return None
             self.layouts, self.grad_strides, self.refusal = {}, {}, None
@@ -196,7 +214,7 @@ class Way:
             out = program.run(given)
         except BackendError:  # of one that was asked for
             raise
-        except Exception as error:  # plain modules say in their own words what is wrong with the map
+        except Exception as error:  # plain modules raise their own error for a wrong map
             if effects is not None:
                 effects.take_back()
             result = module._call_impl(x)
@@ -205,8 +223,8 @@ class Way:
         return as_laid_out(out, strides)
 
     def first_run(self, module: Any, program: Program, x: Tensor, key: tuple) -> Any:
-        """Has the modules tell the strides of the result and, where that has no effect, whether the program computes
-        the same: of a large map, where the program is for maps of any size, a corner tells as much."""
+        """Runs the modules for the strides of the result and, if they have no side effects, to check that the program
+        computes the same. If the program is for maps of any size, a corner of a large map is enough."""
         self.example = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
         corner = None if self.differentiable or not program.is_for_any_size else corner_of(x)
         expected: Any = None
@@ -254,7 +272,7 @@ class Way:
 
 
 class Effects:
-    """What a training program changes besides giving a result, to be taken back where it fails."""
+    """The side effects of a training program, to be undone if it fails."""
 
     def __init__(self, program: Program) -> None:
         self.moved = program.moved
@@ -277,7 +295,7 @@ def random_states(device: torch.device) -> list[Tensor]:
 
 
 def watch_gradient(x: Tensor, results: list[Any], see: Callable[[Tensor], Any]) -> None:
-    """Has ``see`` called with the gradient of x that the graph behind the results makes."""
+    """Has ``see`` called with the gradient of x that backpropagation through the results computes."""
     edge = torch.autograd.graph.get_gradient_edge(x)
     seen: set[Any] = set()
     waiting = [result.grad_fn for result in results if type(result) is Tensor and result.grad_fn is not None]
@@ -299,7 +317,7 @@ def watch_gradient(x: Tensor, results: list[Any], see: Callable[[Tensor], Any]) 
 
 
 def plainly(module: Any, x: Tensor) -> Any:
-    """What a module gives as written, without the programs of those below it."""
+    """Runs a module as written, without programs of the modules below it."""
     _local.is_plain = True
     try:
         return module._call_impl(x)
@@ -308,28 +326,28 @@ def plainly(module: Any, x: Tensor) -> Any:
 
 
 def is_plain_eager(x: Any) -> bool:
-    """Whether a call on x does what it seems to and nothing else: no tracing, transforms, modes or subclasses."""
+    """Whether a call on x is plain eager execution: no tracing, transforms, modes or subclasses."""
     return (
         type(x) is Tensor
-        and is_eager()  # before all that cannot be compiled
-        and torch._C._len_torch_function_stack() == 0  # before all that a mode would see
+        and is_eager()  # first, as the rest cannot be compiled
+        and torch._C._len_torch_function_stack() == 0  # before anything that a mode would see
         and x.layout is torch.strided
         and x.device.type in ("cpu", "cuda")
         and x.is_floating_point()
         and not x.is_neg()
         and autocast.is_known(x)
-        and torch._C._autograd._top_saved_tensors_default_hooks(False) is None  # of checkpointing, above all
+        and torch._C._autograd._top_saved_tensors_default_hooks(False) is None  # mainly of checkpointing
         and not globally_hooked()
     )
 
 
 def why_not_program(way: Way, args: tuple, kwargs: dict) -> str | None:
-    """Why a call was not for a program that there may be, as far as the call itself is the reason."""
+    """Why a call could not use a program, as far as the call itself is the reason."""
     if way.program is None and way.refusal is not None:
         return None
     if len(args) != 1 or kwargs:
         return "it was called with other arguments than one map"
-    if type(args[0]) is not Tensor or torch._C._len_torch_function_stack() > 0:  # which would see what is asked below
+    if type(args[0]) is not Tensor or torch._C._len_torch_function_stack() > 0:  # which would see the calls below
         return _NOT_PLAIN
     device = args[0].device.type
     if torch.amp.is_autocast_available(device) and not autocast.is_known(args[0]):

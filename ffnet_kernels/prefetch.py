@@ -1,7 +1,7 @@
-"""Memory asked for ahead of its use.
+"""Prefetches memory.
 
-A guard looks at some thousand small objects, which a model's maps and weights have meanwhile driven out of the caches:
-one after the other, that takes a multiple of what it takes where they are in the cache.
+A guard inspects about a thousand small objects, which a model's maps and weights have meanwhile evicted from the
+caches. One cache miss after the other takes several times as long as reading them from the cache.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _STORAGE = 2  # a StorageImpl
 
 
 class Prefetch:
-    """Of objects, which may go meanwhile: nothing is read."""
+    """Prefetches objects; these may have been freed, as nothing is read."""
 
     calls: Sequence[Callable[[], None]] = ()
 

@@ -1,4 +1,4 @@
-"""A module's inference as a straight line of operators, below modules and autograd."""
+"""A module's computation as a straight sequence of operators, below modules and autograd."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _LITTLE_WORK = 2e6  # multiplications, which take some 30 µs
 
 
 class Program:
-    """What a module computes of one map, as it was when this was made.
+    """What a module computes from one map, in the state in which this was made.
 
     Attributes:
         graph: its operators.
@@ -37,10 +37,10 @@ class Program:
     """
 
     def __init__(self, module: nn.Module, state: State, x: Tensor, differentiable: bool) -> None:
-        #: What autocast casts to; None where it is off.
+        #: The dtype that autocast casts to; None if it is off.
         self.autocast = autocast.dtype()
         graph, grows = _capture(module, x)
-        #: The numbers of images, and height and width, that it is for; None for any.
+        #: The number of images, and the height and width, that it is for; None for any.
         self.size = None if grows[0] else x.shape[0], None if grows[1] else x.shape[2:]
         if not state.is_current(module):
             raise NotCapturable("its forward changes the modules")
@@ -63,7 +63,7 @@ class Program:
         self.sample = next(t for t in registered if t.is_floating_point())
         gives_maps = any(not has_dimensions(node, 2) for node in _output(graph).all_input_nodes)
         self.filters = [tensor for tensor in self.tensors if gives_maps and tensor.dim() == 4]
-        #: Running statistics that a training step moves, and whether it draws random numbers.
+        #: Running statistics that a training step updates, and whether it draws random numbers.
         self.moved = [node.meta["tensor"] for node in self.constants.leaves if _is_statistic(node)]
         self.draws = any(node.target in (F.dropout, "bernoulli_") for node in graph.nodes)
         lowered = lower(graph, self.constants)
@@ -79,16 +79,16 @@ class Program:
             _call_natively(lowered, self.keeps_format)
             steps.join(lowered)
             self.direct = _compile(lowered)
-        for node in graph.nodes:  # nodes refer to each other, so they outlive the model; its weights should not
+        for node in graph.nodes:  # nodes form reference cycles and outlive the model; its weights should not
             node.meta.pop("tensor", None), node.meta.pop("counted_by", None)
 
     def is_current(self, module: nn.Module) -> bool:
-        """Whether the module is what the program was made of."""
-        if self.sample.dtype != self.dtype or self.sample.device != self.device:  # moved in place
+        """Whether the module is still in the state that the program was made of."""
+        if self.sample.dtype != self.dtype or self.sample.device != self.device:  # moved to other memory in place
             return False
         touched = self.state.touched
         current = self.state.is_current(module)
-        if touched != self.state.touched:  # it may have been in training mode in between, which moves statistics
+        if touched != self.state.touched:  # it may have been in training mode meanwhile, which updates statistics
             self.constants.known = None
         return current
 
@@ -106,18 +106,18 @@ class Program:
         return self.size == _ANY_SIZE
 
     def fits(self, x: Tensor) -> bool:
-        """Whether it is for maps of this size, under this autocast."""
+        """Whether it is for maps of this size and the present autocast mode."""
         if self.autocast != autocast.dtype():
             return False
         return self.is_for_any_size or (self.size[0] in (None, x.shape[0]) and self.size[1] in (None, x.shape[2:]))
 
     def is_small(self, x: Tensor) -> bool:
-        """Whether it is no more than a 1×1 convolution, and that of less work than it takes to know what to run."""
+        """Whether it is only a 1×1 convolution that takes less time than the checks before running it."""
         pixels = x.shape[0] * x.shape[2] * x.shape[3]
         return self.lone_weight is not None and self.lone_weight * pixels < _LITTLE_WORK
 
     def weight_strides(self) -> Iterator[tuple[int, ...]]:
-        """What decides, with those of the map, the strides of results that are maps; nothing where none is."""
+        """The strides that, with the map's, determine those of results that are maps; nothing if none is."""
         return map(Tensor.stride, self.filters)
 
     def run(self, x: Tensor) -> Any:
@@ -132,14 +132,15 @@ class Program:
         if self.differentiable:
             return self.code(None, x, *self.constants.values(self.tensors))
         with torch._C._AutoDispatchBelowAutograd():
-            # A profile shows operators by their names.
+            # So that a profile shows operators by name.
             is_direct = choice.prefers_cpu() and not torch._C._autograd._profiler_enabled()
             code = self.direct if is_direct else self.code
             return code(None, x, *self.constants.values(self.tensors))
 
 
 def _capture(module: nn.Module, x: Tensor) -> tuple[fx.Graph, tuple[bool, bool]]:
-    """The graph of a module for as many sizes of maps as it holds for, and which may change: see `capture`."""
+    """Captures the graph of a module for as many map sizes as possible, and says which sizes may change: see
+    `capture`."""
     for grows in ((True, True), (True, False)):
         try:
             graph = capture(module, x, grows)
@@ -152,7 +153,7 @@ def _capture(module: nn.Module, x: Tensor) -> tuple[fx.Graph, tuple[bool, bool]]
 
 
 class Constants:
-    """The tensors that steps read: parameters as they are, and what is computed from parameters alone.
+    """The tensors that steps read: parameters, and values computed from parameters alone.
 
     Attributes:
         leaves: the nodes of parameters and buffers, which have ``meta["tensor"]``.
@@ -179,8 +180,8 @@ class Constants:
         return kinds.pop()
 
     def values(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Of ``inputs``, for the tensors of ``leaves``; computed anew where one of these has changed."""
-        known, steps = self.known, _steps.count  # as one: other threads may be here
+        """The values of ``inputs`` for the tensors of ``leaves``; recomputed if one of those has changed."""
+        known, steps = self.known, _steps.count  # read once, as other threads may replace it
         same = (
             known is not None
             and known.steps == steps
@@ -219,13 +220,13 @@ class Constants:
 
 
 class Known(NamedTuple):
-    """What constants were computed from, and what they are."""
+    """Constants, and what they were computed from."""
 
     tensors: list[Tensor]
     sources: list[Tensor]  # of these, and what counts for running statistics
     versions: list[int]
-    # PyTorch does not count it as a change where a parameter is given other memory. That at the same address may be
-    # other memory, too: then what was there is gone.
+    # PyTorch does not change the version of a parameter that is given other memory. The same address may be other
+    # memory, too: then the earlier storage has been freed.
     places: list[int]
     memory: list[StorageWeakRef]
     storages: list[int]
@@ -235,7 +236,7 @@ class Known(NamedTuple):
 
 
 class _Steps:
-    """Counts those of all optimizers: fused ones change weights without PyTorch's counting it."""
+    """Counts the steps of all optimizers: fused ones change weights without changing their versions."""
 
     count = 0
 
@@ -253,19 +254,19 @@ _version_of = operator.attrgetter("_version")
 def _versions(tensors: list[Tensor]) -> list[int]:
     try:
         return list(map(_version_of, tensors))  # hundreds, in every call
-    except RuntimeError:  # of those that were made in inference mode, which have none
+    except RuntimeError:  # tensors made in inference mode have none
         return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def _places(tensors: list[Tensor]) -> list[int]:
     try:
         return list(map(Tensor.data_ptr, tensors))
-    except RuntimeError:  # of those that torch.compile traces with
+    except RuntimeError:  # tensors that torch.compile traces with
         return []
 
 
 def call(node: Node, value_of: Callable[[Node], Any]) -> Any:
-    """What the call that a node stands for gives."""
+    """Executes the call that a node stands for."""
     args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
     target: Any = node.target
     return target(*args, **kwargs) if node.op == "call_function" else getattr(args[0], target)(*args[1:], **kwargs)
@@ -279,7 +280,7 @@ def is_constant(node: Node) -> bool:
     return node.meta["constant"]
 
 
-#: What may write onto its first argument, where nobody else reads that: the same function in place.
+#: Functions that may overwrite their first argument if nothing else reads it, and their in-place forms.
 _IN_PLACE: dict[Any, Callable[..., Any]] = {
     F.relu: F.relu_, F.hardtanh: F.hardtanh_, F.leaky_relu: F.leaky_relu_, torch.sigmoid: torch.sigmoid_,
     F.relu6: lambda x: F.hardtanh_(x, 0.0, 6.0), F.hardswish: lambda x: F.hardswish(x, True),
@@ -288,7 +289,7 @@ _IN_PLACE: dict[Any, Callable[..., Any]] = {
 }  # fmt: skip
 _COMMUTES = (operator.add, torch.add, operator.mul, torch.mul)
 
-#: What gives a map that nobody else has.
+#: Functions that return a fresh map.
 _FRESH = {
     *kernels.FUSED, kernels.convolution, onednn.convolution, onednn.packed_convolution, kernels.batch_norm,
     F.linear, F.layer_norm, F.avg_pool2d, torch.cat,
@@ -297,7 +298,7 @@ _FRESH = {
 
 
 def _reuse(graph: fx.Graph) -> None:
-    """Lets elementwise functions write onto maps that only they read."""
+    """Makes elementwise functions overwrite maps that only they read."""
     for node in graph.nodes:
         in_place = _IN_PLACE.get(node.target) if node.op == "call_function" and not node.kwargs else None
         if in_place is None:
@@ -319,7 +320,7 @@ def _output(graph: fx.Graph) -> fx.Node:
 
 
 def lower(graph: fx.Graph, constants: Constants) -> fx.Graph:
-    """The same graph as one of the map and of ``constants.inputs``."""
+    """The same graph as a function of the map and of ``constants.inputs``."""
     lowered = fx.Graph()
     env: dict[Node, Node] = {}
     known = set(constants.order)
@@ -335,7 +336,7 @@ def lower(graph: fx.Graph, constants: Constants) -> fx.Graph:
 
 
 def _lone_weight(steps: list[Node], constants: Constants) -> int | None:
-    """The elements of a weight that is not folded, where all there is to do is to multiply with it."""
+    """The number of elements of an unfolded weight, if the graph only multiplies with it."""
     if len(steps) != 1 or len(constants.order) != len(constants.leaves):
         return None
     bare = steps[0].target is kernels.conv2d and steps[0].args[5:] == ("none", None, None)
@@ -343,10 +344,10 @@ def _lone_weight(steps: list[Node], constants: Constants) -> int | None:
 
 
 def _call_natively(graph: fx.Graph, any_format: bool) -> None:
-    """Calls native operators without what `kernels` looks at before: 2 µs each, where a choice is the same every time.
+    """Calls native operators without the checks of `kernels`, 2 µs each, if these have the same outcome every time.
 
-    All of it holds for every map that has the channels of the one the graph was captured for; of dense convolutions,
-    where maps are channels-last.
+    The outcome is the same for every map with the channels that the graph was captured for; for dense convolutions, if
+    maps are channels-last.
     """
     for node in graph.nodes:
         native, maps = kernels.NATIVE.get(node.target), node.args[:1]
@@ -368,7 +369,7 @@ def _call_natively(graph: fx.Graph, any_format: bool) -> None:
 
 
 def _compile(graph: fx.Graph) -> Callable[..., Any]:
-    """A graph as a function, which lets go what it no longer needs."""
+    """Compiles a graph to a function that frees values once they are no longer needed."""
     code = graph.python_code("self")
     scope = dict(code.globals)
     exec(compile(code.src, "<ffnet_kernels program>", "exec"), scope)

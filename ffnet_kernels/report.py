@@ -1,4 +1,4 @@
-"""What runs on which operator in an optimised model, and what does not."""
+"""Reports which layers of an optimised model run on which operator, and why others do not."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from .state import State
 
 
 class Row(NamedTuple):
-    """Layers, by their paths, and the operator or the function of PyTorch that they run on; or why there is none."""
+    """Layers, by their paths, and the operator or PyTorch function that they run on; or why they run as modules."""
 
     layers: str
     runs_on: str
-    is_step: bool = False  # of the program of the row above
+    is_step: bool = False  # belongs to the program of the row above
     is_fused: bool = False  # an operator, not a function of PyTorch
 
 
 class Report(NamedTuple):
-    """The rows of a model, first to last; prints as a table."""
+    """The rows of a model in execution order; prints as a table."""
 
     rows: tuple[Row, ...]
 
@@ -40,12 +40,12 @@ class Report(NamedTuple):
 
 
 def report(model: nn.Module) -> Report:
-    """What an optimised model runs on in its present state and mode: with gradients where it is in training mode.
+    """Reports what an optimised model runs on in its present state and mode; in training mode, with gradients.
 
-    Before the first call, for maps of 224² pixels.
+    Before the first call, maps of 224² pixels are assumed.
 
     Raises:
-        TypeError: if ``model`` is no ``nn.Module``.
+        TypeError: if ``model`` is not an ``nn.Module``.
     """
     require_module(model, "report")
     return Report(tuple(_rows(model, "")))
@@ -62,7 +62,7 @@ def _rows(module: nn.Module, path: str) -> Iterator[Row]:
             x = _example(module) if way.example is None else way.example
             with torch.autocast("cpu", way.autocast or torch.bfloat16, enabled=under_autocast):
                 program = Program(module, State(module), x, way.differentiable)
-        except Exception as error:  # NotCapturable, or of a model that is wrong
+        except Exception as error:  # NotCapturable, or an error of a model that is wrong
             yield Row(path or "(model)", f"as it is: {error}")
         else:
             bypass = f"; the last call ran it as it is: {way.bypass}" if way.bypass else ""
@@ -76,7 +76,7 @@ def _rows(module: nn.Module, path: str) -> Iterator[Row]:
 
 
 def _example(module: nn.Module) -> Tensor:
-    """A map that a module may be for, without data."""
+    """A map that a module may accept, without data."""
     conv = next(m for m in module.modules() if isinstance(m, nn.Conv2d))
     return torch.empty((1, conv.in_channels, 224, 224), dtype=conv.weight.dtype, device="meta")
 

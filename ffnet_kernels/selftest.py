@@ -22,12 +22,12 @@ FEW = 64  # elements
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
-#: What of a backend is checked on its own, and what selects it.
+#: The variants of a backend that are checked separately, and what selects each.
 _Variant = tuple[str, Callable[[], contextlib.AbstractContextManager]]
 
 
 class Check(NamedTuple):
-    """One comparison: the largest error of the kernel and of plain PyTorch in the same dtype, against float64."""
+    """One comparison: the largest errors, against float64, of the kernel and of plain PyTorch in the same dtype."""
 
     backend: str
     variant: str
@@ -50,13 +50,13 @@ class Case(NamedTuple):
         return OPERATORS[self.operator]
 
     def laid_out(self, layout: str) -> tuple:
-        """Its arguments with the maps among them in a layout."""
+        """Its arguments with maps in the given layout."""
         maps = (0, self.spec.residual)
         return tuple(_laid_out(a, layout) if i in maps else a for i, a in enumerate(self.args))
 
 
 class _Place(NamedTuple):
-    """Where and in which dtypes a backend is checked."""
+    """The device and the dtypes in which a backend is checked."""
 
     device: torch.device
     dtypes: tuple[torch.dtype, ...]
@@ -64,9 +64,10 @@ class _Place(NamedTuple):
 
 
 def error_limit(reference64: Tensor, eager: Tensor) -> float:
-    """The relative rule: twice the largest error of plain PyTorch in the same dtype, and four roundings of the result.
+    """The largest absolute error allowed: twice that of plain PyTorch in the same dtype, plus four roundings of the
+    largest result.
 
-    Both tensors of one shape; the result is an absolute error.
+    Both tensors have the same shape.
     """
     if reference64.numel() == 0:
         return 0.0
@@ -77,22 +78,22 @@ def error_limit(reference64: Tensor, eager: Tensor) -> float:
 def selftest(
     report: Callable[[Check], None] | None = None, *, backend: str | None = None, text: str = ""
 ) -> list[Check]:
-    """Runs every kernel, forward and backward, of every available backend and instruction set over small maps that hit
-    its edges.
+    """Runs every kernel, forward and backward, of every available backend and instruction set on small maps that
+    exercise its edge cases.
 
     Args:
         report: called with each check as it is made.
-        backend: only this one. Kernels that run on the CPU for tests only (interpreted Triton kernels, which take many
-            minutes, and CUDA kernels in host execution) are checked where their backend is named.
+        backend: only this one, if given. Kernels that run on the CPU for tests only (interpreted Triton kernels, which
+            take many minutes, and CUDA kernels in host execution) are checked only if their backend is named.
         text: only cases with this text in their names.
 
     Returns:
-        All checks; ``all(check.passed for check in selftest())`` is the verdict. Empty where only the reference is
+        All checks; ``all(check.passed for check in selftest())`` is the verdict. Empty if only the reference is
         available.
 
     Raises:
         ValueError: for an unknown backend.
-        BackendError: where the backend is not available on this machine.
+        BackendError: if the backend is not available on this machine.
     """
     if backend is None:
         chosen = [name for name in choice.available_backends() if name in BACKENDS and not _is_for_tests(name)]
@@ -112,7 +113,7 @@ def selftest(
 
 
 def _is_for_tests(backend: str) -> bool:
-    """Whether its kernels run in place of a GPU's: a check that is not about this machine."""
+    """Whether its kernels only stand in for a GPU's, so that checking them says nothing about this machine."""
     return triton.INTERPRETED if backend == "triton" else backend == "cuda" and native.cuda_host_library() is not None
 
 
@@ -124,7 +125,7 @@ def _checks(backend: str, text: str) -> Iterator[Check]:
         # Host execution is for tests, which have other checks of each type as well.
         for dtype in [place.dtypes[number % len(place.dtypes)]] if in_turn else place.dtypes:
             args = moved(case.args, device=place.device, dtype=dtype)
-            # Sums of few hundred terms that cancel would say more of their order than of the kernel.
+            # Sums of a few hundred cancelling terms would depend more on their order than on the kernel.
             grad = incoming_gradient(case.spec.reference(*args), mean=1.0)
             expected = _expected(case, args, grad)
             for layout, (variant, selected) in itertools.product(case.layouts, place.variants):
@@ -139,7 +140,7 @@ def _checks(backend: str, text: str) -> Iterator[Check]:
 
 
 class _Expected(NamedTuple):
-    """A result of a call: what it is, its values in float64, the error of plain PyTorch and the one that is allowed."""
+    """A result of a call: its name, its values in float64, the error of plain PyTorch, and the error allowed."""
 
     name: str
     exact: Tensor
@@ -152,7 +153,7 @@ def _expected(case: Case, args: tuple, grad: Tensor) -> list[_Expected]:
     exact = _results("reference", case, moved(args, dtype=torch.float64), grad.double())
     eager = _results("reference", case, args, grad)
     errors = [_largest(plain.double() - result) for plain, result in zip(eager, exact, strict=True)]
-    # A result of a few elements would judge by plain PyTorch's luck: its share of error is that of the call's worst.
+    # With few elements, plain PyTorch may be exact by chance: its relative error is taken to be the call's largest.
     share = max(error / _largest(result) for error, result in zip(errors, exact, strict=True))
     limits = [
         max(error_limit(result, plain), 2 * share * _largest(result) if result.numel() < FEW else 0.0)
@@ -172,7 +173,7 @@ def _results(backend: str, case: Case, args: tuple, grad: Tensor) -> list[Tensor
 
 
 def _wanted(case: Case, args: tuple) -> list[int]:
-    """All tensors but a residual, whose gradient is the incoming one."""
+    """All tensors except a residual, whose gradient is the incoming one."""
     return [i for i in case.spec.tensors if args[i] is not None and i != case.spec.residual]
 
 
@@ -185,7 +186,7 @@ def incoming_gradient(output: Tensor, mean: float = 0.0) -> Tensor:
 
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Fills new tensors with NaN, so that an element that no kernel writes shows."""
+    """Context in which new tensors are filled with NaN, to reveal elements that no kernel writes."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -195,7 +196,7 @@ def poisoned_memory() -> Iterator[None]:
 
 
 def moved(args: Iterable[Any], **to: Any) -> tuple:
-    """Arguments with the tensors among them elsewhere, or in another dtype."""
+    """Arguments with their tensors on another device, or in another dtype."""
     return tuple(a.to(**to) if isinstance(a, Tensor) else a for a in args)
 
 

@@ -1,7 +1,7 @@
-"""What the calls in a graph give for tensors without data.
+"""Evaluates the calls of a graph on tensors without data.
 
-PyTorch's own answers, on its meta device, import a thousand modules at the first one: a second and 150 MB. What most
-models of images are made of is answered here, all else by PyTorch.
+PyTorch's own meta kernels import a thousand modules when first used, which takes a second and 150 MB. The functions
+that most image models consist of are evaluated here, all others by PyTorch.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from torch import Tensor, fx
 
 from . import kernels
 
-#: An ``fx.Node``, whose arguments are declared as more kinds of things than a checker can follow.
+#: An ``fx.Node``, typed loosely, as its arguments are declared too broadly for a type checker.
 Node = Any
 
 
-#: In ``node.meta``, beside "value": what the node is for a map of twice the images, height and width. What is to hold
-#: for maps of any size has to hold for both.
+#: In ``node.meta``, beside "value": the node's value for a map of twice the images, height and width. Whatever is to
+#: hold for all sizes has to hold for both.
 LARGER = "larger"
 
 
 def shapes(node: Any) -> tuple[torch.Size, torch.Size] | None:
-    """The shapes of a node's value for the map and for a larger one; None where they are not known."""
+    """The shapes of a node's value for the map and for a larger one; None if unknown."""
     if not isinstance(node, fx.Node):
         return None
     value, larger = node.meta.get("value"), node.meta.get(LARGER)
@@ -34,12 +34,12 @@ def shapes(node: Any) -> tuple[torch.Size, torch.Size] | None:
 
 
 def values_of(node: Node) -> dict[str, Any]:
-    """What `shapes` looks at, for a node that takes another's place."""
+    """The metadata that `shapes` reads, for a node that replaces another one."""
     return {which: node.meta.get(which) for which in ("value", LARGER)}
 
 
 def evaluate(node: Node, value_of: Callable[[Node], Any]) -> Any:
-    """What a call gives for the values of its arguments; None where it does not take them."""
+    """The result of a call for the values of its arguments; None if it cannot be evaluated."""
     target: Any = node.target
     try:
         args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)

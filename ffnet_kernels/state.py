@@ -1,7 +1,7 @@
-"""What a program was made of, and whether it still is so.
+"""Records the state that a program was made of, and checks whether it has changed.
 
-Looked at in every call of an optimised model, so in bulk: a thousand dictionaries in tens of microseconds. No code of
-users' runs: objects are compared by identity, never by their own ``==``.
+The check runs in every call of an optimised model, so it works in bulk: a thousand dictionaries in tens of
+microseconds. It runs no user code: objects are compared by identity, never by their own ``==``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .prefetch import Prefetch
 
 _version_of: Callable[[dict], int] | None
 try:
-    # Numbers that change whenever a dictionary does: torch.compile guards by them.
+    # Version numbers that change whenever a dictionary does, as used by torch.compile's guards.
     from torch._C._dynamo.guards import dict_version as _version_of
 except ImportError:
     _version_of = None
@@ -32,7 +32,7 @@ _REGISTRIES = ("_modules", "_parameters", "_buffers")
 
 
 class Contents(NamedTuple):
-    """Of a dictionary, in their order."""
+    """The contents of a dictionary, in order."""
 
     of: dict
     names: tuple
@@ -52,7 +52,7 @@ class Contents(NamedTuple):
 
 
 class Globals(NamedTuple):
-    """What functions of a module of Python's may call; that it gets more does not matter."""
+    """The globals of a Python module that its functions may call; additions do not matter."""
 
     of: dict
     names: tuple
@@ -63,9 +63,9 @@ class Globals(NamedTuple):
 
 
 class State:
-    """Modules of a tree with all their attributes, registries, hooks and the methods of their classes.
+    """A tree of modules with all attributes, registries and hooks, and the methods of their classes.
 
-    It holds on to what is below the root, not to the root, which may hold on to it.
+    It references everything below the root, but not the root, which may reference it.
     """
 
     def __init__(self, root: nn.Module) -> None:
@@ -92,15 +92,15 @@ class State:
         self.classes = [(vars(cls), _methods_of(vars(cls))) for cls in classes]
         self.classes.append((vars(Tensor), _methods_of(vars(Tensor), _TENSOR_METHODS)))
         self.methods = self._methods()
-        # What a class shows of its dictionary cannot be changed and has no version; the one behind has.
+        # A class's visible dictionary is a read-only proxy without a version; the one behind it has a version.
         self.class_dicts = [gc.get_referents(attributes)[0] for attributes, _ in self.classes]
         self.class_versions = _versions(self.class_dicts)
         self.overridden = _overridden()
-        self.touched = 0  # how often attributes were set to what they had been
+        self.touched = 0  # how often attributes were set to the value they already had
         self.prefetch = Prefetch([*self.dicts, *self.hooks, *self.class_dicts, *below])
 
     def is_current(self, root: nn.Module) -> bool:
-        """Whether nothing has changed, and no hook waits."""
+        """Whether nothing has changed, and no hook is registered."""
         self.prefetch()
         versions = self._versions(root)
         if versions is None or versions != self.versions:
@@ -135,7 +135,7 @@ class State:
         return list(map(len, self.lists)) == self.lengths and all(map(is_same, items, self.items))
 
     def _only_more_of_tensors(self) -> bool:
-        """Whether all that differs is that Tensor has got something new, as when parts of PyTorch are imported."""
+        """Whether the only difference is that Tensor has new attributes, as when parts of PyTorch are imported."""
         now, before = self._methods(), self.methods
         if now is None or before is None or now[:-1] != before[:-1] or now[-1][1] != before[-1][1]:
             return False
@@ -152,12 +152,12 @@ class State:
 
 
 def _versions(dicts: list[dict]) -> list[int] | None:
-    """Of dictionaries; None where they have none."""
+    """The versions of dictionaries; None if they have none."""
     return None if _version_of is None else list(map(_version_of, dicts))
 
 
 def _overridden() -> set[str]:
-    """Of what tensors do in C++, what Tensor has in Python."""
+    """Methods implemented in C++ that Tensor overrides in Python."""
     return vars(Tensor).keys() & _OF_TENSORS_IN_CPP
 
 
@@ -165,7 +165,7 @@ _OF_TENSORS_IN_CPP = frozenset(dir(torch._C.TensorBase))
 
 
 def is_same(a: Any, b: Any) -> bool:
-    """Whether values are one object, or equal ones of a type that tells nothing but its value."""
+    """Whether two values are the same object, or equal values of a plain type."""
     if a is b:
         return True
     kind = type(a)
@@ -177,7 +177,7 @@ def is_same(a: Any, b: Any) -> bool:
 
 
 def _globals_of(namespace: dict) -> Globals:
-    # Of torch's, those of tensors: others it replaces itself, when torch.compile is imported.
+    # Of torch's functions, those on tensors: others are replaced when torch.compile is imported.
     known = _OF_TENSORS if namespace is vars(torch) else namespace
     names = tuple(name for name in known if callable(namespace.get(name)) and not name.startswith("__"))
     return Globals(namespace, names, tuple(map(namespace.get, names)))
@@ -186,12 +186,12 @@ def _globals_of(namespace: dict) -> Globals:
 _OF_TENSORS = (*dir(torch._C._VariableFunctions), *torch.functional.__all__)
 
 
-#: Of Tensor's own, those that models call; all of them would take as long to look at as a hundred modules.
+#: Of Tensor's methods, those that models call; checking all would take as long as a hundred modules.
 _TENSOR_METHODS = ("split", "norm", "__rsub__", "__rpow__", "__rdiv__", "__rmatmul__", "__len__", "unflatten")
 
 
 def _methods_of(attributes: Mapping[str, Any], names: Iterable[str] | None = None) -> Callable:
-    """What reads the methods and properties of a class, all at once, from its attributes."""
+    """A getter that reads the methods and properties of a class from its attributes, all at once."""
     if names is None:
         names = [name for name, value in attributes.items() if callable(value) or hasattr(type(value), "__get__")]
     return operator.itemgetter(*(name for name in names if name in attributes), "__module__")
@@ -201,7 +201,7 @@ _CONTAINERS = (list, dict, OrderedDict, defaultdict)
 
 
 def _containers(values: Iterable[Any]) -> Iterator[dict | list]:
-    """Dictionaries and lists among values, and in them."""
+    """Dictionaries and lists among values, nested ones included."""
     seen: set[int] = set()
     waiting = list(values)
     while waiting:
@@ -213,5 +213,5 @@ def _containers(values: Iterable[Any]) -> Iterator[dict | list]:
 
 
 def _without_program(attributes: dict) -> dict:
-    """Attributes of a root, which must not be held by what it holds itself."""
+    """Attributes of a root except its own program, which must not reference itself."""
     return {name: value for name, value in attributes.items() if name != PLACE}

@@ -1,4 +1,4 @@
-"""Hands a command to the benchmark suite, which lies above this package: the folder ``benchmarks`` of a checkout,
+"""Passes commands on to the benchmark suite, which depends on this package: the folder ``benchmarks`` of a checkout,
 installed as ``ffnet_benchmarks``."""
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def package() -> str:
-    """The suite's name: that of the checkout where this package is in one, never another folder of that name."""
+    """The suite's module name: ``benchmarks`` if this package is in a checkout, never another folder of that name."""
     own = Path(__file__).resolve().parents[1] / "benchmarks" / "__init__.py"
     found = importlib.util.find_spec("benchmarks")
     here = found is not None and found.origin is not None and Path(found.origin).resolve() == own
@@ -19,9 +19,9 @@ def package() -> str:
 
 
 def run(program: str, arguments: Sequence[str], *, may_restart: bool) -> int:
-    """The suite's answer to a command and its options; 2 with one line on stderr where something is not installed.
+    """Runs a command of the suite and returns its exit code; 2, with one line on stderr, if something is not installed.
 
-    A command line may be started again with a heap that is fit for measuring; a caller in Python must not be.
+    A command line may be restarted with heap settings suited to measuring; a caller in Python must not be.
     """
     name = package()
     try:
@@ -36,7 +36,7 @@ def run(program: str, arguments: Sequence[str], *, may_restart: bool) -> int:
 
 
 def interruptible(program: str, main: Callable[[], int]) -> int:
-    """What `main` returns; after Ctrl-C one line on stderr, and what shells report of such a process."""
+    """Returns what `main` returns; after Ctrl-C prints one line on stderr and returns 130, as shells do."""
     try:
         return main()
     except KeyboardInterrupt:

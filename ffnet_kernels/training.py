@@ -1,8 +1,8 @@
-"""Layers of a training step, each as one operator that keeps little for the backward pass.
+"""Layers of training steps, each as one operator that keeps little for the backward pass.
 
-On the CPU native kernels run them, in float32 and on maps of 16 bits with normalisations of float32, as autocast has
-them; elsewhere and in transforms plain PyTorch does. Native results are channels-last. All functions are differentiable
-to any order.
+On the CPU native kernels run them, in float32 and, as under autocast, on maps of 16 bits with normalisation in float32;
+elsewhere, and in transforms, plain PyTorch does. Native results are channels-last. All functions are differentiable to
+any order.
 """
 
 from .ops.batch_norm import Norm, batch_norm

@@ -1,4 +1,4 @@
-"""Whether a program computes what the modules do, and results in the strides that these give."""
+"""Checks that a program computes what the modules do, and gives results the strides of theirs."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _CORNER = 2, 128  # images; rows and columns
 
 
 def compared(program: Callable, modules: Callable, x: Tensor, expected: Any) -> tuple[Any, str | None]:
-    """What a program gives for x, and why that is not ``expected``, which the modules gave; None if it is."""
+    """The program's result for x, and how it differs from ``expected``, the modules' result; None if it does not."""
     try:
         result = program(x)
         reason = difference(result, expected)
-        if reason is None and is_flat(x):  # of which a wrong program may make the same
+        if reason is None and is_flat(x):  # for which a wrong program may compute the same
             probe = torch.empty_like(x).uniform_(generator=torch.Generator(x.device).manual_seed(0))
             reason = difference(program(probe), modules(probe))
     except BackendError:  # of one that was asked for
@@ -31,7 +31,7 @@ def compared(program: Callable, modules: Callable, x: Tensor, expected: Any) -> 
 
 
 def corner_of(x: Tensor) -> Tensor | None:
-    """A part of a map, in its format; None where that is not clear or the part would not be much smaller."""
+    """A corner of a map, in its memory format; None if that is ambiguous, or the corner would not be much smaller."""
     is_last = x.is_contiguous(memory_format=torch.channels_last)
     part = x[: _CORNER[0], :, : _CORNER[1], : _CORNER[1]]
     if 4 * part.numel() > x.numel() or is_last == x.is_contiguous():
@@ -40,7 +40,7 @@ def corner_of(x: Tensor) -> Tensor | None:
 
 
 def strides_in_format_of(like: Tensor, result: Tensor) -> tuple[int, ...] | None:
-    """The strides of a result in the memory format of another one; None where that is not clear."""
+    """The strides of a result in the memory format of another one; None if that is ambiguous."""
     is_last = like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last)
     if is_last == like.is_contiguous():
         return None
@@ -49,13 +49,13 @@ def strides_in_format_of(like: Tensor, result: Tensor) -> tuple[int, ...] | None
 
 
 def is_flat(x: Tensor) -> bool:
-    """Whether a map has no two values, or one that is not finite."""
+    """Whether a map is constant, or has a value that is not finite."""
     least, most = (value.item() for value in x.aminmax()) if x.numel() else (0.0, 0.0)
     return not (least < most and math.isfinite(least) and math.isfinite(most))
 
 
 def as_laid_out(out: Any, strides: list[tuple]) -> Any:
-    """A result in the strides that the modules give."""
+    """A result with the strides of the modules' result."""
     if type(out) is Tensor:
         return (
             out
@@ -86,7 +86,8 @@ def difference(out: Any, expected: Any) -> str | None:
     return None
 
 
-#: What orders of summation may change in a deep network, relative to the largest result; a wrong graph changes more.
+#: The difference, relative to the largest result, that other orders of summation may cause in a deep network; a wrong
+#: graph exceeds it.
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
 
 

@@ -1,4 +1,4 @@
-"""Compiles what a model will need, ahead of its first timed or captured call."""
+"""Compiles the kernels that a model needs ahead of its first timed or captured call."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch.utils._pytree import tree_leaves
 
 
 def warmup(model: nn.Module, example: Tensor | tuple) -> None:
-    """Runs ``model`` once, and its backward pass if it is in training mode, so that every kernel that it needs at these
-    shapes is compiled, and waits for that. Kernels are compiled in their first call, which takes seconds and cannot be
-    captured in a CUDA graph.
+    """Runs ``model`` once, and its backward pass if it is in training mode, so that every kernel needed for these
+    shapes is compiled, and waits for completion. Kernels are compiled in their first call, which takes seconds and
+    cannot be captured in a CUDA graph.
 
-    Nothing is left behind: parameters and their gradients, buffers (the running statistics of batch norms too), the
-    training mode and torch's random state of the CPU and of the devices in use are as before. Hooks do run, as does
-    whatever else the model's ``forward`` does.
+    There are no side effects: parameters and their gradients, buffers (running statistics included), the training mode,
+    and torch's random state on the CPU and the devices in use are as before. Hooks do run, as does anything else in the
+    model's ``forward``.
 
     Args:
         model: in the mode, dtype, memory format and on the device in which it will be used. Autocast contexts around
@@ -27,7 +27,7 @@ def warmup(model: nn.Module, example: Tensor | tuple) -> None:
             example for each that will be used. The values do not matter.
 
     Raises:
-        TypeError: if ``model`` is no ``nn.Module``.
+        TypeError: if ``model`` is not an ``nn.Module``.
         Exception: whatever the model raises.
     """
     if not isinstance(model, nn.Module):
@@ -47,7 +47,7 @@ def warmup(model: nn.Module, example: Tensor | tuple) -> None:
 
 
 def _run_backward(outputs: object, inputs: tuple) -> None:
-    """Into fresh gradients: nobody's ``grad`` is touched."""
+    """Computes gradients without touching any ``grad``."""
     results = [t for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.requires_grad]
     wanted = [t for t in tree_leaves(inputs) if isinstance(t, Tensor) and t.requires_grad]
     if results and wanted:

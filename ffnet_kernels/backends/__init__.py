@@ -1,18 +1,19 @@
-"""How operators run, one module a backend; :mod:`.choice` chooses among them.
+"""The backends that run operators, a module each; :mod:`.choice` selects one for each call.
 
 A backend is a module with
 
 ``OPERATORS``
-    the names of those it has kernels for; it need not have all (the reference takes every call and has no such list);
+    names of the operators that it has kernels for, not necessarily all (the reference takes every call and has no such
+    list);
 ``unavailable() -> str | None``
-    why it cannot run at all on this machine, or None;
+    why it cannot run on this machine, or None;
 ``refusal(operator, args) -> str | None``
-    why it does not take this call, or None. The chooser reads it quietly, a forced backend raises it;
+    why it does not take this call, or None. Backend selection moves on silently; a forced backend raises it;
 ``slower(operator, args) -> str | None``
-    why plain PyTorch was measured to be faster at this call, or None; only the chooser asks;
+    why plain PyTorch was measured to be faster for this call, or None; read by backend selection only;
 ``describe(operator, args) -> str``
-    which variant it would run, for ``explain``.
+    the variant that it would run, for ``explain``.
 
-Gradients are composed of a backend's primitives, where it has no kernel for all of one: ``convolve``, ``activated``,
-``activation_backward``, ``convolve_backward`` and ``scaled_filter_gradients`` as in :mod:`.reference`.
+Where a backend has no kernel for a whole gradient, the gradient is composed of its primitives: ``convolve``,
+``activated``, ``activation_backward``, ``convolve_backward`` and ``scaled_filter_gradients`` as in :mod:`.reference`.
 """

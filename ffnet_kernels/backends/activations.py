@@ -1,4 +1,5 @@
-"""The activations that may follow a convolution: what they are in PyTorch, and how PyTorch's own calls name them.
+"""The activations that can be fused behind a convolution: their PyTorch functions, and the calls that are recognised as
+each.
 
 Each is in `ACTIVATE`, in `ACTIVATE_BACKWARD` and, so that programs find it, in `name_of`; csrc/activations.h lists
 those of the kernels.
@@ -22,9 +23,9 @@ ACTIVATE: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "hardswish": F.hardswish,
     "hardsigmoid": F.hardsigmoid,
-    "leaky_relu": F.leaky_relu,  # of PyTorch's default slope, and of no other
+    "leaky_relu": F.leaky_relu,  # with PyTorch's default negative slope only
 }
-#: Their names, as operators take them.
+#: Their names, as operators accept them.
 ACTIVATIONS = tuple(ACTIVATE)
 
 _aten = torch.ops.aten
@@ -54,7 +55,7 @@ _NAMED: dict[Any, str] = {
 
 
 def name_of(target: Any, args: tuple, kwargs: dict[str, Any]) -> str | None:
-    """Which activation a call of PyTorch's is: of a function, or of a method by name, with what follows the map."""
+    """The activation that a call of a function, or of a method by name, computes; `None` if it is none of ours."""
 
     def argument(place: int, name: str, default: Any) -> Any:
         return args[place] if len(args) > place else kwargs.get(name, default)

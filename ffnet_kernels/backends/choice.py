@@ -16,18 +16,18 @@ from . import cpu, cuda, reference, triton
 
 logger = logging.getLogger("ffnet_kernels")
 
-#: Fastest first; the reference takes every call.
+#: In order of preference, fastest first; the reference takes every call.
 BACKENDS: Mapping[str, ModuleType] = {"cuda": cuda, "triton": triton, "cpu": cpu, "reference": reference}
 NAMES = ("auto", "reference", "cpu", "triton", "cuda")
 
 
 class BackendError(RuntimeError):
-    """A backend that was asked for cannot run the call; the text says why."""
+    """The backend that was forced cannot run the call; the message says why."""
 
 
 class _State(threading.local):
-    """The forced backend of a thread, and whether exported programs keep operators; attributes of the
-    instance, since torch.compile guards on those."""
+    """Per thread: the forced backend, and whether exported programs keep operators. Instance attributes, because
+    torch.compile guards on those."""
 
     def __init__(self) -> None:
         self.forced = os.environ.get("FFNET_KERNELS_BACKEND") or "auto"
@@ -45,11 +45,11 @@ class use_backend(contextlib.ContextDecorator):
 
     Raises:
         ValueError: for an unknown name.
-        BackendError: on entry, where the backend is not available on this machine; in a call, where it does not take
+        BackendError: on entry, if the backend is not available on this machine; in a call, if the backend does not take
             that call.
 
-    The environment variable ``FFNET_KERNELS_BACKEND`` sets the default of every thread; a wrong one fails the first
-    call.
+    The environment variable ``FFNET_KERNELS_BACKEND`` sets the default for all threads; an unknown name fails in the
+    first call.
     """
 
     def __init__(self, name: str) -> None:
@@ -72,7 +72,7 @@ class use_backend(contextlib.ContextDecorator):
 
 @contextlib.contextmanager
 def keep_operators(wanted: bool) -> Iterator[None]:
-    """Whether programs that ``torch.export`` makes meanwhile, in this thread, have operators that a library defines."""
+    """Context in which programs that ``torch.export`` makes, in this thread, keep operators that a library defines."""
     before, _state.keeps_operators = _state.keeps_operators, wanted
     try:
         yield
@@ -91,7 +91,7 @@ def why_unavailable(name: str) -> str | None:
 
 
 def select(operator: str, args: tuple) -> ModuleType:
-    """The backend that runs this call. Raises BackendError where a forced one does not take it."""
+    """Selects the backend for a call. Raises BackendError if a forced one does not take it."""
     forced = _state.forced
     if not torch.compiler.is_compiling() and is_transformed():
         if forced not in ("auto", "reference"):
@@ -105,7 +105,7 @@ def select(operator: str, args: tuple) -> ModuleType:
         for backend in _AVAILABLE:
             if _refusal(backend, operator, args) is None and backend.slower(operator, args) is None:
                 return backend
-    if forced not in BACKENDS or BACKENDS[forced] not in _AVAILABLE:  # only the environment forces unchecked
+    if forced not in BACKENDS or BACKENDS[forced] not in _AVAILABLE:  # only the environment can force one unchecked
         _check_name(forced, "FFNET_KERNELS_BACKEND")
         _require(forced)
     backend = BACKENDS[forced]
@@ -113,19 +113,19 @@ def select(operator: str, args: tuple) -> ModuleType:
     if reason is None:
         return backend
     if not _has(backend, operator):
-        return reference  # a backend may hold some kernels only
+        return reference  # a backend may lack kernels for some operators
     raise BackendError(f"{operator}: backend '{forced}' does not take this call: {reason}")
 
 
 def prefers(backend: ModuleType, operator: str, args: tuple) -> bool:
-    """Whether `select` would choose a backend; a forced one that does not take the call is no error."""
+    """Whether `select` would choose a given backend; without an error if a forced one does not take the call."""
     if _state.forced != "auto" and _refusal(backend, operator, args) is not None:
         return False
     return select(operator, args) is backend
 
 
 def prefers_cpu() -> bool:
-    """Whether the choice is free, and there are CPU kernels."""
+    """Whether no backend is forced and the CPU kernels are available."""
     return _state.forced == "auto" and cpu in _AVAILABLE
 
 
@@ -140,12 +140,12 @@ def _refusal(backend: ModuleType, operator: str, args: tuple) -> str | None:
 
 
 def is_transformed() -> bool:
-    """Whether forward-mode differentiation or a torch.func transform is at work, which only aten operators know."""
+    """Whether forward-mode differentiation or a torch.func transform is active; only aten operators support those."""
     return torch.autograd.forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 class Decision(NamedTuple):
-    """Which backend runs a call, which variant of it, and why the faster ones do not."""
+    """The backend and variant that run a call, and why faster backends do not."""
 
     operator: str
     backend: str
@@ -159,7 +159,7 @@ class Decision(NamedTuple):
 
 
 def decide(operator: str, args: tuple) -> Decision:
-    """As :func:`select`, with the reasons."""
+    """Like :func:`select`, with the reasons."""
     chosen = select(operator, args)
     name = next(n for n, backend in BACKENDS.items() if backend is chosen)
     refused: dict[str, str] = {}

@@ -11,14 +11,14 @@ NAME = "cpu"
 _ops = torch.ops.ffnet_kernels
 
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
-#: Not gained from on maps that suit plain PyTorch: see `slower`.
+#: Operators for which plain PyTorch is faster on some maps: see `slower`.
 _DEPTHWISE = ("depthwise_conv2d", "ffnified_attention", "channel_mixer")
-#: Of training steps.
+#: Operators of training steps.
 _TRAINING = ("batch_norm", "branched_depthwise", "feed_forward")
-#: Whose gradient has no kernel of its own: its depthwise part has.
+#: Operators whose gradient has no kernel of its own; its depthwise part does.
 COMPOSED = ("channel_mixer",)
 OPERATORS = frozenset((*_DEPTHWISE, *_TRAINING, "conv2d"))
-#: Which a program may have that is loaded where there is no Python.
+#: Operators that a program loaded without Python may contain.
 IN_LIBRARY = OPERATORS
 
 
@@ -46,7 +46,7 @@ def slower(operator: str, args: tuple) -> str | None:
 
 
 def slower_projection(args: tuple) -> str | None:
-    """Why plain PyTorch is the faster one for a 1×1 convolution that nothing follows."""
+    """Why plain PyTorch is faster for a 1×1 convolution with nothing fused behind it."""
     x, weight, *_, activation, scale, residual = args
     least = 128 if native.lanes() < 16 else 32
     if x.stride(1) == 1 or x.shape[1] >= least or activation != "none" or scale is not None or residual is not None:
@@ -56,7 +56,7 @@ def slower_projection(args: tuple) -> str | None:
 
 
 def slower_norm(x: Tensor, activation: str | None = None) -> str | None:
-    """Why plain PyTorch is the faster one for a batch normalisation in training."""
+    """Why plain PyTorch is faster for batch normalisation in training."""
     if activation in ("none", "relu"):
         return "no faster with nothing or a ReLU behind it"
     if activation is not None and not x.is_contiguous(memory_format=torch.channels_last):
@@ -65,7 +65,7 @@ def slower_norm(x: Tensor, activation: str | None = None) -> str | None:
 
 
 def slower_map(x: Tensor) -> str | None:
-    """Why plain PyTorch is the faster one for depthwise operators on this map."""
+    """Why plain PyTorch is faster for depthwise operators on this map."""
     _, channels, height, width = x.shape
     if channels < 4 and x.stride(1) == 1:
         return "slower on a channels-last map of fewer than 4 channels, which leaves most of a vector idle"
@@ -90,7 +90,7 @@ def convolve(x, weight, bias, stride, padding) -> Tensor:
 
 
 def convolve_backward(grad, x, weight, stride, padding, mask) -> list:
-    """Gradients of x, weight and bias, None where the mask says that one is not wanted."""
-    bias = weight[:, 0, 0, 0] if mask[2] else None  # any of that shape: the gradient does not depend on it
+    """Gradients of x, weight and bias; None where the mask does not ask for one."""
+    bias = weight[:, 0, 0, 0] if mask[2] else None  # its values do not matter
     grads = iter(_ops.depthwise_conv2d_backward.default(grad, x, weight, bias, stride, padding, "none", mask))
     return [next(grads) if wanted else None for wanted in mask]

@@ -1,4 +1,4 @@
-"""Maps as torch's convolutions make them: their memory format, and their padding."""
+"""Memory formats and padding, following the conventions of torch's convolutions."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 
 
 def same_padding(weight: Tensor) -> tuple[int, int, int, int]:
-    """(top, bottom, left, right) that keep a map's size: kernel - 1 in all, the odd one at the end, as torch does."""
+    """(top, bottom, left, right) that keep a map's size: kernel - 1 in total, an odd pixel at the end, as in torch."""
     kh, kw = int(weight.shape[2]), int(weight.shape[3])  # never symbolic: convolution takes plain numbers
     return (kh - 1) // 2, kh // 2, (kw - 1) // 2, kw // 2
 
 
 def suggests_channels_last(x: Tensor) -> bool:
-    """Whether a convolution of this tensor answers in channels-last: torch's own test by strides, ties to NCHW."""
+    """Whether a convolution of this tensor returns channels-last: torch's own test of strides, ties to NCHW."""
     stride, least = x.stride(), 0
     if stride[1] == 0:
         return False
@@ -34,11 +34,11 @@ def empty_output(shape: Sequence[int], maps: Sequence[Tensor]) -> Tensor:
 
 
 def as_pixels(map: Tensor) -> Tensor:
-    """A map as the matrix of its pixels, ``[N·H·W, C]``, which it is where it is channels-last."""
+    """A map as the matrix of its pixels, ``[N·H·W, C]``: a view if it is channels-last."""
     return map.permute(0, 2, 3, 1).reshape(-1, map.shape[1])
 
 
 def as_map(pixels: Tensor, like: Tensor) -> Tensor:
-    """A matrix of pixels as a channels-last map of the size of another."""
+    """A matrix of pixels as a channels-last map with the size of another map."""
     n, _, height, width = like.shape
     return pixels.reshape(n, height, width, pixels.shape[1]).permute(0, 3, 1, 2)

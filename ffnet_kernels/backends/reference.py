@@ -1,4 +1,4 @@
-"""Plain PyTorch: what the meaning and the gradients of operators are written in, and what runs where no kernel can.
+"""Plain PyTorch: defines what operators and their gradients compute, and runs every call that no kernel takes.
 
 Compositions of differentiable ``aten`` operators: any device, any dtype up to float64, any order of derivative,
 exportable. The operators themselves are in :mod:`ffnet_kernels.ops`.
@@ -32,9 +32,9 @@ def describe(operator: str, args: tuple) -> str:
 
 
 def convolve(x, weight, bias, stride, padding, groups=None) -> Tensor:
-    """Depthwise unless told otherwise.
+    """A convolution, depthwise by default.
 
-    Uneven padding (an even kernel) is explicit: there an infinite weight meets zeros, where kernels skip padding.
+    Uneven padding (of an even kernel) is added as zeros, so an infinite weight gives NaN there; kernels skip padding.
     """
     top, bottom, left, right = padding
     if top != bottom or left != right:
@@ -47,12 +47,12 @@ def activated(x, weight, bias, stride, padding, activation) -> Tensor:
 
 
 def activation_backward(grad, x, weight, bias, stride, padding, activation, groups=None) -> Tensor:
-    """The gradient of the convolution's result, from that of its activation."""
+    """The gradient of the convolution's output, given that of the activation's."""
     return ACTIVATE_BACKWARD[activation](grad, convolve(x, weight, bias, stride, padding, groups))
 
 
 def convolve_backward(grad, x, weight, stride, padding, mask, groups=None) -> list:
-    """Gradients of x, weight and bias; None where the mask says that one is not wanted."""
+    """Gradients of x, weight and bias; None where the mask does not ask for one."""
     top, bottom, left, right = padding
     uneven = top != bottom or left != right
     padded, sides = (F.pad(x, (left, right, top, bottom)), [0, 0]) if uneven else (x, [top, left])
@@ -68,18 +68,19 @@ def convolve_backward(grad, x, weight, stride, padding, mask, groups=None) -> li
 
 
 def scaled_filter_gradients(grad, x, weight, bias, scale, padding, mask) -> list:
-    """Gradients of weight, bias and scale of ``scale · (DW(x; weight) + bias)``, None where one is not wanted."""
+    """Gradients of weight, bias and scale of ``scale · (DW(x; weight) + bias)``; None where the mask does not ask for
+    one."""
     grad_scale = (grad * convolve(x, weight, bias, (1, 1), padding)).sum((0, 2, 3)) if mask[2] else None
     return [*convolve_backward(scaled(grad, scale), x, weight, (1, 1), padding, (False, *mask[:2]))[1:], grad_scale]
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The 1×1 convolution by a matrix."""
+    """A 1×1 convolution with a 2-D weight."""
     return F.conv2d(x, weight[:, :, None, None], bias)
 
 
 def pointwise_backward(grad, x, weight, mask) -> list:
-    """Gradients of x, weight and bias, as from :func:`convolve_backward`."""
+    """Gradients of x, weight and bias, like :func:`convolve_backward`."""
     grads = convolve_backward(grad, x, weight[:, :, None, None], (1, 1), (0, 0, 0, 0), mask, groups=1)
     return [grads[0], grads[1].flatten(1) if mask[1] else None, grads[2]]
 

@@ -4,11 +4,11 @@ Maps are ``[N, C, H, W]``, series ``[N, C, L]``, in any layout; the result of a 
 ``torch.nn.functional.conv2d`` would give. float64, float32, bfloat16 and float16 are taken; sums are accumulated in
 float32 or wider. All functions are differentiable to any order and honour ``torch.autocast`` as a convolution does.
 
-A NaN or an infinity in a map is never lost. It may show in more results than plain PyTorch would show it in: the CUDA
-kernels for 16-bit NCHW maps multiply rows of a map with banded matrices, whose zeros make NaN of it in all columns of
-the window of 8 results around it (and, where strides or a second convolution widen the window, next to that), in the
-rows that a filter of 3 or of 7 rows reaches, and in gradients of taps that do not read it. An infinite weight makes NaN
-where it meets the zeros of padding.
+NaN and infinities in a map are never lost, but may spread to more results than in plain PyTorch: the CUDA kernels for
+16-bit NCHW maps multiply rows of a map with banded matrices, whose zeros make NaN of it in all columns of the window of
+8 results around it (and, where strides or a second convolution widen the window, next to that), in the rows that a
+filter of 3 or of 7 rows reaches, and in gradients of taps that do not read it. An infinite weight makes NaN where it
+meets the zeros of padding.
 
 Raises (all functions): TypeError for an argument that is no tensor; ValueError for a wrong shape, dtype, device,
 stride, padding or activation; :class:`ffnet_kernels.BackendError` where a backend was forced that does not take the
@@ -46,9 +46,9 @@ _flops.register(OPERATORS.values())
 
 
 def explain(operator: str | Callable[..., Tensor], *args, **kwargs) -> choice.Decision:
-    """Which backend would run ``operator(*args, **kwargs)``, which variant of it, and why not the others.
+    """Explains which backend and variant would run ``operator(*args, **kwargs)``, and why not the others.
 
-    Nothing is computed. The result prints as text.
+    Nothing is computed.
 
     Args:
         operator: ``depthwise_conv2d``, ``depthwise_conv1d``, ``conv2d``, ``ffnified_attention`` or ``channel_mixer``,
@@ -63,6 +63,6 @@ def explain(operator: str | Callable[..., Tensor], *args, **kwargs) -> choice.De
     bound = inspect.signature(_PUBLIC[name]).bind(*args, **kwargs)
     bound.apply_defaults()
     arguments = _arguments.autocast(*bound.arguments.values())
-    if name == "depthwise_conv1d":  # which is depthwise_conv2d on maps of one row
+    if name == "depthwise_conv1d":  # it runs as depthwise_conv2d on maps of one row
         return choice.decide(depthwise_conv1d.NAME, depthwise_conv1d.checked(*arguments))
     return choice.decide(name, OPERATORS[name].defined.checked(*arguments))

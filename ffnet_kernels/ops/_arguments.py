@@ -1,7 +1,7 @@
-"""Turns what a user passed to an operator into its normalised arguments, or into one exception that says what is wrong.
+"""Normalises the arguments that a user passed to an operator, or raises one exception that says what is wrong.
 
-Normalised are strides and paddings that are spelled out, one-dimensional vectors and two-dimensional 1×1 weights, as
-the operators' schemas have them. Backends take them as they are; native operators check again what memory safety needs.
+Normalised arguments follow the operators' schemas: explicit strides and paddings, one-dimensional vectors, and
+two-dimensional 1×1 weights. Backends rely on them; native operators check again what memory safety needs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from ..backends.activations import ACTIVATIONS
 
 
 def autocast(*args) -> tuple:
-    """Tensors in the dtype of autocast but for float64, as convolutions do it; the first one tells the device."""
+    """Casts tensors other than float64 to autocast's dtype, as for convolutions; the first one determines the
+    device."""
     if not isinstance(args[0], Tensor):
         return args
     device = args[0].device.type
@@ -52,7 +53,7 @@ def check_like(name: str, value, like: Tensor) -> None:
 
 
 def check_filter(name: str, weight, x: Tensor) -> None:
-    """A depthwise one, of any number of channels."""
+    """Checks a depthwise filter, of any number of channels."""
     check_like(name, weight, x)
     shape = weight.shape
     if len(shape) != 4 or shape[1] != 1 or shape[2] == 0 or shape[3] == 0:
@@ -60,7 +61,7 @@ def check_filter(name: str, weight, x: Tensor) -> None:
 
 
 def check_own_filter(name: str, weight, x: Tensor, of: str) -> None:
-    """A depthwise one with one output for each channel of the map, which is called ``of``."""
+    """Checks a depthwise filter with one output for each channel of a map, named ``of`` in errors."""
     check_filter(name, weight, x)
     if weight.shape[0] != x.shape[1]:
         raise ValueError(
@@ -99,7 +100,7 @@ def matrix(name: str, weight, inputs: int, like: Tensor) -> Tensor:
 
 
 def check_residual(residual, x: Tensor, channels: int, size: tuple[int, ...] | None = None) -> None:
-    """One of as many channels, of x's size or another."""
+    """Checks a residual of so many channels, of x's size or another."""
     if residual is None:
         return
     check_like("residual", residual, x)
@@ -114,7 +115,7 @@ def check_activation(activation) -> None:
 
 
 def strides_and_padding(kernel, stride, padding) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
-    """Spelled out: (vertical, horizontal) and (top, bottom, left, right)."""
+    """Stride as (vertical, horizontal), padding as (top, bottom, left, right)."""
     strides = _pair("stride", stride)
     if strides[0] not in (1, 2) or strides[1] not in (1, 2):
         raise ValueError(f"stride: expected 1 or 2, got {stride!r}")
@@ -126,20 +127,20 @@ def spelled_convolution(x, weight, bias, stride, padding, activation) -> tuple:
 
 
 def result_size(x: Tensor, weight: Tensor, stride, padding) -> tuple[int, int]:
-    """Height and width behind a convolution."""
+    """Height and width of a convolution's result."""
     height = (x.shape[2] + padding[0] + padding[1] - weight.shape[2]) // stride[0] + 1
     width = (x.shape[3] + padding[2] + padding[3] - weight.shape[3]) // stride[1] + 1
     return height, width
 
 
 def spelled_mixer(*arguments) -> tuple:
-    """Of arguments that end with scale and residual; the CPU's kernel takes 1×1 weights as they are."""
+    """Normalises arguments that end with scale and residual; the CPU kernel accepts 1×1 weights in any form."""
     *rest, scale, residual = arguments
     return arguments if scale is None or scale.dim() != 3 else (*rest, scale.reshape(scale.shape[0]), residual)
 
 
 def geometry(x: Tensor, weight: Tensor, stride, padding) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
-    """As :func:`strides_and_padding`, for a map that the kernel fits into."""
+    """Like :func:`strides_and_padding`, and checks that the kernel fits into the map."""
     kernel, shape = weight.shape[2:], x.shape
     strides, pads = strides_and_padding(kernel, stride, padding)
     height, width = shape[2] + pads[0] + pads[1], shape[3] + pads[2] + pads[3]

@@ -1,4 +1,4 @@
-"""What torch's FlopCounterMode counts for the operators: as much as for the convolutions of plain PyTorch."""
+"""FLOP formulas for torch's FlopCounterMode: as many as for plain PyTorch's convolutions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ _COUNTER = "torch.utils.flop_counter"
 
 
 def register(operators: Iterable[Operator]) -> None:
-    """Has the counter know the operators, once something imports it: that takes longer than all of this package."""
+    """Registers the operators with the counter once something imports it: importing it takes longer than this
+    package."""
     operators = list(operators)
     if _COUNTER in sys.modules:
         _register(operators)
@@ -60,7 +61,7 @@ def _register(operators: list[Operator]) -> None:
 
 
 def _forward(operator: Operator, *args: Any, out_shape: Any) -> int:
-    """As all formulas, of the shapes of the tensors among the arguments."""
+    """Takes, like all formulas, the shapes of the tensors among the arguments."""
     from torch.utils.flop_counter import conv_flop_count
 
     out = out_shape if isinstance(out_shape, torch.Size) else out_shape[0]
@@ -77,7 +78,7 @@ def _backward(operator: Operator, names: list[str], *args: Any, out_shape: Any) 
     wanted = dict(zip(tensors, mask, strict=True))
     total = 0
     for name, source, weight, result in _convolutions(operator, given, given["grad"]):
-        # A convolution's input has a gradient for the sake of what stands before its weight.
+        # A convolution's input needs a gradient if anything before it does.
         before = tensors[: 1 if operator.parallel else tensors.index(name)]
         needed = (any(wanted[tensor] for tensor in before), wanted[name], False)
         geometry = [1, 1], [0, 0], [1, 1], False, [0, 0], 1
@@ -87,7 +88,7 @@ def _backward(operator: Operator, names: list[str], *args: Any, out_shape: Any) 
 
 
 def _convolutions(operator: Operator, shapes: dict[str, Any], out: Any) -> Iterator[tuple[str, Any, list, list]]:
-    """The name of each weight, and the shapes of the map before it, of itself, and of the map after it."""
+    """For each weight: its name, and the shapes of its input, of itself, and of its output."""
     source = shapes[operator.names[0]]
     for name in operator.weights:
         if shapes[name] is not None:

@@ -1,11 +1,11 @@
-"""What all operators share: how torch's dispatcher knows them, how a call runs, how they get their gradients.
+"""What all operators share: registration with torch's dispatcher, calls, and gradients.
 
 ``torch.ops.ffnet_kernels.<operator>`` runs a native kernel where its library has registered one for the device, else
 the reference; ``torch.ops.ffnet_kernels_triton.<operator>`` and ``torch.ops.ffnet_kernels_cuda.<operator>`` are the
 same operators on Triton and CUDA kernels, and ``torch.ops.ffnet_kernels_training`` has those of training steps.
 
-Gradients come from kernels, by an operator of their own, ``<operator>_backward``. Where they are to be differentiated
-again, and in transforms of functions, plain PyTorch differentiates the operator's reference instead.
+Gradients come from kernels, through an operator of their own, ``<operator>_backward``. For double backward, and in
+torch.func transforms, plain PyTorch differentiates the operator's reference instead.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ LIBRARIES = {
 
 
 def define(library: torch.library.Library, schema: str) -> Any:
-    """The operator of a schema, defined here where no native library has defined it.
+    """Returns the operator of a schema, defining it if no native library has.
 
     Raises:
-        RuntimeError: where one has, with another schema.
+        RuntimeError: if a library defined it with another schema.
     """
     name = schema.partition("(")[0]
     namespace = getattr(torch.ops, library.ns)
@@ -55,26 +55,26 @@ for _schema in (schemas.CONV2D_PAIR, schemas.NORM_MIXER, schemas.STEPS):
 
 
 class Operator:
-    """An operator of one result, whose backward operator returns the gradients that a mask asks for.
+    """An operator with one result, whose backward operator returns the gradients that a mask asks for.
 
-    Its module has, of arguments as in the schema unless said otherwise,
+    Its module provides, for arguments as in the schema unless stated otherwise:
 
-    ``checked``: these, or an error, from those of the public function;
-    ``spelled``: the same for the CPU's kernel, and quickly, of arguments that are right;
-    ``reference``: its meaning, in plain PyTorch;
-    ``empty``: its uninitialised result, in the shape and layout of a kernel's;
+    ``checked``: normalises the arguments of the public function, or raises;
+    ``spelled``: the same for the CPU kernel, quickly, for arguments that are right;
+    ``reference``: computes it in plain PyTorch;
+    ``empty``: allocates its result, in the shape and layout that kernels return;
     ``gradient``: on a backend's primitives, for ``(primitives, grad, *args, mask)``: the gradients of all tensors but
     the residual, None where the mask does not ask for one.
     """
 
     def __init__(self, module: str, *, weights: tuple[str, ...] = (), parallel: bool = False) -> None:
-        """Makes the operator of a module known to torch.
+        """Registers the operator of a module with torch.
 
         Args:
             module: its name, of which the last part is the operator's, by which `schemas` has its arguments. Tensors
                 among them may need a gradient; ``residual``, which is added to the result, is the last of these.
             weights: names of the weights of its convolutions, for counting their work.
-            parallel: whether these convolve the same map; else, each the result of the one before.
+            parallel: whether these convolve the same map; otherwise each convolves the result of the one before.
         """
         self.name = module.rpartition(".")[2]
         self.defined: Any = sys.modules[module]
@@ -82,7 +82,7 @@ class Operator:
         kinds, self.names = zip(*(argument.split() for argument in self.arguments.split(", ")), strict=True)
         self.tensors = tuple(i for i, kind in enumerate(kinds) if kind.startswith("Tensor"))
         self.residual = self.names.index("residual") if "residual" in self.names else None
-        #: The operators of the backends that have kernels for it.
+        #: The overloads of the backends that have kernels for it.
         self.overloads: dict[str, Any] = {}
         self.reference: Callable[..., Tensor] = self.defined.reference
         self.register()
@@ -94,9 +94,9 @@ class Operator:
         return schemas.ARGUMENTS[self.name]
 
     def run(self, *arguments: Any) -> Tensor:
-        """The result for arguments of the public function."""
+        """Runs the operator with the arguments of the public function."""
         if is_plain_cpu_call(arguments[0]) and cpu.slower(self.name, arguments) is None:
-            # The kernel checks its arguments itself. What is wrong, if anything is, those below say in better words.
+            # The kernel checks its arguments itself; if they are wrong, the checks below explain it better.
             try:
                 return call(self.overloads["cpu"], *self.defined.spelled(*arguments))
             except _WRONG_ARGUMENTS:
@@ -107,12 +107,12 @@ class Operator:
         return self.on(choice.select(self.name, checked).NAME, *checked)
 
     def on(self, backend: str, *checked: Any) -> Any:
-        """The result on a backend, for arguments as the schema has them."""
+        """Runs the operator on a backend, with arguments as in the schema."""
         overload = self.overloads.get(backend)
         return self.reference(*checked) if overload is None else call(overload, *checked)
 
     def backward_on(self, backend: str, *call: Any) -> list[Tensor]:
-        """The wanted gradients on a backend, for a call as the backward operator's schema has it."""
+        """Computes the wanted gradients on a backend, with arguments as in the backward operator's schema."""
         overload = self.overloads.get(backend)
         return self._fallback_gradients(reference, call) if overload is None else backward_of(overload)(*call)
 
@@ -133,7 +133,7 @@ class Operator:
             out = self.defined.empty(*args)
             return out.copy_(self.reference(*args)) if backend is cpu else backend.run_forward(self, out, args)
 
-        # Where no native kernel is registered for a device.
+        # Used where no native kernel is registered for a device.
         library.impl(self.name, run, "CompositeExplicitAutograd")
         for name in (f"{self.name}_backward", f"{self.name}_backward_composed"):
             library.impl(name, lambda *call: self._fallback_gradients(backend, call), "CompositeExplicitAutograd")
@@ -155,7 +155,7 @@ class Operator:
         return [call[i + 1] for i in itertools.compress(self.tensors, call[-1])]
 
     def _fallback_gradients(self, backend: Any, call: tuple) -> list[Tensor]:
-        """The wanted gradients where no native kernel gives them."""
+        """Computes the wanted gradients where there is no native kernel."""
         grad, *args, mask = call
         if backend is not cpu and backend is not reference:
             found = backend.run_backward(self, call)
@@ -166,7 +166,8 @@ class Operator:
         return [_as_laid_out(g, t, grad) for g, t in zip(gradients, self._wanted(call), strict=True)]
 
     def _make_differentiable(self, library: torch.library.Library, overload: Any, kernel_gradients: Callable) -> None:
-        """By the dispatcher, and by the short way of `call`; the latter is why this is written for speed.
+        """Registers gradients with the dispatcher and for the fast path of `call`; the latter is why this is written
+        for speed.
 
         ``kernel_gradients(backward, grad, args, kept, mask)``: the gradients of all tensors but the residual, where
         wanted, by the backward operator. ``kept`` are the results after the first.
@@ -176,7 +177,7 @@ class Operator:
         others = [i for i in range(arity) if i not in tensors]
         stored = [tensors.index(i) if i in tensors else kept.stop + others.index(i) for i in range(arity)]
         found_at = [tensors.index(i) if i in tensors and i != residual else 0 for i in range(arity)]
-        # Plain layers do not keep their biases, which then may change before the backward pass.
+        # Like plain layers, keeps no biases, so these may change before the backward pass.
         biases = [place for place, i in enumerate(tensors) if self.names[i].endswith(("bias", "beta"))]
 
         def setup_context(ctx, inputs, output):
@@ -222,7 +223,7 @@ class Operator:
 
 
 class TrainingOperator(Operator):
-    """An operator on the CPU alone, whose kernel also returns what its backward operator wants to know.
+    """A CPU-only operator whose kernel also returns what its backward operator needs.
 
     Its module has ``reference`` and ``empty`` (of all results), and
 
@@ -243,8 +244,8 @@ class TrainingOperator(Operator):
         self.overloads["cpu"] = overload
 
 
-#: What a kernel, or the way to it, raises for them; no other exception is taken for one, such as what saving a tensor
-#: raises to end the second forward pass of `torch.utils.checkpoint`.
+#: What kernels and dispatch raise for bad arguments. No other exception is treated so, such as the one by which saving
+#: a tensor ends the second forward pass of `torch.utils.checkpoint`.
 _WRONG_ARGUMENTS = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
 #: By name.
 OPERATORS: dict[str, Operator] = {}
@@ -256,7 +257,7 @@ is_batched = torch._C._functorch.is_legacy_batchedtensor  # in a vectorised Jaco
 
 
 def is_eager() -> bool:
-    """Whether calls simply run, one by one: nothing compiles, traces, transforms or watches them."""
+    """Whether calls simply run eagerly: nothing compiles, traces, transforms or observes them."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
@@ -266,7 +267,7 @@ def is_eager() -> bool:
 
 
 def is_plain_cpu_call(x: Any) -> bool:
-    """Whether operators on x, a map, simply run on the CPU kernels: what short cuts of eager calls have to ask."""
+    """Whether operators on a map x simply run on the CPU kernels; the precondition of the eager fast path."""
     return (
         type(x) is Tensor
         and x.is_cpu
@@ -281,8 +282,8 @@ def is_plain_cpu_call(x: Any) -> bool:
 def call(overload: Any, *args: Any) -> Any:
     """``overload(*args)``, of an operator above.
 
-    What ``torch.library.register_autograd`` makes goes through the dispatcher and many frames of Python, forward and
-    backward, which shows where layers are small. In eager mode an ``autograd.Function`` does the same without.
+    ``torch.library.register_autograd`` goes through the dispatcher and many Python frames, forward and backward, which
+    is noticeable for small layers. In eager mode an ``autograd.Function`` avoids both.
     """
     if torch.is_grad_enabled() and is_eager():
         return _function(overload).apply(*args)
@@ -293,7 +294,7 @@ def call(overload: Any, *args: Any) -> Any:
 def _function(overload: Any) -> Any:
     differentiate, setup_context = _DIFFERENTIATED[overload]
 
-    def forward(ctx, *args):  # with setup_context as a method of its own, every call would look at its signature
+    def forward(ctx, *args):  # with a separate setup_context, every call would inspect its signature
         with torch._C._AutoDispatchBelowAutograd():
             output = overload(*args)
         setup_context(ctx, args, output)
@@ -310,10 +311,10 @@ def backward_of(overload: Any) -> Any:
 
 
 def gradients_of(function: Callable[..., Tensor], grad: Tensor, args: list, needed: tuple) -> tuple:
-    """Of the arguments that need one, with a graph of their own in a backward pass that makes one."""
+    """Gradients of the arguments that need one, with a graph if the backward pass creates one."""
     create_graph, device = torch.is_grad_enabled(), grad.device.type
     autocasts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    # The arguments have the dtypes of the forward pass, whatever the backward pass stands in.
+    # The arguments have the dtypes of the forward pass, whatever autocast context the backward pass runs in.
     with torch.enable_grad(), torch.autocast(device, enabled=False) if autocasts else contextlib.nullcontext():
         # Aliases keep apart what depends on an argument directly and what depends on it through the incoming gradient.
         args = [arg.view_as(arg) if isinstance(arg, Tensor) else arg for arg in args]
@@ -328,6 +329,6 @@ def _wanted_gradients(backward: Any, grad: Tensor, args: list, kept: tuple, mask
 
 
 def _as_laid_out(grad: Tensor, like: Tensor, incoming: Tensor) -> Tensor:
-    """In the strides that the fake announces, and never the incoming gradient itself."""
+    """With the strides that the fake kernel declares, and never the incoming gradient itself."""
     out = torch.empty_like(like)
     return grad if grad is not incoming and grad.stride() == out.stride() else out.copy_(grad)

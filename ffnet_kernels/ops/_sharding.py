@@ -1,7 +1,7 @@
-"""Operators on distributed tensors: how a call is split over processes, each of which runs the operator on its part.
+"""Operators on distributed tensors: how a call is split over processes, each running the operator on its part.
 
-Parts of a batch need no other's; the filters then are everywhere, and their gradients are sums over the processes.
-Nor do parts of the channels, where every channel is by itself. Whatever else is gathered first.
+Parts of a batch are independent; filters are then replicated, and their gradients summed over the processes. Parts of
+the channels are independent if the operator mixes no channels. Everything else is gathered first.
 """
 
 from __future__ import annotations
@@ -10,21 +10,21 @@ from typing import Any
 
 from torch import Tensor
 
-#: Those that mix no channels.
+#: Operators that mix no channels.
 _BY_CHANNEL = ("depthwise_conv2d", "ffnified_attention")
 _MAPS = ("x", "query", "residual")
 
 
 def is_distributed(x: Any) -> bool:
-    """Whether a map is a ``DTensor``, which is not imported for the answer."""
+    """Whether a map is a ``DTensor``, without importing that."""
     return isinstance(x, Tensor) and type(x).__module__.startswith("torch.distributed.tensor")
 
 
 def run(operator: Any, arguments: tuple[Any, ...]) -> Tensor:
-    """The result of an operator's call, split as its map is.
+    """Runs an operator; the result is split like its map.
 
     Raises:
-        ValueError: where some tensors are distributed and some are not.
+        ValueError: if only some of the tensors are distributed.
     """
     from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
     from torch.distributed.tensor.experimental import local_map
@@ -37,10 +37,10 @@ def run(operator: Any, arguments: tuple[Any, ...]) -> Tensor:
     x: Any = arguments[0]
 
     def split(dimension: int, placement: Placement) -> int | None:
-        """Which dimension of maps a dimension of the mesh splits."""
+        """The map dimension that a mesh dimension splits."""
         if placement.is_shard(0):
             return 0
-        even = x.shape[1] % x.device_mesh.size(dimension) == 0  # or filters would be with other processes
+        even = x.shape[1] % x.device_mesh.size(dimension) == 0  # otherwise their filters would be on other processes
         return 1 if placement.is_shard(1) and operator.name in _BY_CHANNEL and even else None
 
     splits = [split(dimension, placement) for dimension, placement in enumerate(x.placements)]

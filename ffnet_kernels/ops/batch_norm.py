@@ -1,4 +1,4 @@
-"""Batch normalisation by a batch's own statistics, with the activation behind it, in a training step."""
+"""Batch normalisation by batch statistics, with the activation that follows, for training steps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ._operator import TrainingOperator
 
 
 class Norm(NamedTuple):
-    """What an ``nn.BatchNorm2d`` in training mode computes with: ``[C]`` each, or None.
+    """The tensors of an ``nn.BatchNorm2d`` in training mode: ``[C]`` each, or None.
 
     ``momentum`` None is the cumulative average, which takes ``num_batches_tracked``.
     """
@@ -30,7 +30,7 @@ class Norm(NamedTuple):
 
     @classmethod
     def of(cls, module: nn.BatchNorm2d) -> Norm:
-        """That of a layer, whose hooks are not called."""
+        """Takes them from a layer, whose hooks are not called."""
         moved = (module.running_mean, module.running_var) if module.track_running_stats else (None, None)
         count = module.num_batches_tracked if module.track_running_stats else None
         return cls(*moved, module.weight, module.bias, count, module.momentum, module.eps)
@@ -38,25 +38,25 @@ class Norm(NamedTuple):
     def __call__(self, x: Tensor) -> Tensor:
         """In plain PyTorch."""
         mean, variance, weight, bias, *_ = self
-        # PyTorch's gradients on channels-last maps take the strides of vectors for one.
+        # PyTorch's gradients on channels-last maps assume that vectors have a stride of one.
         weight, bias = (v if v is None or v.is_contiguous() else v.contiguous() for v in (weight, bias))
         return F.batch_norm(x, mean, variance, weight, bias, True, self.count_batch(), self.eps)
 
     def applies(self, x: Tensor, channels: int, pixels: int) -> bool:
-        """Whether the kernels take it, for a map of so many channels and pixels: parameters of float32, as autocast
-        leaves them, or of the map's dtype."""
+        """Whether the kernels support it, for a map of so many channels and pixels: parameters in float32, as under
+        autocast, or in the map's dtype."""
         affine = [t for t in (self.weight, self.bias) if t is not None and t.shape == (channels,)]
         alike = all(t.dtype in (x.dtype, torch.float32) and t.device == x.device for t in affine)
         return len(affine) == 2 and alike and self.eps > 0 and pixels > 1  # of one, there are no statistics
 
     def parameters(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias as the kernels take them."""
+        """Weight and bias as the kernels expect them."""
         assert self.weight is not None
         assert self.bias is not None
         return self.weight.float().contiguous(), self.bias.float().contiguous()
 
     def count_batch(self) -> float:
-        """Counts a batch, and returns what its statistics weigh."""
+        """Counts a batch, and returns the weight of its statistics."""
         factor = self.momentum
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
@@ -68,9 +68,9 @@ class Norm(NamedTuple):
 def batch_norm(x: Tensor, norm: Norm, activation: str = "none") -> Tensor:
     """``act(norm(x))`` by the statistics of the batch.
 
-    Nothing but x is kept for the backward pass. Running statistics move as those of ``nn.BatchNorm2d`` do; statistics
-    and their parameters may be of float32 where maps are not, as under autocast. The kernel takes channels-last maps
-    and activations other than ReLU; elsewhere PyTorch is as fast and keeps as little.
+    Only x is kept for the backward pass. Running statistics are updated as by ``nn.BatchNorm2d``; statistics and
+    parameters may be in float32 for narrower maps, as under autocast. The kernel takes channels-last maps and
+    activations other than ReLU; elsewhere PyTorch is as fast and keeps as little.
 
     Args:
         x: ``[N, C, H, W]``.
@@ -90,14 +90,14 @@ def batch_norm(x: Tensor, norm: Norm, activation: str = "none") -> Tensor:
 
 
 def runs_natively(x: Tensor, *arguments: Any) -> bool:
-    """Whether the native kernels of training steps are chosen for a map, and what batch normalisation is asked for."""
+    """Whether the native kernels of training steps run for a map, and for the given batch normalisation, if any."""
     if not isinstance(x, Tensor) or x.dim() != 4:
         return False
     return choice.prefers(cpu, "batch_norm", (x, *arguments))
 
 
 def track(norms: Sequence[Norm], mean: Tensor, variance: Tensor, count: int) -> None:
-    """Moves running statistics as the layers would, by those of a batch: ``[layers, C]``, the variance biased.
+    """Updates running statistics as the layers would, from those of a batch: ``[layers, C]``, with the biased variance.
 
     The operators mark them as not differentiable, so no graph is kept here.
     """
@@ -109,7 +109,7 @@ def track(norms: Sequence[Norm], mean: Tensor, variance: Tensor, count: int) -> 
         moved, towards = [norm.running_mean, norm.running_var], [batch_mean, batch_variance]
         if {norm.running_mean.dtype, norm.running_var.dtype} != {mean.dtype}:
             towards = [batch.to(running.dtype) for batch, running in zip(towards, moved, strict=True)]
-        with torch.autograd._unsafe_preserve_version_counter(tuple(moved)):  # as PyTorch's own moves them
+        with torch.autograd._unsafe_preserve_version_counter(tuple(moved)):  # like PyTorch's own update
             torch._foreach_mul_(moved, 1 - factor)  # no lerp, which makes NaN of infinity
             torch._foreach_add_(moved, towards, alpha=factor)
 
@@ -119,7 +119,7 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def empty_map(x: Tensor, channels: int, size: Sequence[int] | None = None) -> Tensor:
-    """As kernels of training steps return them: channels-last."""
+    """An uninitialised map as kernels of training steps return it: channels-last."""
     shape = (x.shape[0], channels, *(size or x.shape[2:]))
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 

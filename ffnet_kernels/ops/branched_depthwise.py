@@ -25,7 +25,7 @@ def branched_depthwise(
 ) -> Tensor:
     """``act(Σ norm(DW(x; weight)))`` over one or two depthwise branches, each with its batch normalisation.
 
-    Nothing but x is kept for the backward pass. Running statistics move as those of ``nn.BatchNorm2d`` do.
+    Only x is kept for the backward pass. Running statistics are updated as by ``nn.BatchNorm2d``.
 
     Args:
         x: ``[N, C, H, W]``.
@@ -103,7 +103,7 @@ def _strided_gradients(
     grad, x, weight, gamma, beta, other_weight, other_gamma, other_beta, mean, variance, eps, stride, activation,
     wants_x,
 ) -> list[Tensor]:  # fmt: skip
-    """As ``csrc/cpu/branched_depthwise_backward.cpp``, whose comment has the formulas, for every stride."""
+    """The formulas in ``csrc/cpu/branched_depthwise_backward.cpp``, for every stride."""
     others = [(other_weight, other_gamma, other_beta)] if other_weight is not None else []
     weights, gammas, betas = zip((weight, gamma, beta), *others, strict=True)
     deviations = [(v + e).sqrt() for v, e in zip(variance, eps, strict=True)]

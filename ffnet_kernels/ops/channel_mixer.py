@@ -28,7 +28,7 @@ def channel_mixer(
     """The convolutional feed-forward network, FFNet's channel mixer (arXiv 2406.02021, section 3):
     ``residual + scale · (W₂ · act(W₁ · (DW(x; weight) + bias) + b₁) + b₂)``.
 
-    The hidden map is rounded to the dtype of the maps, also where a fused backend never writes it to memory.
+    The hidden map is rounded to the maps' dtype, even if a fused backend never writes it to memory.
 
     Args:
         x: ``[N, C, H, W]``.
@@ -62,7 +62,7 @@ def checked(
 def checked_pointwise(
     x, expand_weight, expand_bias, project_weight, project_bias, activation, scale, residual
 ) -> tuple:
-    """All but x."""
+    """Checks all arguments but x."""
     expand_weight = _arguments.matrix("expand_weight", expand_weight, x.shape[1], x)
     hidden = expand_weight.shape[0]
     expand_bias = _arguments.channel_vector("expand_bias", expand_bias, hidden, x)
@@ -85,7 +85,7 @@ def reference(x, weight, bias, *pointwise) -> Tensor:
 def pointwise_reference(
     x, expand_weight, expand_bias, project_weight, project_bias, activation, scale=None, residual=None
 ) -> Tensor:
-    """What follows the depthwise convolution."""
+    """The part after the depthwise convolution."""
     hidden = ACTIVATE[activation](plain.pointwise(x, expand_weight, expand_bias))
     return plain.scaled_residual(plain.pointwise(hidden, project_weight, project_bias), scale, residual)
 
@@ -98,7 +98,7 @@ def gradient(
     p, grad, x, weight, bias, expand_weight, expand_bias, project_weight, project_bias, activation, scale, residual,
     mask,
 ) -> list:  # fmt: skip
-    """The 1×1 convolutions' in plain PyTorch, the depthwise one's on the backend."""
+    """Gradients: of the 1×1 convolutions in plain PyTorch, of the depthwise one on the backend."""
     pads = same_padding(weight)
     mixed = p.convolve(x, weight, bias, (1, 1), pads)
     before = plain.pointwise(mixed, expand_weight, expand_bias)

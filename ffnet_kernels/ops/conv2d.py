@@ -1,4 +1,4 @@
-"""Dense convolution with its activation, on the CPU's kernels or in plain PyTorch."""
+"""Dense convolution with its activation, on the CPU kernels or in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def conv2d(
     scale: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """Convolution of one group with what follows it: ``residual + scale · act(conv(x; weight) + bias)``. It is for what
-    stands around depthwise layers: 1×1 projections and strided stems.
+    """Dense convolution and its epilogue: ``residual + scale · act(conv(x; weight) + bias)``. It is for the layers
+    around depthwise ones: 1×1 projections and strided stems.
 
-    It has a kernel on the CPU, and one for the gradients of 1×1 convolutions of channels-last float32 maps that
-    nothing follows; elsewhere plain PyTorch runs.
+    It has a CPU kernel, and one for gradients of 1×1 convolutions of channels-last float32 maps without an epilogue;
+    otherwise plain PyTorch runs.
 
     Args:
         x: ``[N, C, H, W]``.
@@ -73,7 +73,7 @@ def empty(x, weight, bias, stride, padding, *_) -> Tensor:
 
 
 def gradient(p, grad, x, weight, bias, stride, padding, activation, scale, residual, mask) -> list:
-    """In plain PyTorch on every backend: there are no primitives of dense convolutions."""
+    """Gradients, in plain PyTorch on every backend, as there are no primitives for dense convolutions."""
     scale_grad = None
     if mask[3]:
         scale_grad = (grad * reference(x, weight, bias, stride, padding, activation, None, None)).sum((0, 2, 3))

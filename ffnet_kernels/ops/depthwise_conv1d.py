@@ -1,6 +1,6 @@
 """Depthwise convolution of series with its activation: `depthwise_conv2d` with 1×k kernels on maps of one row.
 
-No operator of its own: backends, gradients and what torch's dispatcher knows are those of `depthwise_conv2d`.
+Not an operator of its own: backends, gradients and registration are those of `depthwise_conv2d`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def depthwise_conv1d(
 ) -> Tensor:
     """Depthwise convolution of series with its activation: ``act(DW(x; weight) + bias)``.
 
-    Kernels run it as the one of a 1×k filter (tested up to k = 64), plain PyTorch where none takes the call.
+    Kernels run it with a 1×k filter (tested up to k = 64); plain PyTorch runs calls that none takes.
 
     Args:
         x: ``[N, C, L]``.
@@ -41,16 +41,16 @@ def depthwise_conv1d(
         ``[N, C or 2·C, L']``.
 
     Raises:
-        TypeError: for an argument that is no tensor.
+        TypeError: for an argument that is not a tensor.
         ValueError: for a wrong shape, dtype, device, stride, padding or activation.
-        BackendError: where a backend was forced that does not take the call.
+        BackendError: if a backend was forced that does not take the call.
     """
     call = checked(*_arguments.autocast(x, weight, bias, stride, padding, activation))
     return OPERATORS[NAME].on(choice.select(NAME, call).NAME, *call).squeeze(2)
 
 
 def checked(x, weight, bias, stride, padding, activation) -> tuple:
-    """The arguments as the schema of `depthwise_conv2d` has them, of tensors with one row."""
+    """The arguments for `depthwise_conv2d`'s schema, with tensors of one row."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
     if x.dim() != 3:
@@ -70,7 +70,7 @@ def checked(x, weight, bias, stride, padding, activation) -> tuple:
             f"weight: the kernel of {taps} is longer than the padded series of {length + first + last} "
             f"(x has the shape {list(x.shape)}, padding={padding!r})"
         )
-    # Zeros that are the same on both sides: what is asked of the 2-D operator first, for its checks of all the rest.
+    # Symmetric padding, for the 2-D operator's checks of everything else.
     rows = x.unsqueeze(2), weight.unsqueeze(2), bias
     *tensors, _, _, activation = OPERATORS[NAME].defined.checked(*rows, (1, stride), (0, taps), activation)
     return *tensors, (1, stride), (0, 0, first, last), activation

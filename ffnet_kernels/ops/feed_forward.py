@@ -1,4 +1,4 @@
-"""Two 1×1 convolutions with an activation between them, in a training step: a channel mixer's second half."""
+"""Two 1×1 convolutions with an activation between them, for training steps: the second half of a channel mixer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def feed_forward(
     scale: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """``residual + scale · (W₂ · act(W₁ · x + b₁) + b₂)``, a channel mixer behind its depthwise convolution.
+    """``residual + scale · (W₂ · act(W₁ · x + b₁) + b₂)``, a channel mixer after its depthwise convolution.
 
     Of the hidden map only the form before the activation is kept for the backward pass.
 
@@ -56,16 +56,16 @@ def feed_forward(
 
 
 class _Narrow(torch.autograd.Function):
-    """On channels-last maps of 16 bits, which are matrices of pixels. PyTorch has products of these that no kernel here
-    is faster than, above all where a processor multiplies tiles; what is left to gain is the memory of the hidden map
-    behind its activation."""
+    """For channels-last maps of 16 bits, which are matrices of pixels. PyTorch's products of these are at least as fast
+    as any kernel here, above all on processors that multiply tiles; what remains to be gained is the memory of the
+    activated hidden map."""
 
     @staticmethod
     def forward(ctx, x, expand_weight, expand_bias, project_weight, project_bias, activation, scale, residual):
         z = F.linear(as_pixels(x), expand_weight, expand_bias)
         out = as_map(F.linear(ACTIVATE[activation](z), project_weight, project_bias), x)
         ctx.save_for_backward(x, z, expand_weight, project_weight, scale)
-        # Plain layers do not keep their biases, which then may change before the backward pass.
+        # Like plain layers, keeps no biases, so these may change before the backward pass.
         ctx.bias = project_bias if scale is None or project_bias is None else project_bias.detach().clone()
         ctx.biases = [(b, b._version) for b in (expand_bias, project_bias) if b is not None]
         ctx.given, ctx.activation = (expand_bias, project_bias), activation
@@ -102,7 +102,7 @@ class _Narrow(torch.autograd.Function):
 
 
 def _matrix_gradients(grad: Tensor, rows: Tensor, needed: tuple) -> tuple[Tensor | None, Tensor | None]:
-    """Of weight and bias, where needed."""
+    """Gradients of weight and bias, where needed."""
     return grad.t() @ rows if needed[0] else None, grad.sum(0) if needed[1] else None
 
 

@@ -25,7 +25,7 @@ def ffnified_attention(
     """FFNified attention, FFNet's token mixer after its query projection (arXiv 2406.02021, section 3):
     ``residual + scale · (DW(act(DW(query; key) + key_bias); value) + value_bias)``.
 
-    Fused backends never write the middle map to memory; it is rounded to the dtype of the maps all the same.
+    Fused backends never write the middle map to memory, but round it to the maps' dtype all the same.
 
     Args:
         query: ``[N, C, H, W]``, the projected input.
@@ -68,8 +68,8 @@ def empty(query, key, key_bias, value, *_) -> Tensor:
 
 
 def gradient(p, grad, query, key, key_bias, value, value_bias, activation, scale, residual, mask) -> list:
-    """A backend may have ``attention_maps``: one kernel for the query's gradient, the hidden map and the gradient of
-    what its activation was applied to, or None for calls that it does not take."""
+    """Gradients. A backend may have ``attention_maps``: one kernel for the query's gradient, the hidden map and the
+    gradient before its activation, or None for calls that it does not take."""
     one, key_pads, value_pads = (1, 1), same_padding(key), same_padding(value)
     key_grads: list = [None, None, None]
     value_grads: list = [None, None, None]

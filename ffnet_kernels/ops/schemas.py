@@ -1,7 +1,7 @@
-"""The schemas of all operators, the one place that has them.
+"""The schemas of all operators, defined in one place.
 
 ``csrc/build.py`` loads this file by its path and compiles them into the native libraries, so that a C++ program needs
-nothing but these; where there is no library, ``_operator.py`` defines what is here. So nothing is imported.
+nothing else; without a library, ``_operator.py`` defines them. So this file imports nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ARGUMENTS = {
     "channel_mixer": f"Tensor x, Tensor weight, Tensor? bias, {_POINTWISE}, Tensor? residual",
 }
 
-#: Of those of training steps: arguments, results, and what the backward operator takes between the gradient and
+#: Operators of training steps: arguments, results, and what the backward operator takes between the gradient and
 #: ``wants_x``.
 TRAINING = {
     "batch_norm": (
@@ -64,8 +64,8 @@ ON_GPUS = ("depthwise_conv2d", "ffnified_attention", "channel_mixer")
 
 
 def of_operator(name: str) -> tuple[str, str, str]:
-    """An operator's schemas: its own, its backward operator's, and that of the calls which a kernel of the latter does
-    not take."""
+    """An operator's schemas: its own, its backward operator's, and the fallback for calls that a kernel of the latter
+    does not take."""
     arguments = ARGUMENTS[name]
     of_backward = f"(Tensor grad, {arguments}, bool[] mask) -> Tensor[]"
     return (
@@ -85,7 +85,7 @@ def of_training(name: str) -> tuple[str, str]:
 
 
 def by_namespace() -> dict[str, list[str]]:
-    """All that a native library defines."""
+    """All schemas that a native library defines, by namespace."""
     return {
         "ffnet_kernels": [
             CONV2D_PAIR,

@@ -1,4 +1,4 @@
-"""Folding: convolutions and linear layers take in what is linear around them."""
+"""Folding: convolutions and linear layers absorb the linear operations around them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .mixers import ends_mixer
 from .rewriter import Rewriter
 
 _NORM_NAMES = ("input", "running_mean", "running_var", "weight", "bias")
-#: Which give every element of their map once, so that what is done to each can be done before.
+#: Views that keep every element, so that elementwise functions may be applied before them.
 _SHAPE_VIEWS = ("reshape", "flatten", "permute", "transpose", torch.flatten, torch.permute, torch.transpose)
 
 
@@ -35,7 +35,7 @@ def canonical(rewriter: Rewriter, node: Node) -> None:
 
 
 def activation_before_views(rewriter: Rewriter, node: Node) -> None:
-    """An activation behind views of a convolution's result as the one that follows the convolution."""
+    """Moves an activation behind views of a convolution's result to before the views."""
     if activation(node) is None:
         return
     x = before = node.args[0]
@@ -52,7 +52,7 @@ def activation_before_views(rewriter: Rewriter, node: Node) -> None:
 
 
 def fold_norm(rewriter: Rewriter, node: Node) -> None:
-    """A batch normalisation behind a convolution, or before a pointwise one."""
+    """Folds a batch normalisation after a convolution, or before a pointwise one."""
     if node.target is kernels.batch_norm:
         conv = rewriter.sole(node.args[0])
         if conv is not None and has_statistics(node):
@@ -85,7 +85,7 @@ def affine(rewriter: Rewriter, norm: Node, like: Node) -> tuple[Node, Node]:
 
 
 def fold_head(rewriter: Rewriter, node: Node) -> None:
-    """A batch normalisation before the mean over pixels that only a linear layer reads."""
+    """Folds a batch normalisation before the mean over pixels into the linear layer that reads the mean."""
     if node.target is not F.linear or len(node.args) < 2 or not is_parameter(node.args[1]):
         return
     x, weight, bias = node.args[0], node.args[1], argument(node, 2, "bias", None)
@@ -115,7 +115,7 @@ def scaled(rewriter: Rewriter, conv: Convolution, scale: Node, shift: Node | Non
 
 
 def fold_sum(rewriter: Rewriter, node: Node) -> None:
-    """Branches on one map that are summed: convolutions, normalisations and the map itself."""
+    """Folds branches on one map that are summed: convolutions, normalisations and the map itself."""
     if not is_sum(node):
         return
     first, second = node.args[:2]
@@ -136,7 +136,7 @@ def merge(rewriter: Rewriter, node: Node, a: Any, b: Any) -> Convolution | None:
             return merge_branches(rewriter, conv, other)
         if not conv.keeps_size or conv.inputs != conv.outputs or not (conv.is_depthwise or conv.is_pointwise):
             return None
-        if b is conv.x and (conv.is_pointwise or is_folded(conv)):  # a residual sum of one convolution stays
+        if b is conv.x and (conv.is_pointwise or is_folded(conv)):  # a plain residual sum around one convolution stays
             args = (conv.weight, None, conv.groups)
             weight = rewriter.const(folding.add_identity, *args, shape=conv.weight.meta["shape"], like=conv.weight)
             return conv._replace(weight=weight)
@@ -173,7 +173,7 @@ def merge_branches(rewriter: Rewriter, conv: Convolution, other: Convolution) ->
 
 
 def fold_scale(rewriter: Rewriter, node: Node) -> None:
-    """A scale per output channel, where it is no mixer's, whose operators take it as it is."""
+    """Folds a scale per output channel, except a mixer's, whose operators take it as an argument."""
     found = rewriter.layer_scale(node)
     if found is None:
         return

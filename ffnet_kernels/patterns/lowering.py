@@ -1,4 +1,4 @@
-"""Single convolutions and linear layers, which are left once mixers are found, become operators."""
+"""Lowers the single convolutions and linear layers that remain after mixers are matched to operators."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .rewriter import Rewriter
 
 
 def lower(rewriter: Rewriter, node: Node) -> None:
-    """A convolution becomes an operator, with the activation that follows, if one takes it; a linear layer as well."""
+    """Lowers a convolution or linear layer, with the activation that follows, if an operator supports it."""
     conv = rewriter.convolution(node)
     if conv is None:
         if rewriter.fold and node.target is F.linear:
@@ -44,7 +44,7 @@ def lower(rewriter: Rewriter, node: Node) -> None:
 
 
 def stem_before(rewriter: Rewriter, conv: Convolution) -> Node | None:
-    """The convolution of an image, by an operator, that only a dense one of several taps reads."""
+    """The lowered convolution of an image whose only reader is a dense convolution of several taps."""
     if not rewriter.fold or conv.groups != 1 or conv.kernel == (1, 1) or not is_node(conv.x):
         return None
     takes = conv.dilation == (1, 1) and set(conv.stride) <= {1, 2} and conv.x.target is kernels.conv2d
@@ -53,9 +53,9 @@ def stem_before(rewriter: Rewriter, conv: Convolution) -> Node | None:
 
 
 def linear(rewriter: Rewriter, node: Node) -> None:
-    """A linear layer on pixels or tokens, with the activation, or the scale and the residual sum, that follow."""
+    """Lowers a linear layer on pixels or tokens, with the activation, or the scale and residual sum, that follow."""
     x, weight, bias = node.args[0], argument(node, 1, "weight", None), argument(node, 2, "bias", None)
-    # Of a classifier's head, weights are read rather than multiplied: PyTorch does that as well.
+    # A classifier's head is bound by reading its weights, which PyTorch does as fast.
     if has_dimensions(node, 2) or not is_parameter(weight) or len(weight.meta["shape"]) != 2:
         return
     if bias is not None and not is_parameter(bias):

@@ -23,7 +23,7 @@ from .rewriter import Rewriter
 
 
 def attention_at(rewriter: Rewriter, node: Any) -> tuple[Convolution, str, Convolution] | None:
-    """Keys, activation and values of FFNified attention whose values the node is."""
+    """Keys, activation and values of FFNified attention, if the node is the convolution by values."""
     value = rewriter.convolution(node)
     if value is None or not (value.is_depthwise and value.keeps_size and value.inputs == value.outputs):
         return None
@@ -36,7 +36,7 @@ def attention_at(rewriter: Rewriter, node: Any) -> tuple[Convolution, str, Convo
 
 
 def pointwise_pair_at(rewriter: Rewriter, node: Any) -> tuple[Convolution, str, Convolution] | None:
-    """Expansion, activation and projection, both pointwise, the latter being the node."""
+    """Expansion, activation and projection, if the node is the projection of a pointwise pair."""
     project = rewriter.convolution(node)
     if project is None or not project.is_pointwise:
         return None
@@ -48,7 +48,7 @@ def pointwise_pair_at(rewriter: Rewriter, node: Any) -> tuple[Convolution, str, 
 
 
 def feed_forward_at(rewriter: Rewriter, node: Any) -> tuple[Convolution, Convolution, str, Convolution] | None:
-    """The same with a depthwise convolution before: a channel mixer."""
+    """The same with a depthwise convolution before it: a channel mixer."""
     found = pointwise_pair_at(rewriter, node)
     depthwise = rewriter.sole(found[0].x) if found is not None else None
     if found is None or depthwise is None or not (depthwise.is_depthwise and depthwise.keeps_size):
@@ -80,7 +80,7 @@ def channel_mixer(rewriter: Rewriter, node: Node) -> None:
 
 
 def feed_forward(rewriter: Rewriter, node: Node) -> None:
-    """Two pointwise convolutions and the activation between them, in training."""
+    """Matches two pointwise convolutions and the activation between them, in training."""
     found = pointwise_pair_at(rewriter, node)
     if found is not None:
         expand, name, project = found
@@ -89,13 +89,13 @@ def feed_forward(rewriter: Rewriter, node: Node) -> None:
 
 
 def mixer(rewriter: Rewriter, node: Node, function: Callable, args: tuple) -> None:
-    """An operator in the place of the node and of the scale and the residual sum that may follow."""
+    """Replaces the node, and the scale and residual sum that may follow, by an operator."""
     scale, residual, end = rewriter.epilogue(node)
     rewriter.put(end, function, (*args, scale, residual))
 
 
 def norm_mixer(rewriter: Rewriter, node: Node) -> None:
-    """ConvNeXt's block: a depthwise convolution, a LayerNorm and two pointwise layers, of which the node is the
+    """Matches ConvNeXt's block: a depthwise convolution, a LayerNorm and two pointwise layers, the node being the
     second."""
     project = dense_at(rewriter, node)
     found = activation(project[0]) if project is not None else None
@@ -138,8 +138,8 @@ def dense_at(rewriter: Rewriter, node: Any) -> tuple[Any, Node, Node | None] | N
 
 
 def normalized_depthwise_at(rewriter: Rewriter, node: Any) -> tuple[Convolution, tuple] | None:
-    """A depthwise convolution behind which only a LayerNorm over its channels, the node, reads; weight, bias and
-    eps of that."""
+    """A depthwise convolution whose only reader is the node, a LayerNorm over its channels; and weight, bias and eps of
+    that."""
     if not is_node(node) or node.target is not F.layer_norm or len(node.users) != 1:
         return None
     moved = node.args[0]
@@ -151,6 +151,6 @@ def normalized_depthwise_at(rewriter: Rewriter, node: Any) -> tuple[Convolution,
     shape, eps = argument(node, 1, "normalized_shape", None), argument(node, 4, "eps", 1e-5)
     affine = argument(node, 2, "weight", None), argument(node, 3, "bias", None)
     is_over_channels = isinstance(shape, tuple | list) and tuple(shape) == (conv.outputs,)
-    # Under autocast weights of normalisations are wider than maps.
+    # Under autocast, weights of normalisations are wider than maps.
     are_like_maps = all(p is None or (is_parameter(p) and has_dtype_of(p, node)) for p in affine)
     return (conv, (*affine, eps)) if is_over_channels and isinstance(eps, float) and are_like_maps else None

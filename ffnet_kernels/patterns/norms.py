@@ -1,4 +1,4 @@
-"""Training: batch normalisations by the batch's statistics, with the convolution before and the activation after."""
+"""Training: batch normalisation by batch statistics, with the convolution before and the activation after it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .rewriter import Rewriter
 
 
 def branched_depthwise(rewriter: Rewriter, node: Node) -> None:
-    """Two depthwise branches of one map, each with its normalisation, that are summed, in training."""
+    """Matches the sum of two depthwise branches of one map, each with its normalisation."""
     if not is_sum(node):
         return
     first, second = (norm_at(rewriter, one) for one in node.args)
@@ -29,7 +29,8 @@ def depthwise_norm(rewriter: Rewriter, node: Node) -> None:
 
 
 def norm_at(rewriter: Rewriter, node: Any) -> tuple[Convolution, tuple] | None:
-    """A depthwise convolution without bias that only feeds a normalisation by the batch, and that norm's fields."""
+    """A depthwise convolution without bias whose only reader is the node, a batch normalisation; and that one's
+    fields."""
     if not is_node(node) or node.target is not kernels.batch_norm_training or len(node.users) != 1:
         return None
     conv = rewriter.sole(node.args[0])

@@ -1,4 +1,4 @@
-"""How patterns look at a graph and change it."""
+"""The means by which passes inspect and change a graph."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ from ..shapes import Node, values_of
 
 
 class Rewriter:
-    """What passes look at a graph with, and change it by.
+    """Inspects and changes a graph on behalf of passes.
 
     Attributes:
-        graph: its nodes carry ``meta["value"]``, what they are without data.
-        fold: whether weights may be folded; else what is made can be differentiated by the parameters.
+        graph: ``meta["value"]`` of its nodes is their value without data.
+        fold: whether weights may be folded; otherwise the result is differentiable with respect to the parameters.
     """
 
     def __init__(self, graph: fx.Graph, fold: bool) -> None:
         self.graph, self.fold = graph, fold
 
     def run(self, *passes: Callable[[Rewriter, Node], None]) -> None:
-        """One pass over the graph after the other; each looks at a node and what is around it."""
+        """Runs passes over the graph, one after the other."""
         for node in self.graph.nodes:
             describe_constant(node)
         for one in passes:
@@ -51,13 +51,13 @@ class Rewriter:
     # Changing
 
     def const(self, function: Callable, *args: Any, shape: tuple, like: Node) -> fx.Node:
-        """A node computed from parameters alone, as they are; ``like`` tells the dtype it will have in the end."""
+        """Adds a node that is computed from parameters alone; ``like`` determines the dtype of its final value."""
         node = self.graph.call_function(function, tuple(map(uncast, args)))
         node.meta.update(shape=tuple(shape), dtype=like.meta["dtype"], is_folded=True, paths=[])
         return node
 
     def put(self, at: Node, function: Callable, args: tuple) -> fx.Node:
-        """A node in the place of another, which goes."""
+        """Replaces a node by a call of a function."""
         with self.graph.inserting_before(at):
             new = self.graph.call_function(function, args)
         new.meta.update(values_of(at), paths=[])
@@ -66,8 +66,8 @@ class Rewriter:
         return new
 
     def erase(self, node: Node, paths: list[str]) -> None:
-        """A node that nobody reads, and what only it read: counts of readers then are right at once. Where they were
-        from is put before ``paths``."""
+        """Erases a node without readers, and nodes that only it read, so that counts of readers are right at once.
+        Their module paths are put in front of ``paths``."""
         inputs = node.all_input_nodes
         self.graph.erase_node(node)
         paths[:0] = node.meta.get("paths", [])
@@ -76,7 +76,7 @@ class Rewriter:
                 self.erase(other, paths)
 
     def round_constants(self) -> None:
-        """Folded weights, computed in float64, in the dtype of the layer."""
+        """Rounds folded weights, computed in float64, to the dtype of their layers."""
         for node in list(self.graph.nodes):
             if not node.meta.get("is_folded") or all(user.meta.get("is_folded") for user in node.users):
                 continue
@@ -96,15 +96,15 @@ class Rewriter:
         return Convolution(*node.args) if is_one else None
 
     def sole(self, node: Any) -> Convolution | None:
-        """A convolution whose result nobody reads but the node that asks."""
+        """The convolution that a node is, if it has a single reader."""
         return self.convolution(node) if is_node(node) and len(node.users) == 1 else None
 
     def next(self, node: Node) -> Node | None:
-        """The only reader of a node."""
+        """The reader of a node, if there is only one."""
         return next(iter(node.users)) if len(node.users) == 1 else None
 
     def layer_scale(self, node: Any) -> tuple[Node, Node] | None:
-        """(map, scale per channel) of a product of them."""
+        """(map, scale) if a node is the product of a convolution and a scale per channel."""
         if not is_node(node) or node.target not in MULS or len(node.args) != 2:
             return None
         for y, scale in (node.args, node.args[::-1]):
@@ -115,17 +115,16 @@ class Rewriter:
                 return y, scale
         return None
 
-    # What may follow an operator, and becomes part of it
+    # Epilogues, which become part of the operator they follow
 
     def following_activation(self, node: Node) -> tuple[str, Node]:
-        """The activation that alone reads a node, and where its result is; ("none", node) without one."""
+        """The activation that is a node's only reader, and its node; ("none", node) if there is none."""
         following = self.next(node)
         found = activation(following)
         return ("none", node) if found is None or following is None else (found[0], following)
 
     def epilogue(self, node: Node) -> tuple[Node | None, Node | None, Node]:
-        """The scale per channel and the residual that a convolution's result is multiplied with and added to, and where
-        the result then is."""
+        """The scale per channel and the residual that follow a convolution, and the last node of these."""
         scale = residual = None
         end, following = node, self.next(node)
         found = self.layer_scale(following)
@@ -136,8 +135,8 @@ class Rewriter:
         return scale, residual, end
 
     def epilogue_of_pixels(self, node: Node) -> tuple[Node | None, Node | None, Node | None, Node]:
-        """As `epilogue`, of a map whose channels come last; also the node that makes them first, if one comes before
-        the residual sum."""
+        """Like `epilogue`, for a map with its channels last; also the node that moves them first, if it precedes the
+        residual sum."""
         end, scale, residual, moved = node, None, None, None
         while residual is None and (following := self.next(end)) is not None:
             if scale is None and (found := vector_of_product(following, end, -1 if moved is None else -3)) is not None:
@@ -152,7 +151,7 @@ class Rewriter:
         return scale, residual, moved, end
 
     def said_channels_last(self, node: Node, conv: Convolution) -> Node:
-        """The weight, which has to say how the result is laid out where the map's strides may not."""
+        """The weight, with channels-last strides if the map's own strides may be ambiguous."""
         if not self.fold or not is_view(uncast(conv.x)):
             return conv.weight
         with self.graph.inserting_before(node):

@@ -26,7 +26,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MOST_PIXELS = 2**31 - 2**10
 _HOSTS = {"depthwise_conv2d": "depthwise", "ffnified_attention": "attention", "channel_mixer": "mixer"}
 OPERATORS = tuple(_HOSTS)
-#: Which a program may have that is loaded where there is no Python.
+#: Operators that a program loaded without Python may contain.
 IN_LIBRARY: tuple[str, ...] = ()
 _DEVICES = ("cuda", "xpu")
 _HOW_TO_INTERPRET = "TRITON_INTERPRET=1 in the environment runs the kernels on CPU tensors, slowly, for tests"
@@ -54,7 +54,7 @@ def _installed() -> str | None:
             return importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return None  # built from source: taken as it is
+    return None  # built from source: accepted as it is
 
 
 def _gpus() -> bool:
@@ -77,7 +77,7 @@ def slower(operator: str, args: tuple) -> str | None:
 
 
 def describe(operator: str, args: tuple) -> str:
-    """The kernels that the call would start and their tiles."""
+    """The kernels that the call would launch, with their tiles."""
     module = _module(operator)
     if module is None:
         return "Triton does not import; plain PyTorch operators"
@@ -94,7 +94,7 @@ def run_forward(operator: Any, out: Tensor, args: tuple) -> Tensor:
 
 
 def run_backward(operator: Any, call: tuple) -> list:
-    """The gradients of a call, None where one is not wanted."""
+    """The gradients of a call; None where one is not needed."""
     module = _module(operator.name)
     if module is None:
         return operator.defined.gradient(reference, *call)
@@ -104,7 +104,7 @@ def run_backward(operator: Any, call: tuple) -> list:
 
 @functools.cache
 def _module(operator: str) -> Any:
-    """The host side of an operator, or None where Triton does not import; that is said once."""
+    """The host side of an operator; None, with one warning, if Triton cannot be imported."""
     try:
         if INTERPRETED:
             from . import interpreter

@@ -1,7 +1,7 @@
-"""Compiles the kernels ahead of time, without a GPU, and reads from the machine code what they take of one.
+"""Compiles the kernels ahead of time, without a GPU, and reads their resource usage from the machine code.
 
-What is compiled is what would be launched: the host code runs on tensors of the device ``meta``, once with each tile
-that it may choose, and its launches are recorded. ``python -m ffnet_kernels aot`` prints the table.
+It compiles exactly what would be launched: the host code runs on ``meta`` tensors, once with each tile that may be
+chosen, and its launches are recorded. ``python -m ffnet_kernels aot`` prints the table.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from . import attention, configs, depthwise, mixer
 from .launch import Launch, options, recording
 
 ARCHITECTURES = (80, 90, 100)
-#: Of one multiprocessor of any of them.
+#: Resources of one multiprocessor, the same on all of them.
 REGISTERS = 65536
 SHARED = 96 * 1024
-#: The occupancy plan: so many warps of a kernel are resident on a multiprocessor, or one program if that is larger.
+#: The occupancy target: resident warps of a kernel on a multiprocessor, or one program if that is larger.
 WARPS = 8
 
 _TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -51,14 +51,14 @@ class Compiled(NamedTuple):
 
     @property
     def resident_warps(self) -> int:
-        """That fit on a multiprocessor by registers (allocated eight at a time) and shared memory."""
+        """Warps that fit on a multiprocessor, given registers (allocated eight at a time) and shared memory."""
         threads = 32 * self.warps
         by_registers = REGISTERS // (-(-self.registers // 8) * 8 * threads)
         by_shared = SHARED // self.shared if self.shared else by_registers
         return min(by_registers, by_shared) * self.warps
 
     def complaint(self) -> str | None:
-        """What is wrong with it: spilled registers, or fewer resident warps than planned."""
+        """What is wrong with a kernel: spilled registers, or fewer resident warps than targeted."""
         if self.stack or self.local:
             return f"spills: {self.stack} bytes of stack, {self.local} of local memory"
         if self.resident_warps < WARPS and self.resident_warps < self.warps:
@@ -149,7 +149,7 @@ def _calls(dtype: torch.dtype, last: bool, aligned: bool) -> Iterator[Callable[[
 
 
 def _key(launch: Launch) -> tuple:
-    """What distinguishes compiled kernels: constants, dtypes, which arguments are None and which strides are 1."""
+    """Cache key of a compiled kernel: constants, dtypes, which arguments are None and which strides are 1."""
 
     def describe(name: str, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -193,7 +193,7 @@ def _specialise(value: Any, path: tuple[int, ...], constants: dict, attributes: 
 
 
 def compile_launch(launch: Launch, architecture: int) -> tuple[Compiled, bytes]:
-    """What the kernel takes of an NVIDIA architecture (90 is sm_90), and its machine code."""
+    """The kernel's resource usage on an NVIDIA architecture (90 is sm_90), and its machine code."""
     chosen = options(launch.warps, launch.stages, nvidia=True)
     compiled = triton.compile(source_of(launch), target=GPUTarget("cuda", architecture, 32), options=chosen)
     code = compiled.asm["cubin"]
@@ -223,7 +223,7 @@ _VARIANT = (
 
 
 def cuobjdump(code: bytes, option: str) -> str:
-    """What NVIDIA's tool of that name, which comes with Triton, prints of machine code."""
+    """The output of NVIDIA's cuobjdump, which ships with Triton, for a piece of machine code."""
     program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(code)
@@ -279,7 +279,7 @@ def table(rows: Sequence[Compiled]) -> str:
 
 
 def main(dtypes: Sequence[str], architectures: Sequence[int]) -> int:
-    """Compiles, prints the table and what is wrong; 1 where anything is."""
+    """Compiles, prints the table and what is wrong; returns 1 if anything is."""
     chosen = [dtype for dtype, name in _TYPES.items() if name in dtypes]
     rows = survey(chosen, architectures)
     complaints = [f"{row.kernel} ({row.variant}, {row.dtype}, sm_{row.architecture}): {row.complaint()}"

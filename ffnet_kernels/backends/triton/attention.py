@@ -1,4 +1,4 @@
-"""Starts the kernels of FFNified attention: shapes, tiles, grids."""
+"""Launches the kernels of FFNified attention: shapes, tiles, grids."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def forward(out, query, key, key_bias, value, value_bias, activation: str, scale
 def backward(
     grad, query, key, key_bias, value, value_bias, activation: str, scale, residual, mask
 ) -> list[Tensor | None] | None:
-    """The gradients of all tensors but the residual, by one kernel; None where it takes convolutions one by one."""
+    """The gradients of all tensors but the residual, by one kernel; None if the convolutions have to run one by one."""
     if not fused(key, value):
         return None
     kernel_height, kernel_width = key.shape[2:]

@@ -1,4 +1,4 @@
-"""Which tile a call takes: a rule by shape and dtype, and the winners that were measured on a GPU."""
+"""Tile selection: a rule by shape and dtype, overridden by the winners measured on a GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _TUNED = Path(__file__).parent / "tuned"
 
 
 class RowTile(NamedTuple):
-    """Of the depthwise kernels: a program holds ``rows`` tiles of ``block_w`` pixels × ``block_c`` channels."""
+    """Tile of the depthwise kernels: a program holds ``rows`` tiles of ``block_w`` pixels × ``block_c`` channels."""
 
     block_w: int
     block_c: int
@@ -32,7 +32,7 @@ class RowTile(NamedTuple):
 
 
 class MatrixTile(NamedTuple):
-    """Of the matrix products: ``block_p`` pixels × ``block_o`` outputs, ``block_k`` terms of the sum at a time."""
+    """Tile of the matrix products: ``block_p`` pixels × ``block_o`` outputs, ``block_k`` terms of the sum at a time."""
 
     block_p: int
     block_o: int
@@ -52,7 +52,7 @@ Tile = TypeVar("Tile", RowTile, MatrixTile)
 
 
 class Shape(NamedTuple):
-    """What a choice of tile may depend on: the work of a kernel, in the units of its output map."""
+    """All that tile selection may depend on: the work of a kernel, in units of its output map."""
 
     kernel: str
     dtype: torch.dtype
@@ -70,7 +70,7 @@ class Shape(NamedTuple):
         return cls(kernel, x.dtype, channels_innermost(x), images, channels, height, width, taps)
 
     def key(self) -> str:
-        """Of the winners: extents are bucketed, so that a neighbour's measurement serves."""
+        """Key of the winners. Extents are bucketed, so that a measurement serves neighbouring sizes, too."""
         layout = "channels_last" if self.channels_last else "nchw"
         dtype = str(self.dtype).removeprefix("torch.")
         taps = next((k for k in (3, 7, 15) if self.taps <= k), 31)
@@ -79,7 +79,7 @@ class Shape(NamedTuple):
 
 
 def candidates(shape: Shape) -> list[RowTile]:
-    """The tiles that may run such a shape, the rule's own choice first. None of them spills (see ``aot.py``).
+    """The tiles to try for a shape, the rule's choice first. None of them spills (see ``aot.py``).
 
     Values per thread and rows are as many as the registers hold. With the channels innermost a tile is 16 channels or
     more where it can be, which is a whole sector of memory; else it is as wide as the map, up to 64 pixels.
@@ -153,19 +153,19 @@ def choose(shape: Shape, device: torch.device) -> RowTile:
 
 @functools.cache
 def device_name(device: torch.device) -> str:
-    """As in the names of the files of winners: ``nvidia_h100_80gb_hbm3``."""
+    """As in the file names of winners: ``nvidia_h100_80gb_hbm3``."""
     return torch.cuda.get_device_name(device).lower().replace(" ", "_").replace("/", "_")
 
 
 @functools.cache
 def winners(device: str) -> dict[str, list[int]]:
-    """What ``python -m ffnet_kernels tune`` wrote for a GPU; empty where it never ran there."""
+    """The winners that ``python -m ffnet_kernels tune`` found for a GPU; empty if it never ran there."""
     path = _TUNED / f"{device}.json"
     return json.loads(path.read_text())["winners"] if path.exists() else {}
 
 
 class MatrixShape(NamedTuple):
-    """What a choice of tile for a product may depend on: [pixels, channels] maps by [outputs, channels] weights."""
+    """All that tile selection for a product may depend on: [pixels, channels] maps by [outputs, channels] weights."""
 
     kernel: str
     dtype: torch.dtype
@@ -199,7 +199,7 @@ def matrix_candidates(shape: MatrixShape) -> list[MatrixTile]:
 
 
 def choose_matrix(shape: MatrixShape, device: torch.device) -> MatrixTile:
-    """As :func:`choose`."""
+    """Like :func:`choose`."""
     return _pick(shape, matrix_candidates(shape), device)
 
 
@@ -217,7 +217,7 @@ _chooser: Callable | None = None
 
 @contextlib.contextmanager
 def choosing(chooser: Callable[[Any, list], Any]) -> Iterator[None]:
-    """Lets ``chooser(shape, candidates)`` pick every tile meanwhile: for tuning and tests, not for several threads."""
+    """Context in which ``chooser(shape, candidates)`` picks every tile: for tuning and tests; not thread-safe."""
     global _chooser
     previous, _chooser = _chooser, chooser
     try:
@@ -267,7 +267,7 @@ def share(tile: RowTile, shape: Shape, *, overlap: int = 0, sums: int = 0) -> di
     return {"strip": strip, "strips": strips, "column_tiles": column_tiles, "splits": splits}
 
 
-#: Programs that fill a large GPU.
+#: Number of programs that fills a large GPU.
 PROGRAMS = 1024
 
 

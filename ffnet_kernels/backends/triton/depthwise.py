@@ -1,4 +1,4 @@
-"""Starts the kernels of the depthwise convolution: shapes, tiles, grids."""
+"""Launches the kernels of depthwise convolution: shapes, tiles, grids."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def forward(out: Tensor, x, weight, bias, stride, padding, activation: str) -> T
 
 
 def backward(grad, x, weight, bias, stride, padding, activation: str, mask) -> list[Tensor | None]:
-    """The gradients of x, weight and bias, None where one is not wanted."""
+    """The gradients of x, weight and bias; None where one is not needed."""
     if activation != "none":
         grad = activation_backward(grad, x, weight, bias, stride, padding, activation)
     return convolve_backward(grad, x, weight, stride, padding, mask)
@@ -42,7 +42,7 @@ def activated(x, weight, bias, stride, padding, activation: str) -> Tensor:
 
 
 def activation_backward(grad, x, weight, bias, stride, padding, activation: str) -> Tensor:
-    """The gradient of the convolution's result, from that of its activation."""
+    """The gradient of the convolution's output, given that of the activation's."""
     return convolve(
         torch.empty_like(grad), x, weight, bias, stride=stride, top=padding[0], left=padding[2],
         activation=activation, derivative=True, outputs=weight.shape[0] // x.shape[1], other=grad,
@@ -50,7 +50,7 @@ def activation_backward(grad, x, weight, bias, stride, padding, activation: str)
 
 
 def scaled_filter_gradients(grad, x, weight, bias, scale, padding, mask) -> list[Tensor | None]:
-    """Gradients of weight, bias and scale of ``scale · (DW(x; weight) + bias)``, None where one is not wanted."""
+    """Gradients of weight, bias and scale of ``scale · (DW(x; weight) + bias)``; None where one is not needed."""
     sums = weight_sums(grad, x, weight, (1, 1), padding)
     return filter_gradients(sums, weight, mask, bias=bias, scale=scale)
 

@@ -1,7 +1,7 @@
-"""Mends Triton's interpreter, in which the kernels run on the CPU for tests.
+"""Patches Triton's interpreter, in which the kernels run on the CPU for tests.
 
-It truncates float32 to bfloat16, where GPUs round to nearest even: a bias that the kernels do not have. And it
-multiplies the bits of bfloat16 matrices as integers.
+It truncates float32 to bfloat16, where GPUs round to nearest even, a bias that the kernels do not have; and it
+multiplies bfloat16 matrices as if their bits were integers.
 """
 
 from __future__ import annotations

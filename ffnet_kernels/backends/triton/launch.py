@@ -1,4 +1,4 @@
-"""How kernels are started: on the current stream of the tensors' device, interpreted, or only recorded."""
+"""Launches kernels on the current stream of the tensors' device, interprets them, or only records them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-#: Triton reads the same variable where a kernel is defined, so it has to be set before the first call.
+#: Triton reads the same variable when a kernel is defined, so it has to be set before the first call.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class Launch(NamedTuple):
-    """A kernel with the arguments it was to be started with."""
+    """A kernel with the arguments of its launch."""
 
     kernel: Any
     grid: int
@@ -32,7 +32,7 @@ class Launch(NamedTuple):
 
 
 class _State(threading.local):
-    """Of a thread: where its launches are recorded, if they are not run."""
+    """Per thread: the list into which launches are recorded instead of being run, if any."""
 
     recorder: list[Launch] | None = None
 
@@ -41,7 +41,7 @@ _state = _State()
 
 
 def launch(kernel: Any, grid: int, device: torch.device, *, warps: int, stages: int = 1, **arguments: Any) -> None:
-    """Starts ``grid`` programs of a kernel; all its arguments by name, but for ALIGN, which is found here."""
+    """Launches ``grid`` programs of a kernel; all arguments by name except ALIGN, which is determined here."""
     arguments = aligned(arguments)
     if _state.recorder is not None:
         _state.recorder.append(Launch(kernel, grid, arguments, warps, stages))
@@ -51,8 +51,8 @@ def launch(kernel: Any, grid: int, device: torch.device, *, warps: int, stages: 
 
 
 def options(warps: int, stages: int, *, nvidia: bool) -> dict[str, Any]:
-    """Of the compiler. NVIDIA's assembler aims at round register counts and would rather spill a little than exceed
-    them, unless it is told that all registers there are may be used."""
+    """Compiler options. NVIDIA's assembler aims at round register counts, and rather spills a little than exceed them
+    unless it is allowed to use all registers."""
     registers = {"maxnreg": min(255, 65536 // (32 * warps))} if nvidia else {}
     return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True, **registers}
 
@@ -71,7 +71,7 @@ def maps(**tensors: Tensor | None) -> dict[str, Any]:
 
 
 def vectors(**tensors: Tensor | None) -> dict[str, Any]:
-    """Tensors with one element after the other."""
+    """Tensors with contiguous elements."""
     return {name: None if tensor is None else tensor.contiguous() for name, tensor in tensors.items()}
 
 
@@ -111,7 +111,7 @@ def _unit(strides: list[tuple[int, ...]], dimensions: tuple[int, ...]) -> int | 
 
 
 def _on_device(device: torch.device) -> contextlib.AbstractContextManager:
-    """Triton starts kernels on the current device, whatever the device of the tensors."""
+    """Triton launches kernels on the current device, not on that of the tensors."""
     if device.type == "cpu":
         return contextlib.nullcontext()
     return torch.get_device_module(device).device(device)
@@ -119,7 +119,7 @@ def _on_device(device: torch.device) -> contextlib.AbstractContextManager:
 
 @contextlib.contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Collects this thread's launches in place of running them, for tensors without data."""
+    """Records this thread's launches instead of running them, for tensors without data."""
     previous, _state.recorder = _state.recorder, []
     try:
         yield _state.recorder

@@ -1,4 +1,4 @@
-"""Starts the kernels of the channel mixer: shapes, tiles, grids."""
+"""Launches the kernels of the channel mixer: shapes, tiles, grids."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def precision(dtype: torch.dtype) -> str:
         return "ieee"
     try:
         allowed = torch.backends.cudnn.allow_tf32
-    except RuntimeError:  # the program has used the newer flag, and torch then refuses to read the older
+    except RuntimeError:  # once the newer flag has been used, torch refuses to read the older one
         convolutions: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
         allowed = convolutions.fp32_precision == "tf32"
     return "tf32" if allowed else "ieee"
@@ -120,7 +120,7 @@ def backward(
     grad, x, weight, bias, expand_weight, expand_bias, project_weight, project_bias, activation: str, scale, residual,
     mask,
 ) -> list[Tensor | None]:  # fmt: skip
-    """The gradients of all tensors but the residual, None where one is not wanted."""
+    """The gradients of all tensors but the residual; None where one is not needed."""
     hidden, channels = expand_weight.shape
     grad = even(grad)
     mixed = _mixed(x, weight, bias)

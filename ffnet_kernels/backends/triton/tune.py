@@ -40,7 +40,7 @@ Clock = Callable[[Callable[[], object]], float]
 
 
 class DeviceLostError(RuntimeError):
-    """After a fault on the GPU nothing runs on it any more in this process; the text says what it was."""
+    """The GPU had a fault, after which nothing runs on it in this process; the message says which."""
 
 
 class Call(NamedTuple):
@@ -79,12 +79,13 @@ class Call(NamedTuple):
         return new_map(), (new_map(), *filters(), *expand, *project, "gelu", None, new_map())
 
     def start(self, device: torch.device | str = "meta") -> None:
-        """Makes the tensors and starts the kernels on them, as a job for :class:`Compiler`."""
+        """Makes the tensors and launches the kernels on them, as a job for :class:`Compiler`."""
         start(self.operator, *self.tensors(device), backward=self.backward)
 
 
 def start(operator: str, result: Tensor, args: tuple, *, backward: bool) -> None:
-    """Starts the kernels of a call into ``result``, or those of all gradients, ``result`` being the incoming one."""
+    """Launches the kernels of a call into ``result``, or those of all gradients, with ``result`` as the incoming
+    gradient."""
     spec = OPERATORS[operator]
     if not backward:
         backend.run_forward(spec, result, args)
@@ -94,7 +95,7 @@ def start(operator: str, result: Tensor, args: tuple, *, backward: bool) -> None
 
 
 def calls(quick: bool = False) -> list[Call]:
-    """Every call that is tuned, the most telling ones first; ``quick``: bfloat16 and the largest batch only."""
+    """Every call that is tuned, the most important ones first; ``quick``: bfloat16 and the largest batch only."""
     dtypes, batches = (DTYPES[:1], BATCHES[:1]) if quick else (DTYPES, BATCHES)
     return [
         Call(name, batch, channels, size, kernel, dtype, last, backward)
@@ -112,7 +113,7 @@ class Choice(NamedTuple):
 
 
 def choices(asking: Iterable[Call]) -> dict[str, Choice]:
-    """What there is to choose in these calls; they are run without data."""
+    """The choices that these calls involve; the calls are run without data."""
     found: dict[str, Choice] = {}
 
     def note(call: Call, shape: Any, tiles: list) -> Any:
@@ -127,7 +128,7 @@ def choices(asking: Iterable[Call]) -> dict[str, Choice]:
 
 
 def with_tiles(tiles: Mapping[str, Sequence[int]], function: Callable[[], object]) -> None:
-    """Runs a function with these tiles for their keys; for others, the rule's."""
+    """Runs a function with these tiles for their keys and the rule's tiles for all others."""
 
     def choose(shape: Any, allowed: list) -> Any:
         wanted = tuple(tiles.get(shape.key(), ()))
@@ -140,13 +141,13 @@ def with_tiles(tiles: Mapping[str, Sequence[int]], function: Callable[[], object
 class Compiler:
     """Compiles kernels before their first launch, in processes beside this one, into Triton's cache on disk.
 
-    A job is a picklable function that starts kernels on tensors of the device ``meta``. Where kernels are interpreted,
-    there is nothing to compile.
+    A job is a picklable function that starts kernels on tensors of the device ``meta``. Interpreted kernels need no
+    compiling.
     """
 
     def __init__(self) -> None:
         workers = max(1, len(os.sched_getaffinity(0)) - 1)
-        context = multiprocessing.get_context("spawn")  # a process that has met the GPU must not be forked
+        context = multiprocessing.get_context("spawn")  # a process that has used the GPU must not be forked
         self._pool = None if INTERPRETED else concurrent.futures.ProcessPoolExecutor(workers, context)
 
     def __call__(self, jobs: Iterable[Callable[[], object]], deadline: float = math.inf) -> list[str]:
@@ -180,13 +181,13 @@ def _compile(job: Callable[[], object]) -> list[str]:
         try:
             chosen = options(launch.warps, launch.stages, nvidia=torch.version.cuda is not None)
             launch.kernel.warmup(grid=(launch.grid,), **launch.arguments, **chosen)
-        except Exception as error:  # the kernel's first launch will raise it again
+        except Exception as error:  # the kernel's first launch raises it again
             errors.append(f"{launch}: {describe(error)}")
     return errors
 
 
 class ColdClock:
-    """Milliseconds of GPU time of a call that finds nothing in the caches.
+    """Measures the GPU time of a call with cold caches, in milliseconds.
 
     Before each call a buffer larger than any L2 cache is read, and the GPU then spins for as long as the host needs to
     queue the call: so neither warm caches nor the speed of Python are measured.
@@ -223,20 +224,20 @@ def tune(
     device: torch.device, folder: Path | None, asking: Iterable[Call], clock: Clock, *,
     again: bool = False, deadline: float = math.inf, report: Callable[[str], object] = print,
 ) -> int:  # fmt: skip
-    """Measures what is not yet in the folder's file of this device, and writes it there key by key.
+    """Measures whatever the folder's file for this device lacks, and writes it there key by key.
 
     Args:
-        folder: None for that from which ``configs`` reads.
+        folder: by default the one from which ``configs`` reads.
         asking: the calls whose choices are measured.
-        again: measure also what is there.
-        deadline: of ``time.monotonic()``, after which no further key is begun.
+        again: measure again what is there already.
+        deadline: a ``time.monotonic()`` value after which no further key is started.
         report: gets a line a key.
 
     Returns:
         How many keys are left.
 
     Raises:
-        DeviceLostError: where a tile brought the GPU down; that is in the file, and the next run passes it by.
+        DeviceLostError: if a tile crashed the GPU; the file records it, and the next run skips that tile.
     """
     path = (folder or configs._TUNED) / f"{configs.device_name(device)}.json"
     header = {"device": device_line(device), **versions(), "date": datetime.date.today().isoformat()}
@@ -267,7 +268,7 @@ def _tune_key(key: str, choice: Choice, table: dict, path: Path, device: torch.d
     try:
         _measure(key, choice, table["winners"], device, clock, found)
     except DeviceLostError:
-        _record(key, found, table, path, report)  # or the next run would fall into the same pit
+        _record(key, found, table, path, report)  # so that the next run skips it
         raise
     _record(key, found, table, path, report)
 
@@ -283,7 +284,7 @@ def _measure(key: str, choice: Choice, winners: dict, device: torch.device, cloc
         try:
             ms = clock(functools.partial(with_tiles, {**winners, key: tile}, run))
             samples[tile] += [ms] if turn >= WARM_UP else []
-        except Exception as error:  # compilers and drivers raise whatever went wrong in them
+        except Exception as error:  # compilers and drivers may raise anything
             found[tile] = describe(error)
             check_alive(device)
     found.update({tile: round(statistics.median(ms), 6) for tile, ms in samples.items() if tile not in found})
@@ -310,7 +311,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def write(path: Path, table: dict[str, Any]) -> None:
-    """In one step: whoever reads it meanwhile, or after an interruption, sees a whole file."""
+    """Atomically: readers never see a partial file, even after an interruption."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}-{os.getpid()}.json")
     temporary.write_text(json.dumps(table, indent=1) + "\n")
@@ -318,7 +319,7 @@ def write(path: Path, table: dict[str, Any]) -> None:
 
 
 def check_alive(device: torch.device) -> None:
-    """Raises DeviceLostError where a fault has left the GPU unusable in this process."""
+    """Raises DeviceLostError if a fault has left the GPU unusable in this process."""
     if device.type == "cuda":
         try:
             torch.cuda.synchronize(device)
