@@ -1,7 +1,7 @@
-"""FFNet-1 to 4 as backbones of dense prediction: the maps of the four stages, each with a norm of its own.
+"""FFNet-1 to 4 as backbones for dense prediction: the maps of the four stages, each with its own norm.
 
-Section 3 of the models' description: the keys of the classifiers without ``norm`` and ``head``, and ``norm0`` to
-``norm3``. The normed maps are results only; the next stage reads the map as it is.
+State-dict keys are those of the classifiers without ``norm`` and ``head``, plus ``norm0`` to ``norm3``. Normalised maps
+are only returned; the next stage reads the map without the norm.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ __all__ = [
     "ffnet_4_features",
 ]
 
-#: Square inputs of 512, as UPerNet's are; normalised as ImageNet's.
+#: Inputs of 512×512, as for UPerNet, normalised like ImageNet's.
 DENSE_CONFIG = {"input_size": (3, 512, 512), "crop_pct": 1.0}
 
 
 class FeatureInfo:
-    """What the maps of a backbone are, with the methods of timm's class of that name.
+    """Describes the maps of a backbone, with the methods of timm's class of the same name.
 
     Args:
-        info: Of every stage: ``num_chs``, ``reduction`` (its stride) and ``module``.
-        out_indices: Of the stages whose maps come out.
+        info: For every stage: ``num_chs``, ``reduction`` (its stride) and ``module``.
+        out_indices: The stages whose maps are returned.
     """
 
     def __init__(self, info: Sequence[dict[str, Any]], out_indices: Sequence[int]) -> None:
@@ -41,7 +41,7 @@ class FeatureInfo:
         self.out_indices = tuple(out_indices)
 
     def get(self, key: str, idx: int | Sequence[int] | None = None) -> Any:
-        """A property of the stage ``idx``; of several; by default of all whose maps come out."""
+        """A property of the stage ``idx``, of several stages, or by default of all whose maps are returned."""
         if isinstance(idx, int):
             return self.info[idx][key]
         return [self.info[i][key] for i in (self.out_indices if idx is None else idx)]
@@ -49,7 +49,7 @@ class FeatureInfo:
     def get_dicts(
         self, keys: Sequence[str] | None = None, idx: int | Sequence[int] | None = None
     ) -> dict[str, Any] | list[dict[str, Any]]:
-        """Several properties of the same stages, by default all of them."""
+        """Several properties of the same stages, by default all properties."""
 
         def chosen(i: int) -> dict[str, Any]:
             return {key: self.info[i][key] for key in (keys or self.info[i])}
@@ -80,12 +80,13 @@ class FFNetBackbone(FFNetTrunk):
 
     Args:
         depths, dims: As of `ffnet.model.FFNetTrunk`.
-        out_indices: Of the stages whose maps come out, first to last; n for the last n. The model ends with the last.
+        out_indices: Stages whose maps are returned, first to last; n for the last n. The model ends with the last of
+            them.
         norms: Whether each map gets a channels-first LayerNorm (eps 1e-6), ``norm0`` to ``norm3``.
         **trunk: Further arguments of `ffnet.model.FFNetTrunk`.
 
     Raises:
-        ValueError: If an argument is out of its range, with the value that came.
+        ValueError: If an argument is out of range, with the value received.
     """
 
     feature_info: Any
@@ -126,7 +127,7 @@ def _backbone(name: str, kwargs: dict[str, Any]) -> FFNetBackbone:
 
 @register_model(task="features", published="-", checked="keys, folds, training, torchvision's detectors")
 def ffnet_1_features(**kwargs: Any) -> FFNetBackbone:
-    """FFNet-1 as a backbone; no score of it is published."""
+    """FFNet-1 as a backbone; no score has been published."""
     return _backbone("ffnet_1", kwargs)
 
 

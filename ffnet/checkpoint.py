@@ -1,4 +1,4 @@
-"""Reading checkpoints into a model, with a precise word on what does not fit."""
+"""Loads checkpoints into a model, and reports exactly what does not fit."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 __all__ = ["KeyReport", "load_checkpoint", "read_state_dict"]
 
-# Averaged weights first: they are what published accuracies are measured with.
+# Averaged weights first, as published accuracies are measured with those.
 CONTAINER_KEYS = ("state_dict_ema", "state_dict", "model")
 PREFIX = "module."
 SHOWN = 8
 
 
 class KeyReport(NamedTuple):
-    """Keys of the model that the checkpoint lacks, keys that the model lacks, and keys whose shapes differ."""
+    """Keys that the checkpoint lacks, keys that the model lacks, and keys whose shapes differ."""
 
     missing: list[str]
     unexpected: list[str]
@@ -45,16 +45,16 @@ def load_checkpoint(
         model: The model, changed only if the checkpoint is accepted.
         path: The file.
         strict: Accept only exactly the model's keys and shapes. Otherwise load those that fit and leave the rest.
-        prefix: Of the keys to read, such as ``"backbone."`` where the file is a detector's and the model its backbone.
+        prefix: Prefix of the keys to read, such as ``"backbone."`` to load a detector's checkpoint into its backbone.
 
     Returns:
         The keys that do not fit, all three lists empty if ``strict``.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is no checkpoint, if its keys or shapes differ from the model's and ``strict``, or if
-            nothing fits at all.
-        ImportError: If the file needs safetensors and that is not installed.
+        ValueError: If the file is not a checkpoint, if its keys or shapes differ from the model's with ``strict``, or
+            if nothing fits.
+        ImportError: If the file needs safetensors, which is not installed.
     """
     loaded, own = read_state_dict(path), model.state_dict()
     loaded = {key.removeprefix(prefix): value for key, value in loaded.items() if key.startswith(prefix)}
@@ -79,8 +79,8 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is no checkpoint.
-        ImportError: If the file needs safetensors and that is not installed.
+        ValueError: If the file is not a checkpoint.
+        ImportError: If the file needs safetensors, which is not installed.
     """
     path = Path(path)
     if not path.is_file():

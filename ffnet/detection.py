@@ -1,4 +1,4 @@
-"""Backbones for torchvision's detectors, which needs torchvision."""
+"""Backbones for torchvision's detectors; needs torchvision."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ __all__ = ["PyramidBackbone", "pyramid_backbone"]
 
 
 class PyramidBackbone(nn.Module):
-    """A backbone and torchvision's feature pyramid: [N, C, H, W] → maps of ``out_channels`` by name, as detectors want.
+    """A backbone with torchvision's feature pyramid: [N, C, H, W] → maps of ``out_channels`` by name, as detectors
+    expect.
 
     Names are ``"0"`` for the largest map and so on, then those of ``extra``.
 
     Args:
         backbone: A model of task "features", such as `ffnet.FFNetBackbone`.
         out_channels: Channels of every map.
-        extra: Block that adds smaller maps, of `torchvision.ops.feature_pyramid_network`; by default one by pooling,
+        extra: Block of `torchvision.ops.feature_pyramid_network` that adds smaller maps; by default one by pooling,
             named ``"pool"``.
     """
 
@@ -38,7 +39,7 @@ class PyramidBackbone(nn.Module):
 
 
 def pyramid_backbone(name: str, *, out_channels: int = 256, extra: nn.Module | None = None, **kwargs: Any) -> nn.Module:
-    """A `PyramidBackbone` of a registered model, ``**kwargs`` being those of `ffnet.create_model`.
+    """Builds a `PyramidBackbone` from a registered model; ``**kwargs`` are those of `ffnet.create_model`.
 
     >>> backbone = pyramid_backbone("ffnet_1_features", checkpoint="backbone.pth")
     >>> detector = torchvision.models.detection.FasterRCNN(backbone, num_classes=91)

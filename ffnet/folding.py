@@ -1,4 +1,4 @@
-"""Reparameterisation: the training-time model as an equal model of plain convolutions."""
+"""Reparameterisation: turns a training-time model into an equivalent one of plain convolutions."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def reparameterize(model: FoldableConv, *, extra_folds: bool = True) -> nn.Conv2
 def reparameterize(model: ModuleT, *, extra_folds: bool = True) -> ModuleT: ...
 @torch.no_grad()
 def reparameterize(model: nn.Module, *, extra_folds: bool = True) -> nn.Module:
-    """A new model in which every layer that folds is one biased ``Conv2d`` of the same name (arXiv 2406.02021).
+    """Returns a new model in which every foldable layer is one biased ``Conv2d`` of the same name (arXiv 2406.02021).
 
     Batch normalisation goes into its convolution, the parallel branches of a depthwise layer into one kernel, and
     ``conv(x) + x`` into the convolution. The folds are exact: they are computed in float64 and rounded once to the
-    parameters' dtype. The bias of the query projection stays where it is, since moving it through a zero-padded
-    depthwise convolution would be wrong at the borders.
+    parameters' dtype. The bias of the query projection is not moved through the zero-padded depthwise convolution, as
+    that would be wrong at the borders.
 
     All folds use running statistics, so the result equals what ``model`` computes in eval mode. Each module keeps its
     training flag: a model in training mode comes back with drop path active and without batch statistics.
@@ -38,8 +38,8 @@ def reparameterize(model: nn.Module, *, extra_folds: bool = True) -> nn.Module:
     Args:
         model: Any module tree that contains layers of `ffnet.layers`.
         extra_folds: Also fold each layer scale into the last convolution of its mixer, and the final batch norm into
-            the head. Without its norm the model still classifies as before, but it refuses to hand out
-            normed features or to change its head.
+            the head. The model then still classifies as before, but cannot return normalised features or change its
+            head.
 
     Returns:
         The new model; a single foldable layer gives a single ``Conv2d``.

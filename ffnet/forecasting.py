@@ -1,6 +1,6 @@
 """FFNet for time series: "FFNet: MetaMixer-based Efficient Convolutional Mixer Design" (arXiv 2406.02021).
 
-A series of M variables becomes M·D channels of a map of one row, in the order (variable, feature). Names follow the
+A series of M variables becomes a map of one row with M·D channels, in the order (variable, feature). Names follow the
 published checkpoints below ``model.``.
 """
 
@@ -21,11 +21,11 @@ __all__ = ["ForecastFFNet", "RevIN", "ffnet_ts", "forecast_arguments"]
 
 
 class RevIN(nn.Module):
-    """Reversible instance normalisation (Kim et al., ICLR 2022): each variable by its own look-back window.
+    """Reversible instance normalisation (Kim et al., ICLR 2022): normalises each variable by its own look-back window.
 
     Args:
         variables: M.
-        affine: Whether each variable has a learnt scale and shift, too.
+        affine: Whether each variable also has a learnt scale and shift.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class RevIN(nn.Module):
             self.register_parameter("affine_bias", None)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Windows [N, L, M] → the same normalised, and mean and deviation [N, 1, M] to undo it with."""
+        """Windows [N, L, M] → normalised windows, and the mean and standard deviation [N, 1, M] to undo it with."""
         mean = x.mean(1, keepdim=True)
         deviation = (x.var(1, keepdim=True, unbiased=False) + self.eps).sqrt()
         y = (x - mean) / deviation
@@ -58,7 +58,7 @@ class RevIN(nn.Module):
         return y, mean, deviation
 
     def undo(self, y: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
-        """What is normalised, [N, H, M], in the units of the series."""
+        """Converts normalised values [N, H, M] back to the units of the series."""
         if self.affine_weight is not None and self.affine_bias is not None:
             y = (y - self.affine_bias) / (self.affine_weight + self.eps**2)
         return y * deviation + mean
@@ -68,7 +68,7 @@ class SeriesBlock(nn.Module):
     """Token mixer, then channel mixer, each residual: [N, M·D, 1, L] → the same.
 
     The query of the token mixer mixes variables within each feature, then features within each variable; the channel
-    mixer does so the other way round.
+    mixer uses the reverse order.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class SeriesBlock(nn.Module):
 
 
 class SeriesStage(nn.Module):
-    """Blocks, one behind the other."""
+    """A sequence of blocks."""
 
     def __init__(self, blocks: list[nn.Module]) -> None:
         super().__init__()
@@ -119,7 +119,8 @@ class SeriesStage(nn.Module):
 
 
 class ForecastHead(nn.Module):
-    """All features of a variable to its horizon, one matrix for all variables: [N, M, D·L] → [N, M, horizon]."""
+    """Maps all features of a variable to its horizon, with one matrix for all variables: [N, M, D·L] → [N, M,
+    horizon]."""
 
     def __init__(self, features: int, horizon: int, drop_rate: float, **factory: Any) -> None:
         super().__init__()
@@ -131,7 +132,7 @@ class ForecastHead(nn.Module):
 
 
 class SeriesNet(nn.Module):
-    """The network between normalisation and its undoing, all windows [N, L, M] → [N, horizon, M]."""
+    """The network between normalisation and its inverse: windows [N, L, M] → [N, horizon, M]."""
 
     def __init__(self, *, variables: int, lookback: int, horizon: int, dim: int, patch: int, stride: int,
                  depth: int, kernel_size: int, small_kernel: int, expansion: int, affine: bool, drop_rate: float,
@@ -159,25 +160,26 @@ class SeriesNet(nn.Module):
 
 
 class ForecastFFNet(nn.Module):
-    """FFNet for forecasting: windows of a series [N, lookback, M] → what follows [N, horizon, M], in its units.
+    """FFNet for forecasting: windows of a series [N, lookback, M] → the following steps [N, horizon, M], in the same
+    units.
 
     Args:
         variables: M.
-        lookback: Steps that are read, a multiple of ``stride``.
-        horizon: Steps that are forecast.
-        dim: D, features a variable.
-        patch: Steps a patch.
-        stride: Steps between patches; the series is continued by its last value for the last of them.
+        lookback: Steps read, a multiple of ``stride``.
+        horizon: Steps forecast.
+        dim: D, features per variable.
+        patch: Steps per patch.
+        stride: Steps between patches; the series is padded with its last value for the last patch.
         depth: Blocks.
         kernel_size: Odd length of the depthwise kernels, in patches.
         small_kernel: Odd length of the parallel branch in the channel mixers.
-        expansion: Hidden width of the channel mixers over D.
-        affine: Whether the normalisation of each window has learnt parameters, too.
-        drop_rate: Dropout behind the head.
+        expansion: Hidden width of the channel mixers relative to D.
+        affine: Whether the normalisation of each window also has learnt parameters.
+        drop_rate: Dropout rate after the head.
 
     Raises:
-        ValueError: If an argument is out of its range, or a series has other variables, another length, or a value
-            that is not finite.
+        ValueError: If an argument is out of range, or a series has a wrong number of variables, a wrong length, or a
+            value that is not finite.
     """
 
     def __init__(
@@ -227,12 +229,12 @@ class ForecastFFNet(nn.Module):
 
     @torch.no_grad()
     def forecast(self, series: Tensor) -> Tensor:
-        """What follows a series [L, M] of at least ``lookback`` steps, of which the last are read: [horizon, M].
+        """Forecasts a series [L, M] of at least ``lookback`` steps, of which the last are read: [horizon, M].
 
-        Runs in eval mode, whichever the model is in.
+        Runs in eval mode, whatever mode the model is in.
 
         Raises:
-            ValueError: If the series is too short, has other variables, or a value read is not finite.
+            ValueError: If the series is too short, has a wrong number of variables, or a value read is not finite.
         """
         if series.dim() != 2 or series.shape[1] != self.variables:
             raise ValueError(f"expected a series [steps, {self.variables}], got the shape {list(series.shape)}")
@@ -251,10 +253,11 @@ class ForecastFFNet(nn.Module):
 
 
 def forecast_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The arguments of the `ForecastFFNet` that a state dict is of, patches overlapping by half, as published.
+    """The arguments of the `ForecastFFNet` that a state dict belongs to, assuming patches that overlap by half, as
+    published.
 
     Raises:
-        ValueError: If it is of no such model.
+        ValueError: If it belongs to another kind of model.
     """
     block = "model.stages.0.blocks.0"
     try:

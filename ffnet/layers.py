@@ -29,13 +29,13 @@ __all__ = [
 
 
 def widen(tensor: Tensor) -> Tensor:
-    """The tensor detached and in float64, to fold with; on the CPU where the device has no float64."""
+    """The tensor, detached, in float64 for folding; on the CPU if its device has no float64."""
     tensor = tensor.detach()
     return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()
 
 
 def norm_as_affine(bn: Any) -> tuple[Tensor, Tensor]:
-    """Scale and shift [C] (float64) of a batch normalisation that uses its running statistics."""
+    """Scale and shift [C] (float64) of a batch normalisation by running statistics."""
     scale = widen(bn.weight) / (widen(bn.running_var) + bn.eps).sqrt()
     return scale, widen(bn.bias) - widen(bn.running_mean) * scale
 
@@ -45,9 +45,9 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def normed_convolution(conv: nn.Conv2d, norm: Any) -> tuple[Tensor, Tensor]:
-    """Weight and bias (float64) of a convolution and the batch normalisation behind it.
+    """Weight and bias (float64) of a convolution with the batch normalisation that follows folded in.
 
-    A normalisation of fewer channels than the convolution has is one that groups of channels share.
+    A normalisation with fewer channels than the convolution is shared by groups of channels.
     """
     scale, shift = (v.repeat(conv.out_channels // len(v)) for v in norm_as_affine(norm))
     bias = shift if conv.bias is None else widen(conv.bias) * scale + shift
@@ -55,7 +55,7 @@ def normed_convolution(conv: nn.Conv2d, norm: Any) -> tuple[Tensor, Tensor]:
 
 
 def fold_norm_into(conv: nn.Conv2d, norm: Any) -> None:
-    """Folds the batch normalisation behind a convolution into it, in place."""
+    """Folds the batch normalisation that follows a convolution into it, in place."""
     weight, bias = normed_convolution(conv, norm)
     conv.weight.copy_(weight)
     if conv.bias is None:
@@ -69,7 +69,7 @@ class FoldableConv(nn.Module, ABC):
 
     @abstractmethod
     def template(self) -> nn.Conv2d:
-        """The convolution whose geometry, device, dtype and ``requires_grad`` the fused one takes."""
+        """The convolution that determines the geometry, device, dtype and ``requires_grad`` of the fused one."""
 
     @abstractmethod
     def folded(self) -> tuple[Tensor, Tensor]:
@@ -133,7 +133,7 @@ class ConvBN(FoldableConv):
 class BNConv(FoldableConv):
     """Batch normalisation, then a 1×1 convolution without bias: [N, I, H, W] → [N, O, H, W].
 
-    The kernel is fixed at 1×1: through a zero-padded kernel the shift of the normalisation would not fold.
+    The kernel is always 1×1: with zero padding, the shift of the normalisation could not be folded.
     """
 
     def __init__(
@@ -178,13 +178,13 @@ class SkipConv(FoldableConv):
 class DepthwiseBranches(FoldableConv):
     """Depthwise `ConvBN` of several kernels in parallel, outputs added: [N, I, H, W] → [N, O, H', W'].
 
-    Each branch is padded by half its own kernel, so that all are centred on the same input pixel.
+    Each branch is padded by half its kernel, so that all are centred on the same input pixel.
 
     Args:
         in_channels: I, also the number of groups.
         out_channels: O, a multiple of I.
-        kernels: Odd size, or (height, width), of each branch's kernel by the name of its child; the first is the one
-            that the others fit into.
+        kernels: Odd size, or (height, width), of each branch's kernel by the name of its child; the first is the
+            largest, which the others fit into.
         stride: Stride of all branches.
     """
 
@@ -250,7 +250,7 @@ class BranchedDepthwise(DepthwiseBranches):
 
 
 class StripDepthwise(DepthwiseBranches):
-    """A square kernel, a 5×5 where that is smaller, and strips of the kernel's length across and down."""
+    """A square kernel, a 5×5 one if that is smaller, and horizontal and vertical strips of the kernel's length."""
 
     def __init__(
         self, channels: int, kernel_size: int = 9, *, device: Any = None, dtype: torch.dtype | None = None
@@ -304,7 +304,7 @@ class DropPath(nn.Module):
 class DropChannels(DropPath):
     """In training, zeroes channels of a map [N, C, H, W] and rescales the rest, as ``nn.Dropout2d`` does.
 
-    Written so that the draws do not depend on the map's memory format: programs of training steps may hold it.
+    The random numbers drawn do not depend on the map's memory format, so programs of training steps may contain it.
     """
 
     def mask_shape(self, x: Tensor) -> tuple[int, ...]:

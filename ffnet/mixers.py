@@ -1,6 +1,6 @@
-"""MetaMixer, its instances, and the residual wrappers that FFNet's blocks are built from.
+"""MetaMixer, its instances, and the residual wrapper that FFNet's blocks are built from.
 
-Section 3 of "FFNet: MetaMixer-based Efficient Convolutional Mixer Design" (arXiv 2406.02021) reads self-attention
+Section 3 of "FFNet: MetaMixer-based Efficient Convolutional Mixer Design" (arXiv 2406.02021) describes self-attention
 and the feed-forward network as one mixer: query projection, query–key interaction, activation, coefficient–value
 interaction. The three functions below are the rows of that table.
 """
@@ -34,24 +34,24 @@ __all__ = [
     "token_mixer",
 ]
 
-# The published models add a small branch to kernels of exactly this size.
+# Published models add a small branch to kernels of exactly this size.
 BRANCHED_KERNEL = 7
 
 
-#: What plays a role: a module and its name, or several, one behind the other.
+#: What fills a role: a module and its name, or a sequence of them.
 Part: TypeAlias = "tuple[str, nn.Module] | Sequence[tuple[str, nn.Module]]"
 
 
 class InputDependent(nn.Module):
-    """A part whose keys or values are functions of the input: called as ``part(z, x)``."""
+    """A part whose keys or values depend on the input: called as ``part(z, x)``."""
 
 
 class MetaMixer(nn.Module):
     """``aggregation(activation(interaction(query(x))))``, the frame common to attention and FFN (section 3).
 
-    Each part is a ``(name, module)`` pair and becomes the child ``name``, so that a mixer keeps the state-dict keys
-    of its checkpoints; or a list of such pairs, where several modules in a row play the role, such as a projection
-    with a normalisation. Modules derived from `InputDependent` receive the mixer's input as well.
+    Each part is a ``(name, module)`` pair and becomes the child ``name``, so that a mixer has the state-dict keys of
+    published checkpoints; or a list of pairs, if several modules in a row fill the role, such as a projection and a
+    normalisation. `InputDependent` modules receive the mixer's input as well.
     """
 
     def __init__(self, *, query: Part, interaction: Part, activation: Part, aggregation: Part) -> None:
@@ -67,7 +67,7 @@ class MetaMixer(nn.Module):
                 self.add_module(name, module)
 
     def part(self, role: str) -> nn.Module:
-        """The module that plays ``role``: query, interaction, activation or aggregation; of several, the last."""
+        """The module that fills ``role``: query, interaction, activation or aggregation; of several, the last."""
         return getattr(self, self.roles[role][-1])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ class MetaMixer(nn.Module):
 
     @torch.no_grad()
     def fold_norms(self) -> None:
-        """Folds each batch normalisation, in place, into the plain convolution of this mixer that it follows."""
+        """Folds each batch normalisation, in place, into the plain convolution that it follows in this mixer."""
         names = [name for role in self.roles.values() for name in role]
         for name, following in itertools.pairwise(names):
             conv, norm = getattr(self, name), getattr(self, following)
@@ -91,7 +91,7 @@ class MetaMixer(nn.Module):
 
 
 def _branched(dim: int, kernel_size: int, strips: bool, factory: dict[str, Any]) -> nn.Module | None:
-    """The depthwise layer of parallel branches, where one of that kernel has them."""
+    """A depthwise layer, with parallel branches for the kernel sizes that have them."""
     if strips:
         return StripDepthwise(dim, kernel_size, **factory)
     return BranchedDepthwise(dim, dim, kernel_size, **factory) if kernel_size == BRANCHED_KERNEL else None
@@ -147,8 +147,8 @@ def self_attention_mixer(
 ) -> MetaMixer:
     """Dot-product self-attention on maps: X W_Q → Q Kᵀ/√d → softmax → · V, with K = X W_K and V = X W_V.
 
-    There is no output projection. The defining form has the [H·W, H·W] coefficients in memory; with ``fused`` the same
-    parts are computed by ``scaled_dot_product_attention``, which need not. Weights go from one to the other.
+    There is no output projection. The defining form holds the [H·W, H·W] coefficients in memory; with ``fused``,
+    ``scaled_dot_product_attention`` computes the same without. Weights can be loaded from one into the other.
     """
     if heads < 1 or dim % heads:
         raise ValueError(f"expected heads to divide dim, got dim={dim} and heads={heads}")
@@ -162,7 +162,7 @@ def self_attention_mixer(
 
 
 class FusedAttention(MetaMixer):
-    """The parts of `self_attention_mixer` in one call: what `MetaMixer` computes of them, to rounding."""
+    """The parts of `self_attention_mixer` in one call, with the same result as `MetaMixer` to rounding."""
 
     q: nn.Conv2d
     k: AttentionScores
@@ -174,7 +174,7 @@ class FusedAttention(MetaMixer):
         return F.scaled_dot_product_attention(q, k, v).mT.flatten(1, 2).unflatten(2, x.shape[2:])
 
 
-#: What `token_mixer` makes.
+#: The kinds of `token_mixer`.
 TOKEN_MIXERS = ("ffnified", "attention")
 _HEAD_DIM = 32
 
@@ -188,10 +188,10 @@ def token_mixer(
     device: Any = None,
     dtype: torch.dtype | None = None,
 ) -> nn.Module:
-    """A token mixer for the residual of a block: FFNified attention, or self-attention behind a layer normalisation.
+    """The token mixer in a block's residual branch: FFNified attention, or self-attention after layer normalisation.
 
-    Self-attention has as many heads as divide ``dim``, of at least 32 channels; ``kernel_size`` and ``strips`` are for
-    the other.
+    Self-attention has as many heads as divide ``dim``, with at least 32 channels each; ``kernel_size`` and ``strips``
+    apply to FFNified attention only.
     """
     factory: dict[str, Any] = {"device": device, "dtype": dtype}
     if kind == "ffnified":
@@ -240,7 +240,7 @@ class ResidualMixer(nn.Module):
     Args:
         main: The mixer.
         dim: C.
-        layer_scale_init: Initial value of the [C, 1, 1] layer scale, or None for no such parameter.
+        layer_scale_init: Initial value of the [C, 1, 1] layer scale, or None for no layer scale.
         drop_path: Stochastic depth rate of the branch.
     """
 

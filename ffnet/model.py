@@ -80,26 +80,26 @@ class Block(nn.Module):
 
 
 class FFNetTrunk(nn.Module):
-    """Stem and stages, which every FFNet on images has; subclasses say what becomes of the maps.
+    """Stem and stages, common to all FFNets for images; subclasses define what is done with the maps.
 
     Args:
         depths: Blocks of each stage.
         dims: Channels of each stage, each a multiple of the one before.
-        token_kernels: Depthwise kernel of the token mixers of each stage; 7 gets a parallel 3×3 branch.
+        token_kernels: Depthwise kernel of the token mixers in each stage; 7 gets a parallel 3×3 branch.
         channel_kernel: Depthwise kernel of all channel mixers; 7 gets a parallel 3×3 branch.
-        expansion: Hidden width of the channel mixers over C.
+        expansion: Hidden width of the channel mixers relative to C.
         stem_width: Channels inside the stem.
         layer_scale_init: Initial layer scale, or None for none.
         drop_path_rate: Stochastic depth rate of the last block; rises linearly from 0 over the blocks.
         in_chans: Channels of the input.
-        strips: Token mixers with the branches of `ffnet.layers.StripDepthwise`.
+        strips: Whether token mixers have the branches of `ffnet.layers.StripDepthwise`.
         token_mixers: For each stage, ``"ffnified"``, ``"attention"`` (self-attention: a hybrid), or several that its
-            blocks take turns with; by default ``"ffnified"``. Which blocks of the paper's hybrid have which is not
-            known to us.
-        config: Preprocessing entries that differ from ``IMAGENET_CONFIG``; the result is ``model.config``.
+            blocks alternate between; by default ``"ffnified"``. The paper does not say which blocks of its hybrid have
+            which.
+        config: Preprocessing entries that override ``IMAGENET_CONFIG``; the result is ``model.config``.
 
     Raises:
-        ValueError: If an argument is out of its range, with the value that came.
+        ValueError: If an argument is out of range, with the value received.
     """
 
     stem_type: type[nn.Module] = Stem
@@ -167,7 +167,7 @@ class FFNetTrunk(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes each block in the backward pass instead of storing its maps.
 
-        Batch normalisation in training mode then sees every batch twice, so its running statistics move twice as fast.
+        Batch normalisation in training mode then sees every batch twice, so running statistics are updated twice.
         """
         self.grad_checkpointing = enable
 
@@ -192,7 +192,7 @@ class FFNetTrunk(nn.Module):
         Args:
             x: Input [N, in_chans, H, W].
             indices: Which stages, negative from the end; n for the last n; None for all.
-            norm: Apply the norm that a stage has; of classifiers only the last has one.
+            norm: Apply each stage's norm; in classifiers only the last stage has one.
             stop_early: Do not run the stages after the last one asked for.
             output_fmt: ``"NCHW"``, the only format.
             intermediates_only: Return the maps alone.
@@ -202,7 +202,7 @@ class FFNetTrunk(nn.Module):
             `forward_features` returns (with ``stop_early``, by the map of the last stage that ran).
 
         Raises:
-            ValueError: If ``output_fmt`` is another or an index is out of range.
+            ValueError: If ``output_fmt`` is not ``"NCHW"`` or an index is out of range.
             RuntimeError: With ``norm``, if the final norm has been folded into the head.
         """
         if output_fmt != "NCHW":
@@ -220,16 +220,16 @@ class FFNetTrunk(nn.Module):
         return intermediates if intermediates_only else (x, intermediates)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns of parameter names that group layers, as timm's layer-wise learning rates read them."""
+        """Patterns of parameter names that group layers, for timm's layer-wise learning rates."""
         blocks = r"^stages\.(\d+)" if coarse else [(r"^stages\.(\d+)\.(\d+)", None), (r"^norm", (99999,))]
         return {"stem": r"^patch_embed", "blocks": blocks}
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that are not to decay beside those of one dimension: the layer scales."""
+        """Names of parameters without weight decay besides one-dimensional ones: the layer scales."""
         return {name for name, _ in self.named_parameters() if name.endswith("layer_scale")}
 
     def _stage_norm(self, stage: int) -> Callable[[Tensor], Tensor]:
-        """The norm of a stage's map, for those who ask for it."""
+        """The norm of a stage's map, applied on request."""
         return _as_it_is
 
     def _forward_stage(self, stage: nn.Module, x: Tensor) -> Tensor:
@@ -244,14 +244,14 @@ class FFNet(FFNetTrunk):
     """FFNet classifier: [N, in_chans, H, W] → [N, num_classes], any H and W.
 
     Args:
-        depths, dims, token_kernels, channel_kernel, expansion, stem_width: As of `FFNetTrunk`.
-        layer_scale_init, drop_path_rate, in_chans, token_mixers, config: As of `FFNetTrunk`.
+        depths, dims, token_kernels, channel_kernel, expansion, stem_width: As for `FFNetTrunk`.
+        layer_scale_init, drop_path_rate, in_chans, token_mixers, config: As for `FFNetTrunk`.
         drop_rate: Dropout rate before the head.
         num_classes: Outputs of the head; 0 for pooled features [N, dims[-1]].
         norm: Final normalisation, ``"batch"`` or ``"layer"``.
 
     Raises:
-        ValueError: If an argument is out of its range, with the value that came.
+        ValueError: If an argument is out of range, with the value received.
     """
 
     def __init__(
@@ -290,11 +290,11 @@ class FFNet(FFNetTrunk):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the head by a new one with ``num_classes`` outputs, 0 for none.
+        """Replaces the head by a new one with ``num_classes`` outputs; 0 for no head.
 
         Raises:
             ValueError: If ``num_classes`` is negative, or ``global_pool``, timm's argument, is not ``"avg"``.
-            RuntimeError: If the final norm has been folded into the present head.
+            RuntimeError: If the final norm has been folded into the current head.
         """
         self._require_norm("a new head")
         self.head = new_classifier(self.num_features, num_classes, global_pool, next(self.parameters()))
@@ -347,8 +347,8 @@ def _as_it_is(x: Tensor) -> Tensor:
 
 
 def new_classifier(features: int, num_classes: int, global_pool: str | None, like: Tensor) -> nn.Module:
-    """A classifying layer, [N, features] → [N, num_classes], initialised, on the device of a tensor and in its dtype;
-    an identity for no classes.
+    """Returns an initialised linear classifier, [N, features] → [N, num_classes], with the device and dtype of
+    ``like``; an identity for 0 classes.
 
     Raises:
         ValueError: If ``num_classes`` is negative, or ``global_pool``, timm's argument, is not ``"avg"``.
@@ -385,7 +385,7 @@ def stage_indices(indices: int | Sequence[int] | None, stages: int) -> set[int]:
     return {i % stages for i in indices}
 
 
-#: What the classifiers share with the backbones of the same name.
+#: Arguments that classifiers share with the backbones of the same name.
 PRESETS: dict[str, dict[str, Any]] = {
     "ffnet_1": {"depths": (2, 2, 8, 2), "dims": (80, 160, 320, 640), "channel_kernel": 3, "drop_path_rate": 0.1},
     "ffnet_2": {"depths": (3, 3, 15, 3), "dims": (88, 176, 352, 704), "drop_path_rate": 0.15},

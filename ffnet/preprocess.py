@@ -16,19 +16,19 @@ __all__ = ["load_image", "normalised", "preprocess", "resized"]
 
 
 def load_image(path: str | PathLike[str] | IO[bytes]) -> Image.Image:
-    """Reads a picture, from a path or an open file, as RGB, turned as its EXIF orientation says.
+    """Reads a picture, from a path or an open file, as RGB, rotated according to its EXIF orientation.
 
-    Palettes, CMYK and grey become RGB. Of 16 bits the upper 8 are taken; transparent pixels are laid over white; of an
-    animation the first frame is read.
+    Palettes, CMYK and grey are converted to RGB. Of 16 bits the upper 8 are used; transparent pixels are blended with
+    white; of an animation the first frame is read.
 
     Raises:
-        OSError: If it cannot be read, is no picture Pillow knows, or has pixels of floating point or 32 bits,
-            whose range is unknown.
+        OSError: If it cannot be read, is not a picture that Pillow knows, or has floating-point or 32-bit pixels, whose
+            range is unknown.
     """
     try:
         with Image.open(path) as image:
             return _as_rgb(ImageOps.exif_transpose(image))
-    except (ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what decoders raise on broken files
+    except (ValueError, SyntaxError, Image.DecompressionBombError) as error:  # raised by decoders for broken files
         raise OSError(f"broken picture: {error}") from error
 
 
@@ -47,7 +47,7 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 
 
 def preprocess(image: Image.Image, config: Mapping[str, Any], size: int | None = None) -> Tensor:
-    """An RGB picture as the published accuracies are measured with: [3, S, S], float32.
+    """Preprocesses an RGB picture as for the published accuracies: [3, S, S], float32.
 
     The shorter side is resized to ``floor(S / crop_pct)`` with an antialiasing filter, the centre S×S is cut out, and
     each channel is normalised.
@@ -55,7 +55,7 @@ def preprocess(image: Image.Image, config: Mapping[str, Any], size: int | None =
     Args:
         image: The picture.
         config: ``model.config``: ``crop_pct``, ``interpolation``, ``mean``, ``std``, ``input_size``.
-        size: S; by default that of ``config``.
+        size: S; by default the size in ``config``.
     """
     size = config["input_size"][-1] if size is None else size
     image = resized(image, math.floor(size / config["crop_pct"]), config["interpolation"])
@@ -65,13 +65,13 @@ def preprocess(image: Image.Image, config: Mapping[str, Any], size: int | None =
 
 
 def normalised(image: Image.Image, config: Mapping[str, Any]) -> Tensor:
-    """All of an RGB picture, each channel normalised as ``config`` says: [3, H, W], float32."""
+    """A whole RGB picture, each channel normalised according to ``config``: [3, H, W], float32."""
     pixels = torch.from_numpy(np.array(image, dtype=np.float32) / 255)
     return ((pixels - torch.tensor(config["mean"])) / torch.tensor(config["std"])).permute(2, 0, 1).contiguous()
 
 
 def resized(image: Image.Image, shorter: int, interpolation: str) -> Image.Image:
-    """A picture with its shorter side of ``shorter`` pixels, by an antialiasing filter."""
+    """Resizes a picture to a shorter side of ``shorter`` pixels, with an antialiasing filter."""
     side = min(image.size)
     size = (int(shorter * image.width / side), int(shorter * image.height / side))
     return image if size == image.size else image.resize(size, Image.Resampling[interpolation.upper()])

@@ -1,4 +1,4 @@
-"""Models with their weights as a folder, or as a repository of the Hugging Face Hub."""
+"""Saves and loads models with their weights, as a folder or a repository on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from .registry import create_model
 __all__ = ["from_pretrained", "push_to_hub", "save_pretrained"]
 
 CONFIG = "config.json"
-WEIGHTS = ("model.safetensors", "model.pth")  # the second where safetensors is not installed
+WEIGHTS = ("model.safetensors", "model.pth")  # the second if safetensors is not installed
 
 
 def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Writes a model that `ffnet.create_model` made, as it is or reparameterised: ``config.json`` and its weights.
+    """Saves a model made by `ffnet.create_model`, as it is or reparameterised: ``config.json`` and its weights.
 
-    Each file takes the place of one that is there only when it is whole.
+    Each file replaces an existing one only once it is complete.
 
     Raises:
-        ValueError: If it was not made so, has arguments that JSON does not know, or other parameters by now.
+        ValueError: If it was made in another way, has arguments that JSON cannot represent, or its parameters have been
+            changed since.
     """
     config, folder = _config_of(model), Path(folder)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
@@ -49,7 +50,7 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
 
 def from_pretrained(source: str | os.PathLike[str], *, revision: str | None = None, **kwargs: Any) -> Any:
-    """A model in eval mode from a folder that `save_pretrained` wrote, or from a repository of the Hub.
+    """Loads a model, in eval mode, from a folder written by `save_pretrained` or a repository on the Hub.
 
     Args:
         source: The folder, or a repository's name, ``"user/name"``, which huggingface_hub downloads.
@@ -57,8 +58,8 @@ def from_pretrained(source: str | os.PathLike[str], *, revision: str | None = No
         **kwargs: Arguments of the model's class that replace those it was saved with.
 
     Raises:
-        FileNotFoundError: If there is neither a folder of that name nor huggingface_hub.
-        ValueError: If the folder holds no model of ours.
+        FileNotFoundError: If there is no such folder and huggingface_hub is not installed.
+        ValueError: If the folder does not hold a model of this package.
     """
     folder = Path(source) if Path(source).is_dir() else _downloaded(source, revision)
     try:
@@ -79,7 +80,7 @@ def from_pretrained(source: str | os.PathLike[str], *, revision: str | None = No
 def push_to_hub(
     model: nn.Module, repo_id: str, *, private: bool | None = None, token: str | None = None, message: str | None = None
 ) -> str:
-    """Saves a model as `save_pretrained` does and uploads it to a repository of the Hub, made where it is not there.
+    """Saves a model like `save_pretrained` and uploads it to a repository on the Hub, which is created if needed.
 
     Returns:
         The commit's address.
@@ -126,7 +127,7 @@ def _config_of(model: nn.Module) -> dict[str, Any]:
     if not isinstance(made, dict):
         raise ValueError(f"expected a model of ffnet.create_model, got {type(model).__name__}")
     arguments = dict(made["arguments"])
-    classes = getattr(model, "num_classes", None)  # the head may be another by now
+    classes = getattr(model, "num_classes", None)  # the head may have been replaced
     if isinstance(classes, int):
         arguments["num_classes"] = classes
     arguments.pop("device", None)

@@ -20,9 +20,8 @@ def count_parameters(model: nn.Module) -> int:
 def count_macs(model: nn.Module, input_size: tuple[int, int, int] = (3, 256, 256)) -> int:
     """Multiply–adds of the convolutions and linear layers for one input [C, H, W], in eval mode.
 
-    Published figures are those of the reparameterised model. Other operations, the two products of self-attention
-    among them, are not counted. Runs a copy of the model on the meta device, so it costs no arithmetic and no memory
-    for maps or parameters.
+    Published figures are for the reparameterised model. Other operations, such as the two products of self-attention,
+    are not counted. A copy of the model runs on the meta device, without arithmetic or memory for maps and parameters.
     """
     memo: dict[int, Any] = {}
     for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""Models by name: what each is for, and how one is made."""
+"""The registry of models by name."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ BuildT = TypeVar("BuildT", bound=Callable[..., nn.Module])
 
 
 class ModelEntry(NamedTuple):
-    """What is known of a model.
+    """What is known about a model.
 
     Attributes:
-        build: makes it, with keyword arguments of its class; its ``config["input_size"]`` is what published
-            multiply–adds are for.
+        build: builds it, with keyword arguments of its class; published multiply–adds are for ``config["input_size"]``.
         task: such as ``"classification"``.
         published: score in the paper, as text.
-        checked: what the tests hold it to, as text.
+        checked: what the tests verify, as text.
     """
 
     build: Callable[..., nn.Module]
@@ -36,7 +35,7 @@ _ENTRIES: dict[str, ModelEntry] = {}
 
 
 def register_model(*, task: str, published: str, checked: str = "") -> Callable[[BuildT], BuildT]:
-    """Makes a function that builds a model known by its name."""
+    """Registers a function that builds a model, under the function's name."""
 
     def register(build: BuildT) -> BuildT:
         _ENTRIES[build.__name__] = ModelEntry(build, task, published, checked)
@@ -46,12 +45,12 @@ def register_model(*, task: str, published: str, checked: str = "") -> Callable[
 
 
 def list_models(task: str | None = None) -> list[str]:
-    """Names that `create_model` knows; of one task only, where one is given."""
+    """Names that `create_model` knows, of one task if given."""
     return [name for name, entry in _ENTRIES.items() if task in (None, entry.task)]
 
 
 def model_entry(name: str) -> ModelEntry:
-    """What is known of a model.
+    """What is known about a model.
 
     Raises:
         ValueError: If the name is unknown.
@@ -67,7 +66,7 @@ def create_model(name: str, *, checkpoint: str | PathLike[str] | None = None, **
     Args:
         name: One of `list_models`.
         checkpoint: File to load, see `ffnet.load_checkpoint`; without it the weights are random.
-        **kwargs: Arguments of the model's class that replace those of the named model.
+        **kwargs: Arguments of the model's class that override those of the named model.
 
     Raises:
         ValueError: If the name is unknown.

@@ -1,6 +1,6 @@
-"""1-D layers, computed as 2-D ones on maps of one row [N, C, 1, L]: what takes 1×k kernels takes them.
+"""1-D layers computed as 2-D ones on maps of one row [N, C, 1, L], so that kernels for 1×k filters apply.
 
-Weights have the shapes of 1-D layers, and so have those of checkpoints.
+Weights, in checkpoints too, have the shapes of 1-D layers.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def _along_row(value: int | tuple[int, int], across: int) -> tuple[int, int]:
 class RowConv(nn.Conv2d):
     """A 1-D convolution of a map of one row: [N, I, 1, L] → [N, O, 1, L'].
 
-    Its weight is [O, I/groups, k], as that of ``nn.Conv1d``. Arguments are those of ``nn.Conv1d``; the pairs that a
-    ``nn.Conv2d`` keeps are taken as well.
+    Its weight is [O, I/groups, k], as in ``nn.Conv1d``. Arguments are those of ``nn.Conv1d``; pairs as in ``nn.Conv2d``
+    are accepted, too.
     """
 
     def __init__(
@@ -61,21 +61,22 @@ class RowConv(nn.Conv2d):
 
 
 def regroup(x: Tensor, groups: int, size: int) -> Tensor:
-    """Channels in the order (group, member, …) to the order (member, group, …), for ``groups`` of ``size`` members."""
+    """Reorders channels from (group, member, …) to (member, group, …), for ``groups`` of ``size`` members."""
     return x.unflatten(1, (groups, size, -1)).transpose(1, 2).flatten(1, 3)
 
 
 class RegroupedConv(RowConv):
-    """A 1×1 convolution within the groups of another order of the channels: [N, I, 1, L] → [N, O, 1, L].
+    """A 1×1 convolution within groups, after reordering the channels: [N, I, 1, L] → [N, O, 1, L].
 
-    Channels come as ``outer`` groups. The convolution mixes what has the same place in each of them.
+    Input channels form ``outer`` groups. The convolution mixes the channels at the same place in each group.
 
     Args:
         in_channels: I.
         out_channels: O.
-        outer: Groups of the channels that come, and, if ``restore``, of those that go.
-        groups: Places in each, the groups of the convolution; what is left are neighbouring channels of one place.
-        restore: Whether channels go in the order in which they came; else by ``groups``.
+        outer: Groups of the input channels and, with ``restore``, of the output channels.
+        groups: Places in each group, which are the groups of the convolution; a place may have several neighbouring
+            channels.
+        restore: Whether output channels are in the input's order; otherwise they are ordered by ``groups``.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class RegroupedConv(RowConv):
 
 
 class RowNorm(nn.BatchNorm2d):
-    """Batch normalisation that groups of channels share: [N, groups·D, 1, L] → the same, with D parameters."""
+    """Batch normalisation shared by groups of channels: [N, groups·D, 1, L] → the same, with D parameters."""
 
     def __init__(self, channels: int, groups: int, *, device: Any = None, dtype: torch.dtype | None = None) -> None:
         super().__init__(channels, device=device, dtype=dtype)
@@ -116,7 +117,7 @@ class RowNorm(nn.BatchNorm2d):
 class RowConvBN(FoldableConv):
     """1-D convolution, then batch normalisation, on a map of one row: [N, I, 1, L] → [N, O, 1, L'].
 
-    ``names`` are those of the two children.
+    ``names`` are the names of the two children.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
-"""Semantic segmentation: FFNet-Seg with its decode head, and UPerNet on the backbones of FFNet-2 to 4.
+"""Semantic segmentation: FFNet-Seg with its decode head, and UPerNet on FFNet-2 to 4 backbones.
 
-Children are called ``backbone`` and ``decode_head``, and those below as in the published checkpoints of FFNet-Seg.
+Children are named ``backbone`` and ``decode_head``; names below follow the published FFNet-Seg checkpoints.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ SEG_PRESET: dict[str, Any] = {
     "layer_scale_init": 1e-5,
     "strips": True,
 }
-#: Rows of logits that `label_map` enlarges at once.
+#: Rows of logits that `label_map` enlarges at a time.
 BAND = 64
 
 
@@ -77,7 +77,7 @@ class SegDownsample(nn.Module):
 
 
 class FFNetSegBackbone(FFNetBackbone):
-    """The backbone of FFNet-Seg; by default its maps of strides 8, 16 and 32, without norms."""
+    """The backbone of FFNet-Seg; by default it returns maps of strides 8, 16 and 32, without norms."""
 
     stem_type = SegStem
     downsample_type = SegDownsample
@@ -89,11 +89,11 @@ class FFNetSegBackbone(FFNetBackbone):
 
 
 class FFNetSegClassifier(FFNetTrunk):
-    """FFNet-Seg with the heads of its pre-training: [N, in_chans, H, W] → [N, num_classes].
+    """FFNet-Seg with its pre-training heads: [N, in_chans, H, W] → [N, num_classes].
 
     Args:
-        num_classes: Outputs; 0 for the features before the last layer [N, 1280].
-        **trunk: As of `ffnet.model.FFNetTrunk`.
+        num_classes: Number of classes; 0 for the features before the last layer [N, 1280].
+        **trunk: As for `ffnet.model.FFNetTrunk`.
     """
 
     stem_type = SegStem
@@ -119,7 +119,7 @@ class FFNetSegClassifier(FFNetTrunk):
         return self.head2[3]
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the last layer by a new one with ``num_classes`` outputs, 0 for none.
+        """Replaces the last layer by a new one with ``num_classes`` outputs; 0 for no layer.
 
         Raises:
             ValueError: If ``num_classes`` is negative, or ``global_pool``, timm's argument, is not ``"avg"``.
@@ -159,8 +159,8 @@ class SegHead(nn.Module):
     Args:
         in_channels: Cᵢ.
         num_classes: Outputs.
-        blocks: Of a token and a channel mixer.
-        expansion: Hidden width of the channel mixers.
+        blocks: Number of blocks, each a token and a channel mixer.
+        expansion: Hidden width of the channel mixers relative to ``width``.
         width: Channels of the blocks.
         align_width: Channels before the last layer.
         kernel_size: Depthwise kernel of both mixers.
@@ -197,9 +197,9 @@ class SegHead(nn.Module):
 
 
 def label_map(logits: Tensor, size: Sequence[int]) -> Tensor:
-    """The likeliest class of each pixel, logits enlarged bilinearly: [N, K, h, w] → [N, *size], int64.
+    """The most likely class of each pixel, from bilinearly enlarged logits: [N, K, h, w] → [N, *size], int64.
 
-    Logits of some rows are enlarged at a time, so that the large map of all classes is never in memory.
+    A few rows of logits are enlarged at a time, so that the full-size map of all classes is never in memory.
     """
     height, width = size
     identity = torch.eye(logits.shape[2], dtype=logits.dtype, device=logits.device)
@@ -230,15 +230,15 @@ class Segmenter(nn.Module):
         return self.decode_head(self.backbone(x))
 
     def predict(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
-        """Class of each pixel: [N, in_chans, H, W] → int64 [N, H, W], or of another ``size``."""
+        """Predicts the class of each pixel: [N, in_chans, H, W] → int64 [N, H, W], or of another ``size``."""
         return label_map(self(x), x.shape[2:] if size is None else size)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """As of the backbone, see `ffnet.model.FFNetTrunk.set_grad_checkpointing`."""
+        """As for the backbone, see `ffnet.model.FFNetTrunk.set_grad_checkpointing`."""
         self.backbone.set_grad_checkpointing(enable)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that are not to decay beside those of one dimension."""
+        """Names of parameters without weight decay besides one-dimensional ones."""
         return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
 
 
@@ -253,7 +253,7 @@ class FFNetSeg(Segmenter):
 
     Args:
         num_classes: Outputs.
-        head: Arguments of `SegHead` that differ from its defaults.
+        head: Arguments of `SegHead` that override its defaults.
         config, device, dtype, **trunk: Of the backbone, see `ffnet.model.FFNetTrunk`.
     """
 
@@ -281,7 +281,7 @@ class UPerNet(Segmenter):
         preset: Arguments of the backbone, see `ffnet.model.FFNetTrunk`.
         num_classes: Outputs.
         width: Channels of the head.
-        config, device, dtype, **trunk: Of the backbone, in place of those of ``preset``.
+        config, device, dtype, **trunk: Arguments of the backbone that override those of ``preset``.
     """
 
     def __init__(
@@ -302,7 +302,7 @@ class UPerNet(Segmenter):
 
 @register_model(task="classification", published="-", checked="sizes, keys, folds, training")
 def ffnet_seg(**kwargs: Any) -> FFNetSegClassifier:
-    """FFNet-Seg with the heads of its pre-training on ImageNet, of which no score is published."""
+    """FFNet-Seg with its ImageNet pre-training heads; no score has been published."""
     return FFNetSegClassifier(**{**SEG_PRESET, **kwargs})
 
 

@@ -18,13 +18,14 @@ from .registry import register_model
 
 __all__ = ["SCALES", "FFNetSR", "ffnet_sr_large", "ffnet_sr_light", "sr_arguments", "upscale"]
 
-#: Factors that are offered.
+#: Supported factors.
 SCALES = (2, 3, 4)
 NORMS = ("none", "layer", "batch")
 
 
 def _numbered(dim: int, norm: str, modules: list[nn.Module], **factory: Any) -> MetaMixer:
-    """A mixer whose four parts have numbers for names; a norm, layer first or batch second, moves those behind it."""
+    """A mixer whose four parts are named by numbers; a norm (layer norm first, batch norm second) shifts those after
+    it."""
     if norm == "layer":
         modules = [LayerNorm2d(dim, **factory), *modules]
     elif norm == "batch":
@@ -59,19 +60,19 @@ class SRBlock(nn.Module):
 class FFNetSR(nn.Module):
     """FFNet-SR: a picture [N, in_chans, H, W] → [N, in_chans, scale·H, scale·W], any H and W; values in [0, 1].
 
-    The network adds detail to the nearest-neighbour enlargement. Results outside [0, 1] are left to the caller.
+    The network adds detail to the nearest-neighbour enlargement. Results are not clamped to [0, 1].
 
     Args:
         scale: Factor, one of ``SCALES``.
         depth: Blocks.
         dim: C.
-        expansion: Hidden width of the channel mixers over C.
-        norm: In each mixer: ``"none"``, as published, ``"layer"`` before it, or ``"batch"`` behind its first
+        expansion: Hidden width of the channel mixers relative to C.
+        norm: In each mixer: ``"none"``, as published, ``"layer"`` before it, or ``"batch"`` after its first
             convolution.
         in_chans: Channels of the picture.
 
     Raises:
-        ValueError: If an argument is out of its range, with the value that came.
+        ValueError: If an argument is out of range, with the value received.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class FFNetSR(nn.Module):
 
     @property
     def receptive_radius(self) -> int:
-        """How many pixels of the small picture away a pixel still counts: one for every 3×3 convolution in a row."""
+        """Radius of the receptive field in pixels of the small picture: one for every 3×3 convolution in sequence."""
         return 2 + 3 * len(self.body)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,23 +115,23 @@ class FFNetSR(nn.Module):
 
 @torch.no_grad()
 def upscale(model: FFNetSR, x: Tensor, *, tile: int | None = None, overlap: int | None = None) -> Tensor:
-    """A picture by tiles, so that the memory for maps is that of one tile, however large the picture is.
+    """Enlarges a picture tile by tile, so that memory for maps is that of one tile, whatever the picture's size.
 
-    With the overlap that the network looks at, which is the default, the result is that of the whole picture but for
-    rounding: tiles at the picture's border get the network's zero padding there, all others real pixels. A smaller
-    overlap saves work and is an approximation: pixels nearer than the receptive radius to a seam may differ.
+    With the default overlap, the receptive radius, the result equals that for the whole picture to rounding: tiles at
+    the picture's border have the network's zero padding there, all others real pixels. A smaller overlap saves work but
+    is an approximation: pixels closer to a seam than the receptive radius may differ.
 
     Args:
         model: In eval mode.
         x: [N, in_chans, H, W].
-        tile: Most pixels of x along a tile's side, without its overlap; None for the whole picture at once.
-        overlap: Pixels of x on each side of a tile; None for ``model.receptive_radius``.
+        tile: Maximum side of a tile in pixels of x, without overlap; None for the whole picture at once.
+        overlap: Pixels of x added on each side of a tile; None for ``model.receptive_radius``.
 
     Returns:
         [N, in_chans, scale·H, scale·W].
 
     Raises:
-        ValueError: If the model is in training mode, x has another shape, or a number is out of its range.
+        ValueError: If the model is in training mode, x has a wrong shape, or a number is out of range.
     """
     if model.training:
         raise ValueError("expected a model in eval mode, got one in training mode")
@@ -155,7 +156,7 @@ def upscale(model: FFNetSR, x: Tensor, *, tile: int | None = None, overlap: int 
 
 
 class _Span(NamedTuple):
-    """Of a side of a tile: pixels from ``start`` to ``stop`` are kept of those read, from ``first`` to ``last``."""
+    """One axis of a tile: of the pixels read, ``first`` to ``last``, those from ``start`` to ``stop`` are kept."""
 
     start: int
     stop: int
@@ -164,7 +165,7 @@ class _Span(NamedTuple):
 
 
 def _spans(length: int, tile: int, margin: int) -> list[_Span]:
-    """Tiles along one side of a picture, all reading as many pixels: kernels and programs then meet one size only."""
+    """Tiles along one axis of a picture, all of the same size, so that kernels and programs see one shape only."""
     if length <= tile + 2 * margin:
         return [_Span(0, length, 0, length)]
     count = -(-length // tile)
@@ -176,10 +177,10 @@ def _spans(length: int, tile: int, margin: int) -> list[_Span]:
 
 
 def sr_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The arguments of the `FFNetSR` that a state dict is of.
+    """The arguments of the `FFNetSR` that a state dict belongs to.
 
     Raises:
-        ValueError: If it is of no such model.
+        ValueError: If it belongs to another kind of model.
     """
     try:
         dim, in_chans = state["proj.weight"].shape[:2]

@@ -1,7 +1,7 @@
 """FFNet under ``timm.create_model``.
 
-``import ffnet`` registers the models if timm is already imported, and otherwise leaves a one-shot import hook that
-registers them once timm is. So both import orders work, and ``import ffnet`` alone never pays for importing timm.
+``import ffnet`` registers the models if timm is already imported, and otherwise installs a one-shot import hook that
+registers them once timm is imported. So both import orders work, and ``import ffnet`` alone never imports timm.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ __all__ = ["register_timm"]
 
 
 def register_timm() -> None:
-    """Registers every classifier of `ffnet.list_models` with timm, which it imports; repeating it is harmless.
+    """Registers every classifier of `ffnet.list_models` with timm, which it imports; may be called repeatedly.
 
-    ``timm.create_model(name, features_only=True, out_indices=…)`` gives the backbone ``<name>_features``.
+    ``timm.create_model(name, features_only=True, out_indices=…)`` returns the backbone ``<name>_features``.
     """
     from timm.models import register_model
 
@@ -43,7 +43,7 @@ def _entrypoint(name: str) -> Any:
         if pretrained or pretrained_cfg:
             raise RuntimeError(f"no weights of {name} are registered with timm; use ffnet.load_checkpoint")
         model = create_model(f"{name}_features" if features_only else name, **kwargs)
-        # Where timm.data.resolve_model_data_config looks.
+        # Read by timm.data.resolve_model_data_config.
         model.pretrained_cfg = model.default_cfg = {
             **model.config,
             "architecture": name,
@@ -57,7 +57,7 @@ def _entrypoint(name: str) -> Any:
 
 
 class TimmHook(importlib.abc.MetaPathFinder):
-    """Lets timm be found as usual, then registers the models when it has been executed."""
+    """Import hook: lets timm be found as usual, then registers the models once it has been executed."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -81,7 +81,7 @@ class TimmHook(importlib.abc.MetaPathFinder):
 
 
 def register_when_imported() -> None:
-    """Registers now if timm is imported, else as soon as it is."""
+    """Registers now if timm is already imported, otherwise as soon as it is."""
     if sys.modules.get("timm") is not None:
         register_timm()
     else:

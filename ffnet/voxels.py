@@ -1,7 +1,7 @@
 """A block of FFNet for point clouds (arXiv 2406.02021): the same two mixers with 3×3×3 convolutions on voxels.
 
-On dense voxels [N, C, D, H, W] they are ``nn.Conv3d``, on sparse ones submanifold convolutions of spconv. Both mix
-channels (they are dense in the sense of groups), so no kernel for depthwise convolutions applies to either.
+On dense voxels [N, C, D, H, W] they are ``nn.Conv3d``, on sparse ones spconv's submanifold convolutions. Both mix
+channels, so kernels for depthwise convolutions do not apply.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ def _spatial(dim: int, kernel_size: int, sparse: bool, key: str, **factory: Any)
         import spconv.pytorch as spconv
     except ImportError as error:
         raise ImportError("sparse voxels need the package spconv (pip install spconv, or spconv-cu...)") from error
-    # One key for all blocks of a resolution: the pairs of neighbours are found once.
+    # One key for all blocks of a resolution, so that pairs of neighbours are found only once.
     conv = spconv.SubMConv3d(dim, dim, kernel_size, padding=kernel_size // 2, bias=False, indice_key=key)
     return conv.to(**factory)
 
 
 class VoxelBlock(nn.Module):
-    """Token mixer, then channel mixer, each residual, behind a layer normalisation: voxels of C channels → the same.
+    """Token mixer, then channel mixer, each residual and after a layer normalisation: voxels of C channels → the same.
 
     Args:
         dim: C.
         kernel_size: Odd size of the convolutions.
-        expansion: Hidden width of the channel mixer over C.
-        sparse: Whether voxels are a ``spconv.SparseConvTensor``; else they are a tensor [N, C, D, H, W].
-        key: Of sparse ones: the ``indice_key``, one for all blocks of the same points.
+        expansion: Hidden width of the channel mixer relative to C.
+        sparse: Whether voxels are a ``spconv.SparseConvTensor``; otherwise they are a tensor [N, C, D, H, W].
+        key: With ``sparse``: the ``indice_key``, shared by all blocks on the same points.
 
     Raises:
-        ImportError: If ``sparse`` and spconv is not installed.
+        ImportError: With ``sparse``, if spconv is not installed.
         ValueError: If the kernel is even.
     """
 

@@ -1,4 +1,4 @@
-"""``ffnet classify``: the likeliest classes of a picture."""
+"""``ffnet classify``: the most likely classes of a picture."""
 
 from __future__ import annotations
 

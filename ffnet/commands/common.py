@@ -1,4 +1,4 @@
-"""What commands share: their errors, models, pictures, and files that are never half-written."""
+"""Shared by commands: errors, models, pictures, and files that are written atomically."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ __all__ = [
 
 
 class CommandError(Exception):
-    """What the user can put right; printed as one line, without a traceback."""
+    """An error that the user can fix; printed as one line, without a traceback."""
 
 
 def add_model_options(parser: argparse.ArgumentParser, task: str | None, *, trained: bool = True) -> None:
-    """``--model``, one of a task, ``--model-arguments``, ``--checkpoint`` and ``--classes``; of trained models
-    ``--labels`` as well."""
+    """Adds ``--model``, restricted to a task, ``--model-arguments``, ``--checkpoint`` and ``--classes``; for trained
+    models ``--labels``, too."""
     parser.add_argument("--model", required=True, metavar="NAME", help=f"one of {', '.join(list_models(task))}")
     parser.add_argument("--model-arguments", default="{}", metavar="JSON", help="those of its class that differ")
     weights = "trained weights" if trained else "trained weights; default: random ones"
@@ -45,7 +45,8 @@ def add_model_options(parser: argparse.ArgumentParser, task: str | None, *, trai
 
 
 def model_from(options: argparse.Namespace, task: str | None, **kwargs: Any) -> Any:
-    """The model of `add_model_options`, in eval mode, with its checkpoint's weights and folded.
+    """Builds the model that the options of `add_model_options` select, in eval mode, with its checkpoint's weights, and
+    folded.
 
     Raises:
         CommandError: If the model is unknown or for another task, or the checkpoint cannot be read or does not fit.
@@ -65,7 +66,7 @@ def model_from(options: argparse.Namespace, task: str | None, **kwargs: Any) -> 
         kwargs["num_classes"] = options.classes
     try:
         model = create_model(options.model, checkpoint=options.checkpoint, **kwargs)
-    except (OSError, ValueError, ImportError, TypeError) as error:  # TypeError: of a keyword that is none
+    except (OSError, ValueError, ImportError, TypeError) as error:  # TypeError: an unknown keyword
         raise CommandError(one_line(error)) from error
     if model.config["input_size"][0] != 3:
         raise CommandError(f"expected a model of 3 channels, as pictures have; got {model.config['input_size'][0]}")
@@ -73,10 +74,10 @@ def model_from(options: argparse.Namespace, task: str | None, **kwargs: Any) -> 
 
 
 def model_of(checkpoint: Path, build: Callable[[dict[str, Any]], nn.Module]) -> Any:
-    """The model that ``build`` makes for a checkpoint's state dict, in eval mode, with its weights and folded.
+    """Builds a model from a checkpoint's state dict, in eval mode, with its weights, and folded.
 
     Raises:
-        CommandError: If the checkpoint cannot be read, or is of no such model.
+        CommandError: If the checkpoint cannot be read, or belongs to another kind of model.
     """
     from ..checkpoint import load_checkpoint, read_state_dict
     from ..folding import reparameterize
@@ -90,15 +91,15 @@ def model_of(checkpoint: Path, build: Callable[[dict[str, Any]], nn.Module]) -> 
 
 
 def one_line(error: Exception) -> str:
-    """The text of an error."""
+    """The message of an error, in one line."""
     return "; ".join(line.strip() for line in str(error).splitlines())
 
 
 def model_arguments(text: str) -> dict[str, Any]:
-    """Those of ``--model-arguments``.
+    """Parses ``--model-arguments``.
 
     Raises:
-        CommandError: If they are no JSON object.
+        CommandError: If they are not a JSON object.
     """
     try:
         found = json.loads(text)
@@ -110,7 +111,7 @@ def model_arguments(text: str) -> dict[str, Any]:
 
 
 def picture_from(path: Path) -> Image:
-    """A picture as RGB, see `ffnet.preprocess.load_image`.
+    """Reads a picture as RGB, see `ffnet.preprocess.load_image`.
 
     Raises:
         CommandError: If it cannot be read or Pillow is not installed.
@@ -126,10 +127,10 @@ def picture_from(path: Path) -> Image:
 
 
 def labels_from(path: Path | None, classes: int) -> list[str]:
-    """The names of classes in a text file, one a line; their numbers where there is none.
+    """Reads class names from a text file, one a line; without a file, their numbers.
 
     Raises:
-        CommandError: If it cannot be read or has another number of lines.
+        CommandError: If the file cannot be read or has the wrong number of lines.
     """
     if path is None:
         return [f"class {i}" for i in range(classes)]
@@ -144,7 +145,7 @@ def labels_from(path: Path | None, classes: int) -> list[str]:
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that takes its place, over one that is there, only when it is whole.
+    """Opens a file to write, which replaces an existing one only once it is complete.
 
     Raises:
         CommandError: If it cannot be written.

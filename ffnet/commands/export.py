@@ -1,4 +1,4 @@
-"""``ffnet export``: a model as a file that is served without the code of the model."""
+"""``ffnet export``: a model as a file that can be served without the model's code."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _exported(model: Any, config: dict[str, Any], options: argparse.Namespace) -> bytes:
-    """The content of the file. What is wrong with the size, say, is the user's to put right."""
+    """The content of the file. Errors such as a bad size are reported to the user."""
     import torch
 
     import ffnet_kernels
@@ -86,10 +86,10 @@ def _exported(model: Any, config: dict[str, Any], options: argparse.Namespace) -
 
 
 def compiled(program: Any, config: dict[str, Any]) -> bytes:
-    """A package of AOTInductor, with what a program in C++ has to know of pictures as its metadata.
+    """An AOTInductor package whose metadata tells a C++ program how to preprocess pictures.
 
     Raises:
-        CommandError: where there is no C++ compiler.
+        CommandError: if there is no C++ compiler.
     """
     import torch
 

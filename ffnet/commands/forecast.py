@@ -1,4 +1,4 @@
-"""``ffnet forecast``: what follows a series in a CSV file, by FFNet for time series."""
+"""``ffnet forecast``: forecasts a series in a CSV file with FFNet for time series."""
 
 from __future__ import annotations
 
@@ -62,10 +62,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def series_from(path: Path) -> tuple[list[str], list[list[float]]]:
-    """Names and values of a series; a value that is missing is NaN.
+    """Names and values of a series; missing values are NaN.
 
     Raises:
-        CommandError: If it cannot be read, has no numbers, a line of another length, or text among the numbers.
+        CommandError: If it cannot be read, or has no numbers, lines of different lengths, or text among the numbers.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -92,7 +92,7 @@ def series_from(path: Path) -> tuple[list[str], list[list[float]]]:
 
 
 def check_known(path: Path, names: list[str], rows: list[list[float]], lookback: int) -> None:
-    """Raises CommandError for a value that is missing or not finite among those looked back at."""
+    """Raises CommandError if a value in the look-back window is missing or not finite."""
     for step in range(len(rows) - lookback, len(rows)):
         for name, value in zip(names, rows[step], strict=True):
             if not math.isfinite(value):

@@ -1,4 +1,4 @@
-"""``ffnet profile``: where a model's time goes, plain and on the operators."""
+"""``ffnet profile``: where a model spends its time, plain and on the operators."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def milliseconds(call: Callable[[], Any], runs: int) -> list[float]:
-    """Of so many calls, after some that are no measure."""
+    """Times so many calls, after some warm-up calls."""
     for _ in range(2 + runs // 10):
         call()
     times = []

@@ -80,7 +80,7 @@ def palette() -> Sequence[int]:
 
 
 def as_picture(classes: Tensor) -> Image:
-    """Classes [H, W] as a picture with a palette."""
+    """Classes [H, W] as a palette picture."""
     import torch
     from PIL import Image
 
@@ -90,7 +90,7 @@ def as_picture(classes: Tensor) -> Image:
 
 
 def overlaid(image: Image, mask: Image) -> Image:
-    """A picture with the colours of a mask of its size over it."""
+    """A picture overlaid with the colours of a mask of the same size."""
     from PIL import Image
 
     return Image.blend(image, mask.convert("RGB"), OPACITY)

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 TILE = 256
-#: What pictures are read in these modes as. Others have no 8 bits a channel, or colours that depend on a profile.
+#: The modes that pictures of each mode are read as. Other modes do not have 8 bits a channel, or have colours that
+#: depend on a profile.
 TAKEN = {"1": "L", "L": "L", "P": "RGB", "RGB": "RGB", "LA": "LA", "La": "LA", "PA": "RGBA", "RGBA": "RGBA",
          "RGBa": "RGBA", "RGBX": "RGB"}  # fmt: skip
 
@@ -85,16 +86,16 @@ def _model(options: argparse.Namespace) -> Any:
 
 
 def picture_from(path: Path) -> Image:
-    """A picture of 8 bits a channel as grey or RGB, with transparency where it has some, turned as EXIF says.
+    """Reads a picture of 8 bits a channel as grey or RGB, with its transparency, if any, rotated according to EXIF.
 
     Raises:
-        CommandError: If it cannot be read, or is of 16 bits, floating point, CMYK or another colour space.
+        CommandError: If it cannot be read, or has 16 bits, floating point, CMYK or another colour space.
     """
     from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as image:
-            # Of 16 bits a channel Pillow gives the upper 8 without a word, where it has no mode for all of them.
+            # Where Pillow has no mode for 16 bits a channel, it silently returns the upper 8.
             stored = " ".join(str(part) for tile in image.tile for part in tile)
             if image.mode not in TAKEN or ";16" in stored:
                 what = "16 bits a channel" if "16" in image.mode + stored else f"mode {image.mode}"
@@ -103,14 +104,14 @@ def picture_from(path: Path) -> Image:
                 )
             mode = "RGBA" if image.mode in ("P", "RGB", "L") and image.has_transparency_data else TAKEN[image.mode]
             return ImageOps.exif_transpose(image).convert(mode)
-    except (ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what decoders raise on broken files
+    except (ValueError, SyntaxError, Image.DecompressionBombError) as error:  # raised by decoders for broken files
         raise CommandError(f"cannot read {path}: {error}") from error
     except OSError as error:
         raise CommandError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def enlarged(model: Any, image: Image, tile: int | None = None, overlap: int | None = None) -> Image:
-    """A picture as `picture_from` gives it, its colours by the model, its transparency by bicubic interpolation."""
+    """Enlarges a picture of `picture_from`: colours by the model, transparency by bicubic interpolation."""
     import numpy as np
     import torch
     from PIL import Image

@@ -1,8 +1,7 @@
-"""A detector of torchvision's on an FFNet backbone learns coins: ``python -m ffnet.examples.detect_coins``.
+"""A torchvision detector on an FFNet backbone learns to find coins: ``python -m ffnet.examples.detect_coins``.
 
 The photograph ``coins.png`` of scikit-image shows 24 Greek coins in four rows; the boxes below were drawn by hand. Six
-pieces of the first three rows are trained on until they are known by heart; the fourth row is kept for a look at coins
-that training never sees. Needs torchvision.
+pieces of the first three rows are overfitted; the fourth row is held out. Needs torchvision.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ COINS = (
     (18, 232, 75, 288), (92, 244, 136, 288), (144, 236, 201, 287), (219, 239, 269, 288), (275, 238, 327, 288),
     (335, 247, 381, 289),
 )  # fmt: skip
-#: Pieces of the photograph that cut no coin.
+#: Pieces of the photograph that do not cut a coin.
 TRAINED_ON = (
     (0, 0, 180, 90), (180, 0, 384, 90), (0, 90, 180, 150), (180, 90, 384, 150), (0, 150, 180, 226), (180, 150, 384, 226)
 )  # fmt: skip
@@ -56,7 +55,7 @@ def detector() -> Any:
 
     backbone = pyramid_backbone("ffnet_1_features", out_channels=64, **MODEL)
     anchors = AnchorGenerator(((16,), (32,), (64,), (128,), (256,)), ((0.8, 1.0, 1.25),) * 5)
-    # Pictures come with mean 0 and deviation 1.
+    # Pictures already have mean 0 and standard deviation 1.
     normalised = {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
     few = {"box_batch_size_per_image": 128, "rpn_pre_nms_top_n_train": 300, "rpn_post_nms_top_n_train": 300}
     sizes = {"min_size": 128, "max_size": 384}
@@ -89,8 +88,8 @@ def train(model: Any, pieces: Sequence[tuple[Tensor, Tensor]], steps: int) -> No
 
 @torch.no_grad()
 def score(model: Any, pieces: Sequence[tuple[Tensor, Tensor]]) -> tuple[dict[str, Any], list[Tensor]]:
-    """How many coins are found (a box of score .5 or more with an IoU of .5 or more), how well they fit, how many boxes
-    are of no coin or of one that has a box; and the boxes of each piece."""
+    """Counts coins found (by a box with a score and an IoU of at least .5), their mean IoU, and false or duplicate
+    boxes; also returns the boxes of each piece."""
     from torchvision.ops import box_iou
 
     model.eval()
@@ -110,7 +109,7 @@ def score(model: Any, pieces: Sequence[tuple[Tensor, Tensor]]) -> tuple[dict[str
 
 
 def picture(image: Any, areas: Sequence[Sequence[int]], found: Sequence[Tensor]) -> Any:
-    """The photograph with the boxes drawn by hand in green and those found in red; a line above the held-out row."""
+    """The photograph with hand-drawn boxes in green and found ones in red; a line above the held-out row."""
     from PIL import ImageDraw
 
     scale = 2

@@ -1,4 +1,4 @@
-"""What examples share: their options, and the files that they write."""
+"""Shared by the examples: options, and the files that they write."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def parser_of(name: str, description: str | None) -> argparse.ArgumentParser:
 
 
 def started(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options, once the folder is there and random numbers are seeded."""
+    """Parses the options, makes the folder and seeds random numbers."""
     options = parser.parse_args(argv)
-    options.out.mkdir(parents=True, exist_ok=True)  # where that fails, before minutes of training
+    options.out.mkdir(parents=True, exist_ok=True)  # so that it fails before minutes of training
     torch.manual_seed(options.seed)
     return options
 
@@ -40,7 +40,7 @@ def started(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argp
 def save(
     folder: Path, result: dict[str, Any], write_picture: Callable[[IO[bytes]], Any], model: nn.Module | None = None
 ) -> None:
-    """Writes result.json, picture.png and model.pth into a folder that is there; says so."""
+    """Writes result.json, picture.png and, of a model, model.pth into a folder, and says so."""
     with new_file(folder / "result.json") as file:
         file.write(f"{json.dumps(result, indent=2)}\n".encode())
     with new_file(folder / "picture.png") as file:

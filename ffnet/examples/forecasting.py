@@ -4,7 +4,7 @@ python -m ffnet.examples.forecasting [--epochs 30] [--out build/forecasting]
 
 1958 to 2001, ppm; missing weeks are interpolated. The last fifth of the weeks is tested, the tenth before it chooses
 the epoch, the rest is trained on. From 104 weeks the next 52 are forecast, from every week on. Simple forecasts are the
-last value; the value of 52 weeks before; and that with what the last year has added.
+last value; the value 52 weeks before; and that plus the last year's change.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def weekly_co2() -> Tensor:
 
 
 def windows(series: Tensor, first: int, stop: int) -> tuple[Tensor, Tensor]:
-    """What is read [N, lookback, 1] and what follows [N, horizon, 1], the latter from week ``first`` on to ``stop``."""
+    """Windows to read [N, lookback, 1] and what follows them [N, horizon, 1], the latter within weeks ``first`` to
+    ``stop``."""
     whole = series[max(first - LOOKBACK, 0) : stop].unfold(0, LOOKBACK + HORIZON, 1).transpose(1, 2)
     return whole[:, :LOOKBACK], whole[:, LOOKBACK:]
 
@@ -53,7 +54,7 @@ def simple_forecasts(past: Tensor) -> dict[str, Tensor]:
 
 
 def train(model: ForecastFFNet, data: tuple[Tensor, Tensor], held: tuple[Tensor, Tensor], epochs: int) -> None:
-    """Leaves the weights of the epoch that is best on ``held``."""
+    """Trains, and keeps the weights of the epoch that is best on ``held``."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     best, weights = float("inf"), model.state_dict()

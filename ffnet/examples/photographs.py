@@ -16,7 +16,7 @@ _FOLDERS = {"scikit-learn": ("sklearn", "datasets/images"), "scikit-image": ("sk
 
 
 def photograph(package: str, name: str) -> Any:
-    """A picture of a package, as RGB. Ends the program with one line where the package is not there."""
+    """A picture that a package ships, as RGB. Ends the program with one line if the package is not installed."""
     module, folder = _FOLDERS[package]
     found = importlib.util.find_spec(module)
     if found is None or found.origin is None:
@@ -27,7 +27,7 @@ def photograph(package: str, name: str) -> Any:
 
 
 def grey(image: Any) -> Tensor:
-    """A picture's brightness, its mean 0 and its standard deviation 1: [1, H, W]."""
+    """A picture's brightness, normalised to mean 0 and standard deviation 1: [1, H, W]."""
     import numpy as np
 
     pixels = torch.from_numpy(np.array(image.convert("L"), dtype=np.float32))[None]

@@ -1,8 +1,8 @@
 """FFNet-Seg learns to tell five photographs apart by their texture: ``python -m ffnet.examples.segment_textures``.
 
 Each input is a mosaic of random cells, and each cell shows a piece of one of five photographs, so the mask is exact.
-Pictures are grey and each has the same mean and contrast, so that colour tells nothing. Training cuts from the left
-halves; what is reported is of mosaics cut from the right halves, which training never sees.
+Pictures are grey and each has the same mean and contrast, so that colour gives nothing away. Training uses the left
+halves; reported scores are for mosaics of the right halves, which are held out.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def train(model: nn.Module, pieces: Sequence[Tensor], steps: int, generator: tor
 
 @torch.no_grad()
 def score(model: Any, images: Tensor, masks: Tensor) -> dict[str, Any]:
-    """Accuracy of pixels, and intersection over union of each class and on average."""
+    """Pixel accuracy, and intersection over union of each class and on average."""
     model.eval()
     found = torch.cat([model.predict(batch) for batch in images.split(BATCH)])
     count = len(CLASSES)
@@ -103,7 +103,7 @@ def score(model: Any, images: Tensor, masks: Tensor) -> dict[str, Any]:
 
 
 def by_brightness(pieces: Sequence[Tensor], images: Tensor, masks: Tensor) -> float:
-    """Accuracy where each pixel is taken for the photograph in which its brightness is most common: without a model."""
+    """Accuracy without a model: each pixel is assigned to the photograph in which its brightness is most common."""
 
     def level(x: Tensor) -> Tensor:
         return (x * 16 + 64).clamp(0, 127).long()
@@ -114,7 +114,7 @@ def by_brightness(pieces: Sequence[Tensor], images: Tensor, masks: Tensor) -> fl
 
 @torch.no_grad()
 def picture(model: Any, images: Tensor, masks: Tensor) -> Any:
-    """Inputs, true masks and found ones, above each other."""
+    """Inputs, true masks and predicted ones, above each other."""
     from PIL import Image
 
     model.eval()

@@ -1,9 +1,9 @@
-"""A photograph is classified by an exported model in Python and in C++: ``python -m ffnet.examples.serve_image``.
+"""Classifies a photograph with an exported model, in Python and in C++: ``python -m ffnet.examples.serve_image``.
 
 FFNet-1 is compiled by AOTInductor with the operators of ffnet_kernels and without; ``serving/classify.cpp``, which the
-machine's C++ compiler builds, runs both on the picture of a flower that scikit-learn ships. A table has the latency of
-one picture everywhere, and how far the probabilities are from those of plain PyTorch. Weights are random unless a
-checkpoint is given, which makes no difference to either.
+machine's C++ compiler builds, runs both on the picture of a flower that scikit-learn ships. A table shows the latency
+for one picture, and how far probabilities are from plain PyTorch's. Weights are random unless a checkpoint is given,
+which affects neither.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SOURCE = Path(__file__).with_name("serving") / "classify.cpp"
 
 
 class Row(NamedTuple):
-    """Of the table: what ran, its latencies in milliseconds, and the largest difference of a probability."""
+    """A row of the table: what ran, its latencies in milliseconds, and the largest difference of a probability."""
 
     name: str
     median: float
@@ -54,7 +54,7 @@ def compile_program(out: Path) -> Path:
     """Builds the program in C++ with $CXX or c++, against the torch of this Python.
 
     Raises:
-        CommandError: where there is no compiler, or it fails.
+        CommandError: if there is no compiler, or it fails.
     """
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     if shutil.which(compiler[0]) is None:
@@ -74,10 +74,10 @@ def compile_program(out: Path) -> Path:
 def classify(
     program: Path, model: Path, picture: Path, *, library: Path | None, threads: int, runs: int
 ) -> tuple[dict[int, float], float, float]:
-    """What the program in C++ prints: probabilities by class, and the median and 90 % latencies.
+    """Runs the C++ program and parses its output: probabilities by class, and median and 90 % latencies.
 
     Raises:
-        CommandError: where it ends with an error.
+        CommandError: if it fails.
     """
     options = ["--threads", str(threads), "--runs", str(runs), *(["--library", str(library)] if library else [])]
     done = subprocess.run([program, model, picture, *options], capture_output=True, text=True)
@@ -115,7 +115,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def rows(options: argparse.Namespace, folder: Path) -> Iterator[Row]:
-    """The table's rows, as they are measured; the program, the picture and the compiled models stay in the folder.
+    """Measures and yields the table's rows; the program, the picture and the compiled models stay in the folder.
 
     Raises:
         CommandError: for wrong options, or without a C++ compiler.
@@ -130,7 +130,7 @@ def rows(options: argparse.Namespace, folder: Path) -> Iterator[Row]:
     torch.set_num_threads(options.threads)
     arguments = model_arguments(options.model_arguments)
     model = reparameterize(create_model(options.model, checkpoint=options.checkpoint, **arguments).eval())
-    if options.checkpoint is None:  # or all classes would be as likely
+    if options.checkpoint is None:  # otherwise all classes would be about equally likely
         torch.nn.init.normal_(model.head.weight, std=0.5)
     image = load_image(options.image) if options.image else photograph("scikit-learn", "flower.jpg")
     image = resized(image, options.size, "bilinear")

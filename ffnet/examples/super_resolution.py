@@ -2,10 +2,10 @@
 
 python -m ffnet.examples.super_resolution [--scale 2] [--steps 1500] [--out build/super_resolution]
 
-Photographs are reduced by Pillow's bicubic filter and rounded to 8 bits. Scores are PSNR of luma, a border of ``scale``
-pixels cut off, as is usual for super-resolution, on photographs that training never sees. With scikit-image installed
-five of its photographs are trained on, and a sixth and the two of scikit-learn are held out; else it is one and one of
-the latter.
+Photographs are reduced by Pillow's bicubic filter and rounded to 8 bits. Scores are PSNR of luma, without a border of
+``scale`` pixels, as usual for super-resolution, on held-out photographs. With scikit-image, five of its photographs are
+used for training, and a sixth and scikit-learn's two are held out; without it, one of scikit-learn's is used for
+training and the other held out.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .photographs import photograph
 #: Of scikit-image.
 TRAINED_ON = ("astronaut.png", "coffee.png", "motorcycle_left.png", "rocket.jpg", "hubble_deep_field.jpg")
 HELD_OUT = "chelsea.png"
-#: Of scikit-learn; trained on where there is no scikit-image, else held out.
+#: Of scikit-learn; used for training if scikit-image is missing, otherwise held out.
 SPARE = "china.jpg"
 PATCH, BATCH, RATE = 32, 16, 2e-3
 TILE = 256
@@ -45,7 +45,7 @@ def photographs() -> tuple[dict[str, Image.Image], dict[str, Image.Image]]:
 
 
 def pair(image: Image.Image, scale: int) -> tuple[Image.Image, Image.Image]:
-    """A photograph reduced, and itself, cut to a multiple of the scale."""
+    """A reduced photograph and the original, cropped to a multiple of the scale."""
     small = image.width // scale, image.height // scale
     image = image.crop((0, 0, scale * small[0], scale * small[1]))
     return image.resize(small, Image.Resampling.BICUBIC), image
@@ -63,7 +63,7 @@ def luma(pixels: Tensor) -> Tensor:
 
 
 def psnr(result: Tensor, truth: Tensor, border: int) -> float:
-    """Of luma, in decibels, of pixels as 8 bits store them."""
+    """PSNR of luma in decibels, of pixels rounded to 8 bits."""
     inside = (slice(border, -border), slice(border, -border))
     result = (result.clamp(0, 1) * 255).round() / 255
     error = (luma(result) - luma(truth))[inside].double().square().mean()
@@ -84,7 +84,9 @@ def batch_of(pairs: list[tuple[Tensor, Tensor]], scale: int, draw: np.random.Gen
             patch.append(cut.flip(2) if flip else cut)
         patches.append(patch)
     small_batch, large_batch = (torch.stack(side) for side in zip(*patches, strict=True))
-    return small_batch.contiguous(memory_format=torch.channels_last), large_batch  # for PyTorch's depthwise layers
+    return small_batch.contiguous(
+        memory_format=torch.channels_last
+    ), large_batch  # suits PyTorch
 
 
 def train(model: FFNetSR, pairs: list[tuple[Tensor, Tensor]], steps: int, seed: int) -> None:
@@ -124,7 +126,7 @@ def compare(model: FFNetSR, held_out: dict[str, Image.Image]) -> tuple[dict[str,
 
 
 def draw(scores: dict[str, dict[str, float]], pictures: dict[str, Any], scale: int, side: int = 120) -> Any:
-    """A cut of each photograph side by side, where they have most detail."""
+    """Crops of each photograph side by side, where they have most detail."""
     from matplotlib.figure import Figure
 
     methods = [method for method in next(iter(pictures.values())) if method != "nearest"]

@@ -1,6 +1,6 @@
 """Random changes of training images: torchvision's transforms v2 where it is installed.
 
-Elsewhere there are a random crop, the flip, erasing, mixup and cutmix in Pillow and plain PyTorch, but no RandAugment.
+Otherwise random crop, flip, erasing, mixup and cutmix are done in Pillow and plain PyTorch, without RandAugment.
 Evaluation uses `ffnet.preprocess` everywhere.
 """
 
@@ -29,7 +29,7 @@ CROP_ATTEMPTS = 10
 
 @functools.cache
 def has_torchvision() -> bool:
-    """Whether torchvision is there and works with this torch, which builds for another one do not."""
+    """Whether torchvision is installed and works with this torch; builds for another torch do not."""
     if importlib.util.find_spec("torchvision") is None:
         return False
     try:
@@ -45,10 +45,10 @@ def eval_transform(config: Mapping[str, Any], size: int) -> Callable[[Image.Imag
 
 
 def train_transform(options: TrainOptions, config: Mapping[str, Any], size: int) -> Callable[[Image.Image], Tensor]:
-    """From an RGB picture to [3, size, size], normalised; random numbers are torch's.
+    """Transform from an RGB picture to [3, size, size], normalised; random numbers come from torch.
 
     Raises:
-        ImportError: If RandAugment is asked for and there is no torchvision.
+        ImportError: If RandAugment is asked for and torchvision is not available.
     """
     if has_torchvision():
         return _with_torchvision(options, config, size)
@@ -116,9 +116,9 @@ def _random_box(
 
 
 class Mixer:
-    """Mixup or cutmix of a batch, one of the two by chance where both are on.
+    """Mixup or cutmix of a batch, chosen at random if both are enabled.
 
-    ``mixer(images [N, C, H, W], labels [N])`` gives images and targets: the labels where nothing is mixed, else
+    ``mixer(images [N, C, H, W], labels [N])`` returns images and targets: the labels if nothing is mixed, otherwise
     probabilities [N, classes].
     """
 

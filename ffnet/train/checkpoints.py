@@ -1,4 +1,4 @@
-"""Checkpoints of a run: whole or not there, checked before they are used, the last ones and the best kept.
+"""Checkpoints of a run: atomic, verified before use; the most recent ones and the best are kept.
 
 A checkpoint is a folder ``step-000000123`` of PyTorch's distributed checkpoint with a manifest. It is written under
 another name, synchronised to the disk and then renamed, so that a process can be killed at any moment. The manifest has
@@ -35,16 +35,16 @@ CHUNK = 1 << 24
 
 
 class DamagedCheckpoint(Exception):
-    """A checkpoint that is not what was written."""
+    """A checkpoint whose files are not those written."""
 
 
 class CheckpointStore:
     """The checkpoints below ``root``, on a file system that all ranks share.
 
     Args:
-        root: Made if it is not there.
+        root: Created if it does not exist.
         ranks: The processes that read and write together.
-        keep: How many of the last ones stay, besides the best.
+        keep: How many of the most recent ones are kept besides the best.
     """
 
     def __init__(self, root: str | os.PathLike[str], ranks: Ranks, keep: int) -> None:
@@ -56,16 +56,16 @@ class CheckpointStore:
         ranks.barrier()
 
     def steps(self) -> list[int]:
-        """Of the checkpoints that are there, damaged or not."""
+        """Steps of the existing checkpoints, damaged or not."""
         return sorted(int(match[1]) for entry in os.scandir(self.root) if (match := NAME.match(entry.name)))
 
     def save(self, step: int, tensors: dict[str, Any], facts: dict[str, Any]) -> None:
-        """Writes a checkpoint, then removes those that are no longer kept.
+        """Writes a checkpoint, then removes those no longer to be kept.
 
         Args:
             step: Names it; one of the same name is replaced.
             tensors: State dicts, of DTensors where the model is sharded.
-            facts: What JSON holds, the same on every rank; ``metric``, where not None, decides which one is the best.
+            facts: JSON data, the same on every rank; ``metric``, unless None, determines the best one.
         """
         final = self._folder(step)
         temporary = final.with_name(final.name + WRITING)
@@ -88,10 +88,10 @@ class CheckpointStore:
         self.ranks.barrier()
 
     def newest(self) -> tuple[int, dict[str, Any]] | None:
-        """Step and facts of the last checkpoint that is whole, or None; says which ones are damaged, and how.
+        """Step and facts of the most recent intact checkpoint, or None; reports which ones are damaged, and how.
 
         Raises:
-            DamagedCheckpoint: If there are checkpoints, but not a whole one.
+            DamagedCheckpoint: If there are checkpoints, but no intact one.
         """
         found: Any = None
         if self.ranks.is_first:
@@ -112,10 +112,10 @@ class CheckpointStore:
         return reason and f"no checkpoint in {self.root} is whole; of the oldest: {reason}"
 
     def verify(self, step: int) -> dict[str, Any]:
-        """The facts of a checkpoint, all files of which are as they were written.
+        """The facts of a checkpoint, once all of its files have been verified.
 
         Raises:
-            DamagedCheckpoint: If one is not, with its name.
+            DamagedCheckpoint: If a file is damaged, with its name.
         """
         folder = self._folder(step)
         try:
@@ -141,7 +141,7 @@ class CheckpointStore:
         """Reads a checkpoint into the tensors of state dicts, in place, on any number of ranks.
 
         Raises:
-            ValueError: If it holds other tensors: it is another model's.
+            ValueError: If it holds other tensors, as of another model.
         """
         reader = dcp.FileSystemReader(self._folder(step))
         stored = reader.read_metadata()
@@ -153,7 +153,7 @@ class CheckpointStore:
         return self.root / f"step-{step:09d}"
 
     def _remove(self, step: int) -> None:
-        # A folder that loses its files one by one would pass for a damaged checkpoint.
+        # A folder that is being deleted file by file would look like a damaged checkpoint.
         folder = self._folder(step)
         doomed = folder.with_name(folder.name + REMOVING)
         os.rename(folder, doomed)
@@ -174,7 +174,7 @@ class CheckpointStore:
 
 
 def write_atomically(path: Path, content: Any) -> None:
-    """``torch.save`` to a file that is the old one or the new one at any moment."""
+    """``torch.save`` that replaces the file atomically."""
     temporary = path.with_name(path.name + WRITING)
     torch.save(content, temporary)
     with open(temporary, "rb") as file:
@@ -185,7 +185,7 @@ def write_atomically(path: Path, content: Any) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without PyTorch's warning that there is one process, which is what was asked for."""
+    """Suppresses PyTorch's warning that there is only one process, which is intended."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield

@@ -1,4 +1,5 @@
-"""``ffnet train`` and ``ffnet eval``: one line for what the user can put right, on each rank that meets it."""
+"""``ffnet train`` and ``ffnet eval``: errors that the user can fix are printed in one line, on each rank that meets
+them."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ MEMORY_HINT = (
 
 
 def main(command: str, arguments: Sequence[str]) -> int:
-    """Runs a command; 2 where something is not as it should be, said in a line on stderr."""
+    """Runs a command; returns 2, with one line on stderr, for an error that the user can fix."""
     from .checkpoints import DamagedCheckpoint
 
     try:
@@ -29,7 +30,7 @@ def main(command: str, arguments: Sequence[str]) -> int:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             first = str(error).splitlines()[0]
             return _failed(command, error, MEMORY_HINT.format(error=first))
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # torchrun then shows it as the cause
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # so that torchrun shows it as the cause
             get_error_handler().record_exception(error)
         raise
 

@@ -1,6 +1,6 @@
-"""Batches of images whose order and random changes depend on seed, epoch and image alone.
+"""Batches of images whose order and augmentation depend on seed, epoch and image only.
 
-So a run goes on with the same numbers wherever it was stopped, whatever the number of ranks and of data processes.
+So a run continues with the same numbers wherever it was stopped, whatever the number of ranks and data workers.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from .sources import Source
 
 __all__ = ["IGNORED", "Batch", "Images", "StepSampler", "eval_loader", "seed_of", "train_loader"]
 
-IGNORED = -1  # label of what does not count: an unreadable image, or one that fills up a rank's share
+IGNORED = -1  # label of images that do not count: unreadable ones, and padding of a rank's share
 ATTEMPTS = 50
 
-Key = tuple[int, int]  # an image's number and the seed of its random changes
+Key = tuple[int, int]  # an image's number and the seed of its augmentation
 
 
 class Batch(NamedTuple):
-    """Images [N, 3, S, S], labels [N], and what could not be read, in words."""
+    """Images [N, 3, S, S], labels [N], and messages about images that could not be read."""
 
     images: Tensor
     labels: Tensor
@@ -40,13 +40,13 @@ def seed_of(*parts: int) -> int:
 
 
 class Images(Dataset):
-    """Images of a source, changed by ``transform``, by their keys.
+    """The images of a source by key, with ``transform`` applied.
 
-    An image that cannot be read is named. In training the next one takes its place, so that batches keep their size;
-    in evaluation it does not count.
+    An image that cannot be read is reported. In training the next one replaces it, so that batches keep their size; in
+    evaluation it does not count.
 
     Raises:
-        OSError: In training, if many images on end cannot be read.
+        OSError: In training, if many consecutive images cannot be read.
     """
 
     def __init__(self, source: Source, transform: Callable[[Image.Image], Tensor], *, train: bool) -> None:
@@ -56,7 +56,7 @@ class Images(Dataset):
         index, seed = key
         skipped = []
         with _seeded(seed):
-            if index < 0:  # no image, but something of its shape
+            if index < 0:  # a placeholder with an image's shape
                 return torch.zeros_like(self.transform(Image.new("RGB", (8, 8)))), IGNORED, []
             for attempt in range(ATTEMPTS):
                 number = (index + attempt) % len(self.source)
@@ -73,7 +73,7 @@ class Images(Dataset):
 
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Random numbers of Python and of torch on the CPU from a seed; afterwards those that would have come."""
+    """Context in which Python's and torch's CPU generators are seeded; their states are restored afterwards."""
     python, state = random.getstate(), torch.get_rng_state()
     random.seed(seed)
     torch.default_generator.manual_seed(seed)
@@ -85,10 +85,10 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 class StepSampler(Sampler[list[Key]]):
-    """Keys of a rank's passes, ``accumulate`` of them a step, from step ``start`` to before step ``stop``.
+    """Keys for a rank's passes, ``accumulate`` of them per step, from step ``start`` up to but excluding ``stop``.
 
-    Every epoch is a new order of all images, cut into batches of ``batch``, of which each rank takes a part; what is
-    left at its end is dropped. An order is that of its seed and epoch.
+    Every epoch shuffles all images anew, by seed and epoch, and cuts them into batches of ``batch``, of which each rank
+    takes a part; an incomplete last batch is dropped.
 
     Raises:
         ValueError: If a batch cannot be divided, or is larger than the data.
@@ -134,14 +134,14 @@ class StepSampler(Sampler[list[Key]]):
 
 
 def train_loader(images: Images, sampler: StepSampler, *, workers: int, pin: bool) -> Iterator[Batch]:
-    """All batches of a run, one after the other, with one set of data processes."""
+    """All batches of a run in order, with one set of data workers."""
     return iter(_loader(images, sampler, workers, pin))
 
 
 def eval_loader(
     images: Images, batch: int, *, rank: int = 0, world: int = 1, workers: int = 0, pin: bool = False
 ) -> DataLoader:
-    """Every image once, over all ranks; each rank gets as many batches, of the same sizes, as the others."""
+    """Every image once, over all ranks; all ranks get the same number of batches of the same sizes."""
     count = len(images.source)
     indices = [i if i < count else IGNORED for i in range(rank, -(-count // world) * world, world)]
     keys = [[(i, 0) for i in indices[first : first + batch]] for first in range(0, len(indices), batch)]
@@ -149,7 +149,7 @@ def eval_loader(
 
 
 def _loader(images: Images, batches: Any, workers: int, pin: bool) -> DataLoader:
-    # A generator of its own: by default a loader draws its seed from the model's random numbers.
+    # With its own generator: by default a loader draws its seed from torch's global generator.
     return DataLoader(
         images,
         batch_sampler=batches,

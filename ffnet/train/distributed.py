@@ -1,4 +1,4 @@
-"""The processes of a run: joining them, and a model on all of them by DDP or FSDP2."""
+"""The processes of a run: joining them, and distributing a model over them by DDP or FSDP2."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["Ranks", "broadcast_buffers", "join_ranks", "only_last", "shard", "wr
 
 
 class Ranks(NamedTuple):
-    """This process among those of the run; ``world`` is 1 where it is alone."""
+    """This process's place among those of the run; ``world`` is 1 for a single process."""
 
     rank: int
     world: int
@@ -37,13 +37,13 @@ class Ranks(NamedTuple):
             dist.barrier()
 
     def sum(self, values: Tensor) -> Tensor:
-        """In place, over all ranks."""
+        """Sums a tensor in place over all ranks."""
         if self.world > 1:
             dist.all_reduce(values)
         return values
 
     def gather(self, value: Any) -> list[Any]:
-        """The ranks' objects, on every rank."""
+        """Gathers an object of each rank on every rank."""
         found = [value] * self.world
         if self.world > 1:
             dist.all_gather_object(found, value)
@@ -59,14 +59,14 @@ class Ranks(NamedTuple):
 
 @contextmanager
 def join_ranks(device: str, timeout: float) -> Iterator[Ranks]:
-    """The ranks that torchrun started, or this process alone; NCCL on GPUs, gloo on the CPU.
+    """Joins the ranks that torchrun started, or runs this process alone; NCCL on GPUs, gloo on the CPU.
 
     Args:
-        device: ``cpu``, ``cuda``, or ``auto`` for CUDA where there is a GPU.
-        timeout: Seconds after which a rank that does not answer counts as dead.
+        device: ``cpu``, ``cuda``, or ``auto`` for CUDA if there is a GPU.
+        timeout: Seconds after which a rank that does not respond is considered dead.
 
     Raises:
-        ValueError: If the device is none of these, or not there.
+        ValueError: If the device is none of these, or not available.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -86,22 +86,22 @@ def join_ranks(device: str, timeout: float) -> Iterator[Ranks]:
     if world == 1:
         yield Ranks(0, 1, place)
         return
-    # Objects travel by gloo, on GPU machines as well.
+    # Objects are sent by gloo, also on GPU machines.
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     silence = timedelta(seconds=timeout)
     store, rank, world = next(dist.rendezvous("env://", timeout=silence))
-    # torchrun keeps one store for all its restarts: without a prefix, ranks find the addresses of those that are dead.
+    # torchrun keeps one store across restarts: without a prefix, ranks would find the addresses of dead ones.
     store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=silence)
     yield Ranks(rank, world, place)
-    dist.destroy_process_group()  # not after an error: the others wait in a collective
+    dist.destroy_process_group()  # not after an error, when the others wait in a collective
 
 
 def wrap_ddp(model: nn.Module, ranks: Ranks) -> nn.Module:
-    """``model`` with gradients averaged over the ranks.
+    """Wraps ``model`` so that gradients are averaged over the ranks.
 
-    Running statistics of batch normalisation are each rank's own, which training passes do not read; those of the first
-    rank count (`broadcast_buffers`), as in DDP's default, which would send them in every step.
+    Each rank has its own running statistics, which training passes do not read; in the end those of the first rank are
+    used (`broadcast_buffers`), as by DDP's default, which would send them in every step.
     """
     devices = [ranks.device] if ranks.device.type == "cuda" else None
     known = inspect.signature(DistributedDataParallel.__init__).parameters
@@ -124,7 +124,7 @@ def shard(model: nn.Module, ranks: Ranks) -> nn.Module:
 
 
 def only_last(model: nn.Module, is_last: bool) -> Any:
-    """A context for a forward and backward pass: ranks exchange gradients in the last pass of a step only."""
+    """Context for a forward and backward pass in which ranks exchange gradients only in the last pass of a step."""
     if isinstance(model, DistributedDataParallel):
         return contextlib.nullcontext() if is_last else model.no_sync()
     if isinstance(model, FSDPModule):
@@ -133,7 +133,7 @@ def only_last(model: nn.Module, is_last: bool) -> Any:
 
 
 def broadcast_buffers(module: nn.Module, ranks: Ranks) -> None:
-    """Gives every rank the first one's buffers."""
+    """Copies the first rank's buffers to all ranks."""
     if ranks.world > 1:
         for buffer in module.buffers():
             dist.broadcast(buffer, src=0)

@@ -1,4 +1,4 @@
-"""Accuracy of a classifier on a data set, over all ranks, and ``python -m ffnet eval``."""
+"""Evaluates a classifier on a data set, over all ranks; ``python -m ffnet eval``."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ TOP = 5
 
 
 class Accuracy(NamedTuple):
-    """What `evaluate` found.
+    """The result of `evaluate`.
 
     Attributes:
         top1, top5: Percent of the images that were read.
         loss: Mean cross-entropy.
-        images: How many were read.
-        images_per_second: Of all ranks together, reading included.
-        skipped: Those that could not be read, with the reasons.
+        images: Number of images read.
+        images_per_second: Throughput of all ranks together, reading included.
+        skipped: Images that could not be read, with the reasons.
         confusion: Counts [class, predicted class], int64.
     """
 
@@ -53,10 +53,10 @@ def autocast(device: torch.device, amp: str) -> Any:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Iterable[Batch], classes: int, ranks: Ranks, amp: str = "none") -> Accuracy:
-    """Runs ``model``, in the mode it is in, over each rank's batches; the result is the same on every rank.
+    """Runs ``model``, in its present mode, over each rank's batches; the result is the same on every rank.
 
     Raises:
-        ValueError: If not one image can be read.
+        ValueError: If no image can be read.
     """
     start = time.perf_counter()
     confusion = torch.zeros(classes, classes, dtype=torch.long, device=ranks.device)

@@ -1,4 +1,4 @@
-"""The training loop: steps, evaluation, checkpoints, and going on where a run was stopped."""
+"""The training loop: steps, evaluation, checkpoints, and resuming a stopped run."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ __all__ = ["Outcome", "Trainer", "train"]
 
 
 class Outcome(NamedTuple):
-    """How a run ended: its steps, and the last and the best top-1 accuracy in percent."""
+    """The outcome of a run: its steps, and its last and best top-1 accuracy in percent."""
 
     steps: int
     top1: float
@@ -42,15 +42,15 @@ class Outcome(NamedTuple):
 
 
 def train(options: TrainOptions, ranks: Ranks) -> Outcome:
-    """Trains to the end, from where the output folder's checkpoints are.
+    """Trains to the end, resuming from the output folder's checkpoints, if any.
 
     Raises:
-        ValueError, OSError, ImportError: If options, data or checkpoints are not what they should be.
-        FloatingPointError: If the loss is no longer a number.
+        ValueError, OSError, ImportError: If options, data or checkpoints are invalid.
+        FloatingPointError: If the loss is not finite.
     """
     torch.use_deterministic_algorithms(options.deterministic)
     if options.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS
     data = open_data(options.data, options.val)
     classes = options.classes or data.classes
     if classes < data.classes:
@@ -69,10 +69,10 @@ class Trainer:
     Args:
         model: Trained in place. ``config`` says how its input is prepared.
         data: Both parts of the data set.
-        classes: Outputs of the model.
-        options: What the run is told.
+        classes: Number of classes.
+        options: Options of the run.
         ranks: Its processes.
-        teacher: Gives labels, where there is one.
+        teacher: Provides labels for distillation, if given.
     """
 
     def __init__(
@@ -100,13 +100,13 @@ class Trainer:
         self.train_images = Images(data.train, train_transform(options, config, self.size), train=True)
         self.eval_images = Images(data.val, eval_transform(config, self.size), train=False)
         self.step, self.best, self.top1 = 0, 0.0, 0.0
-        self.sampler(0, 0)  # whose errors come before anything is written
+        self.sampler(0, 0)  # checked before anything is written
         self.steps_per_epoch = len(data.train) // options.batch
         self.total = options.epochs * self.steps_per_epoch
         self.skipped: set[str] = set()
 
     def _distribute(self) -> nn.Module:
-        """What the training step calls; shards or optimises the models on the way."""
+        """Returns what the training step calls; shards or optimises the models."""
         if self.options.fsdp:
             for each in (self.model, self.ema and self.ema.module):
                 if each is not None:
@@ -126,7 +126,7 @@ class Trainer:
         return StepSampler(len(self.data.train), o.batch, seed=o.seed, start=start, stop=stop, **place)
 
     def run(self) -> Outcome:
-        """To the end of the last epoch."""
+        """Runs to the end of the last epoch."""
         self._resume()
         o, ranks = self.options, self.ranks
         progress = Progress(self.folder, self.total, self.step, active=ranks.is_first, tensorboard=o.tensorboard)
@@ -172,9 +172,9 @@ class Trainer:
         self._count_skipped(progress)
 
     def _train_step(self, parts: list[Batch], watch: LossWatch) -> Tensor:
-        """One optimizer step on this rank's passes; gives the mean loss."""
+        """One optimizer step on this rank's passes; returns the mean loss."""
         o, device = self.options, self.ranks.device
-        # Random numbers of a step are its own: there is no state of generators to be kept.
+        # Each step is seeded by itself, so no generator states have to be saved.
         seed_everything(seed_of(o.seed, self.step, self.ranks.rank))
         rate = learning_rate(o, self.step, self.steps_per_epoch)
         set_learning_rate(self.optimizer, rate)
@@ -201,10 +201,10 @@ class Trainer:
         return total
 
     def _warm_up(self) -> None:
-        """Two passes that leave no trace, so that the first step of a process computes as all others do.
+        """Two passes without side effects, so that a process's first step computes exactly as later ones do.
 
-        The first pass of an optimised model runs its modules, later ones its program; DDP puts gradients into other
-        buckets after its first one. Both would round the steps after a restart differently.
+        The first pass of an optimised model runs its modules, later ones its program; DDP rebuilds its gradient buckets
+        after the first pass. Either would change the rounding of steps after a restart.
         """
         o = self.options
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
@@ -238,7 +238,7 @@ class Trainer:
         return found
 
     def _save(self, found: Accuracy | None) -> None:
-        """A checkpoint; after an evaluation the weights as well, where they are the best so far."""
+        """Saves a checkpoint; after an evaluation also the weights, if they are the best so far."""
         if found is not None:
             self.top1 = found.top1
             if found.top1 > self.best:
@@ -287,7 +287,7 @@ class Trainer:
         self.step, self.best, self.top1 = facts["step"], facts["best"], facts["top1"]
 
     def _write_weights(self, name: str) -> None:
-        """A file that `ffnet.load_checkpoint` reads, on the first rank."""
+        """Writes a file for `ffnet.load_checkpoint`, on the first rank."""
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
         content: dict[str, Any] = {"state_dict": get_model_state_dict(self.model, options=whole)}
         if self.ema is not None:
@@ -311,7 +311,7 @@ class Trainer:
 
 
 def seed_everything(seed: int) -> None:
-    """The generators of Python, NumPy and torch, on all devices."""
+    """Seeds the generators of Python, NumPy and torch, on all devices."""
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 - the one that libraries draw from
     torch.manual_seed(seed)

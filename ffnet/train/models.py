@@ -15,7 +15,7 @@ from ..registry import create_model, list_models
 
 __all__ = ["PRESETS", "build_model", "build_teacher", "checkpoint_file", "model_names", "recorded"]
 
-# Models for small pictures, for examples and tests; they are in no paper.
+# Models for small pictures, for examples and tests; not from the paper.
 PRESETS: dict[str, dict[str, Any]] = {
     "ffnet_tiny": {
         "depths": (1, 1, 2, 1),
@@ -34,10 +34,10 @@ def model_names() -> list[str]:
 
 
 def build_model(name: str, classes: int, *, checkpoint: str | None = None, drop_path: float | None = None) -> FFNet:
-    """A classifier, with the weights of a checkpoint except a head of other classes, which starts anew.
+    """Builds a classifier with a checkpoint's weights; a head for other classes is initialised anew.
 
     Raises:
-        ValueError: If there is no such model, or the checkpoint is another model's.
+        ValueError: If there is no such model, or the checkpoint belongs to another one.
         FileNotFoundError: If there is no such checkpoint.
     """
     if name not in model_names():
@@ -52,7 +52,7 @@ def build_model(name: str, classes: int, *, checkpoint: str | None = None, drop_
 
 
 def checkpoint_file(path: str) -> Path:
-    """The file itself; in the folder of a run, its best weights, or else its last.
+    """The checkpoint file; for the folder of a run, its best weights, or otherwise its last ones.
 
     Raises:
         FileNotFoundError: If the folder has none.
@@ -67,7 +67,7 @@ def checkpoint_file(path: str) -> Path:
 
 
 def recorded(path: str) -> dict[str, Any]:
-    """What `ffnet train` wrote beside its weights: model, classes, size; empty for a file of another origin."""
+    """The metadata that `ffnet train` stores with weights: model, classes, size; empty for other files."""
     file = checkpoint_file(path)
     if not file.is_file() or file.suffix == ".safetensors":
         return {}
@@ -77,11 +77,11 @@ def recorded(path: str) -> dict[str, Any]:
 
 
 def build_teacher(name: str, classes: int, checkpoint: str | None) -> nn.Module:
-    """A model that only looks: ``timm/<name>`` with its published weights or a file's, or a model of ffnet.
+    """Builds a teacher for distillation: ``timm/<name>`` with its published weights or a file's, or a model of ffnet.
 
     Raises:
-        ValueError: If it knows another number of classes, or a model of ffnet comes without weights.
-        ImportError: If timm is asked for and not installed.
+        ValueError: If its number of classes differs, or a model of ffnet is given without weights.
+        ImportError: If timm is needed but not installed.
     """
     if name.startswith("timm/"):
         try:

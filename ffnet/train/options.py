@@ -1,4 +1,4 @@
-"""Options of a training run: the command line, the defaults, and which may change when the run goes on."""
+"""Options of a training run: the command line, defaults, and which may change when a run is resumed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 __all__ = ["TrainOptions", "parse_train", "positive"]
 
-LR_BATCH = 1024  # the published learning rate is for this batch; it is scaled in proportion
+LR_BATCH = 1024  # the published learning rate is for this batch size, and scaled in proportion
 
 # The paper's recipe; `mixup` depends on the model.
 IMAGENET: dict[str, Any] = {
@@ -26,7 +26,7 @@ IMAGENET: dict[str, Any] = {
     "crop": 0.08,
     "workers": 4,
 }
-# A small model and few epochs for 8×8 pictures, which neither flips nor large holes leave legible.
+# A small model and few epochs for 8×8 pictures, which flips or large erased areas would make illegible.
 DIGITS: dict[str, Any] = {
     "model": "ffnet_tiny",
     "epochs": 20,
@@ -47,7 +47,8 @@ WEAK_MIXUP = ("ffnet_1", "ffnet_2")
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Options of one run; see ``python -m ffnet train --help``. ``batch`` is that of an optimizer step on all ranks."""
+    """Options of one run; see ``python -m ffnet train --help``. ``batch`` is the batch size of an optimizer step over
+    all ranks."""
 
     data: str
     model: str
@@ -108,11 +109,11 @@ class TrainOptions:
             raise ValueError("--fsdp trains in float32 or with --amp bf16, not with --amp fp16")
 
     def recipe(self) -> dict[str, Any]:
-        """What decides the numbers: a run can only go on with the same."""
+        """The options that determine results: a run can only be resumed with the same ones."""
         return {key: value for key, value in dataclasses.asdict(self).items() if key not in _MAY_CHANGE}
 
 
-# Where a run goes on, and how it tells of itself. The number of processes may change as well.
+# Options of where a run is and what it reports. The number of processes may change as well.
 _MAY_CHANGE = {
     *("data", "val", "output", "checkpoint", "teacher_checkpoint", "device", "workers", "timeout", "tensorboard"),
     *("accumulate", "fsdp", "optimize", "grad_checkpointing", "deterministic"),
@@ -121,11 +122,11 @@ _MAY_CHANGE = {
 
 
 def parse_train(argv: Sequence[str]) -> TrainOptions:
-    """Options from a command line without the word ``train``; defaults are the paper's, or fit the built-in data.
+    """Parses a command line without the word ``train``; defaults are the paper's, or suit the built-in data.
 
     Raises:
-        ValueError: If a value is out of its range.
-        SystemExit: If the command line is no such line.
+        ValueError: If a value is out of range.
+        SystemExit: If the command line is invalid.
     """
     given = vars(_parser().parse_args(argv))
     defaults = DIGITS if given["data"] == "digits" else IMAGENET
@@ -134,7 +135,7 @@ def parse_train(argv: Sequence[str]) -> TrainOptions:
     if options["lr"] is None:
         options["lr"] = 1e-3 * options["batch"] / LR_BATCH
     if options["warmup"] is None:
-        options["warmup"] = min(5.0, options["epochs"] / 10)  # short runs have a shorter one
+        options["warmup"] = min(5.0, options["epochs"] / 10)  # shorter for short runs
     if options["mixup"] is None:
         options["mixup"] = 0.2 if options["model"] in WEAK_MIXUP else 0.8
     return TrainOptions(**options)

@@ -1,4 +1,4 @@
-"""What a run tells while it works: one line on the screen, a record a line in a file, TensorBoard where asked for."""
+"""Progress of a run: a line on the screen, records in a file, one per line, and TensorBoard on request."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from typing import Any, TextIO
 __all__ = ["Progress", "duration"]
 
 RECORDS = "metrics.jsonl"
-SMOOTHING = 0.7  # of the speed that the remaining time is computed from
+SMOOTHING = 0.7  # smoothing of the speed that the remaining time is computed from
 
 
 class Progress:
-    """Speed, loss, rate and remaining time of a run; silent on ranks other than the first.
+    """Reports speed, loss, learning rate and remaining time of a run; only on the first rank.
 
     Args:
-        folder: Where ``metrics.jsonl`` goes; records of steps from ``start`` on, left by a killed process, go.
+        folder: Folder of ``metrics.jsonl``; records of steps after ``start``, left by a killed process, are removed.
         total: Steps of the run.
-        start: The step at which this process begins.
-        active: Whether this rank speaks.
-        tensorboard: Write events, too.
+        start: The step at which this process starts.
+        active: Whether this rank reports.
+        tensorboard: Whether to write TensorBoard events, too.
 
     Raises:
-        ImportError: If TensorBoard is asked for and not installed.
+        ImportError: If TensorBoard is needed but not installed.
     """
 
     def __init__(
@@ -58,11 +58,11 @@ class Progress:
             self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
 
     def start(self) -> None:
-        """Of the first step: the speed counts from here."""
+        """Marks the start of the first step, from which speed is measured."""
         self.last = time.perf_counter()
 
     def show(self, step: int, epoch: float, loss: float, rate: float, images: int) -> None:
-        """After ``step`` steps; ``images`` were trained on since the last call."""
+        """Reports the state after ``step`` steps; ``images`` were trained on since the last call."""
         now = time.perf_counter()
         steps_per_second = (step - self.step) / max(now - self.last, 1e-9)
         self.speed = SMOOTHING * self.speed + (1 - SMOOTHING) * steps_per_second if self.speed else steps_per_second
@@ -83,7 +83,7 @@ class Progress:
         self.record(step, loss=loss, lr=rate, images_per_second=images_per_second)
 
     def record(self, step: int, **values: float) -> None:
-        """A line of the file, with the seconds since this process began."""
+        """Appends a record to the file, with the seconds since this process started."""
         if not self.active:
             return
         with open(self.path, "a") as file:
@@ -93,7 +93,7 @@ class Progress:
                 self.writer.add_scalar(name, value, step)
 
     def say(self, text: str) -> None:
-        """A line of its own, above the line of progress."""
+        """Prints a line above the progress line."""
         if self.active:
             self.stream.write(f"{chr(10) if self.is_open else ''}{text}\n")
             self.stream.flush()
@@ -101,7 +101,7 @@ class Progress:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What is done within it is no training, whose speed it does not lower."""
+        """Context for other work than training, which does not count towards its speed."""
         begin = time.perf_counter()
         yield
         self.last += time.perf_counter() - begin
@@ -114,7 +114,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """Such as 0:42, 12:05, 3:07:00, 2d 03:00."""
+    """Formats seconds, such as 0:42, 12:05, 3:07:00, 2d 03:00."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     if hours >= 24:
@@ -123,7 +123,7 @@ def duration(seconds: float) -> str:
 
 
 def _cut(path: Path, start: int) -> None:
-    """Leaves the records of steps up to ``start``; a killed process may have left more, and half a line."""
+    """Truncates the file to records of steps up to ``start``; a killed process may have left more, and half a line."""
     kept = []
     if path.is_file():
         for line in path.read_text().splitlines():

@@ -17,7 +17,7 @@ __all__ = ["Loss", "averaged", "build_optimizer", "learning_rate", "set_learning
 
 
 def build_optimizer(model: nn.Module, options: TrainOptions) -> torch.optim.AdamW:
-    """AdamW that decays matrices and filters, but no norm, bias or layer scale."""
+    """AdamW with weight decay on matrices and filters, but not on norms, biases and layer scales."""
     norms = {
         id(parameter)
         for module in model.modules()
@@ -36,7 +36,8 @@ def build_optimizer(model: nn.Module, options: TrainOptions) -> torch.optim.Adam
 
 
 def learning_rate(options: TrainOptions, step: int, steps_per_epoch: int) -> float:
-    """Of step ``step``: a line up over ``warmup`` epochs, then half a cosine down to ``min_lr``."""
+    """The learning rate of step ``step``: linear warm-up over ``warmup`` epochs, then a half cosine down to
+    ``min_lr``."""
     warmup, total = options.warmup * steps_per_epoch, options.epochs * steps_per_epoch
     if step < warmup:
         return options.lr * (step + 1) / (warmup + 1)
@@ -50,11 +51,12 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def averaged(model: nn.Module, decay: float) -> AveragedModel:
-    """Exponential moving average of weights and statistics; it forgets faster at first, when all is random."""
+    """Exponential moving average of weights and statistics; it decays faster at first, when weights are still
+    random."""
 
     @torch.no_grad()
     def average(averages: Sequence[Tensor], values: Sequence[Tensor], updates: Tensor | int) -> None:
-        n = int(ema.n_averaged)  # stays on the CPU; to read `updates` would be to wait for the GPU
+        n = int(ema.n_averaged)  # kept on the CPU: reading `updates` would wait for the GPU
         weight = 1 - min(decay, (1 + n) / (10 + n))
         if averages[0].is_floating_point() and not any(isinstance(own, DTensor) for own in averages):
             torch._foreach_lerp_(list(averages), list(values), weight)
@@ -70,13 +72,14 @@ def averaged(model: nn.Module, decay: float) -> AveragedModel:
 
 
 class Loss:
-    """Cross-entropy with label smoothing, in float32; with a teacher, mixed with that against the teacher's choice."""
+    """Cross-entropy with label smoothing, in float32; with a teacher, mixed with the cross-entropy against its
+    predictions."""
 
     def __init__(self, label_smoothing: float, teacher: Callable[[Tensor], Tensor] | None, distill: float) -> None:
         self.label_smoothing, self.teacher, self.distill = label_smoothing, teacher, distill
 
     def choices(self, images: Tensor) -> Tensor | None:
-        """The teacher's classes [N] for these images."""
+        """The teacher's predicted classes [N] for these images."""
         if self.teacher is None:
             return None
         with torch.no_grad():

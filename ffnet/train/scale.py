@@ -1,7 +1,7 @@
-"""A training step on paper: work, bytes, gradients between GPUs, and pictures from the disk, for any number of GPUs.
+"""Estimates a training step for any number of GPUs: work, bytes, gradient exchange, and reading of pictures.
 
-``python -m ffnet.train.scale`` prints the table of ``docs/training.md``; ``--anchor`` compares its formula for the
-exchange of gradients with two processes of this machine.
+``python -m ffnet.train.scale`` prints the table of ``docs/training.md``; ``--anchor`` compares its formula for gradient
+exchange with two processes on this machine.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ GRADIENT_BYTES = 4  # DDP sums gradients in float32
 ADAMW_BYTES = 7 * 4  # a parameter's gradient, value and two moments read, the latter three written
 EMA_BYTES = 3 * 4  # average read and written, value read
 PASSES = 3  # the backward pass computes two products for each one of the forward pass
-BUCKET_BYTES = 25 * 2**20  # DDP exchanges gradients in such portions
+BUCKET_BYTES = 25 * 2**20  # bucket size of DDP's gradient exchange
 MAP_TRIPS = 5  # a map is written and read; read again in the backward pass; its gradient is written and read
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """What the estimates assume of the machines. The defaults are data sheets' of eight H100 SXM a node.
+    """Assumptions about the machines. Defaults are from data sheets, for nodes of eight H100 SXM.
 
     Attributes:
         node: GPUs of a node.
@@ -64,7 +64,7 @@ class Cluster:
 
 
 class Work(NamedTuple):
-    """Of a model at one input size, for one image.
+    """The work of a model for one image of a given size.
 
     Attributes:
         macs: Multiply–adds of a forward pass.
@@ -80,10 +80,10 @@ class Work(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A training step on ``gpus`` GPUs, in seconds, bytes and FLOPs of one GPU; ``images`` of all of them.
+    """A training step on ``gpus`` GPUs, in seconds, bytes and FLOPs per GPU; ``images`` is for all of them.
 
-    ``seconds`` is computing plus what of the exchange does not fit under the backward pass. ``efficiency`` is the speed
-    relative to as many GPUs that need not talk to each other. The last three are what a node must read and decode.
+    ``seconds`` is computing plus the part of the exchange that the backward pass does not hide. ``efficiency`` is the
+    speed relative to as many GPUs without communication. The last three are what a node must read and decode.
     """
 
     gpus: int
@@ -122,12 +122,13 @@ def measure_work(model: nn.Module, input_size: tuple[int, int, int]) -> Work:
 
 
 def ring_seconds(size: float, ranks: int, bandwidth: float, latency: float) -> float:
-    """Of an all-reduce in a ring: each rank sends 2·(n−1)/n of the bytes, in 2·(n−1) steps."""
+    """Time of a ring all-reduce: each rank sends 2·(n−1)/n of the bytes, in 2·(n−1) steps."""
     return 2 * (ranks - 1) / ranks * size / bandwidth + 2 * (ranks - 1) * latency if ranks > 1 else 0.0
 
 
 def exchange_seconds(size: float, gpus: int, cluster: Cluster) -> float:
-    """Of an all-reduce over nodes: halves of a ring inside each node around one between nodes, for 1/node of the bytes.
+    """Time of an all-reduce over nodes: half a ring inside each node before and after a ring between nodes, for 1/node
+    of the bytes.
 
     Rings of many nodes become trees: latency then grows with their logarithm, twice, and the bytes stay a ring's.
     """
@@ -153,13 +154,13 @@ def step_on(gpus: int, batch: int, work: Work, cluster: Cluster) -> Step:
     passes = MAP_TRIPS * work.map_bytes * batch
     update = (ADAMW_BYTES + EMA_BYTES) * work.parameters
     memory_bytes = float(passes + update)
-    # Convolutions and passes over maps alternate, so their times add up.
+    # Convolutions and elementwise passes alternate, so their times add up.
     arithmetic = flops / (cluster.flops * cluster.flops_share)
     busy = arithmetic + memory_bytes / (cluster.memory * cluster.memory_share)
     compute = max(busy, PASSES * work.calls * cluster.launch)
     size = GRADIENT_BYTES * work.parameters
     exchange = exchange_seconds(size, gpus, cluster)
-    # The last portion has no backward pass to hide under.
+    # There is no backward pass left to hide the last bucket.
     last = exchange * min(1.0, BUCKET_BYTES / size)
     exposed = max(exchange - cluster.overlap * compute * (PASSES - 1) / PASSES, last)
     seconds = compute + exposed
@@ -206,7 +207,7 @@ def _anchor_rank(rank: int, port: int, size: int, repeats: int, queue: Any) -> N
             begin = time.perf_counter()
             dist.all_reduce(tensor)
             samples.append(time.perf_counter() - begin)
-        found.append(min(samples))  # the one that others on the machine disturbed least
+        found.append(min(samples))  # the least disturbed one
     if rank == 0:
         queue.put(found)
     dist.destroy_process_group()

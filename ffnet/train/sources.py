@@ -1,4 +1,4 @@
-"""Where labelled images come from: folders of classes, tar shards, scikit-learn's digits."""
+"""Sources of labelled images: folders of classes, tar shards, scikit-learn's digits."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Source(Protocol):
     """Labelled images by number.
 
     Attributes:
-        classes: Their names, or None where the data only knows numbers.
+        classes: Names of the classes, or None if the data only has numbers.
         labels: Of every image, int64.
-        problems: What could not be used, in words, found while it was opened.
+        problems: Messages about data that could not be used, found on opening.
     """
 
     classes: list[str] | None
@@ -37,7 +37,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
     def name(self, index: int) -> str: ...
     def image(self, index: int) -> Image.Image:
-        """As RGB; OSError where it cannot be read."""
+        """Reads an image as RGB; raises OSError if it cannot be read."""
         ...
 
 
@@ -50,7 +50,7 @@ class Data(NamedTuple):
 
 
 class Folder:
-    """``root/<class>/**/<image>``: classes are numbered in the order of their names, as torchvision does.
+    """``root/<class>/**/<image>``: classes are numbered in the order of their names, as in torchvision.
 
     Raises:
         ValueError: If a class has no image.
@@ -73,7 +73,7 @@ class Folder:
             labels += [label] * len(files)
         if not labels:
             raise ValueError(f"no image below {root}")
-        # Arrays: the processes of a data loader would copy lists of objects, reference count by reference count.
+        # Arrays, because reference counts would make data workers copy lists of objects.
         self.names, self.labels = np.array(names), np.array(labels, dtype=np.int64)
 
     def __len__(self) -> int:
@@ -90,10 +90,10 @@ class Shards:
     """Tar files in the layout of WebDataset: files of one stem are a sample, ``<stem>.jpg`` and ``<stem>.cls``.
 
     ``.cls`` holds the number of the class as text. The headers are read once, when it is opened; images are then read
-    at random. A shard that ends too early gives what is before its end.
+    at random. A truncated shard yields the samples before its end.
 
     Raises:
-        ValueError: If there is no sample, or a shard is compressed.
+        ValueError: If there are no samples, or a shard is compressed.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
@@ -126,7 +126,7 @@ class Shards:
             raise ValueError(f"{self.files[0].parent}: expected classes from 0 on, got {self.labels.min()}")
 
     def _members(self, path: Path) -> dict[str, dict[str, tuple[int, int]]]:
-        """By stem and suffix, where each file of a shard begins and how long it is."""
+        """Offset and size of each file in a shard, by stem and suffix."""
         samples: dict[str, dict[str, tuple[int, int]]] = {}
         size = path.stat().st_size
         try:
@@ -140,7 +140,7 @@ class Shards:
                         raise tarfile.ReadError("unexpected end of data")
                     place = (member.offset_data, member.size)
                     samples.setdefault(f"{folder}/{stem}".lstrip("/"), {})[f".{suffix.lower()}"] = place
-                if tar.offset + tarfile.BLOCKSIZE > size:  # cut between two files or in a header
+                if tar.offset + tarfile.BLOCKSIZE > size:  # truncated between two files or in a header
                     raise tarfile.ReadError("it has no end mark")
         except tarfile.TarError as error:
             if not samples:
@@ -185,10 +185,11 @@ class Digits:
 
 
 def open_source(path: str | os.PathLike[str], classes: Sequence[str] | None = None) -> Source:
-    """One part of a data set: a folder of class folders, a folder of shards, or a pattern such as ``d/train-*.tar``.
+    """Opens one part of a data set: a folder of class folders, a folder of shards, or a pattern such as
+    ``d/train-*.tar``.
 
     Raises:
-        FileNotFoundError: If there is nothing.
+        FileNotFoundError: If nothing is found.
         ValueError: If it has neither layout.
     """
     path = Path(path)
@@ -209,15 +210,15 @@ def open_source(path: str | os.PathLike[str], classes: Sequence[str] | None = No
 
 
 def open_data(data: str, val: str | None = None) -> Data:
-    """Both parts of a data set.
+    """Opens both parts of a data set.
 
     Args:
-        data: ``digits``, a folder with ``train`` and ``val`` (or ``validation``, ``test``) in it, or, where ``val`` is
+        data: ``digits``, a folder with ``train`` and ``val`` (or ``validation``, ``test``) in it, or, if ``val`` is
             given, the training part itself.
-        val: The held-out part, where it is elsewhere.
+        val: The held-out part, if it is elsewhere.
 
     Raises:
-        FileNotFoundError, ValueError: If something is not there or has another layout, with what was expected.
+        FileNotFoundError, ValueError: If something is missing or has another layout, with what was expected.
     """
     if data == "digits":
         return Data(Digits(train=True), Digits(train=False), 10)

@@ -1,4 +1,4 @@
-"""Stopping a run whose loss is no longer a number."""
+"""Stops a run whose loss is no longer finite."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ __all__ = ["LossWatch"]
 
 
 class LossWatch:
-    """Stops a run whose loss is no number, and keeps what that step was given.
+    """Stops a run whose loss is not finite, and saves that step's inputs.
 
-    On a GPU the loss of a pass is looked at after the next one has been started, so as not to wait for it.
+    On a GPU the loss of a pass is checked after the next one has been launched, so as not to wait for it.
     """
 
     def __init__(self, folder: Path, ranks: Ranks, delay: int) -> None:
@@ -30,7 +30,7 @@ class LossWatch:
             self._check(*self.seen.pop(0))
 
     def flush(self) -> None:
-        """Looks at what is left: a checkpoint must not hold weights of a loss that is no number."""
+        """Checks what is left: a checkpoint must not hold weights from a loss that is not finite."""
         while self.seen:
             self._check(*self.seen.pop(0))
 
