@@ -7,7 +7,7 @@ import sys
 
 from .memory import restart_with_plain_heap
 
-#: What each command does, and the module whose ``main(arguments)`` does it.
+#: What each command does, and the module whose ``main(arguments)`` runs it.
 COMMANDS = {
     "demo": ("classify photographs with every way to run a model, and time them side by side", "demo"),
     "run": ("measure a suite, or operators on a shape of yours, beside baselines", "run"),
@@ -23,7 +23,7 @@ USAGE = f"usage: python -m {__package__} COMMAND [OPTION ...]\n\n" + "\n".join(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns what the command returns; 2 for one that there is not."""
+    """Returns what the command returns; 2 for an unknown one."""
     arguments = sys.argv[1:] if argv is None else argv
     if arguments[:1] in (["-h"], ["--help"]):
         print(USAGE)

@@ -1,5 +1,5 @@
-"""What can be measured: a call of an operator, a layer, a model, a training step; each with its arithmetic and the
-traffic that nobody can avoid. And the suites, which say what is measured together: each whole, and in a quick form."""
+"""The cases that can be measured: a call of an operator, a layer, a model, a training step; each with its arithmetic
+and its unavoidable memory traffic. And the suites, sets of cases, each in full and in a quick form."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import ffnet
 
 
 class OperatorSpec(NamedTuple):
-    """What an operator does per map, as far as counting goes.
+    """What has to be known of an operator to count its work.
 
     Attributes:
         filters: depthwise convolutions in it.
-        expansion: width of its hidden map over C, 0 for none.
+        expansion: width of its hidden map relative to C, 0 for none.
         residual: whether it adds a residual map.
     """
 
@@ -39,8 +39,8 @@ OPERATORS = {
 
 @dataclass(frozen=True)
 class OperatorCase:
-    """One call of an operator on a map [batch, channels, size, width], the width being the size by default; "backward":
-    the gradients of all its tensors."""
+    """One call of an operator on a map [batch, channels, size, width], by default square; "backward": the gradients of
+    all its tensors."""
 
     operator: str
     batch: int
@@ -68,7 +68,7 @@ class OperatorCase:
 
     @property
     def flops(self) -> int:
-        """Two per multiply–add, taps on padding counted, activations and what a backward pass computes anew not."""
+        """Two per multiply–add, including taps on padding, but not activations and what a backward pass recomputes."""
         spec = OPERATORS[self.operator]
         per_output = spec.filters * self.kernel**2 + 2 * spec.expansion * self.channels
         return 2 * math.prod(self.shape) * per_output * (2 if self.direction == "backward" else 1)
@@ -78,7 +78,7 @@ class OperatorCase:
         """Each input map, weight and output moved once.
 
         Backward: the input and the incoming gradient read, the gradient of the input written, each weight read and its
-        gradient written. A residual costs nothing: its gradient is the incoming one.
+        gradient written. A residual adds nothing: its gradient is the incoming one.
         """
         spec, elements = OPERATORS[self.operator], math.prod(self.shape)
         hidden = spec.expansion * self.channels
@@ -113,7 +113,7 @@ class _ForwardPass:
 
 @dataclass(frozen=True)
 class ModelCase(_ForwardPass):
-    """One forward pass of a model in eval mode on [batch, 3, size, width], the width being the size by default."""
+    """One forward pass of a model in eval mode on [batch, 3, size, width], by default square."""
 
     model: str
     batch: int
@@ -134,7 +134,7 @@ class ModelCase(_ForwardPass):
 
 @dataclass(frozen=True)
 class LayerCase(_ForwardPass):
-    """One forward pass of a reparameterised part of a model in eval mode, on the map it gets from a 256² image.
+    """One forward pass of a reparameterised part of a model in eval mode, on its input for a 256² image.
 
     Attributes:
         path: of the module in the model, as `torch.nn.Module.get_submodule` takes it.
@@ -160,7 +160,7 @@ class LayerCase(_ForwardPass):
 
 @dataclass(frozen=True)
 class TrainingCase:
-    """Forward pass, loss and all gradients of a model in train mode; with ``autocast``, under it to bfloat16."""
+    """Forward pass, loss and all gradients of a model in train mode; with ``autocast``, under autocast to bfloat16."""
 
     model: str
     batch: int
@@ -191,7 +191,7 @@ class TrainingCase:
 
 
 Case = OperatorCase | LayerCase | ModelCase | TrainingCase
-#: What results call the kinds of cases.
+#: The kinds of cases, as named in results.
 KINDS = {OperatorCase: "operator", LayerCase: "layer", ModelCase: "model", TrainingCase: "training"}
 
 
@@ -199,7 +199,7 @@ def parameters(case: Any) -> dict[str, Any]:
     """A case as plain data: its kind, and its fields."""
     plain = {"kind": KINDS.get(type(case), "other"), **asdict(case)}
     if isinstance(case, OperatorCase) and case.width is None:
-        del plain["width"]  # a square map, as results of record have it
+        del plain["width"]  # as in results of record, for square maps
     return plain
 
 
@@ -210,7 +210,7 @@ def itemsize(dtype: str) -> int:
 
 @functools.cache
 def counts(name: str, path: str, shape: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Parameters of the part at a path in a reparameterised model, and multiply–adds and elements of the output of one
+    """Parameters of the part at a path in a reparameterised model, and multiply–adds and output elements for one
     input."""
     part = ffnet.reparameterize(ffnet.create_model(name, device="meta").eval().get_submodule(path))
     outputs = part(torch.empty(1, *shape, device="meta")).numel()
@@ -227,9 +227,9 @@ STAGE_DIMS = {
 STAGE_SIZES = (64, 32, 16, 8)
 TOKEN_KERNELS = (3, 3, 7, 7)
 CHANNEL_KERNELS = {"ffnet_1": 3, "ffnet_2": 7, "ffnet_3": 7, "ffnet_4": 7}
-#: (channels, size, kernel) of stage 2 of FFNet-3 at 384²: a map that is no power of two.
+#: (channels, size, kernel) of stage 2 of FFNet-3 at 384²: a map whose size is not a power of two.
 LARGE_MAP = (384, 24, 7)
-#: Depthwise filters as of RepLKNet, on maps of FFNet-1's stages.
+#: Depthwise filters as large as RepLKNet's, on maps of FFNet-1's stages.
 LARGE_FILTERS = ((80, 64, 31), (160, 32, 31), (320, 16, 31))
 #: Channels, kernels and activation of the depthwise layers of other architectures at 224², on maps of 56², 28², 14² and
 #: 7². Papers: ConvNeXt arXiv 2201.03545, RepLKNet 2203.06717 (merged filters), StarNet 2403.19967.
@@ -244,7 +244,7 @@ BATCHES = (1, 8)
 DTYPES = ("float32", "bfloat16")
 DIRECTIONS = ("forward", "backward")
 
-#: One call of each operator, of which one dimension at a time is varied; and the values it takes.
+#: One call of each operator, and the values of the one dimension that is varied at a time.
 GROWTH_FROM = {operator: OperatorCase(operator, 4, 160, 32, 7) for operator in OPERATORS}
 GROWTH = {
     "batch": (1, 2, 4, 8, 16),
@@ -307,7 +307,7 @@ def _whole_models(quick: bool) -> Iterator[Case]:
 
 
 def _dense(quick: bool) -> Iterator[Case]:
-    """Segmentation, which holds the backbones: a quarter of a megapixel, and a whole one."""
+    """Segmentation, backbones included, on a quarter of a megapixel and a whole one."""
     choices = itertools.product(DTYPES, ("ffnet_seg_ade20k", "ffnet_2_upernet"), (512, 1024))
     for dtype, model, size in _first(quick, tuple(choices)):
         yield ModelCase(model, 1, size, dtype)
@@ -333,7 +333,7 @@ def _growth(quick: bool) -> Iterator[Case]:
 
 
 def _record(quick: bool) -> Iterator[Case]:
-    """What the goals of `benchmarks.goals` are about, in both dtypes; quick: of FFNet-1 at batch 1."""
+    """The cases that `benchmarks.goals` sets goals for, in both dtypes; quick: those of FFNet-1 at batch 1."""
     models, batches = _models(quick), _first(quick, BATCHES)
     for dtype in DTYPES:
         for batch, (operator, channels, size, kernel) in itertools.product(batches, _stage_shapes(models)):
@@ -363,7 +363,7 @@ SUITES: dict[str, Callable[[bool], Iterable[Case]]] = {
     "train": _training,
     "record": _record,
 }
-#: What is measured where nothing is named; the others repeat parts of it or take longer.
+#: Measured by default; the others repeat parts of these or take longer.
 DEFAULT_SUITES = ("ops", "growth", "layers", "models", "train")
 
 
@@ -374,7 +374,7 @@ def suite(names: str | Iterable[str], text: str = "", *, quick: bool = False) ->
     return [case for case in cases if text in case.name]
 
 
-#: Whose peak memory is measured.
+#: The cases whose peak memory is measured.
 MEMORY_CASES: tuple[Case, ...] = (
     ModelCase("ffnet_1", 8),
     ModelCase("ffnet_1", 8, dtype="bfloat16"),

@@ -11,7 +11,7 @@ from typing import Any
 from .results import OURS, Measurement, Roofs, Row, baselines_of, replacing, shared_words
 
 OURS_COLOR, BASELINE_COLOR, SLOWER_BAR_COLOR = "#1b6ca8", "#b4bcc4", "#ecc5c0"
-#: By contender, the same in every chart; others take what follows.
+#: By contender, the same in every chart; other contenders get one of OTHER_COLORS.
 COLORS = {
     OURS: OURS_COLOR,
     "eager nchw": "#e0a458",
@@ -27,14 +27,14 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
 class ChartError(RuntimeError):
-    """No chart can be drawn; the text says why."""
+    """No chart can be drawn; the message says why."""
 
 
 def latency_chart(row: Row, path: Path, title: str) -> None:
     """One case: a bar a contender, fastest first, quartiles as whiskers.
 
     Raises:
-        ChartError: where matplotlib is missing or nothing was measured.
+        ChartError: if matplotlib is missing or nothing was measured.
     """
     measured = sorted((m for m in row.measurements if m.samples_ms), key=lambda m: m.median_ms, reverse=True)
     if not measured:
@@ -62,7 +62,7 @@ def speedup_chart(rows: Sequence[Row], path: Path, title: str) -> None:
     """A line a case: the time over ours of every baseline as a mark, and a bar up to the fastest of them.
 
     Raises:
-        ChartError: where matplotlib is missing or nothing was measured.
+        ChartError: if matplotlib is missing or nothing was measured.
     """
     rows = [row for row in rows if row.ratios()]
     if not rows:
@@ -96,7 +96,7 @@ def roofline_chart(rows: Sequence[Row], roofs: Roofs | None, path: Path, title: 
     """GFLOP/s of ours (filled) and of the fastest baseline (hollow) over operations per byte, a panel a dtype.
 
     Raises:
-        ChartError: where matplotlib or the roofs are missing, or nothing was measured.
+        ChartError: if matplotlib or the roofline is missing, or nothing was measured.
     """
     by_dtype: dict[str, list[tuple[Row, Measurement]]] = {}
     for row in rows:
@@ -157,10 +157,10 @@ def _figure(width: float, height: float, title: str) -> Any:
     """A matplotlib figure with a title, drawn without a display.
 
     Raises:
-        ChartError: where matplotlib is missing.
+        ChartError: if matplotlib is missing.
     """
     try:
-        # The object interface: no global state, and no display is looked for.
+        # The object interface: without global state, or a search for a display.
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -1,12 +1,12 @@
 """``run --base REV``: measures another commit beside this one, and says what changed.
 
-The other commit is built in a worktree. Samples of both are taken by turns, each in a process of its own, with its own
-library and packages under this commit's benchmarks; no baselines take part. The other commit has a second process: how
-far its two processes seem to differ, is what no change at all looks like on this machine. By half more than nearly all
-of these false changes has a case to change to be called significant.
+The other commit is built in a worktree. Samples of both are taken alternately, in one process each, with its own
+library and packages, but this commit's benchmarks; no baselines take part. The other commit has a second process: the
+differences between its two processes show how much noise there is. To be called significant, a change has to exceed
+nearly all of these false changes by half.
 
-All cases of an operator, a direction and a dtype are also looked at together, by the same rule: where a single case
-drowns in the machine's noise, their median does not.
+All cases of an operator, a direction and a dtype are also judged together, by the same rule: their median stands out
+where single cases are lost in noise.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ from .work import build
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("ffnet_kernels", "ffnet")
 BASE, AGAIN = "base", "base again"
-ANSWER = "answer: "  # what a line of a worker begins with, lest something else that prints is taken for one
+ANSWER = "answer: "  # marks a worker's answers among whatever else is printed
 
-#: How many times the false changes a change has to exceed, but for the largest share of them; and what it has to exceed
-#: on the quietest machine, or where too few false changes are known to tell how quiet it is.
+#: A change has to exceed MARGIN times the false changes, of which the largest WILD share is ignored; and at least
+#: LEAST_CHANGE, or LEAST_UNKNOWN if too few false changes are known.
 MARGIN, WILD, LEAST_CHANGE, LEAST_UNKNOWN = 1.5, 0.03, 0.04, 0.15
-#: Of the spread of its own rounds, in standard errors of the median.
+#: It also has to exceed so many standard errors of the median of its own rounds.
 OWN_ERRORS = 4.0
 #: Standard error of a median over that of a mean, of normally distributed values.
 MEDIAN_OVER_MEAN = 1.2533
-#: Fewer false changes than this, of cases and of groups, say too little of the machine; so many cases make a group.
+#: With fewer false changes of cases or groups, the noise is unknown; a group has at least so many cases.
 LEAST_FALSE_CHANGES, LEAST_FALSE_GROUPS, LEAST_GROUP = 20, 3, 4
 
 
@@ -57,10 +57,10 @@ class Change:
     """Of one case, or of a group: the median of its cases.
 
     Attributes:
-        group: what a case is looked at together with.
+        group: the group that a case is judged in.
         size: logarithm of the time now over the time before, median of the rounds: positive is slower.
         error: standard error of it, from the spread of the rounds; 0 for a group.
-        times: what is printed of it: medians before and after, or how many cases there are.
+        times: for printing: medians before and after, or the number of cases.
     """
 
     name: str
@@ -72,11 +72,11 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Changes from the other commit to this one, and those that are none.
+    """Changes from the other commit to this one, and false changes.
 
     Attributes:
         changes: in the order of the cases.
-        false: from one process of the other commit to the other.
+        false: between two processes of the other commit.
     """
 
     changes: list[Change]
@@ -88,7 +88,7 @@ class Comparison:
 
     @property
     def limit(self) -> float:
-        """What the change of one case has to exceed."""
+        """The limit that the change of one case has to exceed."""
         sizes = sorted(abs(change.size) for change in self.false)
         if len(sizes) < LEAST_FALSE_CHANGES:
             return max(LEAST_UNKNOWN, MARGIN * max(sizes, default=0.0))
@@ -96,7 +96,7 @@ class Comparison:
 
     @property
     def group_limit(self) -> float | None:
-        """What the change of a group has to exceed; None where too few false ones are known."""
+        """The limit that the change of a group has to exceed; None if too few false ones are known."""
         groups = _groups(self.false)
         if len(groups) < LEAST_FALSE_GROUPS:
             return None
@@ -107,7 +107,7 @@ class Comparison:
 
     @property
     def significant(self) -> list[Change]:
-        """Cases and groups that changed."""
+        """Cases and groups that changed significantly."""
         cases = [c for c in self.changes if abs(c.size) > max(self.limit, OWN_ERRORS * c.error)]
         limit = self.group_limit
         return [*cases, *(group for group in self.groups() if limit is not None and abs(group.size) > limit)]
@@ -118,13 +118,13 @@ class Comparison:
 
 
 def _change(row: Row, contender: str) -> Change | None:
-    """From the other commit to a contender; None where one did not run."""
+    """The change from the other commit to a contender; None if one did not run."""
     before, after = row.measurement(BASE), row.measurement(contender)
     if before is None or after is None:
         return None
     rounds = [math.log(b / a) for a, b in zip(before.samples_ms, after.samples_ms, strict=False)]
     size = statistics.median(rounds)
-    # From the median of the absolute values: a few wild ones do not count.
+    # From the median absolute deviation, which outliers do not affect.
     deviation = 1.4826 * statistics.median(abs(value - size) for value in rounds)
     error = MEDIAN_OVER_MEAN * deviation / math.sqrt(len(rounds))
     return Change(row.case, group_of(row), size, error, (f"{before.median_ms:.3f}", f"{after.median_ms:.3f}"))
@@ -146,7 +146,7 @@ def _groups(changes: Sequence[Change]) -> list[Change]:
 
 
 def report(comparison: Comparison) -> str:
-    """Every case and group, marked where it changed, and what that means."""
+    """A table of all cases and groups, marked where they changed, and the limits."""
     changed, groups, limit = comparison.significant, comparison.groups(), comparison.group_limit
 
     def line(change: Change, *error: str) -> tuple[str, ...]:
@@ -172,17 +172,17 @@ def _percent(logarithm: float) -> str:
 
 
 class CannotBuild(RuntimeError):
-    """A commit cannot be checked out, built or measured; the text says why."""
+    """A commit cannot be checked out, built or measured; the message says why."""
 
 
 def run_base(revision: str, cases: Sequence[Case], options: argparse.Namespace, samples: int) -> int:
-    """Prints what changed from that commit to this one, as it is built; writes the rows where there is ``--out``.
+    """Prints what changed from that commit to this tree, as it is built; writes the rows to ``--out``, if given.
 
     Returns:
         0; 1 where something became significantly slower, 130 after Ctrl-C.
 
     Raises:
-        CannotBuild: where there is no such commit, or it does not build or run.
+        CannotBuild: if there is no such commit, or it does not build or run.
     """
     place = prepare_base(revision)
     with contextlib.ExitStack() as stack:
@@ -205,7 +205,7 @@ def run_base(revision: str, cases: Sequence[Case], options: argparse.Namespace, 
 
 
 def measured(case: Case, ask: dict[str, Callable[[str], dict]], samples: int, seconds: float) -> Row:
-    """One case; the processes sleep but for the one whose turn it is."""
+    """Measures one case, one process at a time."""
     for name in ask:
         ask[name](f"prepare {case.name}")
     begun = time.monotonic()
@@ -220,13 +220,14 @@ def measured(case: Case, ask: dict[str, Callable[[str], dict]], samples: int, se
 
 
 def prepare_base(revision: str) -> Path:
-    """A folder from which Python imports that commit's packages, built, and these benchmarks. It is kept for later.
+    """Returns a folder from which Python imports that commit's packages, built, and these benchmarks. It is kept for
+    later runs.
 
     Raises:
         CannotBuild: as `run_base`.
     """
     try:
-        git(ROOT, "ls-files", "--error-unmatch", str(Path(__file__).resolve()))  # not a repository around a copy
+        git(ROOT, "ls-files", "--error-unmatch", str(Path(__file__).resolve()))  # fails inside another repository
         commit = git(ROOT, "rev-parse", "--verify", "--short=12", f"{revision}^{{commit}}")
         place = ROOT / "build" / "base" / commit
         source, whole = place / "source", place / ".checked-out"
@@ -252,17 +253,17 @@ def prepare_base(revision: str) -> Path:
 
 @contextlib.contextmanager
 def worker(place: Path, options: argparse.Namespace) -> Iterator[Callable[[str], dict]]:
-    """A process that imports from that folder; the function asks it something.
+    """Starts a process that imports from that folder; the function sends it a request.
 
     Raises:
-        CannotBuild: where it ends, or imports from elsewhere.
+        CannotBuild: if it ends, or imports from elsewhere.
     """
     given = ["--suite", ",".join(options.suite), *["--quick"] * options.quick]
     given += ["--threads", str(options.threads)] if options.threads else []
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks", "run", "--worker", *given],
         cwd=place,
-        # Nothing that leads to other packages or another library, or to other kernels in both.
+        # Without variables that would lead to other packages, libraries or kernels.
         env={name: value for name, value in os.environ.items() if not name.startswith(("FFNET_", "PYTHON"))},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -273,7 +274,7 @@ def worker(place: Path, options: argparse.Namespace) -> Iterator[Callable[[str],
     stdin, stdout = process.stdin, process.stdout
 
     def ask(text: str) -> dict:
-        with contextlib.suppress(BrokenPipeError):  # then there is nothing to read either
+        with contextlib.suppress(BrokenPipeError):  # then the loop below ends at once
             print(text, file=stdin, flush=True)
         for line in stdout:
             if line.startswith(ANSWER):
@@ -291,11 +292,11 @@ def worker(place: Path, options: argparse.Namespace) -> Iterator[Callable[[str],
 
 
 def serve(cases: Sequence[Case]) -> None:
-    """The other end of a worker: prepares the case that is named, and takes samples of it as it is told."""
+    """Runs a worker: prepares the case that is named, and takes samples of it on request."""
     by_name, runner = {case.name: case for case in cases}, Runner([CONTENDERS[OURS]])
     work: Any = None
     prepared: Prepared | None = None
-    with contextlib.suppress(KeyboardInterrupt):  # whoever asks ends this process
+    with contextlib.suppress(KeyboardInterrupt):  # the parent ends this process
         for line in sys.stdin:
             what, _, name = line.strip().partition(" ")
             answer: dict = {}

@@ -1,4 +1,4 @@
-"""What computes a work: ours and the baselines. A further one is a `Contender` in `CONTENDERS`."""
+"""The contenders that compute a work: ours and the baselines. To add one, add a `Contender` to `CONTENDERS`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ EAGER_NCHW, EAGER, CUDNN_NCHW, CUDNN, COMPILED, COPY = (
     "eager nchw", "eager channels-last", "cudnn nchw", "cudnn channels-last", "torch.compile channels-last", "copy",
 )  # fmt: skip
 OPSET = 20  # the first of ONNX with Gelu
-#: Those of torch.compile(mode="max-autotune") but for CUDA graphs.
+#: The options of torch.compile(mode="max-autotune") without CUDA graphs.
 MAX_AUTOTUNE = {"max_autotune": True, "coordinate_descent_tuning": True}
 
 
@@ -37,7 +37,7 @@ def is_ours(contender: str) -> bool:
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to compute a work; its name is unique, for the tables. ``layout``: of its maps; by default the work's."""
+    """One way to compute a work, with a unique name. ``layout``: that of its maps; by default the work's."""
 
     name: str
     layout: str | None = None
@@ -47,13 +47,13 @@ class Contender:
         return None
 
     def prepare(self, work: Any) -> Program:
-        """Everything that is not timed: layout, weights, compilation."""
+        """Does everything that is not timed: layout, weights, compilation."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Ours(Contender):
-    """ffnet_kernels, the backend chosen by itself."""
+    """ffnet_kernels, with backend selection."""
 
     name: str = OURS
 
@@ -63,7 +63,7 @@ class Ours(Contender):
 
 @dataclass(frozen=True)
 class Eager(Contender):
-    """Plain PyTorch operators, call by call; models reparameterised."""
+    """Plain PyTorch operators in eager mode; models are reparameterised."""
 
     def prepare(self, work: Work) -> Program:
         return work.plain(self.layout or work.layout)
@@ -71,7 +71,7 @@ class Eager(Contender):
 
 @dataclass(frozen=True)
 class AsTrained(Contender):
-    """The training-time module tree in eval mode: branches and batch norms run one by one."""
+    """The training-time module tree in eval mode, with branches and batch norms run one by one."""
 
     name: str = "as trained"
 
@@ -81,12 +81,12 @@ class AsTrained(Contender):
 
 @dataclass(frozen=True)
 class TorchCompile(Contender):
-    """What `Eager` runs, through torch.compile, maps in the layout of the case.
+    """What `Eager` runs, through torch.compile, with maps in the layout of the case.
 
     Attributes:
         arguments: of torch.compile.
-        device: on which it compiles.
-        gradients: whether it takes part in work with gradients, too.
+        device: that it compiles for.
+        gradients: whether it also takes part in work with gradients.
     """
 
     name: str = "torch.compile"
@@ -100,20 +100,19 @@ class TorchCompile(Contender):
     def prepare(self, work: Work) -> Program:
         if not (work.inference or self.gradients):
             raise Unsupported("only forward passes are compiled here")
-        # One function meets many shapes in a run: without a fresh start the compiler would generalise over them, and
-        # give up on it after a few.
+        # Without a reset, the compiler would generalise over the many shapes of a run, and give up after a few.
         torch._dynamo.reset()
         return work.plain(work.layout, functools.partial(torch.compile, dynamic=False, **self.arguments))
 
 
 @functools.cache
 def _why_compile_fails(device: str) -> str | None:
-    """Compiles something tiny: whether a compiler works shows in no other way."""
+    """Compiles something tiny, as that is the only way to find out whether a compiler works."""
     x = torch.ones(8, device=device)
     try:
         compiled = torch.compile(lambda x: torch.relu(x) + 1, dynamic=False)
         right = torch.equal(compiled(x), x + 1)
-    except Exception as error:  # the compiler stack raises whatever went wrong in it
+    except Exception as error:  # the compiler stack may raise anything
         return f"does not compile on this machine: {first_line(error)}"
     finally:
         torch._dynamo.reset()
@@ -121,7 +120,7 @@ def _why_compile_fails(device: str) -> str | None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its type where there is none."""
+    """The first line of an error's message, or its type if there is none."""
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 
@@ -134,14 +133,14 @@ def _why_missing(module: str, package: str = "") -> str | None:
     return None
 
 
-# ONNX Runtime and OpenVINO get contiguous NCHW maps, for which they were faster than behind a transposition from
-# channels-last, and write into tensors that are there already. Their threads spin after a call, as by default; the
-# runner waits for them.
+# ONNX Runtime and OpenVINO get contiguous NCHW maps, for which they were faster than after a transposition from
+# channels-last, and write into preallocated tensors. By default their threads spin after a call; the runner waits for
+# them.
 
 
 @dataclass(frozen=True)
 class OnnxRuntime(Contender):
-    """ONNX Runtime, all graph optimisations, float32."""
+    """ONNX Runtime with all graph optimisations, float32."""
 
     name: str = "onnxruntime"
 
@@ -157,7 +156,7 @@ class OnnxRuntime(Contender):
 
 @dataclass(frozen=True)
 class OpenVino(Contender):
-    """OpenVINO's CPU plugin, its precision hint that of the work, one stream over all threads."""
+    """OpenVINO's CPU plugin with the precision of the work as hint, one stream over all threads."""
 
     name: str = "openvino"
 
@@ -171,7 +170,7 @@ class OpenVino(Contender):
 
 
 def _bound(bind: Callable[[int, Tensor], object], run: Callable[[], object], out: Tensor) -> Callable[..., Tensor]:
-    """What runs on maps that are bound where they are others than in the call before."""
+    """A function that binds maps if they differ from the previous call's, then runs."""
     bound: list[tuple[Tensor, ...]] = []
 
     def call(*maps: Tensor) -> Tensor:
@@ -191,7 +190,7 @@ def _onnx_session(module: nn.Module, example: tuple[Tensor, ...]) -> Any:
 
     names, file = [f"map{i}" for i in range(len(example))], io.BytesIO()
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # the exporter's opinion of itself
+        warnings.simplefilter("ignore")  # the exporter warns about itself
         torch.onnx.export(
             module.eval(), example, file,  # type: ignore[arg-type]
             dynamo=False, opset_version=OPSET, input_names=names, output_names=["out"],
@@ -223,7 +222,7 @@ def _openvino_request(module: nn.Module, example: tuple[Tensor, ...], dtype: tor
         shapes = [openvino.PartialShape(list(one.shape)) for one in example]
         model = openvino.convert_model(module.eval(), example_input=example, input=shapes)
         out = torch.empty(module(*example).shape, dtype=dtype)
-    processor = PrePostProcessor(model)  # maps in the dtype of the work, as everybody else has them
+    processor = PrePostProcessor(model)  # maps in the dtype of the work, as for the others
     for i in range(len(example)):
         processor.input(i).tensor().set_element_type(element)
     processor.output().tensor().set_element_type(element)
@@ -232,7 +231,7 @@ def _openvino_request(module: nn.Module, example: tuple[Tensor, ...], dtype: tor
         "NUM_STREAMS": 1,
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "INFERENCE_PRECISION_HINT": hint,
-        "ENABLE_CPU_PINNING": False,  # it binds this thread to a core, which threads of others inherit
+        "ENABLE_CPU_PINNING": False,  # it would pin this thread to a core, which other contenders' threads inherit
     }
     request = _openvino_core().compile_model(processor.build(), "CPU", settings).create_infer_request()
 
@@ -251,7 +250,7 @@ def _openvino_core() -> Any:
     return openvino.Core()
 
 
-#: All contenders on the CPU by name. The frozen form (weights constant, packed ahead) compiles longest.
+#: All contenders on the CPU by name. The frozen form (constant, prepacked weights) takes longest to compile.
 CONTENDERS: dict[str, Contender] = {
     contender.name: contender
     for contender in (
@@ -265,17 +264,18 @@ CONTENDERS: dict[str, Contender] = {
         OpenVino(),
     )
 }
-#: Those that are installed take part; compiling longer than measuring is for who asks (``--baselines``).
+#: The default contenders, if installed; those that compile for longer than they are measured have to be asked for
+#: (``--baselines``).
 DEFAULT_CONTENDERS = (OURS, EAGER_NCHW, EAGER, "torch.compile", "onnxruntime", "openvino")
 
 
-# Operators on a GPU: our backends one by one, and what they are timed against.
+# Operators on a GPU: each of our backends, and their baselines.
 
 
 @dataclass(frozen=True)
 class OnBackend(Contender):
-    """An operator on a backend's kernels, whatever the chooser would take. In a forward pass filters lie as `optimize`
-    stores them, with their channels innermost; else as parameters that are trained."""
+    """An operator on a given backend's kernels. In a forward pass filters have their channels innermost, as `optimize`
+    stores them; otherwise they are laid out like trained parameters."""
 
     backend: str = ""
 
@@ -293,7 +293,7 @@ class OnBackend(Contender):
 
 @dataclass(frozen=True)
 class Cudnn(Contender):
-    """As `Eager`, depthwise convolutions by cuDNN where PyTorch takes a kernel of its own."""
+    """Like `Eager`, but with depthwise convolutions by cuDNN where PyTorch would use a kernel of its own."""
 
     def unavailable(self) -> str | None:
         return None if torch.backends.cudnn.is_available() else "there is no cuDNN"
@@ -309,7 +309,7 @@ class Cudnn(Contender):
         return work.plain(self.layout or work.layout, by_cudnn)
 
     def differs(self, work: OperatorWork) -> bool:
-        """Whether PyTorch, asked for the operator's depthwise convolution, would not take cuDNN itself."""
+        """Whether PyTorch would not use cuDNN by itself for the operator's depthwise convolution."""
         if self.unavailable() or not work.inference or work.operator == "channel_mixer":
             return False
         x, weight = work.checked(self.layout or work.layout)[:2]
@@ -319,7 +319,7 @@ class Cudnn(Contender):
 
 
 def _cudnn_convolve(x, weight, bias, stride, padding) -> Tensor:
-    """As `reference.convolve`, for even padding."""
+    """Like `reference.convolve`, for symmetric padding."""
     top, _, left, _ = padding
     out = torch.cudnn_convolution(
         x, weight, (top, left), tuple(stride), (1, 1), x.shape[1], benchmark=True, deterministic=False, allow_tf32=False
@@ -329,17 +329,18 @@ def _cudnn_convolve(x, weight, bias, stride, padding) -> Tensor:
 
 @dataclass(frozen=True)
 class SubquadraticOps(Contender):
-    """A depthwise convolution by fast Fourier transform, of NVIDIA's subquadratic-ops where that is installed.
+    """Depthwise convolution by fast Fourier transform, by NVIDIA's subquadratic-ops, if installed.
 
-    Its ``fft_conv2d(x, kernel)`` takes a kernel of the map's size [C, H, W] and gives their linear convolution, H×W of
-    it from (H // 2, W // 2) on, as the tests of its version 0.1 say. So the filter stands turned around in a kernel of
-    zeros, where that crop makes it the cross-correlation of layers. Bias and activation follow, as in `Eager`.
+    Its ``fft_conv2d(x, kernel)`` takes a kernel of the map's size [C, H, W] and returns H×W of their linear
+    convolution, from (H // 2, W // 2) on, according to the tests of its version 0.1. So the filter is flipped and
+    placed in a kernel of zeros where that crop makes it the cross-correlation of layers. Bias and activation follow, as
+    in `Eager`.
     """
 
     name: str = "subquadratic-ops nchw"
 
     def takes(self, work: OperatorWork) -> bool:
-        """Whether it can compute the work: one filter, which fits into the map in its place, in float32 or float64."""
+        """Whether it can compute the work: one filter that fits into the map at its place, in float32 or float64."""
         if work.operator != "depthwise_conv2d" or work.dtype not in (torch.float32, torch.float64):
             return False
         x, weight, _, stride, padding, _ = work.checked("nchw")
@@ -365,14 +366,14 @@ class SubquadraticOps(Contender):
 
     @staticmethod
     def _last(x: Tensor, padding: Any) -> tuple[int, int]:
-        """Where in the kernel the filter's first tap stands, turned around: its last place, by rows and columns."""
+        """The row and column in the kernel of the flipped filter's last element, its first tap."""
         top, _, left, _ = padding
         return x.shape[2] // 2 + top, x.shape[3] // 2 + left
 
 
 @dataclass(frozen=True)
 class Copy(Contender):
-    """As many bytes read and written by a plain copy: the floor. It computes nothing, and is not judged."""
+    """A plain copy that reads and writes as many bytes: the floor. It computes nothing, and is not checked."""
 
     name: str = COPY
     bytes: int = 0
@@ -384,8 +385,8 @@ class Copy(Contender):
 
 
 def on_gpu(work: Work, device: torch.device, moved: int = 0) -> list[Contender]:
-    """Who takes part on a GPU: in an operator our backends one by one, those that can compute it, and a copy of as many
-    bytes; in models what is chosen by itself."""
+    """The contenders on a GPU: for operators each of our backends, the baselines that can compute it, and a copy of as
+    many bytes; for models backend selection and the baselines."""
     both = [Eager(EAGER_NCHW, "nchw"), Eager(EAGER, "channels_last")]
     # CUDA graphs would copy an operator's inputs in every call.
     options = {**MAX_AUTOTUNE, "triton.cudagraphs": True} if isinstance(work, ModelWork) else MAX_AUTOTUNE

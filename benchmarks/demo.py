@@ -1,4 +1,4 @@
-"""The demo: photographs through every way to run a model, side by side. ``ffnet demo --help``."""
+"""The demo: runs a model on photographs in every way, side by side. ``ffnet demo --help``."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _require_writable(folder: Path) -> None:
-    """Found out before minutes of measuring, not after."""
+    """Checked before minutes of measuring, not after."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -87,7 +87,7 @@ def _model(options: argparse.Namespace) -> FFNet:
 
 
 def _own_photographs() -> list[Path]:
-    # Found without importing it, which takes seconds and loads a second OpenMP runtime.
+    # Found without importing the package, which takes seconds and loads a second OpenMP runtime.
     package = importlib.util.find_spec("sklearn")
     folder = Path(package.origin if package and package.origin else "").parent / "datasets" / "images"
     photographs = [folder / "china.jpg", folder / "flower.jpg"]
@@ -105,7 +105,7 @@ def _prediction(expected: Tensor, logits: dict[str, Tensor]) -> dict[str, Any]:
     """Our best classes of a photograph, and how many of float64's best ones each contender names."""
     best = set(expected.topk(TOP).indices.tolist())
     agreement = {name: len(best & set(output.topk(TOP).indices.tolist())) for name, output in logits.items()}
-    shown = logits.get(OURS, expected)  # ours may have failed: a forced backend refuses what it does not take
+    shown = logits.get(OURS, expected)  # ours may have failed, such as with a forced backend
     top = zip(*(values.tolist() for values in shown.softmax(0).topk(TOP)), strict=True)
     return {"top": [{"class": index, "probability": p} for p, index in top], "agreement": agreement}
 
@@ -140,7 +140,7 @@ def _text(result: Result, samples: int) -> str:
 
 
 def closing(row: Row) -> str:
-    """What the table says of ours, and what to run next."""
+    """Sums up the table, and says what to run next."""
     if reason := native.cpu_library_error():
         return (
             f"There are no kernels here, so plain PyTorch ran as ours, too: {reason} (`ffnet-kernels info` says more)."

@@ -1,4 +1,4 @@
-"""What the CPU kernels are to reach, and whether results of the suite "record" do: ``report --goals`` and `tables`."""
+"""Goals for the CPU kernels, and whether results of the suite "record" reach them: ``report --goals`` and `tables`."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from .contenders import EAGER, EAGER_NCHW
 from .report import busy_text, error_text, markdown, range_text, ratio_text
 from .results import OURS, Result, Row, machine_line
 
-SAMPLES = 9  # of each contender: the suite has hundreds of cases
+SAMPLES = 9  # per contender, as the suite has hundreds of cases
 HEADERS = (
-    "case", "ours ms", "GFLOP/s", "best peer", "peer ms", "ratio", "quartiles", "busy", "must", "", "aim", "",
+    "case", "ours ms", "GFLOP/s", "best baseline", "its ms", "ratio", "quartiles", "busy", "must", "", "aim", "",
 )  # fmt: skip
 NOTES = (
-    "ratio: time of the best peer over ours, round by round, median and quartiles. The best peer is the one with the "
-    "least ratio among those that a goal is set against, also where its own error is over the limit (marked with *). "
-    "busy: samples of ours in which another process took a core. Which peers were measured: `benchmarks.goals.peers`.",
-    "The aim of the channel mixer is 95 % of the processor's peak, no ratio: see GFLOP/s.",
+    "ratio: time of the best baseline over ours, round by round, median and quartiles. The best baseline is the one "
+    "with the smallest ratio among those that the goal is set against, even if its own error is over the limit (marked "
+    "*). busy: samples of ours in which another process took a core. Which baselines were measured: "
+    "`benchmarks.goals.baselines`.",
+    "The aim for the channel mixer is 95 % of the processor's peak, not a ratio: see GFLOP/s.",
 )
 
 
 class Goal(NamedTuple):
-    """Times as fast as the best baseline; ``against`` names the only one that counts, where there is one."""
+    """Speed-ups over the best baseline, or over the one named by ``against``."""
 
     must: float
     aim: float | None
@@ -35,7 +36,7 @@ _LARGE = {"forward": Goal(2, 4), "backward": Goal(10, 40)}  # filters of 31×31
 
 
 def goal(case: Case) -> Goal | None:
-    """What a case is to reach; None where nothing was set."""
+    """The goal of a case; None if none was set."""
     half = case.dtype != "float32"
     if isinstance(case, TrainingCase) and case.autocast:
         return Goal(1.5, None)
@@ -60,12 +61,12 @@ def goal(case: Case) -> Goal | None:
 
 
 def baselines(case: Case) -> tuple[str, ...]:
-    """The strongest of a case, so that the suite is done in minutes.
+    """The strongest baselines of a case, so that the suite takes minutes.
 
-    torch.compile is left out: its code calls the same convolutions as eager PyTorch, it was not the best of FFNet-1
-    in trials, and compiling takes longer than measuring all others. ``--baselines all`` adds it. 16-bit filters of
-    31×31 are not run by eager PyTorch forward: it has to do without oneDNN there, and took hundreds of times OpenVINO's
-    time.
+    torch.compile is left out: its code calls the same convolutions as eager PyTorch, it was not the best of FFNet-1 in
+    trials, and compiling takes longer than measuring all others. ``--baselines all`` adds it. Forward passes of 16-bit
+    filters of 31×31 are not run by eager PyTorch, which cannot use oneDNN there, and took hundreds of times as long as
+    OpenVINO.
     """
     if isinstance(case, OperatorCase) and case.dtype != "float32" and case.kernel > 7:
         return ("openvino",) if case.direction == "forward" else (EAGER,)
@@ -77,7 +78,7 @@ def baselines(case: Case) -> tuple[str, ...]:
 
 
 class _Judged(NamedTuple):
-    """A row of the suite, what is set for it, and the baseline that counts, if it and ours ran."""
+    """A row of the suite, its goal, and the baseline that counts, if that and ours ran."""
 
     row: Row
     case: Case

@@ -1,13 +1,13 @@
-"""Memory: what is asked of the heap ahead of measuring, what a call takes, and peak memory of FFNet-1, FFNet-Seg and
-FFNet-SR, ours against eager PyTorch: ``python -m benchmarks memory``. Importing it imports no torch.
+"""Memory: heap settings for measuring, the memory of a call, and peak memory of FFNet-1, FFNet-Seg and FFNet-SR, ours
+against eager PyTorch: ``python -m benchmarks memory``. Importing this does not import torch.
 
-An output that is fresh memory in every call costs its page faults, maybe more than the call itself. Whether it is so
-depends on where earlier blocks happened to lie, for one contender and not for another: the heap decides which is fast.
+If every call's output is fresh memory, its page faults may take longer than the call. Whether it is depends on where
+earlier blocks happen to lie, so that the heap could decide which contender is fast.
 
-The command runs each contender in a fresh process. There the model and its input are made and the resident high-water
-mark is set to what is resident. After some calls the mark, VmHWM, says how much was resident at most; ``calls`` is what
-that is above the state before the first of them: maps, packed weights, gradients, scratch memory, and code that is
-paged in. Time is not measured, and the processes run one by one.
+The command runs each contender in a fresh process. There the model and its input are made, and the resident high-water
+mark, VmHWM, is reset. After some calls it says how much memory was resident at most; ``calls`` is how much more that is
+than before the first call: maps, packed weights, gradients, scratch memory, and code that is paged in. Time is not
+measured, and the processes run one by one.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from typing import Any
 
 MIB = 2**20
 CALLS = 3
-#: Before 2.38, an aligned block, as torch asks for, can rarely be cut from the one that an equal block left: the few
-#: bytes beside it are kept for reuse by themselves, and do not join it. The heap grows with every call. Without such
-#: keeping, small blocks join their neighbours at once. Read when a process starts.
+#: Before glibc 2.38, an aligned block, as torch requests, rarely fits into the place of a freed block of the same size:
+#: the few bytes beside it are cached for reuse instead of being merged with it, so the heap grows with every call.
+#: Without these caches small blocks are merged at once. Read when a process starts.
 JOINED_AT_ONCE = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
 MENDED_IN = (2, 38)
 
 
 def restart_with_plain_heap() -> None:
-    """Starts this very command again with `JOINED_AT_ONCE`, where the C library needs it and has not been told."""
+    """Restarts this command with `JOINED_AT_ONCE`, if the C library needs it and has not been told."""
     library, version = platform.libc_ver()
     given = os.environ.get("GLIBC_TUNABLES", "")
     if library != "glibc" or "glibc.malloc.tcache_count" in given:
@@ -48,21 +48,21 @@ def restart_with_plain_heap() -> None:
 
 @functools.cache
 def keep_freed_memory() -> bool:
-    """Asks the C library to keep freed blocks of up to 32 MiB, however many, and says whether it will."""
+    """Makes the C library keep freed blocks of up to 32 MiB, in any number, and says whether that worked."""
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of glibc's malloc.h
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return False
-    return bool(mallopt(mmap_threshold, 32 << 20) and mallopt(trim_threshold, -1))  # -1: never given back
+    return bool(mallopt(mmap_threshold, 32 << 20) and mallopt(trim_threshold, -1))  # -1: never returned to the system
 
 
 class MemoryUnknown(RuntimeError):
-    """The system does not tell; the text says why."""
+    """The system does not report memory; the message says why."""
 
 
 def reset_peak() -> None:
-    """Gives freed memory back (malloc_trim), and makes what is resident the high-water mark (5 into clear_refs)."""
+    """Returns freed memory to the system (malloc_trim), and resets the high-water mark (5 into clear_refs)."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
@@ -79,7 +79,7 @@ def resident(field: str) -> int:
 
 
 def resident_during(call: Callable[[], object]) -> tuple[int, int]:
-    """Bytes that are resident before a call, and at most during it."""
+    """Bytes resident before a call, and the most during it."""
     reset_peak()
     before = resident("VmRSS")
     call()
@@ -87,8 +87,8 @@ def resident_during(call: Callable[[], object]) -> tuple[int, int]:
 
 
 def peak_during(call: Callable[[], object]) -> int | None:
-    """Bytes that a call takes at most beyond what is resident before it, its result among them; None where the system
-    does not tell. To some pages."""
+    """Peak bytes of a call beyond what is resident before it, including its result, to within some pages; None if the
+    system does not report it."""
     try:
         before, peak = resident_during(call)
         return max(0, peak - before)
@@ -97,7 +97,7 @@ def peak_during(call: Callable[[], object]) -> int | None:
 
 
 def measure(case: Any, contender: str) -> dict[str, int]:
-    """Bytes in this very process: resident ahead of the first call, and the most during the calls."""
+    """Measures in this process: bytes resident before the first call, and the most during the calls."""
     import torch
 
     from .contenders import CONTENDERS
@@ -118,10 +118,10 @@ def measure(case: Any, contender: str) -> dict[str, int]:
 
 
 def in_fresh_process(*arguments: object, seconds: float | None = None) -> Any:
-    """The JSON that a command of these benchmarks ends with in a process of its own.
+    """Runs a command of the benchmarks in a process of its own, and returns the JSON that it prints last.
 
     Raises:
-        RuntimeError: where it fails, or takes longer than it may.
+        RuntimeError: if it fails or takes too long.
     """
     command = [sys.executable, "-m", str(__package__), *map(str, arguments)]
     try:

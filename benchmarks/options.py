@@ -1,4 +1,4 @@
-"""What command lines share: parsers, and types of options."""
+"""Shared by the command lines: parsers, and types of options."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def positive(text: str) -> int:
 
 
 def names(text: str) -> tuple[str, ...]:
-    """Those between commas, each once."""
+    """The names between commas, without duplicates."""
     return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 

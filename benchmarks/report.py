@@ -1,5 +1,5 @@
-"""Results as text, which is Markdown as well: a line a case, summaries, every contender of every case, how time grows
-with work, and the same of a GPU. ``python -m benchmarks report`` puts them and charts into a folder."""
+"""Results as Markdown text: a line per case, summaries, every contender of every case, how time grows with work, and
+tables for GPUs. ``python -m benchmarks report`` writes them and charts into a folder."""
 
 from __future__ import annotations
 
@@ -57,18 +57,19 @@ DETAILS = (
     "busy: samples, of all, in which another process took a core; faults: pages that the kernel had to supply "
     "in a call (median).",
 )
-#: The sections of a report, by kind of case.
+#: The sections of a report by kind of case.
 KINDS = {
     "operator": "Operators",
     "layer": "Layers",
     "model": "Models",
     "training": "Training steps",
-    "": "Cases",  # results of the first format do not say
+    "": "Cases",  # not recorded by the first format
 }
 
 
 def report(result: Result, *, details: bool = True) -> str:
-    """Everything: machine, summary, a table a kind of case, fitted growth, what did not run, and all contenders."""
+    """The whole report: machine, summary, a table per kind of case, fitted growth, what did not run, and all
+    contenders."""
     roofs = Roofs.of(result.machine)
     parts = [f"machine: {machine_line(result.machine)}", roofs_text(roofs), *NOTES, summary(result.rows)]
     for kind, title in KINDS.items():
@@ -93,7 +94,7 @@ def kind_of(row: Row) -> str:
 
 
 def overview(rows: Sequence[Row], roofs: Roofs | None = None) -> str:
-    """A line a case: ours, and the time of each baseline over ours."""
+    """A line per case: ours, and the time of each baseline over ours."""
     baselines, shared = baselines_of(rows), shared_words(rows)
     name = f"case ({shared.strip()})" if shared else "case"
     headers = (name, "ours ms", "quartiles", "GFLOP/s", "GB/s", "of roof", "MiB", "error", *baselines)
@@ -108,7 +109,7 @@ def overview(rows: Sequence[Row], roofs: Roofs | None = None) -> str:
 
 
 def table(row: Row, roofs: Roofs | None = None) -> str:
-    """One line a contender."""
+    """A line per contender."""
     lines = []
     for m in row.measurements:
         name = f"{m.contender} ({m.detail})" if m.detail else m.contender
@@ -132,7 +133,7 @@ def _rates(row: Row, m: Measurement, roofs: Roofs | None) -> tuple[str, ...]:
 
 
 def absences(rows: Sequence[Row]) -> list[str]:
-    """Contenders that did not run, and why; in how many of the cases that name them, where it is not all."""
+    """Contenders that did not run, and why; and in how many cases, if not in all."""
     found: dict[tuple[str, str], int] = {}
     named: dict[str, int] = {}
     for m in (m for row in rows for m in row.measurements):
@@ -173,7 +174,7 @@ def ratio_text(ratio: float | None) -> str:
 
 
 def range_text(ends: tuple[float, float], digits: int, between: str = "..") -> str:
-    """Such as quartiles."""
+    """A range, such as quartiles."""
     return between.join(f"{end:.{digits}f}" for end in ends)
 
 
@@ -183,7 +184,7 @@ def busy_text(measurement: Measurement) -> str:
 
 
 def share_text(row: Row, m: Measurement, roofs: Roofs | None) -> str:
-    """Of the roof."""
+    """The share of the roofline reached."""
     least = row.least_ms(roofs) if roofs else None
     return "-" if least is None else f"{100 * least / m.median_ms:.0f} %"
 
@@ -208,9 +209,9 @@ def markdown(headers: Sequence[str], lines: Sequence[Sequence[str]], left: Seque
     return "\n".join([format_line(headers), f"|{rule}|", *map(format_line, lines)])
 
 
-# How time grows with work: exponents fitted to the cases that differ in one dimension only.
+# How time grows with work: exponents fitted to cases that differ in one dimension only.
 
-#: Fields of a case that grow, and what they are called; maps are square, so a size counts as its pixels.
+#: Fields of a case that grow, and their names; maps are square, so a size counts as its pixels.
 DIMENSIONS = {"batch": "batch", "size": "pixels", "channels": "channels", "kernel": "kernel size"}
 LEAST_POINTS = 3
 GROWTH_NOTE = (
@@ -230,13 +231,13 @@ class Series(NamedTuple):
     rows: list[Row]
 
     def times(self, contender: str) -> list[tuple[int, float]]:
-        """(value, median milliseconds), of the rows in which it ran."""
+        """(value, median milliseconds) of the rows in which a contender ran."""
         pairs = zip(self.values, self.rows, strict=True)
         return [(value, m.median_ms) for value, row in pairs if (m := row.measurement(contender)) is not None]
 
 
 def series(rows: Sequence[Row]) -> Iterator[Series]:
-    """Of the rows that differ from a call of `GROWTH_FROM` in one dimension only, those with at least three points."""
+    """The rows that differ from a call of `GROWTH_FROM` in one dimension only, where there are at least three."""
     for base in GROWTH_FROM.values():
         start = parameters(base)
         for dimension in DIMENSIONS:
@@ -256,7 +257,7 @@ def fit(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 def growth_table(rows: Sequence[Row]) -> str:
-    """A line a series; empty where there is none."""
+    """A line per series; empty if there is none."""
     found = list(series(rows))
     if not found:
         return ""
@@ -302,7 +303,7 @@ def gpu_summary(result: Result, left: Mapping[str, Sequence[str]]) -> tuple[str,
         lines += [f"  skipped: {_short(reason)}" for reason in skipped]
         lines += failures[:MOST_FAILURES]
         lines += [f"  and {len(failures) - MOST_FAILURES} more"] if len(failures) > MOST_FAILURES else []
-    lines += list(dict.fromkeys(_peers_that_failed(result)))[:MOST_FAILURES]
+    lines += list(dict.fromkeys(_failed_baselines(result)))[:MOST_FAILURES]
     return "\n".join(lines), failed
 
 
@@ -321,7 +322,7 @@ def _short(text: str) -> str:
     return line if len(line) <= 240 else f"{line[:100]} [...] {line[-130:]}"
 
 
-def _peers_that_failed(result: Result) -> Iterator[str]:
+def _failed_baselines(result: Result) -> Iterator[str]:
     for row in result.rows:
         for m in row.measurements:
             if m.reason and not is_ours(m.contender):
@@ -406,14 +407,14 @@ def _drawn(chart: _Chart, folder: Path, line: str) -> bool:
         chart.draw(folder / chart.name, f"{chart.title}\n{line}")
     except charts.ChartError as error:
         print(f"no {chart.name}: {error}", file=sys.stderr)
-        (folder / chart.name).unlink(missing_ok=True)  # one of an earlier run would be taken for this one's
+        (folder / chart.name).unlink(missing_ok=True)  # a chart of an earlier run would be mistaken for this one's
         return False
     return True
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns 0; 2 where results cannot be read or do not belong together."""
-    from . import goals  # which writes its tables by what is above
+    """Returns 0; 2 if results cannot be read or do not belong together."""
+    from . import goals  # imported here, as it uses the functions above
 
     parser = parser_of("report", "Prints the tables of results that were kept.")
     parser.add_argument("parts", nargs="+", type=Path, metavar="RESULTS.json", help="a later one replaces equal cases")

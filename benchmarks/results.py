@@ -1,4 +1,4 @@
-"""Results as plain data with their JSON form, and the machine that they are of, with its roofline."""
+"""Results as plain data and JSON, and the machine they were measured on, with its roofline."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Roofs:
     """The roofline of this machine, on as many threads as torch uses.
 
     Attributes:
-        gflops: multiply–adds on registers, two operations each, by dtype; none where the instrument was not built.
+        gflops: multiply–adds on registers, two operations each, by dtype; none if the native helper was not built.
         copies: (bytes read and written, GB/s) of a copy by torch, its call included, by size.
     """
 
@@ -56,12 +56,12 @@ class Roofs:
 
     @classmethod
     def of(cls, machine: dict[str, Any]) -> Roofs | None:
-        """Those in a result's machine; None where they were not measured."""
+        """The roofline stored with a result's machine; None if it was not measured."""
         plain = machine.get("roofs")
         return cls(plain["gflops"], tuple((size, rate) for size, rate in plain["copies"])) if plain else None
 
     def raised(self, other: Roofs) -> Roofs:
-        """The higher of two of the same machine: while the lower was measured, something else ran."""
+        """The higher of two measurements of the same machine; the lower one was disturbed."""
         gflops = {dtype: max(rate, self.gflops.get(dtype, 0.0)) for dtype, rate in other.gflops.items()}
         copies = dict(self.copies)
         return Roofs(gflops, tuple((size, max(rate, copies.get(size, 0.0))) for size, rate in other.copies))
@@ -77,12 +77,12 @@ def quartiles(values: Sequence[float]) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One contender in one case; without ``samples_ms`` it did not run, and ``reason`` says why.
+    """One contender in one case; if ``samples_ms`` is empty it did not run, and ``reason`` says why.
 
     Attributes:
         contender: its name.
         layout: of the maps it reads.
-        detail: what is worth knowing of how it ran, e.g. the backend.
+        detail: how it ran, e.g. the backend.
         samples_ms: milliseconds a call, each the mean of ``repeats`` calls.
         repeats: calls in a sample.
         disturbed: samples during which another process took a core from this one.
@@ -112,8 +112,8 @@ class Measurement:
         return cls(**{**known, **lists})
 
     def joined(self, later: Measurement) -> Measurement:
-        """With the samples of a later one of the same case appended; the worse error of both counts, and one that did
-        not run did not."""
+        """With the samples of a later measurement of the same case appended, and the worse error; if either did not
+        run, that one is returned."""
         if not self.samples_ms or not later.samples_ms:
             return later if self.samples_ms else self
         errors = (self.error, later.error)
@@ -165,33 +165,33 @@ class Row:
         return dataclasses.replace(self, measurements=measurements, passes=self.passes + later.passes)
 
     def measurement(self, contender: str) -> Measurement | None:
-        """That of a contender, or None where it did not run."""
+        """The measurement of a contender, or None if it did not run."""
         return next((m for m in self.measurements if m.contender == contender and m.samples_ms), None)
 
     def ratio(self, contender: str, to: str = OURS) -> float | None:
-        """Median over the rounds of one's time over another's, or None where one did not run."""
+        """Median over the rounds of one contender's time over another's, or None if either did not run."""
         ratios = self._ratios(contender, to)
         return statistics.median(ratios) if ratios else None
 
     def ratio_quartiles(self, contender: str, to: str = OURS) -> tuple[float, float] | None:
-        """First and third quartile of that."""
+        """First and third quartile of that ratio."""
         ratios = self._ratios(contender, to)
         return quartiles(ratios) if ratios else None
 
     def _ratios(self, contender: str, to: str) -> list[float]:
-        """Round by round: the machine's drift is in both times of a round."""
+        """Per round, as the machine's drift affects both times of a round."""
         one, other = self.measurement(contender), self.measurement(to)
         if one is None or other is None:
             return []
         return [a / b for a, b in zip(one.samples_ms, other.samples_ms, strict=False)]
 
     def best_baseline(self, only: str | None = None) -> str | None:
-        """That with the least time over ours, of all or one that is named; None where it or ours did not run."""
+        """The fastest baseline, or the one named if it ran; None if there is none or ours did not run."""
         ratios = {name: ratio for name, ratio in self.ratios().items() if only in (None, name)}
         return min(ratios, key=lambda name: ratios[name], default=None)
 
     def ratios(self) -> dict[str, float]:
-        """Of each baseline that ran, its time over ours."""
+        """The time over ours of each baseline that ran."""
         return {name: ratio for name in baselines_of([self]) if (ratio := self.ratio(name)) is not None}
 
     def gflops(self, measurement: Measurement) -> float:
@@ -202,7 +202,7 @@ class Row:
         return self.bytes / measurement.median_ms / 1e6
 
     def least_ms(self, roofs: Roofs) -> float | None:
-        """Milliseconds that the machine takes at least; None where its roofline in this dtype is unknown."""
+        """The least milliseconds according to the roofline; None if that is unknown for the dtype."""
         return roofs.least_ms(self.flops, self.bytes, self.parameters.get("dtype", ""))
 
 
@@ -216,7 +216,7 @@ class Result:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def to_plain(self) -> dict[str, Any]:
-        """As in the JSON form."""
+        """The plain data that is stored as JSON."""
         plain = {"format": FORMAT_VERSION, **dataclasses.asdict(self)}
         for row, plain_row in zip(self.rows, plain["rows"], strict=True):
             for measurement, entry in zip(row.measurements, plain_row["measurements"], strict=True):
@@ -231,7 +231,7 @@ class Result:
 
     @classmethod
     def from_plain(cls, plain: Any) -> Result:
-        """Raises ValueError for another format."""
+        """Raises ValueError for an unknown format."""
         found = plain.get("format") if isinstance(plain, dict) else None
         if found not in (1, FORMAT_VERSION):
             raise ValueError(f"expected benchmark results of format {FORMAT_VERSION}, got {found!r}")
@@ -247,13 +247,14 @@ class Result:
 
     @classmethod
     def from_json(cls, text: str) -> Result:
-        """Raises ValueError for another format."""
+        """Raises ValueError for an unknown format."""
         return cls.from_plain(json.loads(text))
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file beside ``path`` to write to, put in its place if the block succeeds: readers never see half a file."""
+    """Context that yields a temporary file to write, which replaces ``path`` if the block succeeds: readers never see a
+    partial file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
     try:
@@ -270,7 +271,7 @@ def write_json(result: Result, path: Path) -> None:
 
 
 def read(paths: Sequence[Path]) -> Result:
-    """One result of several files; a case that is in more than one is taken from the last.
+    """Merges several files into one result; a case in more than one file is taken from the last.
 
     Raises:
         ValueError: for runs on different machines, versions or numbers of threads, and other formats.
@@ -291,7 +292,7 @@ def baselines_of(rows: Sequence[Row]) -> list[str]:
 
 
 def shared_words(rows: Sequence[Row]) -> str:
-    """What the names of all cases end in, whole words with the blanks before them; a name keeps its first word."""
+    """The words that all case names end in, with the blanks before them; the first word of a name is never included."""
     words = [row.case.split(" ") for row in rows]
     shared = 0
     while len(rows) > 1 and all(len(w) > shared + 1 and w[-1 - shared] == words[0][-1 - shared] for w in words):
@@ -299,13 +300,13 @@ def shared_words(rows: Sequence[Row]) -> str:
     return "".join(f" {word}" for word in words[0][len(words[0]) - shared :]) if rows else ""
 
 
-#: What has to agree for rows of two runs to stand in one result.
+#: Properties that must agree for rows of two runs to be merged.
 IDENTITY = ("processor", "threads", "isa", "torch", "commit", "runtimes")
 RUNTIMES = ("onnx", "onnxruntime", "openvino")
 
 
 def different(one: dict[str, Any], other: dict[str, Any]) -> str | None:
-    """What is not the same in two machines, or None."""
+    """The first property that differs between two machines, or None."""
     for name in IDENTITY:
         if one.get(name) != other.get(name):
             return f"{name} is {one.get(name)!r} and {other.get(name)!r}"
@@ -326,7 +327,7 @@ def machine() -> dict[str, Any]:
 
 
 def machine_line(machine: dict[str, Any]) -> str:
-    """The same in one line."""
+    """The machine in one line."""
     return (
         f"{machine['processor']}, {machine['threads']} threads, isa {machine['isa'] or 'none (reference only)'}, "
         f"torch {machine['torch']}, Python {machine['python']}, ffnet-kernels {machine['ffnet_kernels']}, "
@@ -345,7 +346,7 @@ def _commit() -> str | None:
     """The commit of the kernels' source tree, "+" behind it for local changes; None for an installed copy."""
     here = Path(ffnet_kernels.__file__).resolve()
     try:
-        # An environment inside someone's repository is not under version control there: ask about this very file.
+        # An environment inside some repository is not under its version control, so ask about this file.
         git(here.parent, "ls-files", "--error-unmatch", here.name)
         commit = git(here.parent, "rev-parse", "--short=12", "HEAD")
         return commit + "+" * bool(git(here.parent, "status", "--porcelain", "--untracked-files=no"))
@@ -354,7 +355,7 @@ def _commit() -> str | None:
 
 
 def git(folder: Path, *arguments: str) -> str:
-    """What a git command prints in a folder. Raises OSError where it fails or there is no git."""
+    """Runs a git command in a folder and returns its output. Raises OSError if it fails or there is no git."""
     done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True)
     if done.returncode != 0:
         raise OSError(f"git {' '.join(arguments)}: {done.stderr.strip()}")

@@ -22,12 +22,12 @@ from .results import OURS, Result, different, machine, write_json
 from .runner import DEFAULT_SAMPLES, DEFAULT_SECONDS, INTERRUPTED, LEAST_SAMPLES, Runner, run_cases
 
 RESULTS = "results.json"
-#: The second comes minutes after the first: what disturbed one half of the samples spared the other.
+#: The second pass is minutes after the first, so that a disturbance affects only half of the samples.
 DEFAULT_PASSES = 2
-#: Where results and chart of ``--shape`` go if nothing else is said.
+#: Default folder of results and chart with ``--shape``.
 FOLDER = Path("bench")
 SHAPE_DTYPES = ("float32", "bfloat16", "float16")
-#: Options of ``--shape``: their values if none are given.
+#: Options that go with ``--shape``, and their defaults.
 SHAPE_DEFAULTS = {
     "kernel": (7,),
     "batch": (1,),
@@ -39,11 +39,11 @@ SHAPE_DEFAULTS = {
 
 
 class CannotResume(ValueError):
-    """Results that are there are not of this run; the text says why."""
+    """The existing results are not of this run; the message says why."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns 0; 1 where ours failed or was wrong, 2 for options that make no sense, 130 after Ctrl-C."""
+    """Returns 0; 1 if ours failed or was wrong, 2 for options that make no sense, 130 after Ctrl-C."""
     options = _parser().parse_args(argv)
     try:
         cases = _cases(options)
@@ -90,10 +90,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _cases(options: argparse.Namespace) -> list[Case]:
-    """What is asked for; fills in what the options leave open.
+    """The cases asked for; also fills in defaults of the options.
 
     Raises:
-        ValueError: where that is nothing, or contradicts itself.
+        ValueError: if there are none, or options contradict each other.
     """
     own = own_cases(options)
     if own and (other := (options.suite and "--suite") or (options.base and "--base")):
@@ -111,10 +111,10 @@ def _cases(options: argparse.Namespace) -> list[Case]:
 
 
 def own_cases(options: argparse.Namespace) -> list[Case]:
-    """A case for each combination of what was asked for; none where there is no ``--shape``.
+    """A case for each combination of the options; none without ``--shape``.
 
     Raises:
-        ValueError: for options of shapes without a shape.
+        ValueError: for such options without ``--shape``.
     """
     if options.shape is None:
         if given := [f"--{name}" for name in SHAPE_DEFAULTS if getattr(options, name) is not None]:
@@ -142,7 +142,7 @@ def shapes(text: str) -> tuple[tuple[int, ...], ...]:
 
 
 def runner_of(case: Case, options: argparse.Namespace, passes: int = 1) -> Runner:
-    """Contenders of a case, and the samples of one pass."""
+    """The runner of a case, for one pass."""
     names = options.baselines or (goals.baselines(case) if _of_record(options) else DEFAULT_CONTENDERS)
     contenders = [CONTENDERS[name] for name in dict.fromkeys((OURS, *names))]
     samples = options.samples or (goals.SAMPLES if _of_record(options) else DEFAULT_SAMPLES)
@@ -154,10 +154,10 @@ def _of_record(options: argparse.Namespace) -> bool:
 
 
 def _kept(folder: Path | None, resume: bool) -> Result | None:
-    """What is there, of the same machine, versions and commit.
+    """The existing results, if they are of the same machine, versions and commit.
 
     Raises:
-        CannotResume: for results of something else, or that cannot be read.
+        CannotResume: if they are of another run, or cannot be read.
     """
     if not resume or folder is None or not (folder / RESULTS).exists():
         return None

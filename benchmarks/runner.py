@@ -1,6 +1,6 @@
 """Measures contenders side by side: one process, alternating, every output checked against float64 in the same run.
 
-A clock says how a contender is made ready and how a sample is taken: that of the CPU is here, that of a GPU in `gpu`.
+A clock defines how a contender is warmed up and how a sample is taken: that of the CPU is here, that of GPUs in `gpu`.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ WARM_UP_SECONDS = 5e-2
 #: every contender was as fast beside the others as alone; after 2 ms ONNX Runtime and OpenVINO were not yet.
 UNTIMED_SECONDS, LONG_SECONDS = 1e-2, 5e-2
 DEFAULT_SAMPLES = 12
-#: Rounds that are measured even where a case takes longer than it may.
+#: Rounds that are measured even if a case exceeds its time.
 LEAST_SAMPLES = 5
 DEFAULT_SECONDS = 20
 INTERRUPTED = 130  # as shells report a process that Ctrl-C ended
 
 
 class Outcome(NamedTuple):
-    """A row, and the outputs it was judged by."""
+    """A row, and the outputs that were checked."""
 
     row: Row
     expected: Tensor
@@ -53,7 +53,7 @@ class Outcome(NamedTuple):
 
 @dataclass
 class Entry:
-    """A contender that runs, and its samples so far; ``call`` is what is timed."""
+    """A contender that runs, and its samples so far; ``call`` is timed."""
 
     contender: str
     program: Program
@@ -108,29 +108,29 @@ class Clock(Protocol):
         """Seconds."""
 
     def mode(self, work: Work) -> contextlib.AbstractContextManager[Any]:
-        """In which everything of a work runs."""
+        """Context in which everything of a work runs."""
 
     def first_call(self, entry: Entry) -> None:
-        """After the check, before others are prepared."""
+        """Called after the check, before others are prepared."""
 
     def warm_up(self, entry: Entry) -> None:
-        """Once all are prepared: settles how many calls a sample is."""
+        """Called once all are prepared: determines how many calls make a sample."""
 
     def sample(self, entry: Entry) -> None:
-        """Takes one."""
+        """Takes one sample."""
 
     def why(self, failure: Exception) -> str:
-        """What is kept of a contender that failed."""
+        """Describes why a contender failed."""
 
 
 @dataclass(frozen=True)
 class CpuClock:
-    """The CPU's: ahead of each sample it waits until the process is quiet, then makes untimed calls. Thread pools and
-    caches are those of the contender that is measured, no matter which ran before.
+    """The CPU's clock: before each sample it waits until the process is quiet, then makes untimed calls, so that thread
+    pools and caches are those of the contender measured, whichever ran before.
 
     Attributes:
-        timer: seconds; another one is for tests.
-        sample_seconds: calls of a sample take at least as long together.
+        timer: returns seconds; replaced in tests.
+        sample_seconds: the least duration of a sample's calls together.
     """
 
     timer: Callable[[], float] = time.perf_counter
@@ -180,7 +180,7 @@ class Runner:
     Attributes:
         contenders: in the order of the tables.
         samples: per contender and case.
-        seconds: after which a case ends with `LEAST_SAMPLES`, or as many as there are by then.
+        seconds: time after which a case ends, once it has `LEAST_SAMPLES`.
     """
 
     contenders: Sequence[Contender]
@@ -189,7 +189,7 @@ class Runner:
     clock: Clock = CpuClock()
 
     def run(self, case: Any, work: Work) -> Outcome:
-        """One case. A contender that fails is kept, with the reason."""
+        """Runs one case. A contender that fails is recorded with the reason."""
         with self.clock.mode(work), progress(len(self.contenders) + self.samples, case.name) as bar:
             prepared = self.prepare(case, work, bar)
             bar.set_description_str(f"{case.name}: measuring")
@@ -197,7 +197,7 @@ class Runner:
             return prepared.outcome()
 
     def prepare(self, case: Any, work: Work, bar: Any = None) -> Prepared:
-        """Everything ahead of the first sample. The clock's mode is the caller's to enter."""
+        """Does everything before the first sample; must be called within the clock's mode."""
         bar = bar or _Silent()
         expected = as_list(work.expected())
         limits = [work.error_limit(*pair) for pair in zip(expected, work.plain("nchw").results(), strict=True)]
@@ -216,7 +216,7 @@ class Runner:
                     prepared.entries.append(entry)
             except Unsupported as refusal:
                 reason = str(refusal)
-            except Exception as failure:  # a baseline may fail in any way; the others still count
+            except Exception as failure:  # a baseline may fail in any way, without affecting the others
                 reason = self.clock.why(failure)
             prepared.reasons[contender.name] = reason
             bar.update()
@@ -225,7 +225,7 @@ class Runner:
         return prepared
 
     def _attempt(self, prepared: Prepared, entry: Entry, what: Callable[[Entry], None]) -> None:
-        """A contender that fails late is taken out, with the reason."""
+        """Takes out a contender that fails late, with the reason."""
         try:
             what(entry)
         except Exception as failure:
@@ -244,8 +244,8 @@ class Runner:
 
 
 def rotated(entries: Sequence[Any], number: int) -> list[Any]:
-    """In the order of a round, in which another one goes first than in the round before: no contender always runs in
-    the caches that the same neighbour left."""
+    """The order of a round, which starts with the next entry each time, so that no contender always runs after the same
+    one, with its caches."""
     first = number % max(1, len(entries))
     return [*entries[first:], *entries[:first]]
 
@@ -257,12 +257,12 @@ def run_cases(
     kept: Result | None = None,
     save: Callable[[Result], object] = lambda result: None,
 ) -> Result:
-    """All cases, each by the runner that is given for it; or, after Ctrl-C, as far as it got.
+    """Runs all cases, each with the runner that is given for it; after Ctrl-C, returns what there is.
 
     Args:
-        passes: how often all cases are gone through; their samples are put together, and minutes lie between them.
-        kept: an earlier run. Its rows stay; passes of a case that they hold, with all contenders, are not run again.
-        save: called with what there is after every case.
+        passes: how often all cases are run, minutes apart; samples of a case are put together.
+        kept: an earlier run, whose rows are kept; passes that these contain, with all contenders, are not run again.
+        save: called with the result so far after every case.
     """
     todo = [(number, case) for number in range(passes) for case in cases]
     rows = {row.case: row for row in kept.rows} if kept else {}
@@ -292,8 +292,8 @@ def as_list(results: Tensor | list[Tensor]) -> list[Tensor]:
 
 
 def _judge(results: Sequence[Tensor], expected: Sequence[Tensor], limits: Sequence[float]) -> tuple[float | None, bool]:
-    """The largest error relative to the largest element, the worst of all results (None where one is not finite), and
-    whether each is within its limit."""
+    """The largest error relative to the largest element, over all results (None if one is not finite), and whether each
+    is within its limit."""
     if len(results) != len(expected):
         return None, False
     errors = [largest_error(*pair) for pair in zip(results, expected, strict=True)]
@@ -311,20 +311,20 @@ def _largest(values: Tensor) -> float:
     return values.abs().max().item() if values.numel() else 0.0
 
 
-# Samples are taken fairly: every one begins in a quiet process, and what disturbed it is counted.
+# Samples are taken fairly: each begins in a quiet process, and disturbances are counted.
 
-#: Between looks at the threads, of which two in a row must find them asleep.
+#: Time between looks at the threads, of which two in a row must find them asleep.
 LOOK_SECONDS = 1e-3
 LONGEST_WAIT = 0.25
-#: Waited where threads cannot be looked at: ONNX Runtime's were seen to spin for 35 ms.
+#: Waiting time if threads cannot be inspected: ONNX Runtime's were seen to spin for 35 ms.
 BLIND_WAIT = 0.06
 
 
 class Disturbances(NamedTuple):
-    """Counted since the process began, all its threads together."""
+    """Counts since the process started, over all its threads."""
 
-    preemptions: int  # another process took a core from one of our threads, or one yielded: OpenVINO's do, in waiting
-    page_faults: int  # pages that the kernel had to supply, such as of an output whose memory was given back
+    preemptions: int  # another process took a core from one of our threads, or one yielded, as OpenVINO's do in waiting
+    page_faults: int  # pages that the kernel had to supply, such as for an output whose memory was returned
 
     @classmethod
     def now(cls) -> Disturbances:
@@ -333,10 +333,10 @@ class Disturbances(NamedTuple):
 
 
 def wait_until_quiet() -> bool:
-    """Sleeps until no other thread of this process runs, and says whether it came to that.
+    """Sleeps until no other thread of this process runs, and says whether that was reached.
 
-    The threads of ONNX Runtime, OpenVINO and OpenMP spin for a while after each call, in wait of the next. On as many
-    cores as threads they would take the cores of what is measured next, and slow it down several times.
+    The threads of ONNX Runtime, OpenVINO and OpenMP spin for a while after each call, waiting for the next. With as
+    many threads as cores they would take cores from the next contender, and slow it down several times.
     """
     end, quiet_looks = time.perf_counter() + LONGEST_WAIT, 0
     while time.perf_counter() < end:
@@ -352,14 +352,14 @@ def wait_until_quiet() -> bool:
 
 
 def _other_threads_running() -> bool | None:
-    """By their states: their CPU time moves only with the ticks of the clock. None where there is no such list."""
+    """Judged by their states, as CPU time advances only in clock ticks. None if the system does not list threads."""
     own = str(threading.get_native_id())
     try:
         threads = os.listdir("/proc/self/task")
     except OSError:
         return None
     for thread in threads:
-        with contextlib.suppress(OSError):  # it has ended
+        with contextlib.suppress(OSError):  # the thread has ended
             text = Path(f"/proc/self/task/{thread}/stat").read_text()
             if thread != own and text.rpartition(")")[2].split()[0] == "R":
                 return True
@@ -380,20 +380,20 @@ def no_garbage_collection() -> Iterator[None]:
 
 # The roofline of this machine, measured in the run that is compared with it.
 
-TRIALS = 7  # of which the best counts: a roof is what was reached at all
+TRIALS = 7  # of which the best counts: a roof is the most that was ever reached
 MULTIPLY_SECONDS, COPY_SECONDS = 1e-2, 4e-3
 #: Bytes read and written by each copy: from the first cache to well beyond the last.
 COPIES = tuple(4**power for power in range(8, 15))
 
 
 def _raise_roofs(result: Result, known: dict[str, Any]) -> None:
-    """Measures the roofs; where some are known the higher ones count, as the others were disturbed."""
+    """Measures the roofline; of several measurements the highest counts, as the others were disturbed."""
     measured, before = measure_roofs(), Roofs.of(known)
     result.machine["roofs"] = asdict(before.raised(measured) if before else measured)
 
 
 def measure_roofs() -> Roofs:
-    """In about two seconds, on torch's number of threads."""
+    """Measures the roofline on torch's number of threads; takes about two seconds."""
     return Roofs(_multiply_adds(), tuple((size, _copy(size)) for size in COPIES))
 
 
@@ -426,7 +426,7 @@ def _copy(size: int) -> float:
 
 
 def _best_rate(run: Callable[[int], int], seconds: float) -> float:
-    """The most per second of what ``run(rounds)`` says it did, in rounds that take about so long."""
+    """The highest rate of what ``run(rounds)`` returns as done, with rounds chosen to take about so many seconds."""
 
     def timed(rounds: int) -> tuple[int, float]:
         begun = time.perf_counter()
@@ -444,7 +444,7 @@ def _best_rate(run: Callable[[int], int], seconds: float) -> float:
 
 
 class _Silent:
-    """No bar."""
+    """A bar that shows nothing."""
 
     def update(self, steps: int = 1) -> None:
         pass
@@ -454,8 +454,8 @@ class _Silent:
 
 
 def progress(total: int, text: str, *, leave: bool = False) -> contextlib.AbstractContextManager[Any]:
-    """A context manager that gives a bar of ``total`` steps on stderr: tqdm's where it is installed and someone is
-    watching, else one that shows nothing."""
+    """A context manager that yields a bar of ``total`` steps on stderr: tqdm's if installed and on a terminal,
+    otherwise one that shows nothing."""
     try:
         from tqdm import tqdm
     except ImportError:

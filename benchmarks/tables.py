@@ -1,8 +1,8 @@
 """``python -m benchmarks tables``: writes tables and chart of the README and of docs/results.md from the results of
 record, or checks them.
 
-On a page a table stands between ``<!-- table: NAME -->`` and ``<!-- end of table -->``; nothing there is written by
-hand. Long tables, as of the suite "record" by shape, are files of their own beside their results.
+On a page a table is between ``<!-- table: NAME -->`` and ``<!-- end of table -->``; nothing there is written by hand.
+Long tables, such as that of the suite "record", are files of their own beside the results.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BEGIN, END = "<!-- table: {} -->", "<!-- end of table -->"
 
 
 def demo(result: Result) -> str:
-    """The contenders of the demo, with what they take."""
+    """The contenders of the demo and their times."""
     (row,) = result.rows
     lines = [
         (m.contender, f"{m.median_ms:.2f}", range_text(m.quartiles_ms, 2, "–"), _ratio_text(row.ratio(m.contender)),
@@ -40,7 +40,7 @@ def demo(result: Result) -> str:
 
 
 def operators(result: Result) -> str:
-    """Operators forward in float32: a line a shape, a pair of columns a batch."""
+    """Forward passes of operators in float32: a line per shape, columns for each batch size."""
     shapes: dict[tuple[str, int, int, int], dict[int, Row]] = {}
     wanted = {"kind": "operator", "dtype": "float32", "direction": "forward", "layout": "channels_last"}
     for row in result.rows:
@@ -49,7 +49,7 @@ def operators(result: Result) -> str:
             shapes.setdefault((p["operator"], p["channels"], p["size"], p["kernel"]), {})[p["batch"]] = row
     lines = []
     for (operator, channels, size, kernel), by_batch in shapes.items():
-        if {1, 8} <= by_batch.keys():  # others are of the suite "growth"
+        if {1, 8} <= by_batch.keys():  # others belong to the suite "growth"
             cells = [cell for batch in (1, 8) for cell in _against_best(by_batch[batch], result)]
             lines.append((f"`{operator}`", f"{channels} × {size}²", f"{kernel}×{kernel}", *cells))
     headers = (
@@ -60,14 +60,14 @@ def operators(result: Result) -> str:
 
 
 def whole(result: Result) -> str:
-    """Layers, models and training steps: a line each."""
+    """Layers, models and training steps, a line each."""
     rows = [r for r in result.rows if r.parameters.get("kind") in ("layer", "model", "training")]
     lines = [(row.case, *_against_best(row, result)) for row in rows]
     return markdown(("case", "ms", "of roof", "fastest baseline", "its time"), lines, left=(0, 3))
 
 
 def record(result: Result) -> str:
-    """How many of the goals hold, by group."""
+    """How many goals are reached, by group."""
     return f"{_measured(result)}\n\n{goals.summary(result)}"
 
 
@@ -80,7 +80,7 @@ def timm(result: Result) -> str:
 
 
 def headline(result: Result) -> str:
-    """What the README says of the models of timm, in a paragraph."""
+    """The README's paragraph on timm models."""
     means, gains = [], []
     for threads, rows in by_threads(result).items():
         gains = gains_of(rows)
@@ -95,10 +95,10 @@ def headline(result: Result) -> str:
     )
 
 
-# The README's chart as SVG: matplotlib, which draws the other charts, writes other bytes in every version, so nothing
-# could be checked for drift.
+# The README's chart as SVG. It is not drawn by matplotlib, whose output changes with every version, so that it can be
+# checked for drift.
 
-#: Models that are named where there is room, from many families. The slowest and the fastest always are.
+#: Models from many families that are named if there is room. The slowest and the fastest always are.
 NAMED = (
     "convnext_tiny", "mobilenetv3_large_100", "efficientnet_b0", "fastvit_t8", "repvit_m1", "mobilenetv4_conv_large",
     "convnext_nano", "fastvit_sa12", "efficientvit_m0", "inception_next_atto", "ghostnet_100", "mobilenetv2_100",
@@ -106,7 +106,7 @@ NAMED = (
 )  # fmt: skip
 THREADS = 2
 WIDTH, TOP, BOTTOM, LEFT, RIGHT, NAMES_HEIGHT = 880, 64, 284, 116, 12, 130
-#: Bars between two names, so that slanted text of 11 pixels does not overlap.
+#: Least number of bars between two names, so that slanted text does not overlap.
 APART = 2
 FONT = "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif"
 
@@ -137,15 +137,15 @@ def dark(result: Result) -> str:
 
 
 def svg_chart(result: Result, theme: Theme, threads: int = THREADS) -> str:
-    """A bar a model: time of plain PyTorch over ours, each in its faster layout, on a logarithmic axis from 1.
+    """A bar per model: time of plain PyTorch over ours, each in its faster layout, on a logarithmic axis from 1.
 
     Raises:
-        ValueError: where nothing was measured on that number of threads.
+        ValueError: if nothing was measured on that number of threads.
     """
     gains = gains_of(by_threads(result).get(threads, []))
     if not gains:
         raise ValueError(f"expected results of {threads} threads, got none")
-    # The axis ends at the next power of two; it begins at 1, or below the least.
+    # The axis ends at the next power of two, and begins at 1 or at the least, if that is lower.
     ends = min(0.0, math.log2(gains[0][0])), math.ceil(math.log2(gains[-1][0]))
 
     def height(ratio: float) -> float:
@@ -187,7 +187,7 @@ def svg_chart(result: Result, theme: Theme, threads: int = THREADS) -> str:
 
 
 def places_of_names(names: list[str]) -> set[int]:
-    """Which bars are named: both ends, and those of `NAMED` for which there is room, the first ones first."""
+    """The bars that are named: both ends, and models of `NAMED`, in that order, for which there is room."""
     places = {0, len(names) - 1}
     for name in NAMED:
         place = names.index(name) if name in names else None
@@ -221,7 +221,7 @@ def _text(x: float, y: float, text: str, color: str, anchor: str = "start", size
 
 
 class Table(NamedTuple):
-    """A table of a page, and the results it is made of."""
+    """A table of a page, and the results it is made from."""
 
     file: str
     make: Callable[..., str]
@@ -251,10 +251,10 @@ FILES = {
 
 
 def fresh(page: str, tables: dict[str, Table], folder: Path) -> str:
-    """A page's text with its tables made anew.
+    """The text of a page with its tables written anew.
 
     Raises:
-        ValueError: where the page has no place for a table, or one that there is not.
+        ValueError: if the page lacks the place for a table, or has one for an unknown table.
     """
     places = re.findall(BEGIN.format("(.*?)"), page)
     if sorted(places) != sorted(tables):
@@ -276,7 +276,7 @@ def made(table: Table, folder: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns 0; 1 where ``--check`` found a table that is not what its results say, 2 where something is missing."""
+    """Returns 0; 1 if ``--check`` found a table that differs from its results, 2 if something is missing."""
     parser = parser_of("tables", "Writes tables and chart of README and docs/results.md from the results of record.")
     parser.add_argument("--check", action="store_true", help="change nothing, and say what would change")
     options = parser.parse_args(argv)

@@ -1,7 +1,7 @@
-"""Models of timm that hold depthwise convolutions, plain and optimised, in both layouts: ``python -m benchmarks timm``.
+"""timm models with depthwise convolutions, plain and optimised, in both layouts: ``python -m benchmarks timm``.
 
-Each model runs in a process of its own, so that one that fails takes nothing with it: random weights, eval mode,
-float32, batch 1, at the size of its input that timm names. The four contenders are timed by turns (`runner`).
+Each model runs in a process of its own, so that a failure affects no other: random weights, eval mode, float32, batch
+1, at timm's input size for it. The four contenders are timed alternately (`runner`).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ PLAIN = (EAGER_NCHW, EAGER)
 OPTIMIZED = ("optimize nchw", "optimize channels-last")
 #: Backends of torch.compile, plain and ours, by contender.
 COMPILED = {"inductor": "inductor", "our backend": "ffnet_kernels"}
-#: A ratio below it is no noise of a quiet machine.
+#: A ratio below it is more than noise on a quiet machine.
 NOT_SLOWER = 0.97
 HEADERS = (
     "model", "input", *PLAIN, *OPTIMIZED, "nchw", "channels-last", "best / best", "quartiles", "error / eager", "",
@@ -62,15 +62,15 @@ NOTE = (
     f"four roundings of the largest output, is marked {WRONG}, and a ratio below {NOT_SLOWER} {SLOWER}."
 )
 SAMPLES, SAMPLE_SECONDS = 9, 0.03
-#: After which a case on a busy machine ends with fewer samples.
+#: Seconds after which a case on a busy machine ends with fewer samples.
 CASE_SECONDS = 60
-#: After which a model's process counts as one that hangs.
+#: Seconds after which a model's process is considered to hang.
 LONGEST = 600.0
 
 
 @dataclass(frozen=True)
 class TimmCase:
-    """A forward pass of a model on one image, on so many threads."""
+    """A forward pass of a model on one image, on a number of threads."""
 
     model: str
     size: int
@@ -84,13 +84,13 @@ class TimmCase:
 
 
 class TimmWork(ModelWork):
-    """A model as timm makes it; nothing in it is folded for plain PyTorch."""
+    """A model as timm makes it; for plain PyTorch nothing in it is folded."""
 
     def plain(self, layout: str, wrap: Wrap = as_is) -> Program:
         return self.as_trained(layout, wrap)
 
     def error_limit(self, expected: Tensor, eager: Tensor) -> float:
-        # Where rounding is amplified, it is luck which layout fares better.
+        # If rounding is amplified, either layout may be the better one by chance.
         other = self.plain("channels_last").outputs()
         return max(error_limit(expected, eager), error_limit(expected, other))
 
@@ -108,14 +108,14 @@ def build(name: str) -> TimmWork:
 
 
 def randomize(model: nn.Module, image: Tensor) -> None:
-    """Gives norms, biases and layer scales values as if trained: a fresh model has ones and zeros there, and scales of
-    1e-6, which would hide what is folded wrongly.
+    """Gives norms, biases and layer scales values as if trained: a fresh model has ones, zeros and scales of 1e-6
+    there, which would hide errors in folding.
 
-    A batch norm divides by about the root mean square of the map that comes in. The statistics of the map itself would
-    blow up small differences between its places and faint channels, and every rounding with them, layer by layer.
+    A batch norm divides by about the root mean square of its input. Each channel's own statistics would amplify small
+    differences between pixels, faint channels, and every rounding, layer by layer.
     """
     for name, parameter in model.named_parameters():
-        if parameter.numel() == max(parameter.shape, default=1):  # a number a channel
+        if parameter.numel() == max(parameter.shape, default=1):  # one number per channel
             if name.endswith(("bias", "beta", "shift")):
                 parameter.normal_(0, 0.1)
             else:
@@ -134,7 +134,7 @@ def randomize(model: nn.Module, image: Tensor) -> None:
 
 
 def measure(name: str, threads: Sequence[int], samples: int, *, compiled: bool = False) -> Result:
-    """A model in this very process, a row a number of threads."""
+    """Measures a model in this process, a row for each number of threads."""
     work = build(name)
     (image,) = work.batches
     flops = 2 * ffnet.count_macs(work.model, tuple(image.shape[1:]))  # type: ignore[arg-type]
@@ -142,7 +142,7 @@ def measure(name: str, threads: Sequence[int], samples: int, *, compiled: bool =
     contenders: list[Contender] = [CONTENDERS[contender] for contender in PLAIN]
     contenders += [Ours(contender, layout) for contender, layout in zip(OPTIMIZED, MEMORY_FORMATS, strict=True)]
     if compiled:
-        # By name our backend is known only where the package is installed.
+        # By name, our backend is known only if the package is installed.
         backends = {**COMPILED, "our backend": dynamo.backend}
         contenders += [TorchCompile(name, arguments={"backend": b, "fullgraph": True}) for name, b in backends.items()]
     runner = Runner(contenders, samples, CASE_SECONDS, CpuClock(sample_seconds=SAMPLE_SECONDS))
@@ -154,7 +154,7 @@ def measure(name: str, threads: Sequence[int], samples: int, *, compiled: bool =
 
 
 def in_fresh_process(name: str, options: argparse.Namespace) -> Result | str:
-    """As `measure`, or why not."""
+    """Like `measure`; if that fails, returns why."""
     arguments = ["timm", "--one", name, "--threads", ",".join(map(str, options.threads)), "--samples", options.samples]
     try:
         plain = memory.in_fresh_process(*arguments, *["--compiled"] * options.compiled, seconds=LONGEST)
@@ -164,7 +164,7 @@ def in_fresh_process(name: str, options: argparse.Namespace) -> Result | str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns 0; 1 where a model failed or was wrong, 2 where there is no timm, 130 after Ctrl-C."""
+    """Returns 0; 1 if a model failed or was wrong, 2 if timm is not installed, 130 after Ctrl-C."""
     options = _parser().parse_args(argv)
     try:
         version = importlib.metadata.version("timm")
@@ -211,33 +211,33 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-# The results as text, which is Markdown as well: a table a number of threads.
+# The results as Markdown text: a table for each number of threads.
 
 
 def fastest(row: Row, names: Sequence[str]) -> str | None:
-    """The one that took least, of those that ran."""
+    """The fastest of those that ran."""
     ran = [measurement for name in names if (measurement := row.measurement(name))]
     return min(ran, key=lambda measurement: measurement.median_ms).contender if ran else None
 
 
 def gain(row: Row) -> float | None:
-    """Time of the faster eager layout over that of the faster optimised one."""
+    """Time of the faster eager layout over that of the faster optimised layout."""
     eager, ours = fastest(row, PLAIN), fastest(row, OPTIMIZED)
     return row.ratio(eager, ours) if eager and ours else None
 
 
 def agrees(row: Row) -> bool:
-    """Whether every optimised model that ran is as right as plain PyTorch."""
+    """Whether every optimised model that ran is as accurate as plain PyTorch."""
     return all(m.passed for name in (*OPTIMIZED, "our backend") if (m := row.measurement(name)))
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A line a model, the greatest gain first."""
+    """A line per model, the largest gain first."""
     return markdown(HEADERS, [_line(row) for row in sorted(rows, key=lambda row: gain(row) or 0.0, reverse=True)])
 
 
 def compiled_table(rows: Sequence[Row]) -> str:
-    """A line for each model that torch.compile took part in."""
+    """A line for each model that torch.compile ran."""
     lines = []
     for row in rows:
         if any(row.measurement(name) for name in COMPILED):
@@ -264,7 +264,7 @@ def _line(row: Row) -> tuple[str, ...]:
 
 
 def _worst_error(row: Row, names: Sequence[str]) -> float | None:
-    """None where nothing ran, or an output is not finite."""
+    """None if nothing ran, or an output is not finite."""
     errors = [m.error for name in names if (m := row.measurement(name))]
     return max(errors) if errors and None not in errors else None  # type: ignore[type-var]
 
@@ -287,7 +287,7 @@ def mean_of(gains: Sequence[tuple[float, str]]) -> float:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """What the table comes to."""
+    """A summary of the table."""
     gains = [(ratio, row.parameters["model"]) for row in rows if (ratio := gain(row))]
     if not gains:
         return "nothing was measured"
@@ -304,7 +304,7 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 def overview(result: Result) -> str:
-    """A line a number of threads: mean, least and greatest gain."""
+    """A line for each number of threads: mean, smallest and largest gain."""
     lines = []
     for threads, rows in by_threads(result).items():
         gains = gains_of(rows)
@@ -328,7 +328,7 @@ def failures(result: Result) -> list[str]:
 
 
 def report(result: Result) -> str:
-    """Machine, a table and a summary a number of threads, and what failed."""
+    """Machine, a table and a summary for each number of threads, and what failed."""
     parts = [f"machine: {machine_line(result.machine)}, timm {result.extra['timm']}", NOTE]
     for threads, rows in by_threads(result).items():
         parts += filter(None, [f"## Threads: {threads}", table(rows), summary(rows), compiled_table(rows)])

@@ -1,4 +1,4 @@
-"""What contenders compute: operators, layers, models and training steps, in the forms in which they run them."""
+"""The work that contenders compute: operators, layers, models and training steps, in the forms that contenders need."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from .cases import OPERATORS, Case, LayerCase, OperatorCase, TrainingCase
 
 SEED = 0
 MEMORY_FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
-#: Arguments of operators that are maps; the others are weights.
+#: Arguments of operators that are maps; other tensors are weights.
 MAPS = ("x", "query", "residual")
-#: Taps of a filter beyond which oneDNN compiles 16-bit depthwise code for minutes.
+#: Above so many taps, oneDNN compiles 16-bit depthwise code for minutes.
 MOST_TAPS_IN_16_BITS = 100
 Wrap = Callable[[Any], Any]
 
@@ -33,19 +33,19 @@ def as_is(function: Any) -> Any:
 
 
 class Unsupported(Exception):
-    """A contender has no way to compute a work; the text says why."""
+    """A contender cannot compute a work; the message says why."""
 
 
 @dataclass(frozen=True)
 class Program:
-    """A function and its inputs: calling it runs the first input, which is the one that is timed.
+    """A function and its inputs; calling it runs the first input, which is timed.
 
     Attributes:
         inputs: one tuple of arguments a call.
         layout: of the maps it reads.
-        detail: what is worth knowing of how it runs, e.g. the backend.
-        judged: makes of a result the tensors that are checked, where those are more than the result; not timed.
-        hoards: whether it keeps memory for its maps between calls, so that a call's cannot be told.
+        detail: how it runs, e.g. the backend.
+        judged: extracts from a result the tensors to check, if these are not just the result; not timed.
+        hoards: whether it keeps memory for maps between calls, so that a call's memory cannot be measured.
     """
 
     function: Callable[..., Any]
@@ -59,63 +59,64 @@ class Program:
         return self.function(*self.inputs[0])
 
     def outputs(self) -> Tensor:
-        """The results of all inputs, along the batch."""
+        """The results of all inputs, concatenated along the batch."""
         return torch.cat([self.function(*arguments) for arguments in self.inputs])
 
     def results(self) -> list[Tensor]:
-        """All that is checked."""
+        """The tensors that are checked."""
         return [self.outputs()] if self.judged is None else self.judged(self())
 
 
 class Work:
-    """What all contenders of a case compute.
+    """The work that all contenders of a case compute.
 
     Attributes:
         dtype: of maps and weights.
-        layout: in which contenders that are free to choose get their maps.
-        inference: whether it runs in inference mode: no gradients are wanted.
+        layout: layout of maps for contenders that accept any.
+        inference: whether it runs in inference mode, without gradients.
     """
 
     dtype: torch.dtype
     layout: str
     inference: bool
-    #: Several layers round in a chain, so equally good orders of summation differ by more than in one operator.
+    #: Factor on the error limit: rounding accumulates over layers, so equally good orders of summation differ by more.
     limits: ClassVar[int] = 1
 
     def plain(self, layout: str, wrap: Wrap = as_is) -> Program:
-        """Plain PyTorch operators, the maps in that layout; ``wrap`` makes of their function or module what runs."""
+        """Plain PyTorch operators, with maps in that layout; ``wrap`` is applied to the function or module."""
         raise NotImplementedError
 
     def fused(self, layout: str | None = None) -> Program:
-        """On ffnet_kernels, backend chosen by itself."""
+        """ffnet_kernels, with backend selection."""
         raise NotImplementedError
 
     def as_trained(self, layout: str) -> Program:
-        """As `plain`, before anything was folded."""
+        """Like `plain`, without any folding."""
         raise Unsupported("it has no training-time form")
 
     def exportable(self) -> tuple[nn.Module, list[tuple[Tensor, ...]]]:
-        """As `plain` for other runtimes: a module with constant weights, and one tuple of maps a call, all contiguous.
+        """Like `plain`, for other runtimes: a module with constant weights, and a tuple of contiguous maps for each
+        call.
 
-        In float32 whatever the dtype of the work: a runtime is told the precision to compute in.
+        Always in float32: runtimes are told separately which precision to compute in.
         """
         raise Unsupported("only forward passes are run with it")
 
     def expected(self) -> Any:
-        """What `Program.results` has, in float64; by itself where it is one tensor."""
+        """The value of `Program.results` in float64; a single tensor need not be in a list."""
         raise NotImplementedError
 
     def error_limit(self, expected: Tensor, eager: Tensor) -> float:
-        """The largest absolute error of a result that counts as right."""
+        """The largest absolute error of a result that is accepted."""
         return self.limits * error_limit(expected, eager)
 
 
 @dataclass(frozen=True)
 class OperatorWork(Work):
-    """An operator and the arguments of its public function, maps and weights contiguous.
+    """An operator and the arguments of its public function, with contiguous maps and weights.
 
-    With ``incoming``, the gradient of its result: the gradients of all tensors among the arguments, the filters lying
-    as parameters that are trained. The forward pass is made once, ahead, and not timed.
+    With ``incoming``, the gradient of its result: the gradients of all tensors among the arguments, with filters laid
+    out like trained parameters. The forward pass is run once beforehand and not timed.
     """
 
     operator: str
@@ -140,7 +141,7 @@ class OperatorWork(Work):
         layout = layout or self.layout
         arguments, slow, detail = laid_out(self.arguments, layout), too_large_for_onednn(self.arguments), ""
         if self.inference:
-            # Filters with their channels next to each other, where kernels need not move them in every call.
+            # Filters with their channels innermost, which kernels need not reorder in every call.
             arguments = {n: channels_innermost(v) if is_filter(v) else v for n, v in arguments.items()}
             detail = ffnet_kernels.explain(self.operator, **arguments).backend
             slow &= detail == "reference"
@@ -151,7 +152,7 @@ class OperatorWork(Work):
         self, function: Callable[..., Tensor], arguments: dict[str, Any] | tuple, layout: str, detail: str = "",
         wrap: Wrap = as_is, *, slow: bool = False,
     ) -> Program:  # fmt: skip
-        """What is timed of a function of such arguments: its call, or with ``incoming`` its backward pass."""
+        """The program that is timed: a call of a function or, with ``incoming``, its backward pass."""
         around: Wrap = without_onednn if slow else as_is
         function = wrap(around(function))
         if self.incoming is None:
@@ -174,7 +175,7 @@ class OperatorWork(Work):
         return program() if self.inference else program.results()
 
     def checked(self, layout: str) -> tuple:
-        """The arguments in a layout, as the operator takes them."""
+        """The arguments as in the operator's schema, in a layout."""
         return self._defined.defined.checked(**laid_out(self.arguments, layout))
 
     @property
@@ -183,7 +184,7 @@ class OperatorWork(Work):
 
 
 class _Call(nn.Module):
-    """A call of an operator in plain PyTorch; all arguments but the maps are constants."""
+    """A call of an operator in plain PyTorch; all arguments except maps are constants."""
 
     def __init__(self, function: Callable[..., Tensor], arguments: tuple, maps: list[Tensor]):
         super().__init__()
@@ -199,7 +200,7 @@ class _Call(nn.Module):
 
 @dataclass(frozen=True)
 class ModelWork(Work):
-    """A model in eval mode as trained, and its input batches of one size, contiguous."""
+    """A model in eval mode, not reparameterised, and its contiguous input batches of one size."""
 
     model: nn.Module
     batches: Sequence[Tensor]
@@ -215,7 +216,7 @@ class ModelWork(Work):
         return self._program(ffnet.reparameterize(self.model), layout, wrap)
 
     def fused(self, layout: str | None = None) -> Program:
-        # Outside inference mode, as users do it: what is made there are tensors of another kind.
+        # Outside inference mode, as users do it, since tensors made in that mode behave differently.
         with torch.inference_mode(False), torch.no_grad():
             # Reparameterised, as for the other contenders.
             model = ffnet.reparameterize(self.model)
@@ -240,9 +241,9 @@ class ModelWork(Work):
 @dataclass(frozen=True)
 class TrainingWork(Work):
     """Forward pass, loss and all gradients of a model in train mode; no optimizer. With ``autocast``, forward pass and
-    loss are under it, but not what is compared with, in float64.
+    loss are under it, except in the float64 reference.
 
-    The logits are judged and, with ``gradients``, those of all parameters as one vector: in float64 they take twice
+    The logits are checked and, with ``gradients``, those of all parameters as one vector, which in float64 needs twice
     the memory of a step.
     """
 
@@ -263,7 +264,7 @@ class TrainingWork(Work):
 
     def fused(self, layout: str | None = None) -> Program:
         program = self.plain(layout or self.layout, ffnet_kernels.optimize)
-        program()  # its first step runs the modules, and is not what is judged
+        program()  # the first step runs the modules, and is not to be checked
         return program
 
     def expected(self) -> list[Tensor]:
@@ -278,7 +279,8 @@ class TrainingWork(Work):
 
     def _program(self, model: Any, batch: Tensor, layout: str) -> Program:
         labels = torch.arange(len(batch), device=batch.device)
-        parameters = [parameter for _, parameter in sorted(model.named_parameters())]  # in one order for everybody
+        # In the same order for all contenders.
+        parameters = [parameter for _, parameter in sorted(model.named_parameters())]
 
         def step() -> tuple[Tensor, ...]:
             autocast = self.autocast and batch.dtype == torch.float32
@@ -307,7 +309,8 @@ def build(case: Case) -> Any:
             batch = torch.randn(case.batch, *case.shape).to(dtype)
             return ModelWork(ffnet.reparameterize(model.get_submodule(case.path)).to(dtype), [batch])
         model = model.to(dtype)
-        # Stochastic depth would drop other blocks in float64 than in float32, and no training step could be judged.
+        # Stochastic depth would drop different blocks in float64 than in float32, and training steps could not be
+        # checked.
         for module in model.modules():
             if isinstance(module, DropPath):
                 module.rate = 0.0
@@ -349,7 +352,8 @@ def _operator_work(case: OperatorCase) -> OperatorWork:
 def differentiated(
     function: Callable[..., Tensor], arguments: dict[str, Any] | tuple, incoming: Tensor
 ) -> tuple[Tensor, Callable[[], tuple[Tensor, ...]]]:
-    """The output of a function, and what returns the gradients of all tensors among its arguments, in their order."""
+    """The output of a function, and a function that returns the gradients of all tensors among its arguments, in
+    order."""
     arguments = mapped(lambda t: t.detach().requires_grad_(), arguments)
     positional, named = ((), arguments) if isinstance(arguments, dict) else (arguments, {})
     leaves = [v for v in (*positional, *named.values()) if isinstance(v, Tensor)]
@@ -360,7 +364,7 @@ def differentiated(
 
 
 def mapped(function: Callable[[Tensor], Tensor], values: Any) -> Any:
-    """A tensor, or a dict or tuple of arguments, with the function applied to the tensors among them."""
+    """Applies a function to a tensor, or to all tensors in a dict or tuple of arguments."""
     if isinstance(values, dict):
         return {name: mapped(function, value) for name, value in values.items()}
     if isinstance(values, tuple):
@@ -369,7 +373,7 @@ def mapped(function: Callable[[Tensor], Tensor], values: Any) -> Any:
 
 
 def laid_out(values: Any, layout: str) -> Any:
-    """The maps and filters among the arguments in a layout."""
+    """The arguments with maps and filters in a layout."""
     memory_format = MEMORY_FORMATS[layout]
     return mapped(lambda t: t.contiguous(memory_format=memory_format) if t.dim() == 4 else t, values)
 
@@ -383,7 +387,7 @@ def channels_innermost(weight: Tensor) -> Tensor:
 
 
 def too_large_for_onednn(arguments: dict[str, Any]) -> bool:
-    """Whether oneDNN would compile code for minutes, to run the call once."""
+    """Whether oneDNN would compile code for minutes before running the call."""
     return any(
         is_filter(v) and v.element_size() == 2 and v[0].numel() > MOST_TAPS_IN_16_BITS and v.device.type == "cpu"
         for v in arguments.values()
@@ -391,7 +395,7 @@ def too_large_for_onednn(arguments: dict[str, Any]) -> bool:
 
 
 def without_onednn(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function on PyTorch's own convolutions."""
+    """The function with oneDNN turned off."""
 
     def run(*arguments: Any, **keywords: Any) -> Any:
         enabled = torch.backends.mkldnn.enabled

@@ -84,9 +84,7 @@ def batch_of(pairs: list[tuple[Tensor, Tensor]], scale: int, draw: np.random.Gen
             patch.append(cut.flip(2) if flip else cut)
         patches.append(patch)
     small_batch, large_batch = (torch.stack(side) for side in zip(*patches, strict=True))
-    return small_batch.contiguous(
-        memory_format=torch.channels_last
-    ), large_batch  # suits PyTorch
+    return small_batch.contiguous(memory_format=torch.channels_last), large_batch  # suits PyTorch
 
 
 def train(model: FFNetSR, pairs: list[tuple[Tensor, Tensor]], steps: int, seed: int) -> None:

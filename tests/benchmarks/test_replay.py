@@ -17,8 +17,8 @@ TEXTS = {
     ("report", "cpu-zen5-2threads-record"): "92b215be2050ea96",
     ("report", "cpu-zen5-timm"): "6344e9d3a8c8ae3a",
     ("report", "cpu-zen5-timm-compiled"): "a19f71b152582daf",
-    ("report --goals", "cpu-zen5-2threads-avx2"): "c2b0b25937480e0d",
-    ("report --goals", "cpu-zen5-2threads-record"): "41ee02659ae95148",
+    ("report --goals", "cpu-zen5-2threads-avx2"): "a75b7857ed14e537",
+    ("report --goals", "cpu-zen5-2threads-record"): "edbb1733cb664bc4",
 }
 
 
