@@ -1,6 +1,7 @@
-// Every activation of the kernels, once. FFNET_ACTIVATIONS(X) puts X(name) for each: names of the schemas, and of the
-// functions in cpu/activation.h. What they are in PyTorch is in ffnet_kernels/backends/activations.py. Those that CUDA
-// has come first: its kernels compare these numbers, and another order costs some of them registers.
+// The list of the kernels' activations. FFNET_ACTIVATIONS(X) expands to X(name) for each; the names are those in
+// schemas and of the functions in cpu/activation.h. ffnet_kernels/backends/activations.py has their PyTorch functions.
+// Those that CUDA supports come first: its kernels compare these numbers, and another order costs some of them
+// registers.
 #pragma once
 
 #define FFNET_ACTIVATIONS(X) \

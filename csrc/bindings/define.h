@@ -1,6 +1,6 @@
-// The libraries define their operators themselves, so that C++ programs need nothing else: the schemas are those of
-// ffnet_kernels/ops/schemas.py, which csrc/build.py makes operator_schemas.h of. Python, which loads the libraries
-// before it knows the operators, adds fakes, gradients and what runs where there is no kernel.
+// The libraries define their operators themselves, so that C++ programs need nothing else. csrc/build.py generates
+// operator_schemas.h from ffnet_kernels/ops/schemas.py. Python loads the libraries first, then adds fakes, gradients
+// and fallbacks.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -8,7 +8,7 @@
 
 #include "operator_schemas.h"
 
-// Of torch from 2.12 on, and newer than TORCH_TARGET_VERSION: null in an older one.
+// Exists from torch 2.12 on, which is newer than TORCH_TARGET_VERSION: null in older ones.
 extern "C" {
 __attribute__((weak)) int32_t torch_tag_pt2_compliant_tag();
 __attribute__((weak)) AOTITorchError torch_library_def_with_tags(TorchLibraryHandle, const char*, const int32_t*,
@@ -17,7 +17,7 @@ __attribute__((weak)) AOTITorchError torch_library_def_with_tags(TorchLibraryHan
 
 namespace ffnet {
 
-// A namespace's operators, for as long as this lives.
+// Defines a namespace's operators for the lifetime of this object.
 class Definitions {
  public:
   explicit Definitions(const char* name) {

@@ -1,4 +1,4 @@
-// Of use, but nothing needs this module, which one version of Python loads.
+// An optional module, which only the Python version that it was built for loads.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -9,8 +9,8 @@ namespace {
 
 constexpr int kLine = 64;
 
-// Whoever reads many objects that have left the cache waits for one after the other; the processor can bring dozens at
-// once. Addresses that hold nothing any more do no harm.
+// Reading many objects that have left the cache costs one miss after the other; the processor can fetch dozens at once.
+// Prefetching addresses that have been freed is harmless.
 void fetch(const pybind11::buffer& addresses, int lines) {
   const pybind11::buffer_info info = addresses.request();
   if (info.itemsize != sizeof(std::uint64_t)) throw pybind11::value_error("addresses: expected an array('Q')");

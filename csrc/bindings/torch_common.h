@@ -1,4 +1,4 @@
-// What the libraries' bindings share. Backend is their name in error messages.
+// Shared by the libraries' bindings. Backend is their name in error messages.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -25,7 +25,7 @@ inline Activation parse_activation(const std::string& name) {
   STD_TORCH_CHECK(false, "ffnet_kernels: unknown activation '", name, "'");
 }
 
-// torch's own test, by strides: the format a convolution of this tensor would answer in
+// torch's own test, by strides, of the format that a convolution of this tensor would return
 // (ffnet_kernels/backends/maps.py).
 inline bool suggests_channels_last(const Tensor& t) {
   const auto sizes = t.sizes(), stride = t.strides();
@@ -38,8 +38,8 @@ inline bool suggests_channels_last(const Tensor& t) {
   return true;
 }
 
-// A new map like torch::stable::empty makes it; that one looks its operator up by name in every call, which costs what
-// a small map does.
+// Allocates a map like torch::stable::empty, which looks up its operator by name in every call; for a small map that
+// takes as long as the kernel.
 inline Tensor empty_map(const Tensor& like, const std::array<int64_t, 4>& size, bool channels_last) {
   const auto [n, c, h, w] = size;
   const auto at_least_one = [](int64_t x) { return x > 1 ? x : 1; };

@@ -1,6 +1,6 @@
 // The CPU kernels as operators of torch's dispatcher, through the LibTorch stable ABI only: this library runs in any
-// torch from TORCH_TARGET_VERSION on. Fakes and autograd are in ffnet_kernels/ops. All that memory safety
-// needs is checked here; ffnet_kernels/ops/_arguments.py says it to users.
+// torch from TORCH_TARGET_VERSION on. Fakes and autograd are in ffnet_kernels/ops. Checks for memory safety are here;
+// ffnet_kernels/ops/_arguments.py raises the errors meant for users.
 #include <algorithm>
 #include <array>
 #include <optional>
@@ -26,8 +26,7 @@ void set_residual(Op& op, const std::optional<Tensor>& residual, const std::arra
   op.residual = residual->const_data_ptr(), op.residual_stride = strides(*residual);
 }
 
-// A 1x1 weight [rows, columns] or [rows, columns, 1, 1] with adjacent columns; keeps the copy alive where one was
-// needed.
+// A 1x1 weight [rows, columns] or [rows, columns, 1, 1] with adjacent columns; keeps a copy alive if one was needed.
 class PointwiseWeight {
  public:
   PointwiseWeight(const Tensor& weight, const char* name, int64_t columns, const Tensor& x) : tensor_(weight) {
@@ -121,7 +120,7 @@ Tensor channel_mixer(const Tensor& x, const Tensor& weight, const std::optional<
                       scale, residual);
 }
 
-// The same with a LayerNorm over the channels behind the depthwise convolution.
+// The same with a LayerNorm over the channels after the depthwise convolution.
 Tensor norm_mixer(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                   const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias, double eps,
                   const Tensor& expand_weight, const std::optional<Tensor>& expand_bias, const Tensor& project_weight,
@@ -136,7 +135,8 @@ Tensor norm_mixer(const Tensor& x, const Tensor& weight, const std::optional<Ten
 
 namespace {
 
-// Of a map [n, c, h, w] with x's type, all but the map and the result; keeps copies alive where they were needed.
+// All arguments for a map [n, c, h, w] of x's type except the map and the result; keeps copies alive if any were
+// needed.
 class Conv2dCall {
  public:
   Conv2dCall(const Tensor& x, const std::array<int64_t, 4>& size, const Tensor& weight,
@@ -193,7 +193,7 @@ Tensor conv2d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
   return out;
 }
 
-// The second on the result of the first, which is made as the second reads it, where a kernel does that.
+// The second convolution on the result of the first, which is computed as it is read, if there is a kernel for that.
 Tensor conv2d_pair(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                    const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                    const std::string& activation, const Tensor& next_weight, const std::optional<Tensor>& next_bias,
@@ -204,7 +204,7 @@ Tensor conv2d_pair(const Tensor& x, const Tensor& weight, const std::optional<Te
   Conv2dCall two(x, {one.op.n, one.op.outputs, one.op.out_h, one.op.out_w}, next_weight, next_bias, next_stride,
                  next_padding, next_activation);
   const Kernels& kernels = active_kernels();
-  // What a map of single elements would make of the result's format is the map's to say.
+  // If all extents are 1, the result's format follows the map's strides.
   const bool single = one.op.n == 0 || one.op.outputs * one.op.out_h * one.op.out_w == 1;
   if (single || !kernels.pairs_conv2d(one.op, two.op))
     return conv2d(conv2d(x, weight, bias, stride, padding, activation, {}, {}), next_weight, next_bias, next_stride,

@@ -1,4 +1,4 @@
-// The CPU's operators of inference, as torch_cpu.cpp has them; their schemas are in ffnet_kernels/ops/schemas.py.
+// The CPU's inference operators, defined in torch_cpu.cpp; their schemas are in ffnet_kernels/ops/schemas.py.
 #pragma once
 
 #include <optional>

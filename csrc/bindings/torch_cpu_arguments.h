@@ -1,4 +1,4 @@
-// Tensors as the CPU kernels take them, checked as far as memory safety needs it.
+// Converts tensors to arguments of CPU kernels, with the checks that memory safety needs.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,7 @@
 
 namespace ffnet::cpu_arguments {
 
-// Threads take the next index when they finish one, so that a stolen core does not hold up the rest.
+// Threads take the next index when they finish one, so that a core taken by another process does not delay the rest.
 inline void run_on_torch_threads(int64_t count, void (*body)(void*, int64_t), void* context) {
   std::atomic<int64_t> next{0};
   const int64_t threads = std::min<int64_t>(count, torch::stable::get_num_threads());
@@ -39,7 +39,7 @@ inline bool has_kernel(const Tensor& map) {
   return type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half;
 }
 
-// What decides how the others are read.
+// The map that determines how the others are read.
 inline void check_map(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.is_cpu() && t.dim() == 4 && has_kernel(t), "ffnet_kernels (cpu): ", name,
                   " must be a 4-dimensional CPU tensor of float32, bfloat16 or float16");
@@ -70,8 +70,7 @@ inline bool has_size(const Tensor& map, const std::array<int64_t, 4>& size) {
   return true;
 }
 
-// A per-channel vector as contiguous float32; keeps the copy alive
-// where one was needed.
+// A per-channel vector as contiguous float32; keeps a copy alive if one was needed.
 class ChannelVector {
  public:
   ChannelVector(const std::optional<Tensor>& vector, const char* name, int64_t channels, const Tensor& x) {
@@ -113,7 +112,7 @@ inline Filter filter(const Tensor& weight, const char* name, const ChannelVector
           weight.stride(0),        weight.stride(2), weight.stride(3)};
 }
 
-// Stride, padding and the size of the result, from the size of the map.
+// Sets stride, padding and the size of the result from the size of the map.
 template <class Op>
 void set_geometry(Op& op, int64_t kh, int64_t kw, const std::vector<int64_t>& stride,
                   const std::vector<int64_t>& padding) {
@@ -165,7 +164,7 @@ struct AttentionVectors {
   }
 };
 
-// The same of ffnified_attention.
+// The same for ffnified_attention.
 template <class Op>
 Op attention_arguments(const Tensor& query, const Tensor& key, const Tensor& value, const AttentionVectors& vectors,
                        const std::string& activation) {

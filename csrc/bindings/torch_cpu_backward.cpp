@@ -1,5 +1,5 @@
-// The CPU kernels of the backward operators. A call that they do not take goes to <operator>_backward_composed, which
-// ffnet_kernels/ops/_operator.py defines.
+// The CPU kernels of the backward operators. Calls that they do not support go to <operator>_backward_composed, defined
+// in ffnet_kernels/ops/_operator.py.
 #include <array>
 #include <memory>
 #include <optional>
@@ -26,7 +26,7 @@ std::vector<Tensor> composed(const char* name, const std::vector<bool>& mask, co
   return torch::stable::detail::to<std::vector<Tensor>>(stack[0]);
 }
 
-// The wanted gradients in order, each laid out as torch.empty_like has it, which is what the fakes announce.
+// The wanted gradients in order, each with the layout of torch.empty_like, which the fakes declare.
 class Gradients {
  public:
   Gradients(std::initializer_list<const Tensor*> inputs, const std::vector<bool>& mask) {
@@ -38,7 +38,7 @@ class Gradients {
       place_.push_back(mask[i++] ? static_cast<int64_t>(grads_.size()) - 1 : -1);
     }
   }
-  // Of the i-th input; null where it is not wanted.
+  // The gradient of the i-th input; null if not wanted.
   Tensor* operator[](size_t i) { return place_[i] < 0 ? nullptr : &grads_[place_[i]]; }
   void* data(size_t i) { return place_[i] < 0 ? nullptr : grads_[place_[i]].mutable_data_ptr(); }
   void set_map(size_t i, void*& map, ffnet::Strides& stride) {
@@ -113,7 +113,7 @@ std::vector<Tensor> ffnified_attention_backward(const Tensor& grad, const Tensor
   return grads.take();
 }
 
-// Whether a 1x1 convolution of pixels is what the call differentiates.
+// Whether the call differentiates a 1x1 convolution of pixels.
 bool is_pointwise(const Tensor& grad, const Tensor& x, const Tensor& weight, const std::vector<int64_t>& stride,
                   const std::vector<int64_t>& padding, const std::string& activation) {
   const auto all = [](const std::vector<int64_t>& values, int64_t value) {

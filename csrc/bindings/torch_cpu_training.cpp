@@ -1,5 +1,5 @@
-// The CPU kernels of training steps as operators, for ffnet_kernels.training, which checks the arguments; what
-// memory safety needs is checked here again.
+// The CPU kernels of training steps as operators, for ffnet_kernels.training, which checks the arguments; checks for
+// memory safety are repeated here.
 #include <optional>
 #include <string>
 #include <tuple>
@@ -43,7 +43,7 @@ Tensor empty(const Tensor& like, const std::vector<int64_t>& size) {
   return torch::stable::empty(size, like.scalar_type(), std::nullopt, like.device());
 }
 
-// What belongs to a normalisation.
+// The arguments of a normalisation.
 Tensor empty_float(const Tensor& like, const std::vector<int64_t>& size) {
   return torch::stable::empty(size, ScalarType::Float, std::nullopt, like.device());
 }
@@ -106,7 +106,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm(const Tensor& x, const Tensor& gam
   return {out, mean, variance};
 }
 
-// The gradient of x, if wanted, then of gamma and beta.
+// Gradients of x, if wanted, gamma and beta.
 std::vector<Tensor> batch_norm_backward(const Tensor& grad, const Tensor& x, const Tensor& gamma, const Tensor& beta,
                                         const Tensor& mean, const Tensor& variance, double eps,
                                         const std::string& activation, bool wants_x) {
@@ -149,7 +149,7 @@ struct Branches {
                     mean + b * outputs(), variance + b * outputs(), outputs())};
   }
 
-  // Everything but the result.
+  // All arguments except the result.
   ffnet::BranchedDepthwise of(const Tensor& x, const Tensor& mean, const Tensor& variance,
                               const std::vector<int64_t>& stride, const std::string& activation) const {
     ffnet::cpu_arguments::check_map(x, "x");

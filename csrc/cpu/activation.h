@@ -1,7 +1,7 @@
 // The activations and their derivatives, one vector at a time, and applied to a row that a convolution has just left in
-// L1. Each that activations.h lists has a function of its name, and one with the derivative, `<name>_with_slope`.
+// L1. Each in activations.h has a function of its name, and one that also returns the derivative, `<name>_with_slope`.
 //
-// Derivatives of the smooth ones are NaN at infinities, as torch has them: `nan_of_infinity` adds 0 * x.
+// Derivatives of the smooth ones are NaN at infinities, as in torch: `nan_of_infinity` adds 0 * x.
 #pragma once
 
 #include "gelu_coefficients.h"
@@ -20,8 +20,7 @@ constexpr float kLeak = 0.01f;  // PyTorch's default
 FFNET_INLINE Vec leaky_relu(Vec x) { return at_least(x, x * Vec::fill(kLeak)); }
 
 #if defined(__AVX512F__)
-// Where a t >= 0 lies in the tables: adding 1.5 * 2^23 rounds to the nearest segment and leaves its number in the low
-// bits.
+// The table segment of t >= 0: adding 1.5 * 2^23 rounds to the nearest segment and leaves its number in the low bits.
 struct Segment {
   __m512i number;
   Vec offset;
@@ -60,13 +59,13 @@ FFNET_INLINE Vec half_erf(Vec t) {
 #endif
 }
 
-// x / 2 + |x| * H(|x|). NaN for -inf, as torch has it.
+// x / 2 + |x| * H(|x|). NaN for -inf, as in torch.
 FFNET_INLINE Vec gelu(Vec x) {
   const Vec t = abs(x);
   return fma(t, half_erf(t), x * Vec::fill(0.5f));
 }
 
-// exp on [-87, inf]; below it stays at exp(-87), which 1 + exp does not see.
+// exp on [-87, inf]; below, it stays at exp(-87), which does not change 1 + exp.
 FFNET_INLINE Vec exp_for_sigmoid(Vec x) {
   x = at_least(at_most(x, Vec::fill(89.f)), Vec::fill(-87.f));
   const Vec n = round(x * Vec::fill(1.44269504f));
@@ -91,7 +90,7 @@ FFNET_INLINE Vec gelu_tanh(Vec x) {
   return x * sigmoid(inner * Vec::fill(1.59576912f));
 }
 
-// f of the activation, a function object: loops around it are made for each.
+// Calls f with the activation as a function object, so that loops are compiled for each activation.
 template <class F>
 FFNET_INLINE void with_activation(Activation activation, const F& f) {
   switch (activation) {
@@ -123,7 +122,7 @@ FFNET_INLINE Vec above(Vec x, float limit, Vec otherwise, Vec below) {
   return {x.v <= Vec::fill(limit).v ? below.v : otherwise.v};
 }
 
-// The magnitude of one with the sign of the other.
+// The magnitude of one argument with the sign of the other.
 FFNET_INLINE Vec with_sign_of(Vec magnitude, Vec sign) {
   return {sign.v < Vec::fill(0).v ? (Vec::fill(0) - magnitude).v : magnitude.v};
 }
@@ -164,7 +163,7 @@ FFNET_INLINE Activated gelu_with_slope(Vec x) {
   return {fma(t, h, x * half), nan_of_infinity(x, half) + with_sign_of(g, x)};
 }
 
-// y = sigmoid(v) and y * (1 - y) = e^-v y^2, without cancellation; a sigmoid never gets to 0, so that this holds.
+// y = sigmoid(v) and y * (1 - y) = e^-v y^2, without cancellation; the sigmoid never reaches 0, so this is safe.
 struct Sigmoid {
   Vec value, slope;
 };
@@ -199,8 +198,8 @@ FFNET_INLINE void map_row_with_slope(float* row, float* value, int64_t width) {
   }
 }
 
-// Of `width` adjacent vectors: writes the activation to `value`, where there is one, and its derivative in place.
-// Nothing is done for Activation::none.
+// For `width` adjacent vectors, writes the activation to `value`, unless null, and its derivative in place. Does
+// nothing for Activation::none.
 inline void slope_row(float* row, float* value, int64_t width, Activation activation) {
   if (activation == Activation::none) return;
   switch (activation) {
@@ -211,7 +210,7 @@ inline void slope_row(float* row, float* value, int64_t width, Activation activa
   }
 }
 
-// Whether a slope of 0 stops any gradient, an infinite one too, as torch has it for those that are made of pieces.
+// Whether a derivative of 0 stops any gradient, even an infinite one, as in torch for piecewise activations.
 constexpr bool is_piecewise(Activation activation) {
   return activation == Activation::relu || activation == Activation::relu6 || activation == Activation::hardswish ||
          activation == Activation::hardsigmoid;

@@ -1,7 +1,7 @@
-// batch_norm: act(norm(x)) of channels-last maps with the statistics of the batch, and its gradients.
+// batch_norm: act(norm(x)) of channels-last maps with batch statistics, and its gradients.
 //
-// A task takes a chunk of pixels, block by block, and of a block one vector of channels after the other. Chunks are cut
-// by the shape alone and joined in order. The backward pass keeps x alone.
+// A task takes a chunk of pixels, block by block, and within a block one vector of channels after the other. Chunks
+// depend on the shape only and are joined in order. For the backward pass only x is kept.
 #include "activation.h"
 #include "buffer.h"
 #include "norm.h"
@@ -12,7 +12,7 @@ namespace {
 constexpr int64_t kBlock = 64;  // pixels: of some hundred channels, a block stays in L1
 constexpr int64_t kMostChunks = 128;
 
-// Of each chunk two vectors for each vector of channels; then what they come to.
+// For each chunk, two vectors per vector of channels; then their totals.
 class Work {
  public:
   Work(const BatchNorm& norm, const BatchNormBackward* backward)

@@ -1,4 +1,4 @@
-// What the forward and the backward pass of a branched depthwise layer share.
+// Shared by the forward and backward pass of a branched depthwise layer.
 #pragma once
 
 #include "norm.h"
@@ -10,7 +10,7 @@ namespace ffnet::FFNET_ISA {
 FFNET_INLINE int64_t pad_top(const Branch& branch) { return branch.filter.kh / 2; }
 FFNET_INLINE int64_t pad_left(const Branch& branch) { return branch.filter.kw / 2; }
 
-// The branches' filters of a task, the rows of x they read, a line of output for each.
+// A task's branch filters, the rows of x that they read, and a line of output for each.
 class BranchRows {
  public:
   BranchRows(const BranchedDepthwise& op, int64_t capacity) : op_(op) {
@@ -44,7 +44,7 @@ class BranchRows {
   RowRing& x() { return x_; }
   // From now on `shift` is added to the outputs of a branch.
   void set_shift(int b, Vec shift) { shift.store(bias_[b]); }
-  // Makes row r of a branch's convolution.
+  // Computes row r of a branch's convolution.
   const float* make(int b, int64_t r) {
     const float* const* rows = x_.window(r * op_.stride_h - pad_top(op_.branch[b]));
     conv_row_[b]({rows, kLanes, op_.w}, filter_[b], {line_[b], kLanes, 0, op_.out_w});

@@ -1,8 +1,8 @@
 // branched_depthwise forward: act(sum over branches of BN(DW(x))) with the statistics of the batch.
 //
-// A first pass over x makes each branch's rows in L1 and keeps only their statistics. With them the layer is one biased
-// depthwise convolution, which the second pass computes in float32. Where maps are of 16 bits the merged filter would
-// be rounded to these, too: there the second pass makes the branches' rows again.
+// A first pass over x computes each branch's rows in L1 and keeps only their statistics. With these the layer is one
+// biased depthwise convolution, which the second pass computes in float32. For maps of 16 bits the merged filter would
+// be rounded to 16 bits, too, so the second pass computes the branches' rows again.
 #include "activation.h"
 #include "branched.h"
 #include "buffer.h"

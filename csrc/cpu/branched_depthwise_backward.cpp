@@ -3,9 +3,9 @@
 // With y the output of a branch's convolution, M its pixels in the batch, and gradient g of the branches' sum,
 //   gamma_grad = sum g (y - mean) / deviation,  beta_grad = sum g,
 //   y_grad = gamma / deviation * (g - beta_grad / M - (y - mean) / deviation * gamma_grad / M).
-// A first pass makes y row by row for the two sums; a second one makes y again, y_grad from it, and the gradients of x
-// and of the filters while the maps of an image and a vector of channels are at hand. g itself is the incoming gradient
-// times the activation's derivative at the branches' sum, which both passes make from the rows of y.
+// A first pass computes y row by row for the two sums; a second one recomputes y, then y_grad, and the gradients of x
+// and of the filters while the maps of an image and a vector of channels are in cache. g is the incoming gradient times
+// the activation's derivative at the branches' sum, which both passes compute from the rows of y.
 #include "activation.h"
 #include "branched.h"
 #include "partial_sums.h"
@@ -97,7 +97,7 @@ void sum_gradients(void* context, int64_t task) {
     for (int64_t r = 0; r < f.h; ++r) {
       const float* y[kMaxBranches];
       const float* g = gradients.make(r, y);
-      Vec row[1 + kMaxBranches];  // rows are summed by themselves: one running sum over all maps would round badly
+      Vec row[1 + kMaxBranches];  // each row is summed separately, as one long running sum would round badly
       for (Vec& s : row) s = Vec::fill(0);
       for (int64_t i = 0; i < f.w * kLanes; i += kLanes) {
         const Vec grad = Vec::load(g + i);
@@ -122,7 +122,7 @@ void finish_sums(void* context, int64_t vector) {
   }
 }
 
-// The filter turned by half a turn: what the gradient of x is convolved with.
+// The filter rotated by 180 degrees, for the gradient of x.
 template <class T>
 PackedFilter turned_filter(const Branch& branch, const Lanes& lanes, float* out) {
   const PackedFilter filter =
@@ -226,7 +226,7 @@ class Task {
   const BranchedDepthwise& f_;
   Lanes lanes_;
   int64_t line_;
-  bool direct_;  // rows of the gradient are written where they belong
+  bool direct_;  // rows of the gradient are written in place
   float* weights_;
   Gradients<T> gradients_;
   RowRing y_grad_[kMaxBranches];

@@ -11,7 +11,7 @@
 
 namespace ffnet::FFNET_ISA {
 
-// Aligned, or every other vector would lie in two cache lines.
+// Aligned, so that no vector straddles two cache lines.
 class Buffer {
  public:
   float* data;

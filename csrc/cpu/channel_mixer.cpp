@@ -11,7 +11,7 @@
 namespace ffnet::FFNET_ISA {
 namespace {
 
-// What a task keeps in L2: the mixed map, the result and, a chunk at a time, the hidden map of its pixels.
+// Kept in L2 by a task: the mixed map, the result and, a chunk at a time, the hidden map of its pixels.
 constexpr int64_t kStripFloats = 224 * 1024;
 constexpr int64_t kChunk = 512;  // hidden channels
 
@@ -44,7 +44,7 @@ void store_mixed(const float* pixels, float* panel) {
   (void)even;
 }
 
-// A strip: rows [first, last) of the batch, all images' rows counted through.
+// A strip: rows [first, last) of the batch, with the rows of all images numbered consecutively.
 struct Strip {
   int64_t first, last;
   int64_t pixels(const ChannelMixer& op) const { return (last - first) * op.w; }
@@ -107,8 +107,8 @@ bool MixerTask<T, Taps>::run(int64_t) {
   float* scratch = arena.at;
 
   if (op.norm) {
-    float* raw = Taps::rows == 1 ? mixed : out;  // the result comes when the mixed map is complete
-    ChannelMixer unbiased = op;  // the bias comes last: sums that start with a large one would lose digits
+    float* raw = Taps::rows == 1 ? mixed : out;  // written once the mixed map is complete
+    ChannelMixer unbiased = op;  // the bias is added last: sums that start with a large one would lose digits
     unbiased.filter.bias = nullptr;
     mix_pixels<T, Taps, FloatTaps>(unbiased, strip, raw, raw_panel, arena);
     for (int64_t p = 0; p < panels; ++p)
@@ -150,7 +150,7 @@ bool MixerTask<T, Taps>::run(int64_t) {
 }
 
 // Rows per strip: whole panels, maps that fit L2, threads that end together. A strip streams all weights through L1,
-// which costs about as much as `weights` more pixels. The batch is one plane: an alarm repeats all of it.
+// which costs about as much as `weights` more pixels. The batch is one plane, so an alarm repeats all of it.
 Tiling tile_rows(const ChannelMixer& op, int threads) {
   constexpr int64_t weights = 16;
   const int64_t taps = op.storage == Storage::bfloat16 && kPairs ? 2 : 1, height = op.n * op.h;

@@ -1,11 +1,11 @@
-// conv2d forward, one group: residual + scale * act(conv(x; weight) + bias). What a depthwise model has around its
+// conv2d forward, one group: residual + scale * act(conv(x; weight) + bias). For the layers around a depthwise model's
 // mixers: 1x1 projections and the strided convolutions of its stem.
 //
 // Here the pixels are on the left of the product and the weight, packed once a call, on the right. In a channels-last
 // row a window is kw * channels adjacent taps, and windows are stride_w pixels apart: nothing is gathered window by
-// window. 1x1 filters read the map itself; for others, and where a map has another order or type, a task copies its
-// rows, with the padding around them. Of two convolutions in a row the first makes the rows that a task of the second
-// would copy: the map between them never exists as a whole.
+// window. 1x1 filters read the map itself; for others, and for maps of another order or type, a task copies its rows,
+// with padding. If two convolutions follow each other, the first one computes the rows that a task of the second would
+// copy, so the map between them never exists as a whole.
 #include "conv2d.h"
 
 #include <type_traits>
@@ -16,7 +16,7 @@
 namespace ffnet::FFNET_ISA {
 namespace {
 
-// A rectangle of output pixels of one image: what a task makes.
+// A rectangle of output pixels of one image, computed by a task.
 struct Part {
   int64_t image, first_row, last_row, first_column, last_column;
   int64_t columns() const { return last_column - first_column; }
@@ -36,7 +36,7 @@ class Convolution {
     cut(threads);
   }
 
-  // `first` makes this one's map, of which only the size counts then; rows it makes must be what tasks copy.
+  // `first` computes this one's map, of which only the size matters then; it must produce the rows that tasks copy.
   void run(const Executor& executor, Convolution* first = nullptr) {
     first_ = first;
     if (first) first->pack(executor);
@@ -46,12 +46,12 @@ class Convolution {
   }
 
  private:
-  using Element = std::conditional_t<Taps::rows == 1, float, T>;  // what a tap consists of
+  using Element = std::conditional_t<Taps::rows == 1, float, T>;  // the type of a tap
 
   void pack(const Executor& executor) {
     float* bias = floats_.data + packed_.floats();
     for (int64_t o = 0; o < packed_.panels() * kPanel; ++o) bias[o] = op_.bias && o < op_.outputs ? op_.bias[o] : 0;
-    constexpr int64_t kAtOnce = 32 * 1024;  // floats that are packed in less time than it takes to call for threads
+    constexpr int64_t kAtOnce = 32 * 1024;  // below so many floats, packing takes less time than waking threads
     const auto pack = [](void* self, int64_t j) {
       const auto& c = *static_cast<const Convolution*>(self);
       pack_panel<T, Taps>(c.weight_, j, c.floats_.data + j * c.packed_.depth * kPanel);
@@ -104,7 +104,7 @@ class Convolution {
   int64_t left(const Part& part) const { return part.first_column * op_.stride_w - op_.pad_left; }
   int64_t height(const Part& part) const { return (part.last_row - 1 - part.first_row) * op_.stride_h + op_.kh; }
   int64_t width(const Part& part) const { return (part.columns() - 1) * op_.stride_w + op_.kw; }
-  // What of this convolution's result `next` reads for a part of its own.
+  // The part of this convolution's result that `next` reads for a part of its own.
   Part part_for(const Convolution& next, const Part& part) const {
     const int64_t top = next.top(part), left = next.left(part);
     const int64_t first_row = min_of(op_.out_h, max_of(0, top)), first_column = min_of(op_.out_w, max_of(0, left));
@@ -161,11 +161,11 @@ class Convolution {
     }
   }
 
-  // The rows that a part reads, made by the convolution before, zeros around them.
+  // The rows that a part reads, computed by the preceding convolution, with zeros around them.
   void make_rows(const Part& part, Arena arena, T* rows) const {
     const int64_t width = this->width(part), row = width * op_.channels;
     const Part made = first_->part_for(*this, part);
-    // What is made may be nothing: padding can be wider than a part.
+    // There may be none: padding can be wider than a part.
     const int64_t above = min_of(height(part), max_of(0, -top(part))), before = min_of(width, max_of(0, -left(part)));
     const auto clear = [&](T* from, int64_t pixels) {
       __builtin_memset(from, 0, static_cast<size_t>(pixels * op_.channels) * sizeof(T));
@@ -185,7 +185,7 @@ class Convolution {
     return reinterpret_cast<const float*>(row);
   }
 
-  // Pixels [left, left + width) of a row, zeros where the map has none; `gathered` is scratch.
+  // Pixels [left, left + width) of a row, zeros outside the map; `gathered` is scratch.
   void copy_row(int64_t image, int64_t y, int64_t left, int64_t width, Element* out, float* gathered) const {
     const int64_t channels = pixel_ * Taps::rows, stride_c = op_.x_stride.c, stride_w = op_.x_stride.w;
     const bool outside = y < 0 || y >= op_.h;
@@ -292,7 +292,7 @@ Conv2d flattened(Conv2d op) {
 }  // namespace
 
 void conv2d(const Conv2d& given, const Executor& executor) {
-  constexpr int64_t kFewPixels = 8;  // of 16, products were faster on all instruction sets
+  constexpr int64_t kFewPixels = 8;  // with 16, products were faster on all instruction sets
   if (is_pointwise(given) && given.n * given.h * given.w <= kFewPixels) return few_pixels_conv2d(given, executor);
   if (weight_goes_left(given)) return pointwise_conv2d(given, executor);
   const Conv2d op = flattened(given);
@@ -303,9 +303,9 @@ void conv2d(const Conv2d& given, const Executor& executor) {
                [&](auto element) { Convolution<decltype(element), FloatTaps>(op, executor.threads).run(executor); });
 }
 
-// The rows of the first are read by the second as they were made: in the maps' own elements, one or two a tap.
+// The second reads the rows of the first as computed: in the maps' element type, one or two per tap.
 bool pairs_conv2d(const Conv2d& first, const Conv2d& second) {
-  constexpr int64_t kImageChannels = 4;  // rows that two tasks need are made twice, which must be cheap
+  constexpr int64_t kImageChannels = 4;  // rows that two tasks need are computed twice, which must be cheap
   if (first.channels > kImageChannels || second.kh * second.kw == 1 || first.storage != second.storage) return false;
   return second.storage == Storage::float32 ||
          (second.storage == Storage::bfloat16 && kPairs && second.channels % 2 == 0);

@@ -1,8 +1,8 @@
 // One output row of a depthwise convolution, for one vector of channels: the inner kernel of every operator here.
 //
-// Outputs are made in blocks that live in registers; every input pixel is loaded once per filter row and added to all
+// Outputs are computed in blocks held in registers; every input pixel is loaded once per filter row and added to all
 // outputs it reaches. Taps that fall on padding are skipped, not multiplied by zero, and the order of additions depends
-// on nothing but the filter and the width of the row, so a result does not change with tiling or threads.
+// only on the filter and the width of the row, so results do not change with tiling or threads.
 #pragma once
 
 #include "kernels.h"
@@ -16,7 +16,7 @@ struct FloatTaps {
   static FFNET_INLINE Vec add(Vec x, Vec w, Vec sum) { return fma(x, w, sum); }
 };
 #if defined(__AVX512BF16__)
-constexpr bool kPairs = true;  // whether maps of bfloat16 are taken in pairs
+constexpr bool kPairs = true;  // whether rows of bfloat16 maps are processed in pairs
 struct PairTaps {
   static constexpr int rows = 2;
   static FFNET_INLINE Vec add(Vec x, Vec w, Vec sum) { return dot(x, w, sum); }
@@ -55,7 +55,7 @@ using ConvRow = void (*)(const RowInput&, const PackedFilter&, const RowOutput&)
 // Outputs per register block. With 16 registers: 8 sums, 7 weights of a filter row and the pixel.
 constexpr int kMaxBlock = Vec::registers == 32 ? 16 : 8;
 
-// Whether a filter has rows of its own, unrolled; beyond nine rows one running sum would round worse than conv_row_any.
+// Whether a filter has unrolled code of its own; beyond nine rows one running sum would round worse than conv_row_any.
 FFNET_INLINE bool is_unrolled(int64_t kh, int64_t kw) { return kh <= 9 && (kw == 3 || kw == 5 || kw == 7); }
 
 // The code for rows of a filter.

@@ -1,5 +1,5 @@
 // The inner kernel of every depthwise operator, for all filters, strides and taps: conv_row.cpp and conv_row_pairs.cpp
-// make code of it, once for all operators.
+// instantiate it once for all operators.
 #pragma once
 
 #include <utility>
@@ -43,7 +43,7 @@ FFNET_INLINE void add_filter_row(Vec (&sum)[B], const RowInput& in, const Packed
 // Outputs [first, first + B) of a row, for a filter K wide.
 template <class Taps, int K, int S, int B>
 void conv_block(const RowInput& in, const PackedFilter& filter, int64_t first, float* out, int64_t out_pixel) {
-  // A few sums wait for themselves: then every other row of the filter has sums of its own.
+  // With few sums, latency dominates: then every other filter row has its own sums.
   constexpr bool kTwice = 2 * B <= kMaxBlock && Vec::registers == 32;
   Vec sum[B], other[kTwice ? B : 1];
 #pragma GCC unroll 16
@@ -66,8 +66,8 @@ void conv_block(const RowInput& in, const PackedFilter& filter, int64_t first, f
   for (int b = 0; b < B; ++b) sum[b].store(out + b * out_pixel);
 }
 
-// Any filter size: rows of it are taken seven taps at a time, as conv_block takes seven. One running sum over a large
-// filter would round badly, so after every kRunningTaps or more it is added to a total and starts anew.
+// Any filter size, seven taps of a row at a time, like conv_block. One running sum over a large filter would accumulate
+// rounding errors, so after every kRunningTaps or more it is added to a total and restarted.
 template <class Taps, int S, int B>
 void conv_block_any(const RowInput& in, const PackedFilter& filter, int64_t first, int count, float* out,
                     int64_t out_pixel) {

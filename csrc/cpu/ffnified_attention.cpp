@@ -1,14 +1,14 @@
 // ffnified_attention forward: residual + scale * (DW(act(DW(query; key)); value)).
 //
-// Rows are rolled: conv1 makes one row of the middle map, conv2 uses the last rows of it. Only as many middle rows as
-// the second filter is tall ever exist, in a ring that stays in L1.
+// Rows are rolling: the first convolution computes one row of the middle map, the second one uses its latest rows. Only
+// as many middle rows exist as the second filter is tall, in a ring that stays in L1.
 #include "activation.h"
 #include "retry.h"
 
 namespace ffnet::FFNET_ISA {
 namespace {
 
-// The last rows of the middle map, in the form in which the second convolution takes them.
+// The latest rows of the middle map, in the form that the second convolution reads.
 template <class Taps>
 class Ring {
  public:
@@ -17,12 +17,12 @@ class Ring {
   Ring(float* data, int64_t kh, int64_t height, int64_t line)
       : data_(data), groups_(row_groups<Taps>(kh) + (Taps::rows > 1)), height_(height), line_(line) {}
   void clear() const {
-    // What a window reaches before it is made is multiplied by zero: it must be a number.
+    // Rows that a window covers before they are computed are multiplied by zero, so they must hold finite numbers.
     for (int64_t i = 0; Taps::rows > 1 && i < groups_ * line_; i += kLanes) Vec::fill(0).store(data_ + i);
   }
-  // Where row r is made.
+  // Where row r is computed.
   float* row(int64_t r) const { return Taps::rows > 1 ? data_ + (groups_ - 1) * line_ : at(r); }
-  // Activates row r, which has been made, and takes it over.
+  // Applies the activation to row r, which has been computed, and stores it in the ring.
   void close(int64_t r, Activation activation) const {
     if constexpr (Taps::rows == 1) {
       activate_row(row(r), kLanes, line_ / kLanes, activation);
@@ -122,8 +122,8 @@ class AttentionTask {
   }
 
  private:
-  // Where the rows of the result are made: where they belong, in one line, or all in scratch, for partial vectors and
-  // other layouts.
+  // Where the result's rows are computed: in place, in one line, or all in scratch, for partial vectors and other
+  // layouts.
   enum class Route { in_place, by_row, by_strip };
 
   struct Column {

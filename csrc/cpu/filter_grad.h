@@ -1,13 +1,12 @@
-// Filters and their gradients as backward passes take them: mirrored, or a part of their taps; packed and unpacked.
+// Filters and their gradients in backward passes: mirrored, or a part of their taps; packing and unpacking.
 #pragma once
 
 #include "rows.h"
 
 namespace ffnet::FFNET_ISA {
 
-// A convolution's input gradient is a convolution of the output's gradient. Along one axis of stride S, pixels p, p +
-// S,
-// ... of the input meet every S-th tap only; taken backwards, those make a filter of their own at stride 1.
+// A convolution's input gradient is a convolution of the output's gradient. Along an axis with stride S, the input
+// pixels p, p + S, and so on meet only every S-th tap; reversed, these taps form a filter with stride 1.
 struct MirroredTaps {
   int64_t first, count;  // taps first, first + S, ...
   int64_t offset;        // input pixel p + S * u meets output pixels from u + offset on
@@ -29,7 +28,7 @@ PackedFilter pack_mirrored(const Filter& f, const MirroredTaps& rows, const Mirr
   return pack_filter<T, FloatTaps>(part, lanes.first, lanes.count, 1, -columns.offset, out);
 }
 
-// Writes the gradients [kh][kw][lanes] and [lanes] of a vector of channels' filters where they are wanted.
+// Writes the gradients [kh][kw][lanes] and [lanes] of the filters of a vector of channels, if wanted.
 template <class T>
 void store_filter_grad(const float* sums, const float* bias_sum, int64_t kh, int64_t kw, const Lanes& lanes,
                        const FilterGrad& to) {

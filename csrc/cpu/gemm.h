@@ -1,5 +1,5 @@
 // Products with the weight on the left, C[outputs][pixels] = W[outputs][depth] * B[depth][pixels]: the weight is read
-// where torch stores it, the map comes in panels of kPanel pixels. Where a weight is large and pixels are few.
+// from torch's storage, the map comes in panels of kPanel pixels. For large weights and few pixels.
 #pragma once
 
 #include "weight_rows.h"
@@ -22,7 +22,7 @@ FFNET_INLINE void gemm(const Weight& weight, const WeightRows<T, Taps>& left, co
       start(p, first, rows, block);
       add_product<Taps, Order::by_rows_ahead>(rows, kPanel, {from, left.stride(), left.depth()}, b + p * b_panel,
                                               block);
-      finish(p, first, rows, block);  // apart from the sums, or they would spill
+      finish(p, first, rows, block);  // separate from the sums, which would spill otherwise
     }
   }
 }

@@ -1,4 +1,4 @@
-// What a CPU kernel takes, and the table of kernels each instruction set provides.
+// The arguments of CPU kernels, and the table of kernels that each instruction set provides.
 // Free of torch: kernels compile in seconds and run under sanitizers or another host.
 #pragma once
 
@@ -9,7 +9,7 @@
 
 namespace ffnet {
 
-// What maps and weights consist of; sums are float32. Biases and layer scales are float32 always.
+// The element type of maps and weights; sums are float32. Biases and layer scales are always float32.
 enum class Storage : int { float32, bfloat16, float16 };
 struct BFloat16 {
   uint16_t bits;
@@ -124,7 +124,7 @@ struct FilterGrad {
   void* bias;
 };
 
-// Gradients of DepthwiseConv2d, of one or two outputs per channel; those that are null are not wanted.
+// Gradients of DepthwiseConv2d, with one or two outputs per channel; null ones are not wanted.
 struct DepthwiseConv2dBackward {
   Storage storage;
   int64_t n, channels, multiplier;
@@ -141,7 +141,7 @@ struct DepthwiseConv2dBackward {
   FilterGrad filter_grad;
 };
 
-// Gradients of FfnifiedAttention; those that are null are not wanted. That of the residual is the incoming one.
+// Gradients of FfnifiedAttention; null ones are not wanted. That of the residual is the incoming one.
 struct FfnifiedAttentionBackward {
   Storage storage;
   int64_t n, channels, h, w;
@@ -174,7 +174,7 @@ struct BranchedDepthwiseBackward;
 struct FeedForward;
 struct FeedForwardBackward;
 
-// Every operator's kernel, once: its name and what it takes.
+// The list of kernels: name and arguments of each.
 #define FFNET_KERNELS(X)                                    \
   X(depthwise_conv2d, DepthwiseConv2d)                      \
   X(depthwise_conv2d_backward, DepthwiseConv2dBackward)     \
@@ -196,15 +196,15 @@ struct Kernels {
 #define FFNET_POINTER(name, Operation) void (*name)(const Operation&, const Executor&);
   FFNET_KERNELS(FFNET_POINTER)
 #undef FFNET_POINTER
-  bool (*is_unrolled)(int64_t kh, int64_t kw);  // whether filters of this size have code of their own
-  // Two in a row, where it can and pays; x and its strides of the second are not looked at, nor is out of the first.
-  // conv2d_pair throws std::invalid_argument for what pairs_conv2d refuses.
+  bool (*is_unrolled)(int64_t kh, int64_t kw);  // whether filters of this size have specialised code
+  // Whether two convolutions can be run as one, and that is faster; ignores the second one's x and strides, and the
+  // first one's out. conv2d_pair throws std::invalid_argument for what pairs_conv2d refuses.
   bool (*pairs_conv2d)(const Conv2d& first, const Conv2d& second);
   void (*conv2d_pair)(const Conv2d& first, const Conv2d& second, const Executor&);
-  int64_t (*multiply_adds)(Storage, int64_t rounds);  // on registers, for benchmarks: how many were done in `rounds`
+  int64_t (*multiply_adds)(Storage, int64_t rounds);  // on registers, for benchmarks: returns how many were done
 };
 
-// Instruction sets, slowest first; a build holds some of them.
+// Instruction sets, slowest first; a build has some of them.
 const Kernels* baseline_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
@@ -214,7 +214,7 @@ const Kernels* avx512bf16_kernels();
 // Throws std::bad_alloc.
 float* thread_scratch(size_t floats);
 
-// Called with all scratch before its first use: NaN in it, where tests ask for that, shows what is read unwritten.
+// Called with all scratch before its first use; tests have it filled with NaN to reveal reads of unwritten memory.
 void poison(float* scratch, size_t floats);
 
 }  // namespace ffnet

@@ -1,4 +1,5 @@
-// Layer normalisation over the channels of panels [channel][kPanel pixels]: a lane has the statistics of its pixel.
+// Layer normalisation over the channels of panels [channel][kPanel pixels]: each lane holds the statistics of its
+// pixel.
 #pragma once
 
 #include "gemm.h"
@@ -6,7 +7,7 @@
 
 namespace ffnet::FFNET_ISA {
 
-// Sum over channels of f of a vector of pixels; no running sum is long.
+// Sum over channels of f of a vector of pixels; running sums are kept short.
 template <class F>
 FFNET_INLINE Vec sum_channels(const float* pixels, int64_t channels, F f) {
   constexpr int64_t kRun = 64;
@@ -18,8 +19,8 @@ FFNET_INLINE Vec sum_channels(const float* pixels, int64_t channels, F f) {
   return total;
 }
 
-// In place, of pixels + bias. Deviations are taken about a mean that was rounded; what it was off by is their own mean.
-// So a mean that is large beside the deviations costs neither the variance nor the result anything.
+// Normalises pixels + bias in place. Deviations are from a rounded mean, whose error is the deviations' own mean, so a
+// mean that is large compared to the deviations affects neither the variance nor the result.
 inline void normalize_pixels(const LayerNorm& norm, const float* bias, int64_t channels, float* pixels) {
   for (int64_t c = 0; bias && c < channels; ++c)
     (Vec::load(pixels + c * kPanel) + Vec::fill(bias[c])).store(pixels + c * kPanel);

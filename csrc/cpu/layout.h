@@ -15,7 +15,7 @@ FFNET_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 FFNET_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 FFNET_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Loads and stores of the first n lanes, which are mostly all.
+// Loads and stores of the first n lanes, usually all.
 template <class T>
 FFNET_INLINE Vec load_lanes(const T* from, int64_t n) {
   return n == kLanes ? load(from) : load_first(from, n);
@@ -25,7 +25,7 @@ FFNET_INLINE void store_lanes(Vec x, T* to, int64_t n) {
   n == kLanes ? store(x, to) : store_first(x, to, n);
 }
 
-// f of an element of the type that maps and weights are stored as. Throws std::invalid_argument for any other.
+// Calls f with an element of the storage type of maps and weights. Throws std::invalid_argument for an unknown one.
 template <class F>
 void with_storage(Storage storage, const F& f) {
   switch (storage) {
@@ -41,7 +41,7 @@ struct Lanes {
   int64_t first, count, multiplier;
 };
 
-// Elements at offsets from a pointer, each of which fills a lane as float32.
+// Elements at offsets from a pointer, each as a float32 lane.
 template <class T>
 struct Elements {
   const T* from;
@@ -51,7 +51,7 @@ struct Elements {
 };
 
 #if defined(__AVX512BF16__)
-// Elements of two rows, each two of which fill a lane as they are. A row that is null counts as zeros.
+// Elements of two rows, in pairs that fill a lane unconverted. A null row counts as zeros.
 struct ElementPairs {
   const BFloat16 *low, *high;
   static FFNET_INLINE __m256i bits(const BFloat16* row, int64_t at, __mmask16 wanted) {
@@ -162,8 +162,8 @@ FFNET_INLINE bool in_place(const Lanes& lanes, int64_t channel_stride) {
   return sizeof(T) == sizeof(float) && channel_stride == 1 && lanes.multiplier == 1 && lanes.count == kLanes;
 }
 
-// Whether the rows that a filter reads again and again stay in L1 where they lie. Vectors of pixels whose distance is a
-// large power of two fall on a few of its sets; as dense lines they would not. Copying long rows costs more than that.
+// Whether the rows that a filter rereads stay in L1 in place. Vectors of pixels that are a large power of two apart
+// fall into a few cache sets, which dense copies avoid. Copying long rows costs more than that.
 inline bool spreads(int64_t pixel_stride, int64_t width) {
   constexpr int64_t kSets = 64, kWays = 8, kLineFloats = 16, kRows = 7, kLongRow = 17;
   if (pixel_stride % kLineFloats != 0 || pixel_stride == 0 || width >= kLongRow) return true;
@@ -172,27 +172,28 @@ inline bool spreads(int64_t pixel_stride, int64_t width) {
   return kRows * width <= kSets / shared * kWays;
 }
 
-// The same as in_place, of a row that a filter reads or whose results are read once more.
+// Like in_place, for a row that a filter reads or whose results are read again.
 template <class T>
 FFNET_INLINE bool stays_in_place(const Lanes& lanes, const Strides& stride, int64_t width) {
   return in_place<T>(lanes, stride.c) && spreads(stride.w, width);
 }
 
-// How many neighbouring vectors of channels share a cache line of a channels-last map. One thread makes them: of two
-// threads each would take the line away from the other.
+// How many neighbouring vectors of channels share a cache line of a channels-last map. One thread computes them, as two
+// threads would keep taking the line from each other.
 inline int64_t vectors_in_line(Storage storage) {
   return max_of(1, 64 / (kLanes * (storage == Storage::float32 ? 4 : 2)));
 }
 
-// Whether the maps of a call are too large to find in cache. Then every store would wait for its line, unless that was
-// asked for ahead; elsewhere asking costs a few percent. The two met there on a Zen 5 that shares its L3 with others.
+// Whether the maps of a call are too large for the cache. Then every store would wait for its line unless prefetched;
+// otherwise prefetching costs a few percent. The threshold is where both were equal on a Zen 5 that shares its L3 with
+// others.
 inline bool outgrows_cache(int64_t elements, int64_t element_bytes) {
   constexpr int64_t kCacheBytes = 11 << 20;
   return elements * element_bytes > kCacheBytes;
 }
 
-// Asks for pixels [first, last) of a row that will be needed one row later; a vector of channels of a channels-last map
-// is one cache line of each pixel, a pattern that hardware prefetchers do not follow.
+// Prefetches pixels [first, last) of a row that will be needed one row later; a vector of channels of a channels-last
+// map is one cache line of each pixel, a pattern that hardware prefetchers do not follow.
 template <class T>
 FFNET_INLINE void prefetch_row(const T* row, int64_t pixel, int64_t first, int64_t last) {
   if (!row) return;

@@ -6,8 +6,8 @@
 
 namespace ffnet::FFNET_ISA {
 
-// Mean and sum of squared deviations of `count` values. Parts are measured by themselves and joined pairwise (Chan et
-// al.): a naive sum of squares would cancel.
+// Mean and sum of squared deviations of `count` values. Parts are measured separately and joined pairwise (Chan et
+// al.), as a naive sum of squares would cancel.
 struct Moments {
   Vec mean, deviations;
   float count;
@@ -91,7 +91,7 @@ FFNET_INLINE void store_gradients(const Norm& norm, const Lanes& lanes, Vec grad
   (products * norm_scale(norm, lanes).inverse_deviation).store_first(to.gamma + lanes.first, lanes.count);
 }
 
-// What is normalised has the gradient scale * g + slope * (y - mean) + shift, for `count` values in the batch.
+// The gradient of the normalisation's input is scale * g + slope * (y - mean) + shift, for `count` values in the batch.
 struct NormSlope {
   Vec scale, slope, shift;
 };

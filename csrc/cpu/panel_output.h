@@ -8,7 +8,7 @@ namespace ffnet::FFNET_ISA {
 
 FFNET_INLINE int64_t whole_vectors(int64_t channels) { return ceil_div(channels, kLanes) * kLanes; }
 
-// Where pixel p of a strip lies in a map; the rows of all images are counted through.
+// The place of pixel p of a strip in a map; the rows of all images are numbered consecutively.
 struct Pixels {
   Strides stride;
   int64_t width, height, first_row;
@@ -18,7 +18,7 @@ struct Pixels {
   }
 };
 
-// Whether elements at these offsets lie next to each other: where rows repeat (an expanded map), looking at the ends is
+// Whether elements at these offsets lie next to each other: for repeated rows (an expanded map), checking the ends is
 // not enough.
 FFNET_INLINE bool is_run(const int64_t* at, int64_t count) {
   for (int64_t i = 1; i < count; ++i)
@@ -26,7 +26,7 @@ FFNET_INLINE bool is_run(const int64_t* at, int64_t count) {
   return true;
 }
 
-// What becomes of a value on its way into the map; either may be null.
+// Applied to a value before it is stored in the map; either may be null.
 struct Addend {
   const float* scale = nullptr;
   const void* residual = nullptr;
@@ -70,7 +70,7 @@ class PanelOutput {
       const int64_t count = min_of(kLanes, channels_ - c);
       const Vec scale = scale_ ? Vec::load_first(scale_ + c, count) : Vec::fill(1);
       const auto read = [&](int64_t i) __attribute__((always_inline)) { return Vec::load(panel + (c + i) * kPanel); };
-      if (!scale_ && !residual_) {  // as it is: what looks like a float may be a pair of bfloat16
+      if (!scale_ && !residual_) {  // copied bitwise, as a float may hold a pair of bfloat16
         transpose_block(
             read, count,
             [&](int64_t i, Vec x) __attribute__((always_inline)) { store_first(x, out_ + out_at[i] + c, count); },

@@ -1,7 +1,7 @@
-// How a backward pass is cut into tasks, and the sums over pixels that each task leaves.
+// How a backward pass is cut into tasks, and the sums over pixels that each task produces.
 //
-// A task is a vector of channels and a chunk of the images' strips. Chunks follow from the shape alone and their sums
-// are added in order: the result does not depend on the number of threads.
+// A task is a vector of channels and a chunk of the images' strips. Chunks depend on the shape only and their sums are
+// added in order, so results do not depend on the number of threads.
 #pragma once
 
 #include "buffer.h"
@@ -13,7 +13,7 @@ class GradientTiling {
  public:
   GradientTiling(int64_t vectors, int64_t images, int64_t height)
       : images_(images), height_(height), vectors_(vectors) {
-    constexpr int64_t kLeastTasks = 32, kStripTasks = 16;  // strips cost the rows around them: fewer will do
+    constexpr int64_t kLeastTasks = 32, kStripTasks = 16;  // fewer by strips, which recompute the rows around them
     constexpr int64_t kLeastRows = 32;
     const int64_t whole = max_of(1, vectors * images);
     strips_ = max_of(1, min_of(ceil_div(kStripTasks, whole), height / kLeastRows));
@@ -67,7 +67,7 @@ class PartialSums {
     for (int64_t i = 0; i < floats_; ++i) sums[i] = 0;
     return sums;
   }
-  // Those of all chunks of a vector of channels, added.
+  // The sums of a vector of channels over all chunks.
   float* total(int64_t vector) const {
     float* sums = data_.data + vector * floats_;
     for (int64_t i = 0; i < floats_; i += kLanes) {

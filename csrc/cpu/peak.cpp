@@ -1,14 +1,14 @@
-// The roof of every kernel: multiply-adds that depend on nothing but registers, as fast as this instruction set goes.
+// Measures the peak of the roofline: multiply-adds on registers only, at the full speed of this instruction set.
 #include "kernels.h"
 #include "storage.h"
 
 namespace ffnet::FFNET_ISA {
 namespace {
 
-// Enough for two units whose sums are ready again after six cycles; 14 registers of the 16 that AVX2 has.
+// Enough independent sums for two units with a latency of six cycles; 14 of AVX2's 16 registers.
 constexpr int kChains = 12;
 
-// Each step multiplies the sum before it: a product of constants would leave the loop where it is an instruction alone.
+// Each step multiplies the previous sum: a product of constants would be hoisted out of the loop.
 template <class Add>
 FFNET_INLINE float chains(int64_t rounds, Add add) {
   Vec x = Vec::fill(1), w = Vec::fill(0.5f), sum[kChains];
@@ -34,8 +34,8 @@ int64_t multiply_adds(Storage storage, int64_t rounds) {
   } else
 #endif
     sum = chains(rounds, [](Vec x, Vec w, Vec s) { return fma(s, w, x); });
-  (void)storage;                  // where there are no such products, narrow maps are widened
-  asm volatile("" : : "m"(sum));  // wanted by nobody, it would not be computed
+  (void)storage;                  // without such products, narrow maps are widened
+  asm volatile("" : : "m"(sum));  // otherwise the compiler would remove the computation
   return rounds * products;
 }
 

@@ -35,7 +35,7 @@ FFNET_INLINE void each_vector(const Block& at, int64_t stride, Float* block, con
       f((at.first_row + r) * stride + at.first_column + v, block + r * kPanel + v, min_of(kLanes, at.columns - v));
 }
 
-// Asks for a block of C: pieces of rows too short for hardware to see a pattern.
+// Prefetches a block of C, whose row pieces are too short for hardware prefetchers.
 FFNET_INLINE void ask_for(const Block& at, int64_t stride, const float* c) {
   for (int64_t r = 0; r < at.rows; ++r)
     for (int64_t v = 0; v < at.columns; v += kLanes)

@@ -1,6 +1,7 @@
 // conv2d of 1x1 filters with the weight on the left (gemm.h): residual + scale * act(weight * x + bias).
 //
-// A task makes a strip of rows: its pixels become panels of the product, and panels of the result become pixels.
+// A task computes a strip of rows: its pixels are converted to panels for the product, and the result's panels to
+// pixels.
 #include "conv2d.h"
 #include "panel_output.h"
 
@@ -100,7 +101,7 @@ bool PointwiseTask<T, Taps>::run(int64_t) {
       });
   for (int64_t p = 0; p < panels; ++p) {
     const int64_t count = min_of(kPanel, pixels - p * kPanel);
-    NanSensor unused;  // no tap is read that is not there
+    NanSensor unused;  // no tap outside the map is read
     if (pairs_out)
       PanelOutput<float>(result, first_row).write(out + p * out_panel, p * kPanel, count, unused);
     else
@@ -110,7 +111,7 @@ bool PointwiseTask<T, Taps>::run(int64_t) {
   return false;
 }
 
-// Rows that follow each other in memory are cut anew, into whole panels.
+// Rows that are adjacent in memory are split differently, into whole panels.
 Conv2d flattened(const Conv2d& op) {
   int64_t pixels = op.h * op.w, images = op.n;
   if (!rows_follow(op) || pixels % kLanes != 0) return op;

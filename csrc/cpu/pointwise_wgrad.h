@@ -1,8 +1,8 @@
 // Weight and bias gradients of a 1x1 convolution of channels-last maps:
 //   weight_grad[o][i] = sum over pixels p of grad[p][o] * x[p][i],  bias_grad[o] = sum of grad[p][o]
 //
-// A task takes a tile of the weight and a part of the pixels. Parts are cut by the shape alone and added in order: the
-// result does not depend on the number of threads.
+// A task takes a tile of the weight and a part of the pixels. Parts depend on the shape only and are added in order, so
+// results do not depend on the number of threads.
 #pragma once
 
 #include "buffer.h"
@@ -40,7 +40,7 @@ class PointwiseWgradSum {
 
  private:
   using Self = PointwiseWgradSum;
-  // The sums of a tile stay in L2 while its pixels pass.
+  // The sums of a tile stay in L2 while pixels stream by.
   static constexpr int64_t kTileOutputs = 8 * kProductRows, kTileInputs = 10 * kPanel;
   static constexpr int64_t kDepth = 256;  // of the pixels at hand: a panel of them is in L1 for the most part
   static constexpr int64_t kTasks = 16, kPartPixels = 256;

@@ -1,5 +1,5 @@
-// Which instruction sets this processor, and its operating system, run: asked when a library is loaded, and by the
-// build of itself.
+// Detects the instruction sets that this processor and operating system support, when a library is loaded and in the
+// build.
 #pragma once
 
 #include <cstring>
@@ -22,7 +22,7 @@ inline bool processor_runs(const char* isa) {
   const auto is = [&](const char* name) { return std::strcmp(isa, name) == 0; };
   if (is("baseline")) return true;
 #if defined(__x86_64__)
-  __builtin_cpu_init();  // asks XGETBV too: registers that the operating system does not save do not count
+  __builtin_cpu_init();  // also checks XGETBV, as registers that the operating system does not save cannot be used
   if (is("avx2"))
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

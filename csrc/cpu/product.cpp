@@ -6,8 +6,8 @@
 namespace ffnet::FFNET_ISA {
 namespace {
 
-// One running sum over the whole depth would round badly; after so many steps it is added to C and starts anew. Sums of
-// products of bfloat16 round less than what they are rounded to in the end.
+// One running sum over the whole depth would accumulate rounding errors, so after so many steps it is added to C and
+// restarted. For bfloat16 products these errors are smaller than the final rounding.
 template <class Taps>
 constexpr int64_t kRunningDepth = Taps::rows == 1 ? 128 : 512;
 

@@ -14,8 +14,8 @@ constexpr int kPanel = 2 * Vec::lanes;
 constexpr int kProductRows = Vec::registers == 32 ? 14 : 6;
 
 // Tap k of row r lies at data[r * stride + k], or, where the operand is read by columns, at data[k * stride + r].
-// `by_rows_ahead` asks for the rows after these while it multiplies: for a matrix that is not in cache yet, more
-// streams than hardware follows.
+// `by_rows_ahead` prefetches the following rows while multiplying: for a matrix that is not in cache, with more streams
+// than hardware prefetchers follow.
 enum class Order { by_rows, by_rows_ahead, by_columns };
 
 // The left operand: `depth` taps a row, or as many several times, `run_stride` floats apart: the rows of a window.

@@ -1,8 +1,8 @@
-// Runs the tasks of an operator on the fastest kernel for what its maps consist of.
+// Runs the tasks of an operator on the fastest kernel for its maps' values.
 //
 // Pairs of bfloat16 (rows.h) multiply rows outside a filter's reach by zero, which makes NaN of an infinity or a NaN
-// there. It would show in the results, so each result is looked at, and planes that hold a NaN are computed again tap
-// by tap: NaN is then where it belongs, and a result does not depend on how the plane was cut.
+// there. That would show in the results, so each result is checked, and planes that contain a NaN are recomputed tap by
+// tap: then NaN is where it belongs, and results do not depend on how the plane was split.
 #pragma once
 
 #include <cstdlib>
@@ -13,7 +13,7 @@
 
 namespace ffnet::FFNET_ISA {
 
-// Remembers whether any vector it saw holds a NaN (or an infinity: a false alarm only costs time).
+// Remembers whether any vector had a NaN (or an infinity: a false alarm only costs time).
 struct NanSensor {
   Vec sum = Vec::fill(0);
   FFNET_INLINE void see(Vec x) { sum = fma(x, Vec::fill(0), sum); }
@@ -56,7 +56,7 @@ class Flags {
   bool any_ = false;
 };
 
-// The tasks of an operator: of all planes, or `only` of some; those with an alarm are put down in `alarms`.
+// The tasks of an operator, for all planes or `only` some; those with an alarm are recorded in `alarms`.
 template <class Op>
 struct Tasks {
   const Op& op;
@@ -65,8 +65,8 @@ struct Tasks {
   const Flags* only;
 };
 
-// Task<T, Taps>(op, tiling, task) prepares a task; its `bool run(image)` does it for one image and tells whether there
-// was an alarm.
+// Task<T, Taps>(op, tiling, task) prepares a task; its `bool run(image)` runs it for one image and returns whether
+// there was an alarm.
 template <template <class, class> class Task, class T, class Taps, class Op>
 void run_tasks(const Tasks<Op>& tasks, const Executor& executor) {
   const auto body = [](void* context, int64_t index) {

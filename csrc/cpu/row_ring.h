@@ -17,7 +17,7 @@ struct MapView {
   Lanes lanes;
   int64_t height, width;
   T* row(int64_t n, int64_t r) const { return data + n * stride.n + r * stride.h; }
-  // Asks for row r while something else is computed, of the next image where this one ends above it and there is one: a
+  // Prefetches row r while something else is computed, or that of the next image if this one ends before it: a
   // vector of channels of a channels-last map is one cache line of each pixel, a pattern that hardware prefetchers do
   // not follow.
   FFNET_INLINE void prefetch(int64_t n, int64_t r, bool more_images) const {

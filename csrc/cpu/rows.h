@@ -1,4 +1,4 @@
-// A convolution's operands as its inner kernel takes them: packed filters and rows of vectors of channels.
+// A convolution's operands in the form of its inner kernel: packed filters and rows of vectors of channels.
 //
 // A tap is a float32 of one row, or (bfloat16 maps, where the processor has the instruction) a vertical pair of
 // bfloat16: the multiply-add then sums two rows of the filter. Map rows 2m and 2m + 1 form the pair m; a filter that
@@ -82,7 +82,7 @@ PackedFilter pack_filter(const Filter& f, int64_t first, int64_t count, int64_t 
           static_cast<int>(pad_left)};
 }
 
-// Rows [first, last) of one image and one vector of channels, used in place where the layout allows, else gathered.
+// Rows [first, last) of one image and one vector of channels, used in place if the layout allows, otherwise gathered.
 template <class T, class Taps>
 class Rows {
  public:
@@ -92,8 +92,8 @@ class Rows {
   }
 
   Rows() = default;
-  // `height` is the whole image's. Where `ahead`, rows are gathered when a window reaches them, and asked for before:
-  // their lines come from memory while others are computed.
+  // `height` is the whole image's. With `ahead`, rows are gathered when a window reaches them, and prefetched before,
+  // while others are computed.
   Rows(const T* image, const Strides& stride, int64_t height, int64_t width, const Lanes& lanes, int64_t first,
        int64_t last, float* scratch, bool ahead)
       : map_{image, stride, lanes, height, width},
@@ -115,7 +115,7 @@ class Rows {
     return group >= first_ && group < last_ ? base_ + (group - base_row_) * row_ : nullptr;
   }
   // Points at the groups that a filter reaches whose first row is `top`, and returns the filter for where that row lies
-  // in its group. Of an even filter the last group may hold zero taps only: it must be there all the same.
+  // in its group. For an even filter the last group may have zero taps only, but must exist.
   PackedFilter window(int64_t top, const PackedFilter& filter, const float** rows) {
     const int64_t group = floor_div(top, Taps::rows);
     if (gathered_ < last_ && gathered_ < group + filter.kh) gather_ahead(group + filter.kh);
@@ -141,7 +141,7 @@ class Rows {
                                  map_.height, map_.width, map_.lanes, scratch_ + (gathered_ - first_) * row_);
     gathered_ = end;
   }
-  // The same, and asks for the group after them: once for the two vectors that share its lines.
+  // The same, and prefetches the next group, once for the two vectors that share its lines.
   void gather_ahead(int64_t end) {
     end = min_of(end, last_);
     gather(end);

@@ -1,9 +1,9 @@
-// A switch for tests, of the scratch that kernels.h declares.
+// A switch, for tests, of the scratch memory declared in kernels.h.
 #pragma once
 
 namespace ffnet {
 
-// Whether all scratch is handed out full of NaN from now on, at a price.
+// Whether all scratch is filled with NaN from now on, which takes time.
 void poison_scratch(bool wanted);
 
 }  // namespace ffnet

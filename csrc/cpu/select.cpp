@@ -10,10 +10,10 @@
 namespace ffnet {
 namespace {
 
-// What this build holds, slowest first.
+// The instruction sets in this build, slowest first.
 constexpr const Kernels* (*kTables[])() = {FFNET_TABLES};
 
-// Of that, what this processor runs.
+// Those of them that this processor runs.
 std::vector<const Kernels*> detect() {
   std::vector<const Kernels*> usable;
   for (const auto table : kTables)
@@ -25,7 +25,7 @@ std::vector<const Kernels*> detect() {
   throw std::invalid_argument(origin + " names the instruction set '" + isa + "', but there are: " + names);
 }
 
-// With FFNET_KERNELS_ISA the processor passes for one that has nothing better.
+// FFNET_KERNELS_ISA restricts the processor to an instruction set and those below it.
 std::vector<const Kernels*> detect_up_to_limit() {
   const char* limit = std::getenv("FFNET_KERNELS_ISA");
   if (!limit || !*limit) return detect();

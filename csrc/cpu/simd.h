@@ -1,5 +1,6 @@
-// One vector of float32 channels per instruction set. The instruction set is the translation unit's: everything here
-// lives in a namespace of its own, so that the linker can never hand an AVX inline to the baseline path.
+// One vector of float32 channels per instruction set. Each translation unit is compiled for one instruction set, and
+// everything here is in that one's namespace, so that the linker can never use an AVX inline function in the baseline
+// code.
 #pragma once
 
 #include <cstdint>

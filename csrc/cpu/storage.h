@@ -32,7 +32,7 @@ FFNET_INLINE void from_float(float x, BFloat16& to) {
   const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
   to.bits = static_cast<uint16_t>(x == x ? rounded : bits >> 16 | 0x40);
 }
-// Adding 2^13 units of the result's last place makes the addition itself round to nearest, even, denormals too.
+// Adding 2^13 units in the result's last place makes the addition round to nearest even, for denormals too.
 FFNET_INLINE void from_float(float x, Float16& to) {
   const uint32_t bits = bit_cast<uint32_t>(x), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
   uint32_t half;

@@ -5,7 +5,7 @@
 
 namespace ffnet::FFNET_ISA {
 
-// Hands out the parts of a thread's scratch. A row pointer takes the room of two floats.
+// Allocates parts of a thread's scratch. A row pointer takes the space of two floats.
 struct Arena {
   static constexpr int64_t kPointer = 2;
   static_assert(sizeof(const float*) <= kPointer * sizeof(float));
@@ -40,8 +40,8 @@ inline Tiling strips_of_batch(int64_t strips, int64_t rows, int64_t height) {
   return {1, 1, 1, 1, strips, rows, height};
 }
 
-// Vectors of channels that one task takes through its rows together: whole runs of a channels-last row are used while
-// their pages and lines are at hand. What the group rereads, `row_floats` for each vector, should stay in L2.
+// Vectors of channels that one task processes together, so that whole runs of a channels-last row are used while their
+// pages and lines are cached. What the group rereads, `row_floats` for each vector, should stay in L2.
 constexpr int64_t kMaxGroup = 8;
 inline int64_t group_size(bool gathered, int64_t row_floats, int64_t vectors) {
   constexpr int64_t kGroupFloats = 64 * 1024;
@@ -50,8 +50,8 @@ inline int64_t group_size(bool gathered, int64_t row_floats, int64_t vectors) {
   return ceil_div(vectors, ceil_div(vectors, most));  // groups of nearly equal size
 }
 
-// Rows a strip should have at most: where the map is gathered, what keeps the copy inside L2, but never so few that
-// the `halo` rows around a strip outweigh it.
+// The most rows of a strip: if the map is gathered, as many as keep the copy in L2, but not so few that the `halo` rows
+// around a strip outweigh it.
 inline int64_t longest_strip(bool gathered, int64_t width, int64_t height, int64_t halo) {
   constexpr int64_t kGatheredFloats = 48 * 1024;
   return gathered ? max_of(kGatheredFloats / (width * kLanes) - halo, max_of(1, 2 * halo)) : height;
@@ -72,7 +72,7 @@ inline Tiling tile(int64_t vectors, int64_t group, int64_t images, int64_t heigh
   return best;
 }
 
-// Lets tasks of a few pixels take several images, for which filters are packed once, where enough tasks are left.
+// Lets tasks of a few pixels take several images, for which filters are packed once, if enough tasks remain.
 inline Tiling share_filters(Tiling tiling, int64_t width, int threads) {
   constexpr int64_t kPixels = 1024, kTasksPerThread = 8;
   const int64_t wanted = ceil_div(kPixels, tiling.rows * width);

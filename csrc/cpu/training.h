@@ -1,5 +1,5 @@
-// What the kernels of training steps take. Batch normalisation here uses the statistics of the batch. Maps and the
-// weights of convolutions are of one storage type, what belongs to normalisations is float32.
+// The arguments of kernels of training steps. Batch normalisation here uses batch statistics. Maps and convolution
+// weights have one storage type; tensors of normalisations are float32.
 #pragma once
 
 #include "kernels.h"

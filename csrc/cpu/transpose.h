@@ -35,8 +35,8 @@ FFNET_INLINE Vec duplicate_lanes(Vec x, std::index_sequence<L...>) {
   return {__builtin_shufflevector(x.v, x.v, L / 2 ...)};
 }
 
-// Transposes `in_rows` vectors, which read(i) gives (the rest counts as zero), and hands the first `out_rows` of the
-// result to write(i, vector).
+// Transposes `in_rows` vectors, returned by read(i) (the rest are zero), and passes the first `out_rows` of the result
+// to write(i, vector).
 template <class Read, class Write>
 FFNET_INLINE void transpose_block(Read read, int64_t in_rows, Write write, int64_t out_rows) {
   Vec rows[Vec::lanes];

@@ -15,8 +15,8 @@ struct Weight {
   int64_t stride;
 };
 
-// Rows [points][taps of the channels]: where they are stored, or, where they are stored as something else, a block of
-// them copied. Channels are filled up with zeros to whole taps.
+// Rows [points][taps of the channels]: in place, or a converted copy of a block of them. Channels are zero-padded to
+// whole taps.
 template <class T, class Taps>
 class WeightRows {
  public:
@@ -66,7 +66,7 @@ class WeightRows {
   bool in_place_;
 };
 
-// A weight as the right operand: panels of kPanel outputs, [depth][kPanel] each, those that do not exist zero.
+// A weight as the right operand: panels of kPanel outputs, [depth][kPanel] each, padded with zeros.
 struct PackedWeight {
   const float* data;
   int64_t depth, outputs;  // depth in taps

@@ -1,13 +1,13 @@
 // The weight gradients of every depthwise operator.
 //
-// The sums of one to three filter rows stay in registers while a run of pixels passes. Taps on padding are skipped.
+// The sums of one to three filter rows stay in registers for a run of pixels. Taps on padding are skipped.
 #include "wgrad_row.h"
 
 namespace ffnet::FFNET_ISA {
 namespace {
 
 constexpr int kTaps = 7;                // of a filter row, at a time
-constexpr int64_t kRunningPixels = 64;  // one running sum over a whole map would round badly
+constexpr int64_t kRunningPixels = 64;  // one running sum over a whole map would accumulate rounding errors
 
 // Filter rows summed together, for enough independent sums, and pixels of the gradient in registers.
 template <int T>
@@ -40,7 +40,7 @@ FFNET_INLINE void add_pixels(Vec (&sum)[R][T], const float* grad, const float* c
   }
 }
 
-// Adds a run to R x T sums, rows of which lie `pitch` floats apart.
+// Adds a run to R x T sums, whose rows are `pitch` floats apart.
 template <int R, int T, int S>
 void add_run(const WgradRun& run, float* sums, int64_t pitch) {
   constexpr int kBlock = kPixelBlock<T>;

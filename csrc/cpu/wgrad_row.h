@@ -13,11 +13,11 @@ struct WgradRun {
   int64_t rows, stride_h, stride_w, first, last, left, width;
 };
 
-// Adds the products of rows of both maps to the sums [kh][kw][lanes] of a filter; wgrad_row.cpp holds the code, once
-// for all operators.
+// Adds the products of rows of both maps to the sums [kh][kw][lanes] of a filter; wgrad_row.cpp has the code, once for
+// all operators.
 void add_filter_sums(const WgradRun& run, int64_t kh, int64_t kw, float* sums);
 
-// Adds rows [first, last) to a bias' sum, each summed by itself.
+// Adds rows [first, last) to a bias's sum, each summed separately.
 inline void add_bias_sum(const RowRing& grad, int64_t first, int64_t last, int64_t width, float* sum) {
   for (int64_t r = first; r < last; ++r) {
     const float* row = grad.line(r);
