@@ -58,7 +58,7 @@ def test_several_results_make_one_report(tmp_path, capsys):
     machine = dict.fromkeys(("processor", "threads", "isa", "torch", "python", "ffnet_kernels", "commit"), "x")
     paths = [tmp_path / name for name in "ab"]
     for path in paths:
-        path.write_text(Result(machine, [row(f"{path.name} b1", ours=1.0, peer=2.0)]).to_json())
+        path.write_text(Result(machine, [row(f"{path.name} b1", ours=1.0, baseline=2.0)]).to_json())
     assert main(["report", *map(str, paths)]) == 0
     text = capsys.readouterr().out
     assert "## Cases" in text
@@ -107,7 +107,7 @@ def test_every_command_has_help(command, capsys):
 
 
 def test_charts(tmp_path):
-    rows = [row("first b1 float32", ours=1.0, peer=2.0), row("second b1 float32", ours=1.0, peer=0.5)]
+    rows = [row("first b1 float32", ours=1.0, baseline=2.0), row("second b1 float32", ours=1.0, baseline=0.5)]
     charts.latency_chart(rows[0], tmp_path / "latency.png", "title")
     charts.speedup_chart(rows, tmp_path / "speedup.png", "title")
     grown = [row(case, ours=1.0 * case.flops, eager_nchw=2.0 * case.flops) for case in suite("growth", quick=True)]
@@ -126,7 +126,7 @@ def test_charts_say_what_is_missing(tmp_path, monkeypatch):
         charts.roofline_chart([row(case, ours=1.0)], None, path, "title")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(charts.ChartError, match="matplotlib"):
-        charts.speedup_chart([row(case, ours=1.0, peer=2.0)], path, "title")
+        charts.speedup_chart([row(case, ours=1.0, baseline=2.0)], path, "title")
     assert not path.exists()
 
 

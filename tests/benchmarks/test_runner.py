@@ -69,13 +69,13 @@ def clock():
 
 
 def test_ratio_samples_and_repeats(clock):
-    row = run(clock, Toy(OURS, clock, 1e-3), Toy("peer", clock, 2.5e-3))
+    row = run(clock, Toy(OURS, clock, 1e-3), Toy("baseline", clock, 2.5e-3))
     ours = row.measurement(OURS)
     assert ours.median_ms == pytest.approx(1.0)
     assert ours.quartiles_ms == pytest.approx((1.0, 1.0))
     assert len(ours.samples_ms) == 5
     assert ours.repeats * 1e-3 >= runner.MIN_SAMPLE_SECONDS * 0.999
-    assert row.ratio("peer", OURS) == pytest.approx(2.5)
+    assert row.ratio("baseline", OURS) == pytest.approx(2.5)
     assert row.gflops(ours) == pytest.approx(CASE.flops / 1e-3 / 1e9)
 
 
@@ -256,7 +256,7 @@ def test_kept_rows_are_not_run_again(clock, monkeypatch):
 
     resumed(OURS)
     assert ran == [other]
-    resumed(OURS, "peer")  # which the kept row lacks
+    resumed(OURS, "baseline")  # which the kept row lacks
     assert ran == [CASE, other]
 
 
@@ -291,7 +291,7 @@ def test_passes_are_put_together(clock, monkeypatch):
     monkeypatch.setattr(Runner, "run", lambda self, case, work: order.append(case) or real(self, case, work))
 
     def runner_of(case):
-        return Runner([Toy(OURS, clock, 1e-3 * (1 + len(order))), Toy("peer", clock)], 2, clock=CpuClock(clock))
+        return Runner([Toy(OURS, clock, 1e-3 * (1 + len(order))), Toy("baseline", clock)], 2, clock=CpuClock(clock))
 
     result = run_cases([CASE, other], runner_of, passes=2)
     assert order == [CASE, other, CASE, other]

@@ -17,7 +17,7 @@ def test_the_tables_and_charts_are_what_the_results_say(capsys):
 
 
 def test_a_changed_table_is_found(tmp_path):
-    row = Row("case", 1, 1, (Measurement(OURS, samples_ms=(2.0,)), Measurement("peer", samples_ms=(1.0,))))
+    row = Row("case", 1, 1, (Measurement(OURS, samples_ms=(2.0,)), Measurement("baseline", samples_ms=(1.0,))))
     (tmp_path / "demo.json").write_text(Result(MACHINE, [row]).to_json())
     known = {"demo": Table("demo.json", tables.demo)}
     readme = "before\n<!-- table: demo -->\nold\n<!-- end of table -->\nafter\n"
