@@ -59,7 +59,6 @@ void mix_pixels(const ChannelMixer& op, const Strip& strip, float* panels, int64
   float* lines = arena.floats(padded * kLanes);
   const float** rows = arena.pointers(row_groups<Taps>(kh));
   float* gathered = arena.floats(0);
-  const bool asks = outgrows_cache(op.n * op.h * op.w * (op.channels + op.outputs), sizeof(T));
   for (int64_t i = pixels * kLanes; i < padded * kLanes; ++i) lines[i] = 0;
   for (int64_t c = 0; c < op.channels; c += kLanes) {
     const Lanes lanes{c, min_of(kLanes, op.channels - c), 1};
@@ -70,7 +69,7 @@ void mix_pixels(const ChannelMixer& op, const Strip& strip, float* panels, int64
       const int64_t n = row / op.h, first = row % op.h, last = min_of(op.h, first + strip.last - row);
       const int64_t in_first = max_of(0, first - op.pad_top), in_last = min_of(op.h, last - op.pad_top + kh - 1);
       const T* image = static_cast<const T*>(op.x) + n * op.x_stride.n;
-      Rows<T, Taps> input(image, op.x_stride, op.h, op.w, lanes, in_first, in_last, gathered, asks);
+      Rows<T, Taps> input(image, op.x_stride, op.h, op.w, lanes, in_first, in_last, kh, gathered);
       for (int64_t r = first; r < last; ++r, line += op.w * kLanes) {
         const PackedFilter placed = input.window(r - op.pad_top, filter, rows);
         if (used_in_place) prefetch_row(input[r + 1 - op.pad_top + kh - 1], input.pixel(), 0, op.w);

@@ -74,7 +74,7 @@ class DepthwiseTask {
     for (int64_t i = 0; i < count_; ++i) {
       Column<T, Taps>& column = columns_[i];
       column.input = Rows<T, Taps>(image, op_.x_stride, op_.h, op_.w, column.input_lanes, in_first_, in_last_,
-                                   column.gathered, asks_);
+                                   op_.filter.kh, column.gathered);
     }
     NanSensor sensor;
     T* out_image = static_cast<T*>(op_.out) + n * op_.out_stride.n;
@@ -95,7 +95,7 @@ class DepthwiseTask {
  private:
   int64_t line() const { return op_.out_w * kLanes; }
   int64_t input_floats(const Column<T, Taps>& column) const {
-    return Rows<T, Taps>::scratch_floats(op_.x_stride, op_.w, column.input_lanes, in_first_, in_last_);
+    return Rows<T, Taps>::scratch_floats(op_.x_stride, op_.w, column.input_lanes, in_first_, in_last_, op_.filter.kh);
   }
   int64_t line_floats(const Column<T, Taps>& column) const {
     return column.to == Route::in_place   ? 0
@@ -143,13 +143,11 @@ class DepthwiseTask {
 }  // namespace
 
 void depthwise_conv2d(const DepthwiseConv2d& op, const Executor& executor) {
-  const bool gathered =
-      op.x_stride.c != 1 || op.multiplier != 1 || op.storage != Storage::float32 || !spreads(op.x_stride.w, op.w);
-  const bool partial = op.channels * op.multiplier % kLanes != 0;  // the last vector is gathered whatever the layout
-  const int64_t strip = ceil_div(longest_strip(gathered || partial, op.w, op.h, op.filter.kh), op.stride_h);
+  const bool planes = op.x_stride.c != 1;
+  const int64_t strip = ceil_div(longest_strip(planes, op.w, op.h, op.filter.kh), op.stride_h);
   const int64_t vectors = ceil_div(op.channels * op.multiplier, kLanes);
-  const int64_t in_line = op.x_stride.c == 1 ? min_of(vectors_in_line(op.storage), vectors) : 1;
-  const int64_t group = max_of(in_line, group_size(gathered, op.filter.kh * op.w * kLanes, vectors));
+  const int64_t group =
+      planes ? 1 : group_size(op.storage, op.channels * op.h * op.w, op.filter.kh, op.w, vectors);
   const Tiling tiling = tile(vectors, group, op.n, op.out_h, 1, strip, executor.threads);
   run_storage<DepthwiseTask>(op, share_filters(tiling, op.out_w, executor.threads), executor);
 }

@@ -138,12 +138,13 @@ class AttentionTask {
     return op_.out_stride.c == 1 && lanes.count == kLanes ? Route::by_row : Route::by_strip;
   }
   int64_t gathered_floats(const Column& column) const {
-    return Rows<T, Taps>::scratch_floats(op_.query_stride, op_.w, column.lanes, in_first_, in_last_);
+    return Rows<T, Taps>::scratch_floats(op_.query_stride, op_.w, column.lanes, in_first_, in_last_,
+                                         op_.key.kh);
   }
 
   void make(const Column& column, int64_t n, NanSensor& sensor) const {
     Rows<T, Taps> query(static_cast<const T*>(op_.query) + n * op_.query_stride.n, op_.query_stride, op_.h, op_.w,
-                        column.lanes, in_first_, in_last_, gathered_, asks_);
+                        column.lanes, in_first_, in_last_, op_.key.kh, gathered_);
     const bool used_in_place = gathered_floats(column) == 0;
     const Ring<Taps> ring(ring_floats_, op_.value.kh, op_.h, line_);
     ring.clear();
@@ -207,10 +208,7 @@ class AttentionTask {
 
 void ffnified_attention(const FfnifiedAttention& op, const Executor& executor) {
   const int64_t halo = max_of(1, op.value.kh / 2);  // recomputed rows of the middle map are half the work of a row
-  // The last vector is gathered at least.
-  const bool gathered = op.query_stride.c != 1 || op.channels % kLanes != 0 || op.storage != Storage::float32 ||
-                        !spreads(op.query_stride.w, op.w);
-  const int64_t strip = longest_strip(gathered, op.w, op.h, op.key.kh + op.value.kh);
+  const int64_t strip = longest_strip(op.query_stride.c != 1, op.w, op.h, op.key.kh + op.value.kh);
   const int64_t vectors = ceil_div(op.channels, kLanes);
   const int64_t group = op.query_stride.c == 1 ? min_of(vectors_in_line(op.storage), vectors) : 1;
   const Tiling tiling = tile(vectors, group, op.n, op.h, halo, strip, executor.threads);

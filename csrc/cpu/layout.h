@@ -163,9 +163,10 @@ FFNET_INLINE bool in_place(const Lanes& lanes, int64_t channel_stride) {
 }
 
 // Whether the rows that a filter rereads stay in L1 in place. Vectors of pixels that are a large power of two apart
-// fall into a few cache sets, which dense copies avoid. Copying long rows costs more than that.
+// fall into a few cache sets, which dense copies avoid. Copying long rows costs more than that, the sooner the wider the
+// vectors.
 inline bool spreads(int64_t pixel_stride, int64_t width) {
-  constexpr int64_t kSets = 64, kWays = 8, kLineFloats = 16, kRows = 7, kLongRow = 17;
+  constexpr int64_t kSets = 64, kWays = 8, kLineFloats = 16, kRows = 7, kLongRow = Vec::registers == 32 ? 17 : 65;
   if (pixel_stride % kLineFloats != 0 || pixel_stride == 0 || width >= kLongRow) return true;
   const int64_t lines = pixel_stride / kLineFloats,
                 shared = min_of(lines & -lines, kSets);  // their common power of two
@@ -178,11 +179,11 @@ FFNET_INLINE bool stays_in_place(const Lanes& lanes, const Strides& stride, int6
   return in_place<T>(lanes, stride.c) && spreads(stride.w, width);
 }
 
+inline int64_t bytes_of(Storage storage) { return storage == Storage::float32 ? 4 : 2; }
+
 // How many neighbouring vectors of channels share a cache line of a channels-last map. One thread computes them, as two
 // threads would keep taking the line from each other.
-inline int64_t vectors_in_line(Storage storage) {
-  return max_of(1, 64 / (kLanes * (storage == Storage::float32 ? 4 : 2)));
-}
+inline int64_t vectors_in_line(Storage storage) { return max_of(1, 64 / (kLanes * bytes_of(storage))); }
 
 // Whether the maps of a call are too large for the cache. Then every store would wait for its line unless prefetched;
 // otherwise prefetching costs a few percent. The threshold is where both were equal on a Zen 5 that shares its L3 with

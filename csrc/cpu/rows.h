@@ -82,43 +82,46 @@ PackedFilter pack_filter(const Filter& f, int64_t first, int64_t count, int64_t 
           static_cast<int>(pad_left)};
 }
 
-// Rows [first, last) of one image and one vector of channels, used in place if the layout allows, otherwise gathered.
+// Rows [first, last) of one image and one vector of channels, for windows that move downwards: used in place if the
+// layout allows, otherwise gathered when a window reaches them. Only the latest gathered rows are kept, as dense lines,
+// so that they stay in L1. Planes are transposed in blocks of pixels across rows, all at once.
 template <class T, class Taps>
 class Rows {
  public:
-  static int64_t scratch_floats(const Strides& stride, int64_t width, const Lanes& lanes, int64_t first, int64_t last) {
+  static int64_t scratch_floats(const Strides& stride, int64_t width, const Lanes& lanes, int64_t first, int64_t last,
+                                int64_t kh) {
     if (last <= first || usable(lanes, stride, width)) return 0;
-    return (ceil_div(last, Taps::rows) - first / Taps::rows) * width * kLanes;
+    const int64_t groups = ceil_div(last, Taps::rows) - first / Taps::rows;
+    return (stride.c == 1 ? min_of(groups, capacity(kh)) : groups) * width * kLanes;
   }
 
   Rows() = default;
-  // `height` is the whole image's. With `ahead`, rows are gathered when a window reaches them, and prefetched before,
-  // while others are computed.
+  // `height` is the whole image's, `kh` the filter's.
   Rows(const T* image, const Strides& stride, int64_t height, int64_t width, const Lanes& lanes, int64_t first,
-       int64_t last, float* scratch, bool ahead)
+       int64_t last, int64_t kh, float* scratch)
       : map_{image, stride, lanes, height, width},
-        scratch_(scratch),
         first_(first / Taps::rows),
         last_(last > first ? ceil_div(last, Taps::rows) : first_) {
     if (usable(lanes, stride, width)) {
-      base_ = reinterpret_cast<const float*>(image + lanes.first);
+      base_ = const_cast<float*>(reinterpret_cast<const float*>(image + lanes.first));
       row_ = stride.h, pixel_ = stride.w, base_row_ = 0, gathered_ = last_;
     } else {
       base_ = scratch;
       row_ = width * kLanes, pixel_ = kLanes, base_row_ = gathered_ = first_;
-      if (!ahead || stride.c != 1) gather(last_);  // planes are transposed in blocks of pixels, across rows
+      if (stride.c == 1)
+        mask_ = capacity(kh) - 1;
+      else
+        gather(last_);
     }
   }
   int64_t pixel() const { return pixel_; }
   // Group of Taps::rows rows; null outside.
-  const float* operator[](int64_t group) const {
-    return group >= first_ && group < last_ ? base_ + (group - base_row_) * row_ : nullptr;
-  }
+  const float* operator[](int64_t group) const { return group >= first_ && group < last_ ? at(group) : nullptr; }
   // Points at the groups that a filter reaches whose first row is `top`, and returns the filter for where that row lies
   // in its group. For an even filter the last group may have zero taps only, but must exist.
   PackedFilter window(int64_t top, const PackedFilter& filter, const float** rows) {
     const int64_t group = floor_div(top, Taps::rows);
-    if (gathered_ < last_ && gathered_ < group + filter.kh) gather_ahead(group + filter.kh);
+    if (gathered_ < last_ && gathered_ < group + filter.kh) gather_window(group + filter.kh);
     for (int g = 0; g < filter.kh; ++g) rows[g] = (*this)[group + g];
     return filter.starting_at(top - group * Taps::rows);
   }
@@ -134,15 +137,26 @@ class Rows {
   static bool usable(const Lanes& lanes, const Strides& stride, int64_t width) {
     return Taps::rows == 1 && stays_in_place<T>(lanes, stride, width);
   }
-  // Groups before `end`.
-  void gather(int64_t end) {
-    if (gathered_ >= end) return;
-    Pack<Taps>::template rows<T>(map_.image, map_.stride, gathered_ * Taps::rows, min_of(map_.height, end * Taps::rows),
-                                 map_.height, map_.width, map_.lanes, scratch_ + (gathered_ - first_) * row_);
-    gathered_ = end;
+  // Groups kept at a time: a power of two, so that finding one takes no division.
+  static int64_t capacity(int64_t kh) {
+    int64_t groups = 1;
+    while (groups < row_groups<Taps>(kh)) groups *= 2;
+    return groups;
   }
-  // The same, and prefetches the next group, once for the two vectors that share its lines.
-  void gather_ahead(int64_t end) {
+  float* at(int64_t group) const { return base_ + ((group - base_row_) & mask_) * row_; }
+  // Groups before `end`; those before and after the end of the scratch are not adjacent.
+  void gather(int64_t end) {
+    while (gathered_ < end) {
+      const int64_t place = (gathered_ - base_row_) & mask_, left = mask_ < 0 ? end : mask_ + 1 - place;
+      const int64_t next = min_of(end, gathered_ + left);
+      Pack<Taps>::template rows<T>(map_.image, map_.stride, gathered_ * Taps::rows,
+                                   min_of(map_.height, next * Taps::rows), map_.height, map_.width, map_.lanes,
+                                   at(gathered_));
+      gathered_ = next;
+    }
+  }
+  // The same, and prefetches the next group, once for all vectors that share its lines.
+  void gather_window(int64_t end) {
     end = min_of(end, last_);
     gather(end);
     constexpr int64_t kLine = 64 / sizeof(T);
@@ -153,9 +167,9 @@ class Rows {
   }
 
   Map map_{};
-  float* scratch_ = nullptr;
-  const float* base_ = nullptr;
+  float* base_ = nullptr;
   int64_t row_ = 0, pixel_ = 0, base_row_ = 0, first_ = 0, last_ = 0, gathered_ = 0;
+  int64_t mask_ = -1;  // all groups exist
 };
 
 }  // namespace ffnet::FFNET_ISA

@@ -40,21 +40,25 @@ inline Tiling strips_of_batch(int64_t strips, int64_t rows, int64_t height) {
   return {1, 1, 1, 1, strips, rows, height};
 }
 
-// Vectors of channels that one task processes together, so that whole runs of a channels-last row are used while their
-// pages and lines are cached. What the group rereads, `row_floats` for each vector, should stay in L2.
-constexpr int64_t kMaxGroup = 8;
-inline int64_t group_size(bool gathered, int64_t row_floats, int64_t vectors) {
-  constexpr int64_t kGroupFloats = 64 * 1024;
-  if (gathered) return 1;
-  const int64_t most = max_of(1, min_of(min_of(kMaxGroup, vectors), kGroupFloats / row_floats));
-  return ceil_div(vectors, ceil_div(vectors, most));  // groups of nearly equal size
+// Vectors of channels of a channels-last map that one task processes together: those that share lines. Runs of several
+// lines are faster if an image outgrows L2, since each page is then visited once per run, and if a vector is half a line,
+// most of all with small filters. The rows that a run rereads should stay in L2.
+constexpr int64_t kMaxGroup = 128 / kLanes;
+inline int64_t group_size(Storage storage, int64_t image_elements, int64_t kh, int64_t width, int64_t vectors) {
+  constexpr bool kWholeLines = Vec::lanes == 16;
+  constexpr int64_t kRowFloats = 64 * 1024, kImageBytes = 1 << 20, kRun = 8;
+  const int64_t in_line = vectors_in_line(storage), lines = ceil_div(vectors, in_line);
+  const bool by_runs = !kWholeLines || image_elements * bytes_of(storage) > kImageBytes;
+  const int64_t longest = min_of(kh <= 3 ? kMaxGroup : kRun, kRowFloats / (kh * width * kLanes));
+  const int64_t run = by_runs ? max_of(1, longest / in_line) : 1;
+  return min_of(vectors, in_line * ceil_div(lines, ceil_div(lines, run)));  // of nearly equal size
 }
 
-// The most rows of a strip: if the map is gathered, as many as keep the copy in L2, but not so few that the `halo` rows
-// around a strip outweigh it.
-inline int64_t longest_strip(bool gathered, int64_t width, int64_t height, int64_t halo) {
+// The most rows of a strip: of planes, which are gathered whole, as many as keep the copy in L2, but not so few that the
+// `halo` rows around a strip outweigh it.
+inline int64_t longest_strip(bool planes, int64_t width, int64_t height, int64_t halo) {
   constexpr int64_t kGatheredFloats = 48 * 1024;
-  return gathered ? max_of(kGatheredFloats / (width * kLanes) - halo, max_of(1, 2 * halo)) : height;
+  return planes ? max_of(kGatheredFloats / (width * kLanes) - halo, max_of(1, 2 * halo)) : height;
 }
 
 // Cuts into as many strips as balance the threads, counting `halo` rows of extra work a strip, each strip holding at
