@@ -24,6 +24,8 @@ FAULTS = {
 }
 #: The last row of a band is not gathered, and read as it was allocated.
 BAND = ("cpu/row_ring.h", "map.stride, count, width_,", "map.stride, count - (count > 1), width_,")
+#: Of rows that roll, one is lost before its last reader.
+ROLLING = ("cpu/rows.h", "while (groups < row_groups<Taps>(kh))", "while (2 * groups < row_groups<Taps>(kh))")
 BACKWARD_BINDING = "bindings/torch_cpu_backward.cpp"
 CONVOLUTION_BACKWARD = "ffnet::active_kernels().depthwise_conv2d_backward(op, executor());"
 ATTENTION_BACKWARD = "ffnet::active_kernels().ffnified_attention_backward(op, executor());"
@@ -72,6 +74,13 @@ def workshop(tmp_path_factory):
 def test_parity_sees_a_fault(workshop, fault):
     library = build_with_fault(workshop, BINDING, LAUNCH, FAULTS[fault])
     result = run_tests(library, PARITY, QUICK, "-k", "depthwise")
+    assert result.returncode == 1, (result.stdout + result.stderr)[-3000:]
+    assert "over the limit" in result.stdout
+
+
+def test_parity_sees_rows_that_are_lost(workshop):
+    maps = "tests/ffnet_kernels/test_large_maps.py"
+    result = run_tests(build_with_fault(workshop, *ROLLING), maps, "-k", "depthwise_conv2d-channels_last")
     assert result.returncode == 1, (result.stdout + result.stderr)[-3000:]
     assert "over the limit" in result.stdout
 
