@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 import ffnet
+from ffnet.voxels import VoxelBlock
 
 
 class OperatorSpec(NamedTuple):
@@ -97,11 +98,11 @@ class _ForwardPass:
     path: str
     batch: int
     dtype: str
-    shape: tuple[int, int, int]  # of one input
+    shape: tuple[int, ...]  # of one input
 
     @property
     def flops(self) -> int:
-        """Two per multiply–add."""
+        """Two per multiply–add; the products of self-attention are not counted."""
         return 2 * self.batch * counts(self.model, self.path, self.shape)[1]
 
     @property
@@ -113,13 +114,19 @@ class _ForwardPass:
 
 @dataclass(frozen=True)
 class ModelCase(_ForwardPass):
-    """One forward pass of a model in eval mode on [batch, 3, size, width], by default square."""
+    """One forward pass of a model in eval mode on [batch, 3, size, width], by default square.
+
+    Attributes:
+        reference: the dtype that results are compared with: float64, or, for large models that take minutes in it,
+            float32 in channels-last. The error of plain PyTorch is then the difference of its two layouts.
+    """
 
     model: str
     batch: int
     size: int = 256
     dtype: str = "float32"
     width: int | None = None
+    reference: str = "float64"
 
     path = ""
 
@@ -130,6 +137,39 @@ class ModelCase(_ForwardPass):
     @property
     def name(self) -> str:
         return f"{self.model} {self.shape[2]}x{self.size} b{self.batch} {self.dtype}"
+
+
+#: Models that take no image, or that `ffnet.create_model` makes with arguments only: how, and the shape of an input.
+MEMBERS: dict[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
+    "ffnet_ts": (functools.partial(ffnet.create_model, "ffnet_ts", variables=7, lookback=96, horizon=96), (96, 7)),
+    "ffnet_1 hybrid": (
+        functools.partial(
+            ffnet.create_model, "ffnet_1", token_mixers=("ffnified", "ffnified", ("ffnified", "attention"), "attention")
+        ),
+        (3, 256, 256),
+    ),
+    "voxel block": (functools.partial(VoxelBlock, 64), (64, 24, 24, 24)),
+}
+
+
+@dataclass(frozen=True)
+class MemberCase(_ForwardPass):
+    """One forward pass in eval mode of one of `MEMBERS`."""
+
+    model: str
+    batch: int
+    dtype: str = "float32"
+
+    path = ""
+    reference = "float64"
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return MEMBERS[self.model][1]
+
+    @property
+    def name(self) -> str:
+        return f"{self.model} {'x'.join(map(str, self.shape))} b{self.batch} {self.dtype}"
 
 
 @dataclass(frozen=True)
@@ -190,9 +230,11 @@ class TrainingCase:
         return (2 * parameters + self.batch * math.prod(self.shape)) * itemsize(self.dtype)
 
 
-Case = OperatorCase | LayerCase | ModelCase | TrainingCase
+Case = OperatorCase | LayerCase | ModelCase | MemberCase | TrainingCase
 #: The kinds of cases, as named in results.
-KINDS = {OperatorCase: "operator", LayerCase: "layer", ModelCase: "model", TrainingCase: "training"}
+KINDS = {
+    OperatorCase: "operator", LayerCase: "layer", ModelCase: "model", MemberCase: "model", TrainingCase: "training",
+}  # fmt: skip
 
 
 def parameters(case: Any) -> dict[str, Any]:
@@ -200,6 +242,8 @@ def parameters(case: Any) -> dict[str, Any]:
     plain = {"kind": KINDS.get(type(case), "other"), **asdict(case)}
     if isinstance(case, OperatorCase) and case.width is None:
         del plain["width"]  # as in results of record, for square maps
+    if isinstance(case, ModelCase) and case.reference == "float64":
+        del plain["reference"]
     return plain
 
 
@@ -208,11 +252,16 @@ def itemsize(dtype: str) -> int:
     return getattr(torch, dtype).itemsize
 
 
+def make(model: str, **factory: Any) -> Any:
+    """A model of ffnet's, or one of `MEMBERS`, in eval mode."""
+    return (MEMBERS[model][0] if model in MEMBERS else functools.partial(ffnet.create_model, model))(**factory).eval()
+
+
 @functools.cache
-def counts(name: str, path: str, shape: tuple[int, int, int]) -> tuple[int, int, int]:
+def counts(name: str, path: str, shape: tuple[int, ...]) -> tuple[int, int, int]:
     """Parameters of the part at a path in a reparameterised model, and multiply–adds and output elements for one
     input."""
-    part = ffnet.reparameterize(ffnet.create_model(name, device="meta").eval().get_submodule(path))
+    part = ffnet.reparameterize(make(name, device="meta").get_submodule(path))
     outputs = part(torch.empty(1, *shape, device="meta")).numel()
     return ffnet.count_parameters(part), ffnet.count_macs(part, shape), outputs
 
@@ -308,16 +357,22 @@ def _whole_models(quick: bool) -> Iterator[Case]:
 
 def _dense(quick: bool) -> Iterator[Case]:
     """Segmentation, backbones included, on a quarter of a megapixel and a whole one."""
-    choices = itertools.product(DTYPES, ("ffnet_seg_ade20k", "ffnet_2_upernet"), (512, 1024))
-    for dtype, model, size in _first(quick, tuple(choices)):
-        yield ModelCase(model, 1, size, dtype)
+    models = (("ffnet_seg_ade20k", 512), ("ffnet_seg_ade20k", 1024), ("ffnet_2_upernet", 512))
+    for dtype, (model, size) in _first(quick, tuple(itertools.product(DTYPES, models))):
+        yield ModelCase(model, 1, size, dtype, reference="float32")
 
 
 def _super_resolution(quick: bool) -> Iterator[Case]:
-    """640×360 to 1280×720."""
+    """160×90 to 320×180: plain PyTorch takes seconds per call, and a minute for 640×360."""
     choices = itertools.product(DTYPES, ("ffnet_sr_light", "ffnet_sr_large"))
     for dtype, model in _first(quick, tuple(choices)):
-        yield ModelCase(model, 1, 360, dtype, width=640)
+        yield ModelCase(model, 1, 90, dtype, width=160, reference="float32")
+
+
+def _family(quick: bool) -> Iterator[Case]:
+    """The other members: time series, hybrids, voxels."""
+    for dtype, model in itertools.product(DTYPES[:1] if quick else DTYPES, MEMBERS):
+        yield MemberCase(model, 1, dtype)
 
 
 def _training(quick: bool) -> Iterator[Case]:
@@ -360,6 +415,7 @@ SUITES: dict[str, Callable[[bool], Iterable[Case]]] = {
     "models": _whole_models,
     "dense": _dense,
     "super-resolution": _super_resolution,
+    "family": _family,
     "train": _training,
     "record": _record,
 }

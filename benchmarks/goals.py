@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from .cases import LARGE_FILTERS, Case, LayerCase, ModelCase, OperatorCase, TrainingCase, suite
+from .cases import LARGE_FILTERS, Case, LayerCase, MemberCase, ModelCase, OperatorCase, TrainingCase, suite
 from .contenders import EAGER, EAGER_NCHW
 from .report import busy_text, error_text, markdown, range_text, ratio_text
 from .results import OURS, Result, Row, machine_line
@@ -42,7 +42,7 @@ def goal(case: Case) -> Goal | None:
         return Goal(1.5, None)
     if isinstance(case, TrainingCase):
         return None if half else Goal(1.6, 2.2, EAGER)
-    if isinstance(case, LayerCase):
+    if isinstance(case, LayerCase | MemberCase):
         return None
     if isinstance(case, ModelCase):
         return Goal(1.2, 1.35) if half else Goal(1.05, 1.12)
@@ -147,7 +147,7 @@ def summary(result: Result) -> str:
 
 
 def _kind(case: Case) -> str:
-    if isinstance(case, LayerCase | ModelCase):
+    if isinstance(case, LayerCase | ModelCase | MemberCase):
         return f"{'layer' if isinstance(case, LayerCase) else 'model'} {case.dtype}"
     if isinstance(case, TrainingCase):
         return "training step autocast" if case.autocast else f"training step {case.dtype}"

@@ -137,7 +137,7 @@ def measure(name: str, threads: Sequence[int], samples: int, *, compiled: bool =
     """Measures a model in this process, a row for each number of threads."""
     work = build(name)
     (image,) = work.batches
-    flops = 2 * ffnet.count_macs(work.model, tuple(image.shape[1:]))  # type: ignore[arg-type]
+    flops = 2 * ffnet.count_macs(work.model, tuple(image.shape[1:]))
     moved = 4 * (ffnet.count_parameters(work.model) + image.numel())
     contenders: list[Contender] = [CONTENDERS[contender] for contender in PLAIN]
     contenders += [Ours(contender, layout) for contender, layout in zip(OPTIMIZED, MEMORY_FORMATS, strict=True)]

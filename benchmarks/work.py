@@ -17,10 +17,11 @@ import ffnet_kernels
 from ffnet.layers import DropPath
 from ffnet_kernels.selftest import error_limit
 
-from .cases import OPERATORS, Case, LayerCase, OperatorCase, TrainingCase
+from .cases import OPERATORS, Case, LayerCase, OperatorCase, TrainingCase, make
 
 SEED = 0
 MEMORY_FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+VOXEL_FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last_3d}
 #: Arguments of operators that are maps; other tensors are weights.
 MAPS = ("x", "query", "residual")
 #: Above so many taps, oneDNN compiles 16-bit depthwise code for minutes.
@@ -200,11 +201,16 @@ class _Call(nn.Module):
 
 @dataclass(frozen=True)
 class ModelWork(Work):
-    """A model in eval mode, not reparameterised, and its contiguous input batches of one size."""
+    """A model in eval mode, not reparameterised, and its contiguous input batches of one size.
+
+    Attributes:
+        reference: the dtype in which `expected` is computed; below float64 in channels-last, which is faster.
+    """
 
     model: nn.Module
     batches: Sequence[Tensor]
     layout: str = "channels_last"
+    reference: torch.dtype = torch.float64
     inference = True
     limits = 2
 
@@ -230,12 +236,12 @@ class ModelWork(Work):
         return model, [(batch.float().contiguous(),) for batch in self.batches]
 
     def expected(self) -> Tensor:
-        model = copy.deepcopy(self.model).double()
-        return torch.cat([model(batch.double()) for batch in self.batches])
+        layout = "nchw" if self.reference == torch.float64 else "channels_last"
+        model = formatted(copy.deepcopy(self.model).to(self.reference), layout)
+        return torch.cat([model(laid_out(batch.to(self.reference), layout)) for batch in self.batches]).double()
 
     def _program(self, model: nn.Module, layout: str, wrap: Wrap) -> Program:
-        model = model.to(memory_format=MEMORY_FORMATS[layout])  # type: ignore[call-overload]
-        return Program(wrap(model), [(laid_out(batch, layout),) for batch in self.batches], layout)
+        return Program(wrap(formatted(model, layout)), [(laid_out(batch, layout),) for batch in self.batches], layout)
 
 
 @dataclass(frozen=True)
@@ -304,7 +310,7 @@ def build(case: Case) -> Any:
     dtype = getattr(torch, case.dtype)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        model = ffnet.create_model(case.model).eval()
+        model = make(case.model)
         if isinstance(case, LayerCase):
             batch = torch.randn(case.batch, *case.shape).to(dtype)
             return ModelWork(ffnet.reparameterize(model.get_submodule(case.path)).to(dtype), [batch])
@@ -317,7 +323,7 @@ def build(case: Case) -> Any:
         batch = torch.randn(case.batch, *case.shape).to(dtype)
     if isinstance(case, TrainingCase):
         return TrainingWork(model.train(), batch, autocast=case.autocast)
-    return ModelWork(model, [batch])
+    return ModelWork(model, [batch], reference=getattr(torch, case.reference))
 
 
 def _operator_work(case: OperatorCase) -> OperatorWork:
@@ -374,8 +380,15 @@ def mapped(function: Callable[[Tensor], Tensor], values: Any) -> Any:
 
 def laid_out(values: Any, layout: str) -> Any:
     """The arguments with maps and filters in a layout."""
-    memory_format = MEMORY_FORMATS[layout]
-    return mapped(lambda t: t.contiguous(memory_format=memory_format) if t.dim() == 4 else t, values)
+    formats = {4: MEMORY_FORMATS[layout], 5: VOXEL_FORMATS[layout]}
+    return mapped(lambda t: t.contiguous(memory_format=formats[t.dim()]) if t.dim() in formats else t, values)
+
+
+def formatted(model: nn.Module, layout: str) -> nn.Module:
+    """The model, its filters in a layout."""
+    for parameter in model.parameters():
+        parameter.data = laid_out(parameter.data, layout)
+    return model
 
 
 def is_filter(value: Any) -> bool:

@@ -17,8 +17,8 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def count_macs(model: nn.Module, input_size: tuple[int, int, int] = (3, 256, 256)) -> int:
-    """Multiply–adds of the convolutions and linear layers for one input [C, H, W], in eval mode.
+def count_macs(model: nn.Module, input_size: tuple[int, ...] = (3, 256, 256)) -> int:
+    """Multiply–adds of the convolutions and linear layers for one input, [C, H, W] say, in eval mode.
 
     Published figures are for the reparameterised model. Other operations, such as the two products of self-attention,
     are not counted. A copy of the model runs on the meta device, without arithmetic or memory for maps and parameters.
@@ -39,7 +39,7 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int] = (3, 256, 256
         macs += output.numel() * module.weight[0].numel()
 
     for module in model.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
+        if isinstance(module, (nn.Conv2d, nn.Conv3d, nn.Linear)):
             module.register_forward_hook(add_macs)
     with torch.no_grad():
         model(torch.empty(1, *input_size, dtype=dtype, device="meta"))

@@ -163,8 +163,7 @@ FFNET_INLINE bool in_place(const Lanes& lanes, int64_t channel_stride) {
 }
 
 // Whether the rows that a filter rereads stay in L1 in place. Vectors of pixels that are a large power of two apart
-// fall into a few cache sets, which dense copies avoid. Copying long rows costs more than that, the sooner the wider the
-// vectors.
+// fall into a few cache sets, which dense copies avoid. Copying long rows costs more than that, most with wide vectors.
 inline bool spreads(int64_t pixel_stride, int64_t width) {
   constexpr int64_t kSets = 64, kWays = 8, kLineFloats = 16, kRows = 7, kLongRow = Vec::registers == 32 ? 17 : 65;
   if (pixel_stride % kLineFloats != 0 || pixel_stride == 0 || width >= kLongRow) return true;

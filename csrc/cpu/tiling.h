@@ -41,8 +41,8 @@ inline Tiling strips_of_batch(int64_t strips, int64_t rows, int64_t height) {
 }
 
 // Vectors of channels of a channels-last map that one task processes together: those that share lines. Runs of several
-// lines are faster if an image outgrows L2, since each page is then visited once per run, and if a vector is half a line,
-// most of all with small filters. The rows that a run rereads should stay in L2.
+// lines are faster if an image outgrows L2, since each page is then visited once per run, and if a vector is half a
+// line, most of all with small filters. The rows that a run rereads should stay in L2.
 constexpr int64_t kMaxGroup = 128 / kLanes;
 inline int64_t group_size(Storage storage, int64_t image_elements, int64_t kh, int64_t width, int64_t vectors) {
   constexpr bool kWholeLines = Vec::lanes == 16;
@@ -54,8 +54,8 @@ inline int64_t group_size(Storage storage, int64_t image_elements, int64_t kh, i
   return min_of(vectors, in_line * ceil_div(lines, ceil_div(lines, run)));  // of nearly equal size
 }
 
-// The most rows of a strip: of planes, which are gathered whole, as many as keep the copy in L2, but not so few that the
-// `halo` rows around a strip outweigh it.
+// The most rows of a strip: of planes, which are gathered whole, as many as keep the copy in L2, but not so few that
+// the `halo` rows around a strip outweigh it.
 inline int64_t longest_strip(bool planes, int64_t width, int64_t height, int64_t halo) {
   constexpr int64_t kGatheredFloats = 48 * 1024;
   return planes ? max_of(kGatheredFloats / (width * kLanes) - halo, max_of(1, 2 * halo)) : height;

@@ -18,6 +18,7 @@ from benchmarks.cases import (
     STAGE_DIMS,
     SUITES,
     LayerCase,
+    MemberCase,
     ModelCase,
     OperatorCase,
     parameters,
@@ -127,10 +128,35 @@ def test_counts_of_segmentation():
 
 def test_counts_of_super_resolution():
     (case,) = suite("super-resolution", quick=True)
-    assert case.name == "ffnet_sr_light 640x360 b1 float32"
-    assert case.bytes == 4 * (1_789_452 + 3 * 640 * 360 * (1 + 2**2))
+    assert case.name == "ffnet_sr_light 160x90 b1 float32"
+    assert case.bytes == 4 * (1_789_452 + 3 * 160 * 90 * (1 + 2**2))
     weights = 1_789_452 - 96 - 12 - 36 * (96 * 5 + 192)  # but for the biases
-    assert case.flops == 2 * 640 * 360 * weights
+    assert case.flops == 2 * 160 * 90 * weights
+
+
+def test_counts_of_the_rest_of_the_family():
+    voxels = MemberCase("voxel block", 2)
+    assert voxels.name == "voxel block 64x24x24x24 b2 float32"
+    weights = sum(p.numel() for p in voxels.make().parameters() if p.dim() > 1)
+    assert voxels.flops == 2 * 2 * 24**3 * weights
+    series = MemberCase("ffnet_ts", 1, "bfloat16")
+    parameters = ffnet.count_parameters(ffnet.reparameterize(series.make().eval()))
+    assert series.bytes == 2 * (parameters + 7 * (96 + 96))
+
+
+@pytest.mark.parametrize("name", ["ffnet_ts", "voxel block", "small"])
+def test_works_of_the_family(name):
+    """Of a model that is judged in float32, too: contenders agree, each in its layout, and a wrong one is told."""
+    case = ModelCase("ffnet_1", 1, 64, reference="float32") if name == "small" else MemberCase(name, 1)
+    work = build(case)
+    expected, eager = work.expected(), work.plain("nchw").outputs()
+    limit = work.error_limit(expected, eager)
+    assert expected.dtype == torch.float64
+    for contender in (CONTENDERS["ours"], Eager("nchw", "nchw"), Eager("channels-last", "channels_last")):
+        program = contender.prepare(work)
+        assert runner.largest_error(program.outputs(), expected) <= limit
+    assert runner.largest_error(1.001 * eager, expected) > limit
+    assert parameters(case).get("reference") == ("float32" if name == "small" else None)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
