@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import pickle
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -100,7 +102,15 @@ def _read(path: Path) -> Any:
     try:
         return read(path)
     except Exception as error:
-        raise ValueError(f"{path} is not a readable checkpoint: {error}") from error
+        raise ValueError(f"{path} is not a readable checkpoint: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """In place of PyTorch's advice to read without ``weights_only``."""
+    if not isinstance(error, pickle.UnpicklingError):
+        return str(error)
+    kind = re.search(r"GLOBAL (\S+)", str(error))
+    return "expected what torch.save wrote, tensors and plain values" + (f", got {kind[1]} in it" if kind else " only")
 
 
 def _torch_load(path: Path) -> Any:

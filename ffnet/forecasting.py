@@ -274,7 +274,7 @@ def forecast_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
         prefix = "model.stages.0.blocks."
         depth = 1 + max(int(key[len(prefix) :].split(".")[0]) for key in state if key.startswith(prefix))
     except (KeyError, ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"these are no weights of FFNet for time series: {error}") from error
+        raise ValueError(f"these are no weights of FFNet for time series, which have others: {error}") from error
     stride = max(patch // 2, 1)
     return {
         "variables": variables, "lookback": features // dim * stride, "horizon": horizon, "dim": dim, "patch": patch,

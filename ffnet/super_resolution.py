@@ -190,7 +190,7 @@ def sr_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
         norm = "layer" if first.dim() == 1 else "batch" if "body.0.token_mixer.1.running_mean" in state else "none"
         hidden = state[f"body.0.channel_mixer.{1 if norm == 'none' else 2}.weight"].shape[0]
     except (KeyError, IndexError, ValueError) as error:
-        raise ValueError(f"these are no weights of FFNet-SR: {error}") from error
+        raise ValueError(f"these are no weights of FFNet-SR, which have others: {error}") from error
     scale = next((s for s in SCALES if s * s == ratio), None)
     if scale is None:
         raise ValueError(f"expected weights for a scale of 2, 3 or 4, got {ratio:g} output pixels a pixel")

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._dynamo import lookup_backend
 
-from . import patterns
+from . import autocast, kernels, patterns
 from .capture import NotCapturable
-from .normalize import normalize
+from .normalize import NORM_ARGUMENTS, argument, normalize
 from .program import Constants, lower
 from .shapes import LARGER, Node
 
@@ -19,19 +20,39 @@ from .shapes import LARGER, Node
 def backend(module: fx.GraphModule, example_inputs: list[Any], **options: Any) -> Callable[..., Any]:
     """The backend that ``torch.compile`` calls with each graph it captures.
 
-    Without gradients, weights are folded as by `ffnet_kernels.optimize`, and folded again when one changes. Under
-    autocast, whose casts are not in the graph, inductor compiles the graph unchanged.
+    Without gradients, weights are folded as by `ffnet_kernels.optimize`, and folded again when one changes. The casts of
+    autocast to bfloat16 on the CPU, which are not in the graph, become nodes of it. Under another autocast, or one that
+    the graph itself switches, inductor compiles the graph unchanged.
     """
     inductor = lookup_backend("inductor")
+    to = autocast.dtype()
+    if to is not None:
+        graph = module.graph
+        if to not in autocast.DTYPES or not all(map(_is_on_cpu, example_inputs)) or any(map(_is_switch, graph.nodes)):
+            return inductor(module, example_inputs, **options)
+        try:
+            spelled_out = fx.GraphModule(module, _copy_casting(graph, to))
+        except ValueError:
+            return inductor(module, example_inputs, **options)
+        with autocast.SpelledOut():
+            compiled = backend(spelled_out, example_inputs, **options)
+
+        def run_without(*inputs: Any) -> Any:
+            with autocast.SpelledOut():
+                return compiled(*inputs)
+
+        return run_without
     differentiable = torch.is_grad_enabled() and any(
         isinstance(value, Tensor) and value.requires_grad for value in example_inputs
     )
     graph = fx.Graph()
     placeholders = _copy(module.graph, graph, example_inputs)
-    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+    if torch.is_autocast_enabled("cuda"):
         return inductor(module, example_inputs, **options)
     try:
-        normalize(graph)
+        if differentiable:
+            _name_training_norms(graph)
+        normalize(graph, draws=differentiable)
         patterns.rewrite(graph, fold=not differentiable)
     except NotCapturable:
         return inductor(module, example_inputs, **options)
@@ -60,6 +81,59 @@ def backend(module: fx.GraphModule, example_inputs: list[Any], **options: Any) -
         return compiled(*(inputs[place] for place in others), *values)
 
     return run
+
+
+def _name_training_norms(graph: fx.Graph) -> None:
+    """Batch normalisations that move running statistics, which Dynamo has as two calls, as the one of programs."""
+    for node in list(graph.nodes):
+        if node.target is not F.batch_norm or argument(node, 5, "training", False) is not True:
+            continue
+        x, *statistics = (argument(node, i, name, None) for i, name in enumerate(NORM_ARGUMENTS))
+        momentum, eps = argument(node, 6, "momentum", 0.1), argument(node, 7, "eps", 1e-5)
+        count = node.prev
+        counted = count.target == "add_" and count.args[1:] == (1,) and "tensor" in count.args[0].meta
+        if not counted or count.users or not all(isinstance(value, int | float) for value in (momentum, eps)):
+            continue
+        node.target, node.kwargs = kernels.batch_norm_training, {}
+        node.args = (x, *statistics, count.args[0], momentum, eps)
+        graph.erase_node(count)
+
+
+def _is_on_cpu(value: Any) -> bool:
+    return not isinstance(value, Tensor) or value.is_cpu
+
+
+def _is_switch(node: Node) -> bool:
+    return "autocast" in getattr(node.target, "__name__", "")
+
+
+def _copy_casting(source: fx.Graph, to: torch.dtype) -> fx.Graph:
+    """The same graph with the casts of autocast.
+
+    Raises:
+        ValueError: where autocast does more than to cast.
+    """
+    graph = fx.Graph()
+    env: dict[Node, Node] = {}
+    casts: dict[Node, Node] = {}
+
+    def cast(node: Node) -> Node:
+        value = node.meta.get("example_value")
+        if not autocast.is_cast(value, to):
+            return node
+        if node not in casts:
+            casts[node] = graph.call_method("to", (node, to))
+            casts[node].meta["example_value"] = value.to(to)
+        return casts[node]
+
+    for node in source.nodes:
+        if node.op.startswith("call") and autocast.casts(node.target):
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda other: cast(env[other]))
+            env[node] = graph.create_node(node.op, node.target, args, kwargs, node.name)
+            env[node].meta = dict(node.meta)
+        else:
+            env[node] = graph.node_copy(node, env.__getitem__)
+    return graph
 
 
 def _copy(source: fx.Graph, graph: fx.Graph, example_inputs: list[Any]) -> list[Node]:

@@ -17,6 +17,9 @@ from . import kernels
 from .capture import NotCapturable
 from .shapes import Node, has_dimensions, shapes
 
+#: The first arguments of `torch.nn.functional.batch_norm`.
+NORM_ARGUMENTS = ("input", "running_mean", "running_var", "weight", "bias")
+
 _DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 
 #: In-place operation -> the functional one of the same value.

@@ -9,12 +9,11 @@ import torch.nn.functional as F
 
 from .. import folding, kernels
 from ..nodes import Convolution, activation, has_statistics, is_folded, is_node, is_parameter, is_sum, parse
-from ..normalize import argument, is_mean_of_pixels
+from ..normalize import NORM_ARGUMENTS, argument, is_mean_of_pixels
 from ..shapes import Node, has_dimensions, values_of
 from .mixers import ends_mixer
 from .rewriter import Rewriter
 
-_NORM_NAMES = ("input", "running_mean", "running_var", "weight", "bias")
 #: Views that keep every element, so that elementwise functions may be applied before them.
 _SHAPE_VIEWS = ("reshape", "flatten", "permute", "transpose", torch.flatten, torch.permute, torch.transpose)
 
@@ -26,7 +25,7 @@ def canonical(rewriter: Rewriter, node: Node) -> None:
         if conv is not None:
             rewriter.convolve(node, conv)
     elif node.target is torch.nn.functional.batch_norm and argument(node, 5, "training", False) is False:
-        x, mean, variance, weight, bias = (argument(node, i, name, None) for i, name in enumerate(_NORM_NAMES))
+        x, mean, variance, weight, bias = (argument(node, i, name, None) for i, name in enumerate(NORM_ARGUMENTS))
         rewriter.put(
             node,
             kernels.batch_norm,

@@ -14,7 +14,7 @@ from torch import nn
 import ffnet
 import ffnet_kernels as fk
 from ffnet import mixers
-from ffnet_kernels import dynamo
+from ffnet_kernels import dynamo, kernels
 from ffnet_kernels.selftest import error_limit
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -419,6 +419,44 @@ def test_compiled(own_dynamo):
         change()
         assert not torch.allclose(model(x), before, rtol=1e-3)
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("cast", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_what_a_compiled_model_runs(own_dynamo, monkeypatch, training, cast):
+    """The operators of training and of inference, autocast or not, in whatever comes after."""
+    graphs = []
+    monkeypatch.setattr(dynamo, "lookup_backend", lambda _: lambda graph, *_, **__: graphs.append(graph) or graph)
+    model = randomised(Own()).train(training)
+    plain = copy.deepcopy(model)
+    compiled = torch.compile(model, backend=dynamo.backend, fullgraph=True)
+    for x in (maps(), maps()):
+        with torch.set_grad_enabled(training), torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            out, expected = compiled(x), plain(x)
+            assert torch.is_autocast_enabled("cpu") == cast
+        rounding = 0.02 if cast else 1e-4
+        torch.testing.assert_close(out, expected, rtol=rounding, atol=rounding * expected.abs().max().item())
+        for own, other in zip(model.buffers(), plain.buffers(), strict=True):
+            torch.testing.assert_close(own, other, rtol=rounding, atol=rounding)
+    (graph,) = graphs
+    found = [node.target for node in graph.graph.nodes if node.target in kernels.FUSED]
+    fused = [kernels.branched_depthwise, kernels.branched_depthwise, kernels.feed_forward]
+    assert found == (fused if training else [kernels.depthwise_conv2d, kernels.channel_mixer])
+
+
+def test_compiled_where_the_graph_switches_autocast(own_dynamo, monkeypatch):
+    graphs = []
+    monkeypatch.setattr(dynamo, "lookup_backend", lambda _: lambda graph, *_, **__: graphs.append(graph) or graph)
+    layer = randomised(depthwise())
+
+    def without(x):
+        with torch.autocast("cpu", enabled=False):
+            return layer(x)
+
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        out = torch.compile(without, backend=dynamo.backend)(maps())
+    assert out.dtype == torch.float32
+    assert [graph for graph in graphs if any("autocast" in str(node.target) for node in graph.graph.nodes)]
 
 
 @pytest.mark.long
