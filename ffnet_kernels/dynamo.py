@@ -20,9 +20,9 @@ from .shapes import LARGER, Node
 def backend(module: fx.GraphModule, example_inputs: list[Any], **options: Any) -> Callable[..., Any]:
     """The backend that ``torch.compile`` calls with each graph it captures.
 
-    Without gradients, weights are folded as by `ffnet_kernels.optimize`, and folded again when one changes. The casts of
-    autocast to bfloat16 on the CPU, which are not in the graph, become nodes of it. Under another autocast, or one that
-    the graph itself switches, inductor compiles the graph unchanged.
+    Without gradients, weights are folded as by `ffnet_kernels.optimize`, and folded again when one changes. The casts
+    of autocast to bfloat16 on the CPU, which are not in the graph, become nodes of it. Under another autocast, or one
+    that the graph itself switches, inductor compiles the graph unchanged.
     """
     inductor = lookup_backend("inductor")
     to = autocast.dtype()
