@@ -175,6 +175,10 @@ def cuda_sources() -> list[Path]:
     return sources
 
 
+def cuda_bindings() -> list[Path]:
+    return sorted((CSRC / "bindings").glob("torch_cuda*.cpp"))
+
+
 def plan_cuda(ninja: Ninja, out: Path, compiler: list[str], nvcc: Nvcc) -> dict[str, object]:
     """Adds every step of the CUDA library; returns its part of the build record."""
     include, library, _ = torch_paths(TORCH_TARGET_VERSION)
@@ -183,7 +187,7 @@ def plan_cuda(ninja: Ninja, out: Path, compiler: list[str], nvcc: Nvcc) -> dict[
     extra = shlex.split(os.environ.get("CXXFLAGS", ""))
     includes = [flag for folder in (include, *nvcc.includes) for flag in ("-isystem", str(folder))]
     binding = [*compiler, *COMMON_FLAGS, *extra, *schema_headers(ninja), *includes, "-DUSE_CUDA", target_version_flag()]
-    objects.append(compile_step(ninja, binding, CSRC / "bindings" / "torch_cuda.cpp", "torch_cuda"))
+    objects += [compile_step(ninja, binding, source, source.stem) for source in cuda_bindings()]
     # Undefined symbols stay: a CPU torch, against which this may be linked, lacks those of streams. libtorch.so, needed
     # by name, brings them where the library is loaded. The CUDA runtime is inside, hidden from torch's own.
     ninja.add(
@@ -218,7 +222,7 @@ def build_host_cuda(out: Path, work: Path, sanitizer: list[str], verbose: bool) 
     sources = [*cuda_sources(), *sorted((CSRC / "cuda" / "host").glob("*.cpp"))]
     objects = [compile_step(ninja, [*command, "-x", "c++"], source, source.stem) for source in sources]
     binding = [*command, *schema_headers(ninja), "-isystem", str(include), target_version_flag()]
-    objects.append(compile_step(ninja, binding, CSRC / "bindings" / "torch_cuda.cpp", "torch_cuda"))
+    objects += [compile_step(ninja, binding, source, source.stem) for source in cuda_bindings()]
     ninja.add(
         out / HOST_CUDA_LIBRARY,
         [*compiler, "-shared", *sanitizer, *map(str, objects), f"-L{library}", "-ltorch_cpu",

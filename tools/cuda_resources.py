@@ -30,10 +30,10 @@ PREDICTED_ARCHITECTURE = predictions.ARCHITECTURE
 # What a pass through the main loop is, of a warp unless a thread is named. The first entry that matches counts.
 UNITS = (
     (
-        r"(attention_(forward|backward)|depthwise_stream)_kernel",
+        r"(attention_(forward|backward|backward_planes)|depthwise_(stream|backward))_kernel",
         "PlaneRows: a whole panel. HighRows: as many steps as the filter has rows (3 or 7), each for a row of a panel, "
-        "128 elements. AnyRows: such steps twice, asking for each what it does, and without; what only ReLU runs is "
-        "counted, too, and `any` fetches in two ways.",
+        "128 elements. AnyRows: such steps twice, asking for each what it does, and without, AskedRows once; what "
+        "only ReLU runs is counted, too, and `any` fetches in two ways.",
     ),
     (
         r"banded_kernel",

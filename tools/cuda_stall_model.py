@@ -43,6 +43,7 @@ CONTROL = Unit("control", 1, 4)
 UNIFORM = Unit("uniform", 2, 8)
 CONSTANT = Unit("memory", 4, 30)
 SHUFFLE = Unit("memory", 4, 24)
+TRANSPOSE = Unit("memory", 4, 33)  # of an 8x8 matrix between lanes: as a shuffle, but as late as from shared memory
 SHARED_LATENCY, GLOBAL_LATENCY = 33, 40  # of a copy that a kernel waits for elsewhere
 OPERANDS = 10  # clocks until they are read
 CONTROLS = frozenset(("BRA", "BSSY", "BSYNC", "EXIT", "WARPSYNC", "LDGDEPBAR", "DEPBAR", "NOP", "BAR", "YIELD", "CALL",
@@ -65,6 +66,8 @@ def unit(name: str) -> Unit:
         return Unit("memory", 4 * width, SHARED_LATENCY if base in ("LDS", "LDSM", "STS") else GLOBAL_LATENCY)
     if kind == "shuffle":
         return SHUFFLE
+    if base == "MOVM":
+        return TRANSPOSE
     if kind == "fp32":
         return FLOAT
     if base in ("IMAD", "IDP"):
@@ -129,7 +132,7 @@ def clocks_a_panel(trace: list[Instruction], warps: int, panels: int = 8) -> flo
 class PanelCode:
     """Of a kernel whose schedule the compiler knows (csrc/cuda/schedule.h)."""
 
-    setup: list[Instruction]  # before the first panel
+    setup: list[Instruction]  # before the first panel, and after the last
     panel: list[Instruction]  # of whole planes
 
     @property
@@ -161,6 +164,9 @@ def panel_code(instructions: list[Instruction], full_turns: int) -> PanelCode | 
         elif i.address not in places:
             panel.append(i)
     setup = executed(between(instructions, 0, outer[0][0].address))
+    after = executed([i for i in instructions if i.address > outer[0][-1].address])
+    setup += (i for i in after if not i.name.startswith("NOP"))
+    setup += (i for loop in find_loops(after) for i in loop)  # over taps, of which there are more than lanes
     return PanelCode(setup, panel)
 
 

@@ -125,10 +125,15 @@ FFNET_DEVICE void derivative_fast(const ActivationParameters& p, const float (&x
 }
 
 template <int COUNT>
-FFNET_DEVICE void derivative_gelu(const ActivationParameters& p, const float (&x)[COUNT], float (&derivative)[COUNT]) {
+FFNET_DEVICE void derivative_gelu(const ActivationParameters& p, const float (&x)[COUNT], float (&derivative)[COUNT],
+                                  float (&value)[COUNT]) {
   float square;
 #pragma unroll
-  for (int i = 0; i < COUNT; ++i) derivative[i] = sigmoid_fast(p, x[i], square) + gelu_slope(x[i]);
+  for (int i = 0; i < COUNT; ++i) {
+    const float s = sigmoid_fast(p, x[i], square);
+    value[i] = x[i] * s;
+    derivative[i] = s + gelu_slope(x[i]);
+  }
 }
 
 }  // namespace ffnet

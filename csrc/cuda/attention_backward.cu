@@ -1,96 +1,118 @@
-// Backward of the FFNified attention on tensor cores, for 16-bit planes and filters of up to 7x9. Three convolutions in
-// one pass: z = conv(query, key) + b1 again, the gradient of the hidden map = scale · conv'(gradient, value), and of
-// that times act'(z) the gradient of the query. Written besides it: act(z) and its gradient, which the filters'
-// gradients (wgrad.cu) are taken of.
-#include "activation.h"
-#include "stream.h"
+// Backward of the FFNified attention on tensor cores, for 16-bit planes and filters of up to 7x9, all of it in one pass:
+// z = conv(query, key) + b1 again, the gradient of the hidden map act(z) = scale · conv'(gradient, value), and of that
+// times act'(z) the gradient of the query. The gradients of both filters are summed up beside: the hidden map and its
+// gradient live in registers, rounded to the storage type. Query and gradient are read once, the query's gradient is
+// written once.
+#include "attention_backward.h"
 
 namespace ffnet {
 namespace {
 
-struct Parameters {
-  PanelShape shape;
-  StreamRows rows;
-  int gradient_first;  // row of the gradient at step 0
-  StreamSplit split;
-  int64_t channels;
-  Plane query, gradient, query_grad, hidden, hidden_grad;
-  FilterView key, value_mirrored, key_mirrored;
-  const uint16_t *key_bias, *scale;
-  ActivationParameters activation;
-};
+// The high filters, three convolutions' sums and those of two filters' gradients are more than a thread has registers:
+// the filters are read from shared memory then.
+template <int K>
+constexpr bool kSharesFilters = K == 7;
+template <int K>
+constexpr int kWarpBytes = 2 * kRingBytes<K> + (kSharesFilters<K> ? 3 * kSharedFilterBytes<K> : 0);
 
-template <class T, int K, Windows WINDOWS>
-FFNET_KERNEL(kStreamWarps* kWarp, 2)
-attention_backward_kernel(FFNET_PARAMETER Parameters p) {
+template <class T, int K, Windows WINDOWS, class ROWS>
+FFNET_KERNEL(kStreamWarps* kWarp, K == 3 ? 3 : 2)
+attention_backward_kernel(FFNET_PARAMETER AttentionBackwardParameters p) {
 #if FFNET_HAS_SM80
-  const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
-  const int64_t task = int64_t{block_x()} * kStreamWarps + warp, channel = task % p.channels;
-  const int split = static_cast<int>(task / p.channels);
-  if (split >= p.split.splits) return;
-  unsigned char* memory = shared_memory() + warp * 2 * kRingBytes<K>;
+  constexpr bool HALO = WINDOWS != Windows::alone;
+  const StreamTask task(p, kWarpBytes<K>);
+  if (!task.exists(p)) return;
+  const int lane = task.lane;
+  const int64_t channel = task.channel;
 
-  const BandedFilter<K, true> key(p.key, channel, lane), value(p.value_mirrored, channel, lane);
-  const BandedFilter<K, true> key_mirrored(p.key_mirrored, channel, lane);
+  const auto filter = [&](const FilterView& view, [[maybe_unused]] int index) {
+    if constexpr (kSharesFilters<K>)
+      return SharedFilter<K, HALO>(view, channel, lane,
+                                   task.memory + 2 * kRingBytes<K> + index * kSharedFilterBytes<K>);
+    else
+      return BandedFilter<K, HALO>(view, channel, lane);
+  };
+  const auto key = filter(p.key, 0), value = filter(p.value_mirrored, 1), key_mirrored = filter(p.key_mirrored, 2);
   const Neighbours neighbours(p.shape, lane);
+  const auto around = [&](RowPair row) { return HALO ? neighbours.of(row) : RowPair{}; };
   const float key_bias = p.key_bias ? to_float(T{p.key_bias[channel]}) : 0.0f;
   const float scale = p.scale ? to_float(T{p.scale[channel]}) : 1.0f;
 
-  const int begin = split * p.split.panels,
-            end = static_cast<int>(smaller(p.shape.panels, begin + int64_t{p.split.panels}));
-  const Source sources[2] = {{p.query, channel, p.rows.first}, {p.gradient, channel, p.gradient_first}};
-  RowStream<K, WINDOWS, 2> stream(p.shape, sources, AnyRows::turns<K>(p.rows), begin, end, memory, lane);
+  const Source sources[2] = {{p.query, channel, p.rows.first}, {p.gradient, channel, p.rows.first + p.gradient_ahead}};
+  RowStream<K, WINDOWS, 2> stream(p.shape, sources, ROWS::template turns<K>(p.rows), task);
   const LaneWindows lane_windows(p.shape, lane);
-  for (int panel = begin; panel < end; ++panel) {
+  const bool lends = !ROWS::kKnown && lane_windows.lend();
+  const auto owned = [&](RowPair row) { return lends ? RowPair{} : row; };
+  FilterSums<T, K, HALO> key_grad, value_grad;
+  MapSums<T> bias_grads;
+  for (int panel = task.begin; panel < task.end; ++panel) {
     Window windows[2];
     lane_windows.at(p.shape, panel, windows);
-    const bool lends = lane_windows.lend();
     const RowWriter<WINDOWS> query_grad(p.shape, p.query_grad, windows, lends, channel, lane);
-    const RowWriter<WINDOWS> hidden(p.shape, p.hidden, windows, lends, channel, lane);
-    const RowWriter<WINDOWS> hidden_grad(p.shape, p.hidden_grad, windows, lends, channel, lane);
     const InsideMask inside(p.query.h, p.query.w, windows, lane);
-    RollingSums<T, K, true> middle(key_bias), middle_grad(0.0f), result(0.0f);
+    RollingSums<T, K, HALO> middle(key_bias), middle_grad(0.0f), result(0.0f);
+    key_grad.open_panel(), value_grad.open_panel();
 
-    AnyRows::for_each_turn<K, 2>(p.rows, [&](const auto turn) FFNET_INLINE_LAMBDA {
+    ROWS::template for_each_turn<K, 2, 0>(p.rows, [&](const auto turn) FFNET_INLINE_LAMBDA {
+      using Turn = std::decay_t<decltype(turn)>;
       stream.advance(turn);
 #pragma unroll
       for (int i = 0; i < K; ++i) {
+        RowPair own_grad{}, own_gradient{};  // transposed rows, of which the biases' gradients are summed up
         if (turn.input(i)) {
           const RowPair query = stream.row(0, i), gradient = stream.row(1, i);
-          middle.add(i, key, query, neighbours.of(query));
-          middle_grad.add(i, value, gradient, neighbours.of(gradient));
+          middle.add(i, key, query, around(query));
+          middle_grad.add(i, value, gradient, around(gradient));
+          key_grad.keep(i, owned(query)), value_grad.keep(i, owned(gradient));
+          const int row = turn.input_row(i) + p.gradient_ahead;
+          if (Turn::kInside || static_cast<unsigned>(row) < static_cast<unsigned>(p.shape.segment_rows))
+            own_gradient = value_grad.kept(i);
+        } else if (!Turn::kInside) {
+          key_grad.keep_nothing(i), value_grad.keep_nothing(i);
         }
         if (turn.middle(i)) {
           const int row = turn.middle_row(i);
-          const float (&sum)[4] = middle.complete(i), (&sum_grad)[4] = middle_grad.complete(i);
+          const float(&sum)[4] = middle.complete(i), (&sum_grad)[4] = middle_grad.complete(i);
           float grad[4], active[4];
-          derivative_fast(p.activation, sum, grad, active);
+          if constexpr (ROWS::kKnown)
+            derivative_gelu(p.activation, sum, grad, active);
+          else
+            derivative_fast(p.activation, sum, grad, active);
 #pragma unroll
           for (int e = 0; e < 4; ++e) grad[e] *= scale * sum_grad[e];
-          hidden.write(row, {{pack<T>(active[0], active[1]), pack<T>(active[2], active[3])}});
-          const RowPair own = inside.apply(row, {{pack<T>(grad[0], grad[1]), pack<T>(grad[2], grad[3])}});
-          hidden_grad.write(row, own);
-          result.add(i, key_mirrored, own, neighbours.of(own));
+          const RowPair fresh_grad = inside.template apply<Turn::kInside>(
+              row, {{pack<T>(grad[0], grad[1]), pack<T>(grad[2], grad[3])}});
+          const RowPair outer_grad = around(fresh_grad);
+          result.add(i, key_mirrored, fresh_grad, outer_grad);
+          if (turn.owns(i)) {
+            const RowPair fresh = inside.template apply<Turn::kInside>(
+                row, {{pack<T>(active[0], active[1]), pack<T>(active[2], active[3])}});
+            own_grad = transposed(owned(fresh_grad));
+            key_grad.add(i, turn, {own_grad, HALO ? transposed(outer_grad) : RowPair{}});
+            value_grad.add(i, turn, {transposed(fresh), HALO ? transposed(around(fresh)) : RowPair{}});
+          }
         }
+        if (turn.input(i) || turn.middle(i)) bias_grads.add(own_grad, own_gradient);
         if (turn.output(i)) {
-          const float (&sum)[4] = result.complete(i);
-          query_grad.write(turn.output_row(i), {{pack<T>(sum[0], sum[1]), pack<T>(sum[2], sum[3])}});
+          const float(&sum)[4] = result.complete(i);
+          query_grad.template write<Turn::kInside>(turn.output_row(i),
+                                                   {{pack<T>(sum[0], sum[1]), pack<T>(sum[2], sum[3])}});
         }
       }
     });
   }
   stream.close();
+  sync_warp();  // the ring is free
+  store_attention_gradients(p, task, key_grad, value_grad, bias_grads);
 #endif
 }
 
-}  // namespace
-
-void attention_backward(const Attention& call, const AttentionGradients& gradients, const Device& device) {
+AttentionBackwardParameters parameters(const Attention& call, const AttentionGradients& gradients, const Device& device) {
   // Rows above and below its own that a result of each convolution reads.
   const int key_top = (call.key.kh - 1) / 2, key_bottom = call.key.kh / 2;
   const int value_top = call.value.kh / 2, value_bottom = (call.value.kh - 1) / 2;  // mirrored
-  const int ahead = value_bottom - key_bottom;  // rows by which the gradient is ahead of the query
-  Parameters p{};
+  const int ahead = value_bottom - key_bottom;
+  AttentionBackwardParameters p{};
   p.shape = stream_shape(call.n, call.h, call.w, call.channels, call.key.kh + call.value.kh - 2, device);
   p.rows = stream_rows(p.shape, call.h, call.h, std::max(key_top, value_top + ahead), key_bottom, key_bottom, key_top);
   if (p.shape.segments == 1 && ahead != 0) {  // the later of the two maps begins at its first row, too
@@ -100,28 +122,51 @@ void attention_backward(const Attention& call, const AttentionGradients& gradien
     p.rows.middle_begin += earlier, p.rows.middle_end += earlier, p.rows.output_begin += earlier,
         p.rows.steps += earlier;
   }
-  p.gradient_first = p.rows.first + ahead;
+  p.gradient_ahead = ahead;
   p.channels = call.channels;
   p.query = plane(call.query, call.h, call.w), p.gradient = plane(call.out, call.h, call.w);
   p.query_grad = plane(gradients.query_grad, call.h, call.w);
-  p.hidden = plane(gradients.hidden, call.h, call.w), p.hidden_grad = plane(gradients.hidden_grad, call.h, call.w);
   p.key = filter_view(call.key, key_top, (call.key.kw - 1) / 2);
   p.value_mirrored = filter_view(call.value, value_top, call.value.kw / 2, true);
   p.key_mirrored = filter_view(call.key, key_bottom, call.key.kw / 2, true);
   p.key_bias = static_cast<const uint16_t*>(call.key.bias);
   p.scale = static_cast<const uint16_t*>(call.scale);
   p.activation = activation_parameters(call.activation);
-  KernelChoice choice{call.dtype, std::max(call.key.kh, call.value.kh), false, 16};
-  for (const Plane& plane : {p.query, p.gradient, p.query_grad, p.hidden, p.hidden_grad})
-    choice.unit = std::min(choice.unit, plane.unit);
+  p.key_partials = gradients.key_partials, p.value_partials = gradients.value_partials;
+  return p;
+}
+
+// Chooses the splits, and where `start` is true starts the kernel.
+void run(const Attention& call, AttentionBackwardParameters& p, bool start, const Device& device) {
+  const int filter_rows = std::max(call.key.kh, call.value.kh), known_rows = 2 * lag_of_known_rows(filter_rows) + 1;
+  const bool known = call.activation == Activation::gelu && call.key.kh == known_rows && call.value.kh == known_rows &&
+                     p.shape.lead == 0;
+  const KernelChoice choice{call.dtype, filter_rows, known,
+                            std::min({p.query.unit, p.gradient.unit, p.query_grad.unit})};
+  if (attention_backward_of_planes(choice, p, start, device)) return;
   with_stream_kernel(choice, p.shape, [&](auto element, auto k, auto windows, auto rows) {
-    if constexpr (!decltype(rows)::kKnown) {
-      // Fewer kernels to compile.
-      constexpr Windows kWindows = windows() == Windows::alone ? Windows::aligned : windows();
-      start_stream<k()>("attention_backward_kernel", attention_backward_kernel<decltype(element), k(), kWindows>, p, 2,
-                        device);
-    }
+    // Fewer kernels to compile, and none that spills: low planes under high filters have one of their own.
+    constexpr bool kNarrow = windows() == Windows::pairs || windows() == Windows::any;
+    constexpr Windows kWindows = kNarrow ? Windows::any : Windows::aligned;
+    using Unknown = std::conditional_t<k() == 7, AskedRows, AnyRows>;
+    using Rows = std::conditional_t<k() == 7 || kNarrow, Unknown, decltype(rows)>;
+    const auto kernel = attention_backward_kernel<decltype(element), k(), kWindows, Rows>;
+    const Grid grid = plan_stream<k()>(kernel, p, kWarpBytes<k()>, device);
+    if (start) launch("attention_backward_kernel", kernel, grid, p, device.stream);
   });
+}
+
+}  // namespace
+
+int64_t attention_backward_splits(const Attention& call, const AttentionGradients& gradients, const Device& device) {
+  AttentionBackwardParameters p = parameters(call, gradients, device);
+  run(call, p, false, device);
+  return p.split.splits;
+}
+
+void attention_backward(const Attention& call, const AttentionGradients& gradients, const Device& device) {
+  AttentionBackwardParameters p = parameters(call, gradients, device);
+  run(call, p, true, device);
 }
 
 }  // namespace ffnet

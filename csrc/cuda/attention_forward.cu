@@ -7,11 +7,7 @@
 namespace ffnet {
 namespace {
 
-struct Parameters {
-  PanelShape shape;
-  StreamRows rows;
-  StreamSplit split;
-  int64_t channels;
+struct Parameters : StreamParameters {
   Plane query, residual, out;
   FilterView key, value;
   const uint16_t *key_bias, *value_bias, *scale;
@@ -24,11 +20,10 @@ FFNET_KERNEL(kStreamWarps* kWarp, K == 7 && ROWS::kKnown && !ROWS::kPlane ? 2 : 
 attention_forward_kernel(FFNET_PARAMETER Parameters p) {
 #if FFNET_HAS_SM80
   constexpr bool HALO = WINDOWS != Windows::alone;
-  const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
-  const int64_t task = int64_t{block_x()} * kStreamWarps + warp, channel = task % p.channels;
-  const int split = static_cast<int>(task / p.channels);
-  if (split >= p.split.splits) return;
-  unsigned char* memory = shared_memory() + warp * 2 * kRingBytes<K>;
+  const StreamTask task(p, 2 * kRingBytes<K>);
+  if (!task.exists(p)) return;
+  const int lane = task.lane;
+  const int64_t channel = task.channel;
 
   const BandedFilter<K, HALO> key(p.key, channel, lane), value(p.value, channel, lane);
   const Neighbours neighbours(p.shape, lane);
@@ -36,19 +31,17 @@ attention_forward_kernel(FFNET_PARAMETER Parameters p) {
   const float value_bias = p.value_bias ? to_float(T{p.value_bias[channel]}) : 0.0f;
   const float scale = p.scale ? to_float(T{p.scale[channel]}) : 1.0f;
 
-  const int begin = split * p.split.panels,
-            end = static_cast<int>(smaller(p.shape.panels, begin + int64_t{p.split.panels}));
   const Source sources[2] = {{p.query, channel, p.rows.first}, {p.residual, channel, p.rows.first - p.rows.lag_output}};
-  RowStream<K, WINDOWS, 2> stream(p.shape, sources, ROWS::template turns<K>(p.rows), begin, end, memory, lane);
+  RowStream<K, WINDOWS, 2> stream(p.shape, sources, ROWS::template turns<K>(p.rows), task);
   const LaneWindows lane_windows(p.shape, lane);
-  for (int panel = begin; panel < end; ++panel) {
+  for (int panel = task.begin; panel < task.end; ++panel) {
     Window windows[2];
     lane_windows.at(p.shape, panel, windows);
     const RowWriter<WINDOWS> writer(p.shape, p.out, windows, lane_windows.lend(), channel, lane);
     const InsideMask inside(p.query.h, p.query.w, windows, lane);
     RollingSums<T, K, HALO> middle(key_bias), result(value_bias);
 
-    ROWS::template for_each_turn<K, 2>(p.rows, [&](const auto turn) FFNET_INLINE_LAMBDA {
+    ROWS::template for_each_turn<K, 2, K / 2 * 2>(p.rows, [&](const auto turn) FFNET_INLINE_LAMBDA {
       using Turn = std::decay_t<decltype(turn)>;
       stream.advance(turn);
 #pragma unroll
@@ -118,7 +111,8 @@ void attention_forward(const Attention& call, const Device& device) {
                             std::min({p.query.unit, p.out.unit, p.residual.unit})};
   with_stream_kernel(choice, p.shape, [&](auto element, auto k, auto windows, auto rows) {
     start_stream<k()>("attention_forward_kernel",
-                      attention_forward_kernel<decltype(element), k(), windows(), decltype(rows)>, p, 2, device);
+                      attention_forward_kernel<decltype(element), k(), windows(), decltype(rows)>, p,
+                      2 * kRingBytes<k()>, device);
   });
 }
 

@@ -17,6 +17,15 @@ inline FilterView filter_view(const Filter& f, int pad_top, int pad_left, bool m
   return {static_cast<const uint16_t*>(f.data), f.output, f.y, f.x, f.kh, f.kw, pad_top, pad_left, mirrored};
 }
 
+// A lane's part of a row of a filter as a banded matrix.
+struct alignas(8) Band {
+  uint32_t own, outer;  // for the columns of the window, and for those around it
+};
+
+// Of a filter's bands in shared memory, a warp's part.
+template <int K>
+constexpr int kSharedFilterBytes = K * kWarp * static_cast<int>(sizeof(Band));
+
 #if FFNET_HAS_SM80
 
 FFNET_DEVICE uint32_t filter_tap(const FilterView& f, int64_t output, int ky, int kx) {
@@ -47,13 +56,7 @@ class BandedFilter {
     }
   }
 
-  template <class T>
-  FFNET_DEVICE void multiply(int ky, float (&sum)[4], RowPair own, RowPair halo, const float (&start)[4]) const {
-    if constexpr (HALO)
-      multiply_16x8x16<T>(sum, own.half[0], own.half[1], halo.half[0], halo.half[1], rows_[ky][0], rows_[ky][1], start);
-    else
-      multiply_16x8x8<T>(sum, own.half[0], own.half[1], rows_[ky][0], start);
-  }
+  FFNET_DEVICE Band row(int ky) const { return {rows_[ky][0], rows_[ky][HALO ? 1 : 0]}; }
 
  private:
   // A column of the filter: the same for all rows.
@@ -71,6 +74,25 @@ class BandedFilter {
   uint32_t rows_[K][HALO ? 2 : 1];
 };
 
+// The same in shared memory, for kernels that have no registers left: a lane reads what it wrote.
+template <int K, bool HALO>
+class SharedFilter {
+ public:
+  FFNET_DEVICE SharedFilter(const FilterView& f, int64_t output, int lane, unsigned char* memory)
+      : bands_(reinterpret_cast<Band*>(memory) + lane) {
+    const BandedFilter<K, HALO> filter(f, output, lane);
+#pragma unroll
+    for (int k = 0; k < K; ++k) bands_[k * kWarp] = filter.row(k);
+  }
+  FFNET_DEVICE Band row(int ky) const {
+    const uint2 row = load_again(bands_ + ky * kWarp);
+    return {row.x, row.y};
+  }
+
+ private:
+  Band* bands_;
+};
+
 // The K results that a row of the input takes part in, in rotation: at step i (modulo K) tap row ky belongs to sum
 // (i - ky) mod K, so the sum of tap row K - 1 is complete after the step. All indices are constants once unrolled.
 template <class T, int K, bool HALO>
@@ -84,11 +106,18 @@ class RollingSums {
       for (int e = 0; e < 4; ++e) sums_[k][e] = bias;
   }
 
-  FFNET_DEVICE void add(int i, const BandedFilter<K, HALO>& filter, RowPair own, RowPair halo) {
+  // `filter` is one of the two above.
+  template <class FILTER>
+  FFNET_DEVICE void add(int i, const FILTER& filter, RowPair own, RowPair halo) {
 #pragma unroll
     for (int ky = K - 1; ky >= 0; --ky) {
       float (&sum)[4] = sums_[(i - ky + K) % K];
-      filter.template multiply<T>(ky, sum, own, halo, ky == 0 ? start_ : sum);
+      const float (&start)[4] = ky == 0 ? start_ : sum;
+      const Band band = filter.row(ky);
+      if constexpr (HALO)
+        multiply_16x8x16<T>(sum, own.half[0], own.half[1], halo.half[0], halo.half[1], band.own, band.outer, start);
+      else
+        multiply_16x8x8<T>(sum, own.half[0], own.half[1], band.own, start);
     }
   }
 

@@ -7,18 +7,10 @@ namespace ffnet {
 namespace {
 
 // What becomes of a sum z: act(z), or gradient · act'(z). Where the schedule is known, so is the activation: a smooth
-// one, none or ReLU, or the derivative of GELU.
-enum class Epilogue { activate, activation_backward, smooth, clamped, gelu_backward };
+// one, or none or ReLU.
+enum class Epilogue { activate, activation_backward, smooth, clamped };
 
-FFNET_BOTH constexpr bool is_backward(Epilogue e) {
-  return e == Epilogue::activation_backward || e == Epilogue::gelu_backward;
-}
-
-struct Parameters {
-  PanelShape shape;
-  StreamRows rows;
-  StreamSplit split;
-  int64_t channels;  // of the result
+struct Parameters : StreamParameters {
   int multiplier;
   Plane x, gradient, out;
   FilterView filter;
@@ -31,31 +23,28 @@ template <class T, int K, Windows WINDOWS, Epilogue EPILOGUE, class ROWS>
 FFNET_KERNEL(kStreamWarps* kWarp, WINDOWS == Windows::pairs && ROWS::kKnown && !ROWS::kPlane ? 3 : 4)
 depthwise_stream_kernel(FFNET_PARAMETER Parameters p) {
 #if FFNET_HAS_SM80
-  constexpr bool HALO = WINDOWS != Windows::alone, kBackward = is_backward(EPILOGUE);
+  constexpr bool HALO = WINDOWS != Windows::alone, kBackward = EPILOGUE == Epilogue::activation_backward;
   constexpr int kMaps = kBackward ? 2 : 1;
-  const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
-  const int64_t task = int64_t{block_x()} * kStreamWarps + warp, channel = task % p.channels;
-  const int split = static_cast<int>(task / p.channels);
-  if (split >= p.split.splits) return;
-  unsigned char* memory = shared_memory() + warp * kMaps * kRingBytes<K>;
+  const StreamTask task(p, kMaps * kRingBytes<K>);
+  if (!task.exists(p)) return;
+  const int lane = task.lane;
+  const int64_t channel = task.channel;
 
   const BandedFilter<K, HALO> filter(p.filter, channel, lane);
   const Neighbours neighbours(p.shape, lane);
   const float bias = p.bias ? to_float(T{p.bias[channel]}) : 0.0f;
 
-  const int begin = split * p.split.panels,
-            end = static_cast<int>(smaller(p.shape.panels, begin + int64_t{p.split.panels}));
   const Source sources[2] = {{p.x, channel / p.multiplier, p.rows.first},
                              {p.gradient, channel, p.rows.first - p.rows.lag_output}};
-  RowStream<K, WINDOWS, kMaps> stream(p.shape, sources, ROWS::template turns<K>(p.rows), begin, end, memory, lane);
+  RowStream<K, WINDOWS, kMaps> stream(p.shape, sources, ROWS::template turns<K>(p.rows), task);
   const LaneWindows lane_windows(p.shape, lane);
-  for (int panel = begin; panel < end; ++panel) {
+  for (int panel = task.begin; panel < task.end; ++panel) {
     Window windows[2];
     lane_windows.at(p.shape, panel, windows);
     const RowWriter<WINDOWS> writer(p.shape, p.out, windows, lane_windows.lend(), channel, lane);
     RollingSums<T, K, HALO> sums(bias);
 
-    ROWS::template for_each_turn<K, 1>(p.rows, [&](const auto turn) FFNET_INLINE_LAMBDA {
+    ROWS::template for_each_turn<K, 1, K / 2>(p.rows, [&](const auto turn) FFNET_INLINE_LAMBDA {
       using Turn = std::decay_t<decltype(turn)>;
       stream.advance(turn);
 #pragma unroll
@@ -68,11 +57,8 @@ depthwise_stream_kernel(FFNET_PARAMETER Parameters p) {
           const float(&sum)[4] = sums.complete(i);
           float out[4];
           if constexpr (kBackward) {
-            [[maybe_unused]] float value[4];
-            if constexpr (EPILOGUE == Epilogue::gelu_backward)
-              derivative_gelu(p.activation, sum, out);
-            else
-              derivative_fast(p.activation, sum, out, value);
+            float value[4];
+            derivative_fast(p.activation, sum, out, value);
             const RowPair gradient = stream.row(1, i);
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
@@ -103,17 +89,17 @@ struct PlanarMap {
 
 template <Epilogue EPILOGUE>
 void start(const Parameters& p, const KernelChoice& choice, const Device& device) {
-  constexpr bool kBackward = is_backward(EPILOGUE);
-  constexpr Epilogue kAny = kBackward ? Epilogue::activation_backward : Epilogue::activate;
+  constexpr bool kBackward = EPILOGUE == Epilogue::activation_backward;
   with_stream_kernel(choice, p.shape, [&](auto element, auto k, auto windows, auto rows) {
-    // The backward kernel is compiled with neighbours and for low planes only: fewer kernels.
-    using Rows = std::conditional_t<kBackward && !decltype(rows)::kPlane, AnyRows, decltype(rows)>;
+    // The backward kernel, for what depthwise_backward.cu does not take, is compiled with neighbours and for any planes
+    // only: fewer kernels.
+    using Rows = std::conditional_t<kBackward, AnyRows, decltype(rows)>;
     constexpr Windows kKnown = kBackward && windows() == Windows::alone ? Windows::aligned : windows();
     constexpr Windows kWindows = !Rows::kKnown && kKnown == Windows::pairs ? Windows::any : kKnown;
-    constexpr Epilogue kEpilogue = Rows::kKnown ? EPILOGUE : kAny;
+    constexpr Epilogue kEpilogue = Rows::kKnown || kBackward ? EPILOGUE : Epilogue::activate;
     start_stream<k()>("depthwise_stream_kernel",
-                      depthwise_stream_kernel<decltype(element), k(), kWindows, kEpilogue, Rows>, p, kBackward ? 2 : 1,
-                      device);
+                      depthwise_stream_kernel<decltype(element), k(), kWindows, kEpilogue, Rows>, p,
+                      (kBackward ? 2 : 1) * kRingBytes<k()>, device);
   });
 }
 
@@ -134,8 +120,8 @@ void run(const Convolution& call, const PlanarMap& x, const PlanarMap& out, cons
   if (gradient.data) {
     p.gradient = plane(gradient, out.h, out.w);
     choice.unit = std::min(choice.unit, p.gradient.unit);
-    choice.known_rows &= activation == Activation::gelu;
-    start<Epilogue::gelu_backward>(p, choice, device);
+    choice.known_rows = false;
+    start<Epilogue::activation_backward>(p, choice, device);
   } else if (is_smooth(activation)) {
     start<Epilogue::smooth>(p, choice, device);
   } else {

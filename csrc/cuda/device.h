@@ -125,6 +125,29 @@ FFNET_DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
                : "memory");
 }
 
+// 8 aligned bytes of shared memory, loaded anew at every call: the compiler would keep them in registers that it lacks.
+FFNET_DEVICE uint2 load_again(const void* shared) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  uint2 pair;
+  asm volatile("ld.volatile.shared.v2.u32 {%0, %1}, [%2];" : "=r"(pair.x), "=r"(pair.y) : "r"(address));
+  return pair;
+}
+
+FFNET_DEVICE uint32_t load_again(const uint32_t* shared) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  uint32_t word;
+  asm volatile("ld.volatile.shared.u32 %0, [%1];" : "=r"(word) : "r"(address));
+  return word;
+}
+
+// An 8x8 matrix of 16-bit values, rows and columns swapped: lane 4g + t gives row g, columns 2t, 2t + 1, and gets those
+// of the result.
+FFNET_DEVICE uint32_t transpose_matrix(uint32_t row) {
+  uint32_t transposed;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(row));
+  return transposed;
+}
+
 // Asynchronous copy of 4, 8 or 16 aligned bytes into shared memory; zeros where `valid` is false, and nothing is read.
 template <int BYTES>
 FFNET_DEVICE void copy_async(void* shared, const void* global, bool valid) {

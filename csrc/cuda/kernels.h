@@ -88,6 +88,13 @@ void stream_forward(const Convolution& call, const Device& device);
 // As direct_dgrad, for calls that stream_takes and that have one output a channel.
 void stream_dgrad(const Convolution& call, const Device& device);
 
+// Backward of a convolution with stride 1 and a result like its map, which stream_takes: reads call.x and call.gradient;
+// writes the gradient of x and partial sums of those of the filter and its bias, as `wgrad` below writes them
+// (depthwise_backward.cu).
+bool stream_backward_takes(const Convolution& call);
+int64_t stream_backward_splits(const Convolution& call, const Map& x_grad, const Device& device);
+void stream_backward(const Convolution& call, const Map& x_grad, float* partials, const Device& device);
+
 // Any filter up to 31x31, stride 1 or 2, one or two outputs a channel (banded.cu).
 bool banded_takes(const Convolution& call);
 void banded_forward(const Convolution& call, const Device& device);
@@ -98,12 +105,14 @@ void banded_dgrad(const Convolution& call, const Device& device);
 bool attention_takes(const Attention& call);
 void attention_forward(const Attention& call, const Device& device);
 
-// Backward of the attention up to the gradients of its filters, with call.out being read as the gradient of the result:
-// `query_grad`; and what those gradients are convolved of, hidden = act(z) and hidden_grad = scale · conv'(out) ·
-// act'(z) with z = conv(query, key) + bias. Takes what attention_takes does, all maps being planes.
+// Backward of the attention, with call.out being read as the gradient of the result: the gradient of the query, and
+// partial sums of those of the filters and their biases, as `wgrad` below writes them. The value's are of the result
+// without its scale. Takes what attention_takes does, all maps being planes.
 struct AttentionGradients {
-  Map query_grad, hidden, hidden_grad;
+  Map query_grad;
+  float *key_partials = nullptr, *value_partials = nullptr;
 };
+int64_t attention_backward_splits(const Attention& call, const AttentionGradients& gradients, const Device& device);
 void attention_backward(const Attention& call, const AttentionGradients& gradients, const Device& device);
 
 // ---- gradients of filters ----

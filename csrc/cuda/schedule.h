@@ -47,6 +47,17 @@ inline int lag_of_known_rows(int filter_rows) { return filter_rows <= 3 ? 1 : 3;
 template <int K>
 constexpr int kStages = K == 7 ? 3 : 5;
 
+// Calls body(0), body(1) ... with constants.
+template <class Body, int... I>
+FFNET_DEVICE void for_each_constant(const Body& body, std::integer_sequence<int, I...>) {
+  (body(std::integral_constant<int, I>{}), ...);
+}
+
+template <int COUNT, class Body>
+FFNET_DEVICE void for_each_constant(const Body& body) {
+  for_each_constant(body, std::make_integer_sequence<int, COUNT>());
+}
+
 constexpr int kFar = 1 << 20;  // rows: more than are looked at
 
 // What is known of the rows of a stage, which are copied in pairs: whether a plane has all or none of a pair.
@@ -77,7 +88,14 @@ class CheckedTurn {
   FFNET_DEVICE bool input(int i) const { return step_ + i < rows_.input_end; }
   FFNET_DEVICE bool middle(int i) const { return step_ + i >= rows_.middle_begin && step_ + i < rows_.middle_end; }
   FFNET_DEVICE bool output(int i) const { return step_ + i >= rows_.output_begin && step_ + i < rows_.steps; }
+  // Whether the row of the first convolution that a step completes is the segment's, and no other one's.
+  FFNET_DEVICE bool owns(int i) const {
+    return static_cast<unsigned>(middle_row(i)) < static_cast<unsigned>(rows_.steps - rows_.output_begin);
+  }
+  // Whether there is the row of the input that tap row `ky` of the first convolution takes; else it is zeros.
+  FFNET_BOTH static constexpr bool reads(int, int) { return true; }
   // Of the segment.
+  FFNET_DEVICE int input_row(int i) const { return rows_.first + step_ + i; }
   FFNET_DEVICE int middle_row(int i) const { return rows_.first + step_ + i - rows_.lag_middle; }
   FFNET_DEVICE int output_row(int i) const { return step_ + i - rows_.output_begin; }
 
@@ -94,8 +112,10 @@ struct FullTurn : CheckedTurn {
   FFNET_BOTH static constexpr bool output(int) { return true; }
 };
 
-// Any planes, segments of them and filters.
-struct AnyRows {
+// Any planes, segments of them and filters. Without FULL there are no turns but asking ones, for kernels that would
+// spill registers.
+template <bool FULL>
+struct UnknownSchedule {
   static constexpr bool kKnown = false, kPlane = false;
 
   // Of a panel; the other schedules know by themselves when it ends.
@@ -104,35 +124,42 @@ struct AnyRows {
     return (rows.steps + K - 1) / K;
   }
 
-  template <int K, int CONVOLUTIONS, class Body>
+  template <int K, int CONVOLUTIONS, int LAG, class Body>
   FFNET_DEVICE static void for_each_turn(const StreamRows& rows, const Body& body) {
     const int full_end = static_cast<int>(smaller(smaller(rows.input_end, rows.middle_end), rows.steps));
     for (int step = 0; step < rows.steps; step += K) {
-      if (step >= rows.output_begin && step + K <= full_end)
+      if (FULL && step >= rows.output_begin && step + K <= full_end)
         body(FullTurn(rows, step));
       else
         body(CheckedTurn(rows, step));
     }
   }
 };
+struct AnyRows : UnknownSchedule<true> {};
+struct AskedRows : UnknownSchedule<false> {};
 
 // A turn of a whole plane under filters with q = K / 2, after BEFORE of its steps and with LEFT rows of the input to
-// come. It fetches the rows of turn FETCHED of a panel, HEIGHT rows high; without FETCHED they are checked.
-template <int K, int CONVOLUTIONS, int BEFORE, int LEFT, int FETCHED = -1, int HEIGHT = kFar>
+// come. It fetches the rows of turn FETCHED of a panel, HEIGHT rows high; without FETCHED they are checked. The second
+// map is LAG rows behind the first.
+template <int K, int CONVOLUTIONS, int LAG, int BEFORE, int LEFT, int FETCHED = -1, int HEIGHT = kFar>
 struct KnownTurn {
   static constexpr int kMiddle = K / 2, kOutput = K / 2 * CONVOLUTIONS;  // lags
   static constexpr bool kInside = true;
   static constexpr Opens kOpens = FETCHED == 0 ? Opens::always : Opens::never;
-  // Of the input, and of the map that the result is combined with.
   template <int MAP>
   using Fetched = std::conditional_t<(FETCHED < 0), UnknownRows,
-                                     KnownRows<K, FETCHED * K - (MAP == 0 ? 0 : kOutput), HEIGHT>>;
+                                     KnownRows<K, FETCHED * K - (MAP == 0 ? 0 : LAG), HEIGHT>>;
 
   int row;  // of the input at the first step
 
   FFNET_BOTH static constexpr bool input(int i) { return i < LEFT; }
   FFNET_BOTH static constexpr bool middle(int i) { return BEFORE + i >= kMiddle && i < LEFT + kMiddle; }
   FFNET_BOTH static constexpr bool output(int i) { return BEFORE + i >= kOutput && i < LEFT + kOutput; }
+  FFNET_BOTH static constexpr bool owns(int) { return true; }
+  FFNET_BOTH static constexpr bool reads(int i, int ky) {
+    return BEFORE + i - (K - 1) + ky >= 0 && i - (K - 1) + ky < LEFT;
+  }
+  FFNET_DEVICE int input_row(int i) const { return row + i; }
   FFNET_DEVICE int middle_row(int i) const { return row + i - kMiddle; }
   FFNET_DEVICE int output_row(int i) const { return row + i - kOutput; }
 };
@@ -141,6 +168,7 @@ struct KnownTurn {
 template <int HEIGHT>
 struct PlaneRows {
   static constexpr bool kKnown = true, kPlane = true;
+  static constexpr int kHeight = HEIGHT;
 
   template <int K>
   static bool takes(int rows) {
@@ -152,20 +180,21 @@ struct PlaneRows {
     return kFar;
   }
 
-  template <int K, int CONVOLUTIONS, class Body>
+  template <int K, int CONVOLUTIONS, int LAG, class Body>
   FFNET_DEVICE static void for_each_turn(const StreamRows&, const Body& body) {
-    turns<K, CONVOLUTIONS>(body, std::make_integer_sequence<int, kTurns<K, CONVOLUTIONS>>());
+    turns<K, CONVOLUTIONS, LAG>(body, std::make_integer_sequence<int, kTurns<K, CONVOLUTIONS>>());
   }
 
  private:
   template <int K, int CONVOLUTIONS>
   static constexpr int kTurns = (HEIGHT + K / 2 * CONVOLUTIONS + K - 1) / K;
 
-  template <int K, int CONVOLUTIONS, class Body, int... TURN>
+  template <int K, int CONVOLUTIONS, int LAG, class Body, int... TURN>
   FFNET_DEVICE static void turns(const Body& body, std::integer_sequence<int, TURN...>) {
     constexpr int kAhead = kStages<K> - 1, kAll = kTurns<K, CONVOLUTIONS>;
     static_assert(kAll >= kAhead);
-    (body(KnownTurn<K, CONVOLUTIONS, TURN * K, HEIGHT - TURN * K, (TURN + kAhead) % kAll, HEIGHT>{TURN * K}), ...);
+    (body(KnownTurn<K, CONVOLUTIONS, LAG, TURN * K, HEIGHT - TURN * K, (TURN + kAhead) % kAll, HEIGHT>{TURN * K}),
+     ...);
   }
 };
 
@@ -184,22 +213,22 @@ struct HighRows {
     return kFar;
   }
 
-  template <int K, int CONVOLUTIONS, class Body>
+  template <int K, int CONVOLUTIONS, int LAG, class Body>
   FFNET_DEVICE static void for_each_turn(const StreamRows& rows, const Body& body) {
     constexpr int kAhead = kStages<K> - 1;
-    body(KnownTurn<K, CONVOLUTIONS, 0, kFar>{0});
+    body(KnownTurn<K, CONVOLUTIONS, LAG, 0, kFar>{0});
     const int tail = (rows.steps + K - 1) / K * K - kAhead * K;  // the step from which on the next panel is fetched
 #pragma unroll 1
-    for (int step = K; step < tail; step += K) body(KnownTurn<K, CONVOLUTIONS, K, kFar>{step});
-    last_turns<K, CONVOLUTIONS>(tail, body, std::make_integer_sequence<int, kAhead>());
+    for (int step = K; step < tail; step += K) body(KnownTurn<K, CONVOLUTIONS, LAG, K, kFar>{step});
+    last_turns<K, CONVOLUTIONS, LAG>(tail, body, std::make_integer_sequence<int, kAhead>());
   }
 
  private:
-  template <int K, int CONVOLUTIONS, class Body, int... TURN>
+  template <int K, int CONVOLUTIONS, int LAG, class Body, int... TURN>
   FFNET_DEVICE static void last_turns(int step, const Body& body, std::integer_sequence<int, TURN...>) {
     constexpr int kAhead = kStages<K> - 1;
     constexpr int kLeft = REST + (kAhead - (REST + K / 2 * CONVOLUTIONS + K - 1) / K) * K;  // rows at `step`
-    (body(KnownTurn<K, CONVOLUTIONS, K, kLeft - TURN * K, TURN>{step + TURN * K}), ...);
+    (body(KnownTurn<K, CONVOLUTIONS, LAG, K, kLeft - TURN * K, TURN>{step + TURN * K}), ...);
   }
 };
 

@@ -56,20 +56,53 @@ inline PanelShape stream_shape(int64_t n, int rows, int columns, int64_t channel
 template <int K>
 constexpr int kRingBytes = kStages<K> * K * kRowBytes;
 
-// Starts a streaming kernel on rings for `maps` maps, with the splits that suit it.
+// What every streaming kernel is told; `Parameters` of each derive from it.
+struct StreamParameters {
+  PanelShape shape;
+  StreamRows rows;
+  StreamSplit split;
+  int64_t channels;  // of the result
+};
+
+// Chooses the splits that suit a streaming kernel, whose warps take `warp_bytes` of shared memory, and its grid.
 template <int K, class Parameters>
-void start_stream(const char* name, void (*kernel)(Parameters), Parameters p, int maps, const Device& device) {
+Grid plan_stream(void (*kernel)(Parameters), Parameters& p, int warp_bytes, const Device& device) {
   Grid grid;
   grid.threads = kStreamWarps * kWarp;
-  grid.shared_bytes = static_cast<size_t>(kStreamWarps) * maps * kRingBytes<K>;
+  grid.shared_bytes = static_cast<size_t>(kStreamWarps) * warp_bytes;
   const int resident = resident_blocks(reinterpret_cast<const void*>(kernel), grid.threads, grid.shared_bytes);
   constexpr int kStartRows = K + 10;  // by the instructions before the first panel
   p.split = stream_split(p.shape.panels, p.channels, p.rows.input_end, kStartRows, resident, device);
   grid.x = (p.split.splits * p.channels + kStreamWarps - 1) / kStreamWarps;
+  return grid;
+}
+
+template <int K, class Parameters>
+void start_stream(const char* name, void (*kernel)(Parameters), Parameters p, int warp_bytes, const Device& device) {
+  const Grid grid = plan_stream<K>(kernel, p, warp_bytes, device);
   launch(name, kernel, grid, p, device.stream);
 }
 
 #if FFNET_HAS_SM80
+
+// A warp's share of a kernel: panels of a channel, and shared memory.
+struct StreamTask {
+  int lane, split, begin, end;  // panels
+  int64_t channel;
+  unsigned char* memory;
+
+  FFNET_DEVICE StreamTask(const StreamParameters& p, int warp_bytes) : lane(thread_index() % kWarp) {
+    const int warp = thread_index() / kWarp;
+    const int64_t task = int64_t{block_x()} * kStreamWarps + warp;
+    channel = task % p.channels;
+    split = static_cast<int>(task / p.channels);
+    begin = split * p.split.panels;
+    end = static_cast<int>(smaller(p.shape.panels, begin + int64_t{p.split.panels}));
+    memory = shared_memory() + warp * warp_bytes;
+  }
+  // The last block may have more warps than there are tasks.
+  FFNET_DEVICE bool exists(const StreamParameters& p) const { return split < p.split.splits; }
+};
 
 // What a stream reads: a map's plane of a channel, and which of its rows comes first.
 struct Source {
@@ -84,16 +117,15 @@ template <int K, Windows WINDOWS, int MAPS>
 class RowStream {
  public:
   // `sources` must outlive the stream.
-  FFNET_DEVICE RowStream(const PanelShape& shape, const Source* sources, int turns, int first_panel, int end_panel,
-                         unsigned char* memory, int lane)
+  FFNET_DEVICE RowStream(const PanelShape& shape, const Source* sources, int turns, const StreamTask& task)
       : shape_(shape),
         sources_(sources),
-        slot_(shape, lane / 2 % kWindow),
-        memory_(memory),
-        lane_(lane),
+        slot_(shape, task.lane / 2 % kWindow),
+        memory_(task.memory),
+        lane_(task.lane),
         turns_(turns),
-        panel_(first_panel),
-        end_(end_panel) {
+        panel_(task.begin),
+        end_(task.end) {
     open_panel();
     for (int stage = 0; stage < kStages<K> - 1; ++stage) fetch<CheckedTurn>();
   }

@@ -97,6 +97,11 @@ def run_backward(operator: Any, call: tuple) -> list:
         return operator.defined.gradient(reference, *call)
     if operator.name == "channel_mixer":
         return _channel_mixer_backward(*call)
+    # Without an activation convolve_backward decides: one gradient alone is read faster by its own kernel.
+    if operator.name == "depthwise_conv2d" and call[6] != "none" and (grads := _depthwise_backward(*call)) is not None:
+        return grads
+    if operator.name == "ffnified_attention" and (grads := _attention_backward(*call)) is not None:
+        return grads
     return operator.defined.gradient(sys.modules[__name__], *call)
 
 
@@ -115,6 +120,10 @@ def activation_backward(grad, x, weight, bias, stride, padding, activation) -> T
 
 def convolve_backward(grad, x, weight, stride, padding, mask) -> list:
     """Gradients of x, weight and bias, None where the mask says that one is not wanted."""
+    if mask[0] and any(mask[1:]):
+        fused = _depthwise_backward(grad, x, weight, None, stride, padding, "none", mask)
+        if fused is not None:
+            return fused
     grads: list[Tensor | None] = [None, None, None]
     if mask[0]:
         grads[0] = _ops.depthwise_conv2d_dgrad.default(grad, weight, x, stride, padding)
@@ -130,11 +139,22 @@ def scaled_filter_gradients(grad, x, weight, bias, scale, padding, mask) -> list
     return [g if wanted else None for g, wanted in zip(grads, mask, strict=True)]
 
 
-def attention_maps(grad, query, key, key_bias, value, activation, scale) -> list[Tensor] | None:
-    """In one kernel, where it fits: see :func:`ffnet_kernels.ops.ffnified_attention.gradient`."""
-    if not _ops.ffnified_attention_dgrad_takes(grad, query, key, value):
+def _depthwise_backward(grad, x, weight, bias, stride, padding, activation, mask) -> list[Tensor | None] | None:
+    """All gradients in one kernel, where it takes the call."""
+    if not _ops.depthwise_conv2d_gradients_take(grad, x, weight, stride, padding):
         return None
-    return _ops.ffnified_attention_dgrad.default(grad, query, key, key_bias, value, activation, scale)
+    grads = _ops.depthwise_conv2d_gradients.default(grad, x, weight, bias, stride, padding, activation)
+    return [g if wanted else None for g, wanted in zip(grads, mask, strict=True)]
+
+
+def _attention_backward(
+    grad, query, key, key_bias, value, value_bias, activation, scale, residual, mask
+) -> list[Tensor | None] | None:
+    """All gradients in one kernel, where it takes the call and the first filter's or the map's are wanted."""
+    if not any(mask[:3]) or not _ops.ffnified_attention_gradients_take(grad, query, key, value):
+        return None
+    grads = _ops.ffnified_attention_gradients.default(grad, query, key, key_bias, value, value_bias, activation, scale)
+    return [g if wanted else None for g, wanted in zip(grads, mask[:6], strict=True)]
 
 
 def _pointwise_forward(

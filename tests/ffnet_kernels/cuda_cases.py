@@ -132,7 +132,7 @@ def _machines() -> Table:
 
 
 #: Whole planes whose schedule the compiler knows: by filter, windows and rows of the plane (schedule.h). Smooth
-#: activations have kernels, and so have none and ReLU; gradients take the one of none, and that of GELU's derivative.
+#: activations have kernels, and so have none and ReLU.
 KNOWN_ROWS = {
     (7, "alone"): [(8, 8)],
     (7, "aligned"): [(16, 16), (14, 16), (28, 24), (15, 16), (29, 72), (18, 16), (32, 24)],
@@ -158,6 +158,18 @@ def _known_rows() -> Table:
             ]:
                 options = {**options, "kernel": kernel, "activation": activation}
                 table[f"{operator} of {h}x{w}, {kernel[0]}x{k}, {activation}"] = operator, options
+            # Backward knows schedules of filters of 3 and 7 rows, of GELU and of no activation.
+            for operator, activation in [
+                (CONVOLUTIONS[0], "gelu"),
+                (CONVOLUTIONS[0], "none"),
+                (CONVOLUTIONS[1], "gelu"),
+            ]:
+                options = {**options, "kernel": (k, k), "activation": activation}
+                table[f"{operator} of {h}x{w}, {k}x{k}, {activation}"] = operator, options
+    for kernel in ((3, 3), (7, 5)):  # two outputs a channel: the derivative of the activation has a kernel of its own
+        for shape in ((3, 2, 9, 16), (2, 2, 8, 11)):
+            options = {"shape": shape, "kernel": kernel, "multiplier": 2, "activation": "silu"}
+            table[f"two outputs a channel of {shape}, {kernel[0]}x{kernel[1]}"] = CONVOLUTIONS[0], options
     options = {"shape": (9, 2, 16, 16), "kernel": (7, 7), "multiprocessors": 1, "missing": ["residual"]}
     return {**table, "attention of 16x16 without a residual": ("ffnified_attention", options)}
 

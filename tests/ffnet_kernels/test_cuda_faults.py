@@ -41,7 +41,9 @@ half = {"dtype": torch.float16, "shape": (2, 3, 19, 24), "kernel": (3, 3)}
 check("channel_mixer", example("channel_mixer", **{**half, "shape": (2, 40, 9, 16)}, hidden=96), False)
 check("stream", example("depthwise_conv2d", **half), False)
 check("banded", example("depthwise_conv2d", **half, stride=2), False)
-check("wgrad", example("depthwise_conv2d", **half, activation="none"), True)
+check("wgrad", example("depthwise_conv2d", **half, activation="none", multiplier=2), True)
+check("gradients", example("depthwise_conv2d", **half), True)
+check("phases", example("ffnified_attention", dtype=torch.float16, shape=(17, 2, 8, 8), kernel=(7, 7)), True)
 check("plane", example("depthwise_conv2d", dtype=torch.float16, shape=(17, 2, 8, 8), kernel=(7, 7)), False)
 with cuda_cases.machine(multiprocessors=1, resident_blocks=1):
     check("split", example("depthwise_conv2d", dtype=torch.float16, shape=(33, 4, 9, 8), kernel=(7, 7)), False)
@@ -101,7 +103,7 @@ def test_parity_with_threads_watched(with_threads_watched):
     result, reports = run_with_threads_watched(with_threads_watched[1], SOME.format(step=61) + EACH)
     assert result.returncode == 0, result.stderr[-4000:]
     assert reports == []
-    assert result.stdout.count("passed") == 6, result.stdout
+    assert result.stdout.count("passed") == 8, result.stdout
 
 
 #: Faults in different kernels.
@@ -116,6 +118,10 @@ FAULTS = {
     ),
     # Of a pair of rows of which a plane has the first only, none is fetched.
     "cuda/schedule.h": ("last(pair) < 0 || FIRST + 2 * pair >= HEIGHT", "last(pair) < 0 || last(pair) >= HEIGHT"),
+    # A tap row takes the row before its own.
+    "cuda/filter_sums.h": ("kept_[(i + 1 + ky) % K]", "kept_[(i + ky) % K]"),
+    # The next panel's rows come over those that other lanes have not read yet.
+    "cuda/attention_backward_planes.cu": ("sync_warp(); fetch(", "fetch("),
     # The same, without a wait for the lane's own copies.
     "cuda/wgrad.cu": ("wait_for_copies<Tile::kAhead>();", ""),
     "cuda/banded.cu": ("const int ky = p.rows.tap(row, first + i);", "const int ky = p.rows.tap(row, first + i) + 1;"),
@@ -127,15 +133,15 @@ def faulty(with_threads_watched):
     library = native_build.build_cuda_host(with_threads_watched[0], "thread", FAULTS)
     result, reports = run_with_threads_watched(library, EACH)
     assert result.returncode == 0, result.stderr[-4000:]
-    assert result.stdout.count("passed") + result.stdout.count("failed") == 6
+    assert result.stdout.count("passed") + result.stdout.count("failed") == 8
     return result.stdout, reports
 
 
-@pytest.mark.parametrize("source", ["channel_mixer.cu", "stream.h"])
+@pytest.mark.parametrize("source", ["channel_mixer.cu", "stream.h", "attention_backward_planes.cu"])
 def test_a_missing_barrier_is_seen(faulty, source):
     assert any("data race" in report and f"csrc/cuda/{source}" in report for report in faulty[1])
 
 
-@pytest.mark.parametrize("kernel", ["banded", "wgrad", "plane", "split"])
+@pytest.mark.parametrize("kernel", ["banded", "wgrad", "gradients", "plane", "split"])
 def test_a_wrong_tap_a_missing_wait_row_or_panel_is_seen(faulty, kernel):
     assert f"{kernel} failed:" in faulty[0]

@@ -378,6 +378,7 @@ def test_many_channels_of_tiny_maps_share_memory(kernel, architecture):
 MAP, FILTER = torch.ones(1, 3, 8, 8), torch.ones(3, 1, 3, 3)
 ONE, SAME, VECTOR = [1, 1], [1, 1, 1, 1], torch.ones(3)
 HALF, EXPAND, PROJECT = MAP.half(), torch.ones(5, 3).half(), torch.ones(3, 5).half()
+HALF_FILTER, HALF_VECTOR, HALF_LAST = FILTER.half(), VECTOR.half(), HALF.to(memory_format=torch.channels_last)
 #: Good calls of the library's own operators, and what of them to replace: (place, value, message).
 RAW = {
     "depthwise_conv2d": ((MAP, FILTER, None, ONE, SAME, "none"), [
@@ -396,6 +397,15 @@ RAW = {
     ]),
     "depthwise_conv2d_wgrad": ((MAP, MAP, [3, 3], ONE, SAME), [
         (0, MAP[..., 1:], "wrong shape"), (2, [0, 3], "kernel_size"), (2, [3, 5], "wrong shape"),
+    ]),
+    "depthwise_conv2d_gradients": ((HALF, HALF, HALF_FILTER, None, ONE, SAME, "gelu"), [
+        (0, HALF[:, :2], "wrong shape"), (0, MAP, "the map's dtype"), (1, HALF_LAST, "does not take"),
+        (2, FILTER, "the map's dtype"), (3, HALF_VECTOR[:2], "bias must have 3"), (4, [2, 2], "wrong shape"),
+        (6, "relu6", "no kernel for the activation"),
+    ]),
+    "ffnified_attention_gradients": ((HALF, HALF, HALF_FILTER, None, HALF_FILTER, None, "gelu", None), [
+        (0, HALF[:, :, :7], "wrong shape"), (1, HALF_LAST, "does not take"), (2, HALF_FILTER[:2], "key and value"),
+        (3, HALF_VECTOR[:2], "key_bias must have 3"), (7, HALF_VECTOR[:1], "scale must have 3"),
     ]),
     "ffnified_attention": ((MAP, FILTER, None, FILTER, None, "gelu", None, None), [
         (1, FILTER[:2], "key and value"), (3, FILTER.half(), "the map's dtype"), (6, VECTOR[:1], "scale must have 3"),

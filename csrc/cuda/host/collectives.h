@@ -124,6 +124,28 @@ void load_matrices_on_host(uint32_t (&r)[4], const void* row) {
 inline void load_matrices(uint32_t (&r)[4], const void* row) { load_matrices_on_host<false>(r, row); }
 inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) { load_matrices_on_host<true>(r, row); }
 
+inline uint2 load_again(const void* shared) {
+  uint2 pair;
+  memcpy(&pair, shared, sizeof pair);
+  return pair;
+}
+
+inline uint32_t load_again(const uint32_t* shared) { return *shared; }
+
+inline uint32_t transpose_matrix(uint32_t row) {
+  uint32_t transposed;
+  host::warp_collective("transpose matrix", &row, &transposed, [](const void* const* inputs, void* const* outputs) {
+    for (int lane = 0; lane < host::kWarp; ++lane) {
+      const int g = lane / 4, t = lane % 4;
+      const auto at = [&](int i, int j) -> uint32_t {
+        return *static_cast<const uint32_t*>(inputs[4 * i + j / 2]) >> j % 2 * 16 & 0xffff;
+      };
+      *static_cast<uint32_t*>(outputs[lane]) = at(2 * t, g) | at(2 * t + 1, g) << 16;
+    }
+  });
+  return transposed;
+}
+
 template <int BYTES>
 void copy_async(void* shared, const void* global, bool valid) {
   host::copy_async(shared, global, BYTES, valid ? BYTES : 0);
