@@ -119,12 +119,12 @@ enum class Windows {
 // Rows on their way through shared memory: a window's 8 columns (16 bytes) after the other.
 constexpr int kRowBytes = kPanel * kWindow * 2;
 
-#if FFNET_HAS_SM80
-
 // A lane's part of a row of a panel: columns 2t, 2t + 1 of window g, of both halves (lane = 4g + t).
 struct RowPair {
   uint32_t half[2];
 };
+
+#if FFNET_HAS_SM80
 
 // The same columns of the window's surroundings: of columns -4..-1 for t < 2, of columns 8..11 else.
 class Neighbours {
