@@ -1,126 +1,118 @@
-"""The processes that ``python -m benchmarks gpu`` starts: with a build that only notes what it is asked, and a script
-in the place of the sanitizer."""
+"""The programs that watch steps of ``python -m benchmarks gpu``, scripts in their place; and the whole, rehearsed."""
 
 import contextlib
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from benchmarks import gpu
-from benchmarks.cases import OPERATORS
 from ffnet_kernels import native
-from ffnet_kernels.backends import choice
-from ffnet_kernels.selftest import cases
 
-CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def builder(tmp_path, monkeypatch):
-    """A build that only notes what it is asked for; what it writes, and what it was asked."""
-    monkeypatch.delenv("FFNET_CUDA_ARCHS", raising=False)
-    monkeypatch.delenv("FFNET_KERNELS_LIBRARY_DIR", raising=False)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
-    monkeypatch.setattr(native, "library_dir", lambda: tmp_path)
-    asked, outcome = [], {"code": 0, "missing": {}}
-
-    def run(command, seconds, environment):
-        asked.append(environment["FFNET_CUDA_ARCHS"])
-        (tmp_path / "build_record.json").write_text(
-            json.dumps({"missing": outcome["missing"], **outcome.get("cuda", {})})
-        )
-        return None if outcome["code"] is None else (outcome["code"], outcome.get("log", "the log"))
-
-    monkeypatch.setattr(gpu, "finish", run)
-    return outcome, asked
-
-
-def test_the_library_is_built_for_this_gpu(builder, monkeypatch):
-    outcome, asked = builder
-    assert gpu.build_libraries(CPU, 10) == {"passed": True, "architectures": "89"}
-    outcome["cuda"] = {"cuda": {"architectures": [75, 80]}}
-    gpu.build_libraries(CPU, 10)
-    gpu.build_libraries(CPU, 10)  # there is one for 8.0 now, which runs on 8.9
-    outcome["cuda"] = {"cuda": {"architectures": [75, 90]}}
-    gpu.build_libraries(CPU, 10)
-    gpu.build_libraries(CPU, 10)
-    monkeypatch.setenv("FFNET_CUDA_ARCHS", "90,100")
-    gpu.build_libraries(CPU, 10)
-    assert asked == ["89", "89", "75,80", "75,80", "89", "90,100"]
-
-
-def test_why_there_is_no_library(builder, monkeypatch):
-    outcome, asked = builder
-    outcome["missing"] = {native.CUDA_LIBRARY: "no CUDA compiler (looked for nvcc)"}
-    assert gpu.build_libraries(CPU, 10)["skipped"] == "no CUDA compiler (looked for nvcc)"
-    outcome["missing"] = {native.CUDA_LIBRARY: "compilation failed: error"}
-    row = gpu.build_libraries(CPU, 10)
-    assert (row["passed"], row["error"]) == (False, "compilation failed: error\nthe log")
-    outcome.update(code=1, log="ffnet-kernels: no native kernels")
-    outcome["missing"] = {native.CUDA_LIBRARY: "no working C++ compiler"}
-    assert gpu.build_libraries(CPU, 10)["skipped"] == "no working C++ compiler"
-    outcome["log"] = "the log"
-    assert gpu.build_libraries(CPU, 10) == {"passed": False, "architectures": "89", "error": "the log"}
-    outcome["code"] = None
-    assert gpu.build_libraries(CPU, 10) is None
-    monkeypatch.setenv("FFNET_KERNELS_LIBRARY_DIR", "elsewhere")
-    assert "FFNET_KERNELS_LIBRARY_DIR" in gpu.build_libraries(CPU, 10)["skipped"]
-    assert len(asked) == 5
+CSV = """==PROF== Connected
+"ID","Kernel Name","gpu__time_duration.sum","dram__bytes_read.sum"
+"","","us","Mbyte"
+"0","kernel, of two","12.5","42"
+"""
 
 
 @pytest.fixture
-def sanitizer(tmp_path, monkeypatch):
-    """A command in the sanitizer's place: its script."""
-    monkeypatch.setattr(choice, "why_unavailable", lambda name: None)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    script = tmp_path / gpu.SANITIZER
+def tool(tmp_path, monkeypatch):
+    """Puts a script in a tool's place."""
+    folder = tmp_path / "tools"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
 
-    def write(text):
+    def write(name, text):
+        script = folder / name
         script.write_text(f"#!/bin/sh\n{text}\n")
         script.chmod(0o755)
 
     return write
 
 
-def test_the_sanitizer(sanitizer, tmp_path):
-    sanitizer(f'echo "$@ $PYTORCH_NO_CUDA_MEMORY_CACHING" > {tmp_path}/seen')
-    row = gpu.sanitize("racecheck", "k=3 ", 1000)
-    assert row["passed"]
-    options = f"--tool racecheck --error-exitcode 86 --kernel-name kns=ffnet {sys.executable}"
-    seen = (tmp_path / "seen").read_text()
-    assert seen == f"{options} -m ffnet_kernels selftest --backend cuda --filter k=3  1\n"
-    sanitizer("echo RACECHECK SUMMARY: 1 hazard displayed; exit 86")
-    row = gpu.sanitize("racecheck", "k=3 ", 1000)
-    assert (row["passed"], row["error"]) == (False, "RACECHECK SUMMARY: 1 hazard displayed")
+class NoWorkers:
+    def restart(self):
+        pass
 
 
-def test_the_sanitizer_is_stopped_in_time(sanitizer, tmp_path, monkeypatch):
-    sanitizer(f"sleep 1000000 & echo $! >> {tmp_path}/children; wait")
-    assert gpu.sanitize("memcheck", "k=3 ", 0.2) is None
-    monkeypatch.setattr(gpu, "LONGEST", 2)
-    assert gpu.sanitize("memcheck", "k=3 ", 1000)["error"] == "not finished after 2 s"
+def perform(step, seconds=100.0):
+    return gpu._perform(step, seconds, NoWorkers(), gpu._parser().parse_args(["--small"]))
+
+
+def step(section, text):
+    return next(s for one in gpu.plan(small=True) if one.name == section for s in one.steps if text in s.name)
+
+
+def test_the_sanitizer(tool, tmp_path):
+    watched = step("rest", "racecheck ffnified")
+    tool(
+        "compute-sanitizer", f'echo "$@ $PYTORCH_NO_CUDA_MEMORY_CACHING" > {tmp_path}/seen; echo \'{{"passed": true}}\''
+    )
+    assert perform(watched)["passed"]
+    options = f"--error-exitcode 86 --kernel-name kns=ffnet --tool racecheck {sys.executable}"
+    asked = f"-m benchmarks gpu --small --hang nothing --run {watched.name} 1"
+    assert (tmp_path / "seen").read_text() == f"{options} {asked}\n"
+    tool("compute-sanitizer", "echo '{\"passed\": true}'; echo RACECHECK SUMMARY: 1 hazard displayed; exit 86")
+    row = perform(watched)
+    assert not row["passed"]
+    assert row["error"].endswith("RACECHECK SUMMARY: 1 hazard displayed")
+
+
+def test_a_tool_is_stopped_in_time(tool, tmp_path):
+    tool("compute-sanitizer", f"sleep 1000000 & echo $! >> {tmp_path}/children; wait")
+    assert perform(step("rest", "memcheck"), 0.5) == {"passed": False, "error": "not finished after 0.5 s"}
     children = tmp_path / "children"
     for child in children.read_text().split() if children.exists() else []:  # none where the machine is that slow
         with contextlib.suppress(OSError):  # there is no such process any more
             assert Path(f"/proc/{child}/cmdline").read_bytes() == b"", "dead, but for its entry"
 
 
-def test_without_the_sanitizer(monkeypatch, tmp_path):
-    monkeypatch.setattr(choice, "why_unavailable", lambda name: None)
+def test_a_tool_that_is_not_there(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(gpu, "FOLDERS", (str(tmp_path / "*"),))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    assert gpu.sanitize("memcheck", "k=3 ", 1000) == {
-        "passed": True, "skipped": "compute-sanitizer is not there (looked on the path and in CUDA's folder)"
-    }  # fmt: skip
-    monkeypatch.setattr(choice, "why_unavailable", lambda name: f"no {name}")
-    assert gpu.sanitize("memcheck", "k=3 ", 1000)["skipped"] == "no cuda"
+    row = perform(step("counters", "ncu"))
+    assert row == {"passed": True, "skipped": "ncu is not there (looked on the path and in CUDA's folders)"}
+    folder = tmp_path / "2025.3"
+    folder.mkdir()
+    (folder / "ncu").write_text("")
+    (folder / "ncu").chmod(0o755)
+    assert gpu._tool("ncu") == str(folder / "ncu")
 
 
-def test_the_sanitizer_is_given_cases_of_every_kind():
-    names = [case.name for case in cases()]
-    for _, text in gpu.SANITIZED:
-        assert {name.split()[0] for name in names if text in name} == set(OPERATORS)
+def test_counters_of_a_launch(tool):
+    tool("ncu", f"cat <<'END'\n{CSV}END\necho '{{\"passed\": true}}'")
+    row = perform(step("counters", "ncu"))
+    assert row["passed"]
+    assert row["counters"]["gpu__time_duration.sum"] == "12.5 us"
+    assert row["counters"]["Kernel Name"] == "kernel, of two"
+    assert gpu.counters("==ERROR== no permission") == {}
+
+
+@pytest.mark.long
+def test_the_whole_rehearsed(tool, tmp_path):
+    """Every section, on the processor: the steps of one shape, of which some hang."""
+    if not native.cuda_host_library():
+        pytest.skip("FFNET_KERNELS_CUDA_HOST is not set")
+    run_what_follows = 'while [ "$1" != "$FFNET_PYTHON" ]; do shift; done; "$@"'
+    tool("compute-sanitizer", run_what_follows)
+    tool("ncu", f"{run_what_follows}\ncat <<'END'\n{CSV}END")
+    command = [sys.executable, "-m", "benchmarks", "gpu", "--small", "--out", tmp_path / "out", "--again"]
+    environment = {**os.environ, "FFNET_PYTHON": sys.executable, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+    folder = Path(__file__).parents[2]
+    chosen = ["--filter", "16x16 k7 b3 bfloat16 forward", "--hang", "eager channels-last", "--budget", "200"]
+    done = subprocess.run([*command, *chosen], cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    rows = [json.loads(line) for line in (tmp_path / "out" / gpu.FILE).read_text().splitlines()[1:]]
+    assert rows, done.stderr
+    assert {row["section"] for row in rows} == {"device", "forward", "counters", "compile", "rest"}
+    for row in rows:
+        expected = "eager channels-last" not in row["step"]
+        assert row["passed"] == expected, row
+        assert expected or row["error"].startswith("not finished after")
+    (counted,) = (row for row in rows if row["step"].startswith("ncu ffnified"))
+    assert counted["counters"]["dram__bytes_read.sum"] == "42 Mbyte"
+    assert len(list((tmp_path / "out").iterdir())) <= 8
