@@ -5,7 +5,7 @@
 # make bench         the quick benchmark suite, minutes: tables, report and charts in build/bench
 # make timm          a table of timm's models, plain and optimised, in an environment made once (5.5 GB) in build/timm
 # make cuda          the CUDA kernels for every GPU, or those of FFNET_CUDA_ARCHS; `make demo` makes those of this machine's
-# make gpu           on a GPU: checks and benchmarks of the CUDA and Triton kernels, Triton's tiles measured
+# make gpu           on a GPU: checks and benchmarks of the CUDA and Triton kernels, in nine minutes
 # make wheel         dist/*.whl, for any Python and any torch from 2.11 on; CUDA kernels in it where there is an nvcc
 # make sdist         dist/*.tar.gz, the sources
 # make docs          the documentation as a site, in build/site
