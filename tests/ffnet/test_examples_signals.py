@@ -86,3 +86,21 @@ def test_windows_do_not_see_what_they_are_tested_on():
     assert torch.equal(simple["seasonal naive"] + 52, future)
     assert torch.equal(simple["seasonal naive + drift"], future)
     assert torch.equal(simple["last value"][:, 0] + 1, future[:, 0])
+
+
+@pytest.mark.long
+def test_loss_against_time(tmp_path):
+    """All contenders learn, and the same: the loss after as many steps does not tell who runs them."""
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    from ffnet.examples import loss_against_time
+
+    result = loss_against_time.main(["--epochs", "2", "--out", str(tmp_path)])
+    assert written(tmp_path, "loss_against_time") == result
+    assert result["steps"] == 2 * (1437 // 64)
+    ours, *others = result["runs"].values()
+    assert len(others) == 2
+    assert ours["loss"] < 0.5
+    assert ours["held out"] > 0.5  # where guesses are right in one of ten
+    for other in others:
+        assert other["loss"] == pytest.approx(ours["loss"], rel=0.02)
