@@ -190,7 +190,8 @@ H100 = Gpu("H100 SXM", 132, 1.755e9, 3.35e12, "data sheet: what its memory moves
 H200 = Gpu("H200", 132, 1.98e9, 4.3e12, "what a copy was seen to move, of 4.8 TB/s")
 REGISTERS, THREADS, SHARED, SHARED_OF_A_BLOCK = 65536, 2048, 228 * 1024, 1024  # of a multiprocessor; reserved
 WARPS = 4  # of a block, one for each scheduler
-START_CLOCKS = 1500  # until a block's filters, and then its first rows, are there
+START_ROWS = 6  # that a block's start takes as long as, besides those of its filter (plan_stream in csrc/cuda/stream.h)
+START_CLOCKS = 900  # until a block's first rows and its filters, which are fetched at once, are there
 
 
 def resident_blocks(registers: int, shared: int) -> int:

@@ -12,19 +12,29 @@ namespace {
 // the filters are read from shared memory then.
 template <int K>
 constexpr bool kSharesFilters = K == 7;
+template <int K>  // its windows are rows of windows
+constexpr int kRingBytes = StreamRing<K, Windows::any, AnyRows>::kBytes;
 template <int K>
 constexpr int kWarpBytes = 2 * kRingBytes<K> + (kSharesFilters<K> ? 3 * kSharedFilterBytes<K> : 0);
 
 template <class T, int K, Windows WINDOWS, class ROWS>
-FFNET_KERNEL(kStreamWarps* kWarp, K == 3 ? 3 : 2)
+FFNET_KERNEL(kStreamWarps* kWarp, K == 3 ? 3 - (ROWS::kKnown ? FFNET_FEWER_BLOCKS : 0) : 2)
 attention_backward_kernel(FFNET_PARAMETER AttentionBackwardParameters p) {
 #if FFNET_HAS_SM80
-  constexpr bool HALO = WINDOWS != Windows::alone;
+  constexpr bool HALO = has_neighbours(WINDOWS);
   const StreamTask task(p, kWarpBytes<K>);
   if (!task.exists(p)) return;
   const int lane = task.lane;
   const int64_t channel = task.channel;
 
+  const Neighbours neighbours(p.shape, lane);
+  const auto around = [&](RowPair row) { return HALO ? neighbours.of(row) : RowPair{}; };
+  const float key_bias = p.key_bias ? to_float(T{p.key_bias[channel]}) : 0.0f;
+  const float scale = p.scale ? to_float(T{p.scale[channel]}) : 1.0f;
+
+  const Source sources[2] = {{p.query, channel, p.rows.first}, {p.gradient, channel, p.rows.first + p.gradient_ahead}};
+  RowStream<K, WINDOWS, 2, ROWS> stream(p.shape, sources, ROWS::template turns<K>(p.rows), task);
+  // After the first rows, so that both are on their way at once.
   const auto filter = [&](const FilterView& view, [[maybe_unused]] int index) {
     if constexpr (kSharesFilters<K>)
       return SharedFilter<K, HALO>(view, channel, lane,
@@ -33,13 +43,6 @@ attention_backward_kernel(FFNET_PARAMETER AttentionBackwardParameters p) {
       return BandedFilter<K, HALO>(view, channel, lane);
   };
   const auto key = filter(p.key, 0), value = filter(p.value_mirrored, 1), key_mirrored = filter(p.key_mirrored, 2);
-  const Neighbours neighbours(p.shape, lane);
-  const auto around = [&](RowPair row) { return HALO ? neighbours.of(row) : RowPair{}; };
-  const float key_bias = p.key_bias ? to_float(T{p.key_bias[channel]}) : 0.0f;
-  const float scale = p.scale ? to_float(T{p.scale[channel]}) : 1.0f;
-
-  const Source sources[2] = {{p.query, channel, p.rows.first}, {p.gradient, channel, p.rows.first + p.gradient_ahead}};
-  RowStream<K, WINDOWS, 2> stream(p.shape, sources, ROWS::template turns<K>(p.rows), task);
   const LaneWindows lane_windows(p.shape, lane);
   const bool lends = !ROWS::kKnown && lane_windows.lend();
   const auto owned = [&](RowPair row) { return lends ? RowPair{} : row; };
@@ -48,6 +51,7 @@ attention_backward_kernel(FFNET_PARAMETER AttentionBackwardParameters p) {
   for (int panel = task.begin; panel < task.end; ++panel) {
     Window windows[2];
     lane_windows.at(p.shape, panel, windows);
+    stream.begin_panel(windows);
     const RowWriter<WINDOWS> query_grad(p.shape, p.query_grad, windows, lends, channel, lane);
     const InsideMask inside(p.query.h, p.query.w, windows, lane);
     RollingSums<T, K, HALO> middle(key_bias), middle_grad(0.0f), result(0.0f);
@@ -60,7 +64,7 @@ attention_backward_kernel(FFNET_PARAMETER AttentionBackwardParameters p) {
       for (int i = 0; i < K; ++i) {
         RowPair own_grad{}, own_gradient{};  // transposed rows, of which the biases' gradients are summed up
         if (turn.input(i)) {
-          const RowPair query = stream.row(0, i), gradient = stream.row(1, i);
+          const RowPair query = stream.row(0, i, 0), gradient = stream.row(1, i, 0);
           middle.add(i, key, query, around(query));
           middle_grad.add(i, value, gradient, around(gradient));
           key_grad.keep(i, owned(query)), value_grad.keep(i, owned(gradient));
@@ -146,7 +150,7 @@ void run(const Attention& call, AttentionBackwardParameters& p, bool start, cons
   if (attention_backward_of_planes(choice, p, start, device)) return;
   with_stream_kernel(choice, p.shape, [&](auto element, auto k, auto windows, auto rows) {
     // Fewer kernels to compile, and none that spills: low planes under high filters have one of their own.
-    constexpr bool kNarrow = windows() == Windows::pairs || windows() == Windows::any;
+    constexpr bool kNarrow = windows() == Windows::any || linear_width(windows()) > 0;
     constexpr Windows kWindows = kNarrow ? Windows::any : Windows::aligned;
     using Unknown = std::conditional_t<k() == 7, AskedRows, AnyRows>;
     using Rows = std::conditional_t<k() == 7 || kNarrow, Unknown, decltype(rows)>;

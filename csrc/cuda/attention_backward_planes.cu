@@ -9,7 +9,10 @@ namespace {
 
 constexpr int kRows = 7;           // of a filter
 constexpr int kReach = kRows / 2;  // rows above and below its own that a result reads
-constexpr int kChunk = 4;          // rows that arrive together
+
+// Rows that arrive together: all of planes that arrive as they lie in memory.
+template <Windows WINDOWS, int HEIGHT>
+constexpr int kChunk = linear_width(WINDOWS) > 0 ? HEIGHT : 4;
 
 // A filter as pairs of neighbouring taps of a row, from which each lane takes those of its part of the banded matrix:
 // a fifth of the matrix itself (band.h).
@@ -56,7 +59,6 @@ class LoadedFilter {
 template <int HEIGHT>
 struct Planes {
   static constexpr int kMapBytes = (HEIGHT + HEIGHT % 2) * kRowBytes;
-  static constexpr int kChunks = (HEIGHT + kChunk - 1) / kChunk;
   static constexpr int kBytes = 4 * kMapBytes + 3 * TapPairs::kBytes;
   enum Map { query, gradient, hidden, hidden_grad };
 
@@ -90,41 +92,47 @@ struct PlaneTurn {
 };
 
 template <class T, Windows WINDOWS, class ROWS>
-FFNET_KERNEL(kStreamWarps* kWarp, WINDOWS == Windows::alone ? 3 : 2)
+FFNET_KERNEL(kStreamWarps* kWarp, has_neighbours(WINDOWS) ? 2 : 3 - FFNET_FEWER_BLOCKS)
 attention_backward_planes_kernel(FFNET_PARAMETER AttentionBackwardParameters p) {
 #if FFNET_HAS_SM80
-  constexpr bool HALO = WINDOWS != Windows::alone;
-  constexpr int HEIGHT = ROWS::kHeight;
+  constexpr bool HALO = has_neighbours(WINDOWS);
+  constexpr int HEIGHT = ROWS::kHeight, kRowsAtOnce = kChunk<WINDOWS, HEIGHT>;
+  constexpr int kChunks = (HEIGHT + kRowsAtOnce - 1) / kRowsAtOnce;
+  constexpr bool kLinear = linear_width(WINDOWS) > 0;
   using Buffer = Planes<HEIGHT>;
   const StreamTask task(p, Buffer::kBytes);
   if (!task.exists(p)) return;
   const int lane = task.lane;
   const int64_t channel = task.channel;
   const Buffer planes{task.memory, lane};
-  TapPairs::store(planes.filter(0), p.key, channel, lane);
-  TapPairs::store(planes.filter(1), p.value_mirrored, channel, lane);
-  TapPairs::store(planes.filter(2), p.key_mirrored, channel, lane);
-  sync_warp();
   const Neighbours neighbours(p.shape, lane);
   const auto around = [&](RowPair row) { return HALO ? neighbours.of(row) : RowPair{}; };
   const float key_bias = p.key_bias ? to_float(T{p.key_bias[channel]}) : 0.0f;
   const float scale = p.scale ? to_float(T{p.scale[channel]}) : 1.0f;
 
   const WindowSlot slot(p.shape, lane / 2 % kWindow);
-  RowCopies<kChunk, WINDOWS> copies[2];
+  using Layout = StageLayout<kRowsAtOnce, WINDOWS>;
+  typename Layout::Copies copies[2];
+  typename Layout::Places places[2];
   const auto open = [&](int panel) {
     Window window = slot.at(p.shape, panel, lane / 2 / kWindow);
     window.exists &= panel < task.end;
     copies[0].start(p.query, window, channel, 0, lane), copies[1].start(p.gradient, window, channel, 0, lane);
   };
   const auto fetch = [&](auto chunk) FFNET_INLINE_LAMBDA {
-    using Rows = KnownRows<kChunk, kChunk * decltype(chunk)::value, HEIGHT>;
-    copies[0].template fetch<Rows>(p.query, planes.row(Buffer::query, kChunk * decltype(chunk)::value), lane);
-    copies[1].template fetch<Rows>(p.gradient, planes.row(Buffer::gradient, kChunk * decltype(chunk)::value), lane);
+    constexpr int first = kRowsAtOnce * decltype(chunk)::value;
+    using Rows = KnownRows<kRowsAtOnce, first, HEIGHT>;
+    copies[0].template fetch<Rows>(p.query, planes.row(Buffer::query, first), lane);
+    copies[1].template fetch<Rows>(p.gradient, planes.row(Buffer::gradient, first), lane);
     commit_copies();
   };
   open(task.begin);
-  for_each_constant<Buffer::kChunks>(fetch);
+  for_each_constant<kChunks>(fetch);
+  // After the first rows, so that both are on their way at once.
+  TapPairs::store(planes.filter(0), p.key, channel, lane);
+  TapPairs::store(planes.filter(1), p.value_mirrored, channel, lane);
+  TapPairs::store(planes.filter(2), p.key_mirrored, channel, lane);
+  sync_warp();
 
   const LaneWindows lane_windows(p.shape, lane);
   FilterSums<T, kRows, HALO> key_grad, value_grad;
@@ -133,18 +141,29 @@ attention_backward_planes_kernel(FFNET_PARAMETER AttentionBackwardParameters p) 
   for (int panel = task.begin; panel < task.end; ++panel) {
     Window windows[2];
     lane_windows.at(p.shape, panel, windows);
+    if constexpr (kLinear) {
+      places[0].open_panel(p.query, windows, channel, 0), places[1].open_panel(p.gradient, windows, channel, 0);
+      places[0].open_stage(planes.row(Buffer::query, 0), lane);
+      places[1].open_stage(planes.row(Buffer::gradient, 0), lane);
+    }
+    const auto arrived = [&](int map, int y) FFNET_INLINE_LAMBDA {
+      if constexpr (kLinear)
+        return places[map].row(y);
+      else
+        return planes.read(map, y);
+    };
     {
       const LoadedFilter<HALO> key(planes.filter(0), p.key, lane), value(planes.filter(1), p.value_mirrored, lane);
       const InsideMask inside(HEIGHT, p.shape.w, windows, lane);
       RollingSums<T, kRows, HALO> middle(key_bias), middle_grad(0.0f);
       for_each_constant<HEIGHT + kReach>([&](auto step) FFNET_INLINE_LAMBDA {
         constexpr int y = decltype(step)::value, i = y % kRows;
-        if constexpr (y < HEIGHT && y % kChunk == 0) {
-          wait_for_copies<Buffer::kChunks - 1 - y / kChunk>();
+        if constexpr (y < HEIGHT && y % kRowsAtOnce == 0) {
+          wait_for_copies<kChunks - 1 - y / kRowsAtOnce>();
           sync_warp();
         }
         if constexpr (y < HEIGHT) {
-          const RowPair query = planes.read(Buffer::query, y), gradient = planes.read(Buffer::gradient, y);
+          const RowPair query = arrived(Buffer::query, y), gradient = arrived(Buffer::gradient, y);
           middle.add(i, key, query, around(query));
           middle_grad.add(i, value, gradient, around(gradient));
         }
@@ -156,7 +175,7 @@ attention_backward_planes_kernel(FFNET_PARAMETER AttentionBackwardParameters p) 
           for (int e = 0; e < 4; ++e) grad[e] *= scale * sum_grad[e];
           RowPair hidden{{pack<T>(active[0], active[1]), pack<T>(active[2], active[3])}},
               hidden_grad{{pack<T>(grad[0], grad[1]), pack<T>(grad[2], grad[3])}};
-          if constexpr (WINDOWS == Windows::any)
+          if constexpr (kLinear)
             hidden = inside.template apply<true>(0, hidden), hidden_grad = inside.template apply<true>(0, hidden_grad);
           planes.write(Buffer::hidden, y - kReach, hidden);
           planes.write(Buffer::hidden_grad, y - kReach, hidden_grad);
@@ -171,7 +190,10 @@ attention_backward_planes_kernel(FFNET_PARAMETER AttentionBackwardParameters p) 
     key_grad.open_panel(), value_grad.open_panel();
     const auto keep = [&](int y) FFNET_INLINE_LAMBDA {
       RowPair query, gradient;
-      planes.read_transposed(Buffer::query, y, query, gradient);
+      if constexpr (kLinear)
+        query = transposed(arrived(Buffer::query, y)), gradient = transposed(arrived(Buffer::gradient, y));
+      else
+        planes.read_transposed(Buffer::query, y, query, gradient);
       key_grad.keep_transposed(y % kRows, query), value_grad.keep_transposed(y % kRows, gradient);
     };
     keep(0), keep(1), keep(2);
@@ -180,8 +202,8 @@ attention_backward_planes_kernel(FFNET_PARAMETER AttentionBackwardParameters p) 
       constexpr int y = decltype(step)::value, i = y % kRows;
       if constexpr (y + kReach < HEIGHT) keep(y + kReach);
       // The last row of a chunk, or of the plane, has been kept: all its rows have been read.
-      constexpr int last = y + kReach, chunk = last / kChunk;
-      if constexpr (last == HEIGHT - 1 || (last < HEIGHT && last % kChunk == kChunk - 1)) {
+      constexpr int last = y + kReach, chunk = last / kRowsAtOnce;
+      if constexpr (last == HEIGHT - 1 || (last < HEIGHT && last % kRowsAtOnce == kRowsAtOnce - 1)) {
         sync_warp();
         fetch(std::integral_constant<int, chunk>{});
       }
@@ -227,7 +249,7 @@ bool attention_backward_of_planes(const KernelChoice& choice, AttentionBackwardP
     return take(std::integral_constant<Windows, Windows::alone>{}, PlaneRows<8>{});
   if (choice.unit == 16 && height == 16)
     return take(std::integral_constant<Windows, Windows::aligned>{}, PlaneRows<16>{});
-  if (choice.unit < 4 && height == 7) return take(std::integral_constant<Windows, Windows::any>{}, PlaneRows<7>{});
+  if (p.shape.w == 7 && height == 7) return take(std::integral_constant<Windows, Windows::linear7>{}, PlaneRows<7>{});
   return false;
 }
 

@@ -19,24 +19,26 @@ template <class T, int K, Windows WINDOWS, class ROWS>
 FFNET_KERNEL(kStreamWarps* kWarp, K == 7 && ROWS::kKnown && !ROWS::kPlane ? 2 : 3)
 attention_forward_kernel(FFNET_PARAMETER Parameters p) {
 #if FFNET_HAS_SM80
-  constexpr bool HALO = WINDOWS != Windows::alone;
-  const StreamTask task(p, 2 * kRingBytes<K>);
+  constexpr bool HALO = has_neighbours(WINDOWS);
+  const StreamTask task(p, 2 * StreamRing<K, WINDOWS, ROWS>::kBytes);
   if (!task.exists(p)) return;
   const int lane = task.lane;
   const int64_t channel = task.channel;
 
-  const BandedFilter<K, HALO> key(p.key, channel, lane), value(p.value, channel, lane);
   const Neighbours neighbours(p.shape, lane);
   const float key_bias = p.key_bias ? to_float(T{p.key_bias[channel]}) : 0.0f;
   const float value_bias = p.value_bias ? to_float(T{p.value_bias[channel]}) : 0.0f;
   const float scale = p.scale ? to_float(T{p.scale[channel]}) : 1.0f;
 
   const Source sources[2] = {{p.query, channel, p.rows.first}, {p.residual, channel, p.rows.first - p.rows.lag_output}};
-  RowStream<K, WINDOWS, 2> stream(p.shape, sources, ROWS::template turns<K>(p.rows), task);
+  RowStream<K, WINDOWS, 2, ROWS> stream(p.shape, sources, ROWS::template turns<K>(p.rows), task);
+  // After the first rows, so that both are on their way at once.
+  const BandedFilter<K, HALO> key(p.key, channel, lane), value(p.value, channel, lane);
   const LaneWindows lane_windows(p.shape, lane);
   for (int panel = task.begin; panel < task.end; ++panel) {
     Window windows[2];
     lane_windows.at(p.shape, panel, windows);
+    stream.begin_panel(windows);
     const RowWriter<WINDOWS> writer(p.shape, p.out, windows, lane_windows.lend(), channel, lane);
     const InsideMask inside(p.query.h, p.query.w, windows, lane);
     RollingSums<T, K, HALO> middle(key_bias), result(value_bias);
@@ -47,7 +49,7 @@ attention_forward_kernel(FFNET_PARAMETER Parameters p) {
 #pragma unroll
       for (int i = 0; i < K; ++i) {
         if (turn.input(i)) {
-          const RowPair own = stream.row(0, i);
+          const RowPair own = stream.row(0, i, turn.input_row(i));
           middle.add(i, key, own, HALO ? neighbours.of(own) : RowPair{});
         }
         if (turn.middle(i)) {
@@ -63,7 +65,7 @@ attention_forward_kernel(FFNET_PARAMETER Parameters p) {
         }
         if (turn.output(i)) {
           const float(&sum)[4] = result.complete(i);
-          const RowPair residual = stream.row(1, i);
+          const RowPair residual = stream.row(1, i, turn.output_row(i));
           float out[4];
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
@@ -112,7 +114,7 @@ void attention_forward(const Attention& call, const Device& device) {
   with_stream_kernel(choice, p.shape, [&](auto element, auto k, auto windows, auto rows) {
     start_stream<k()>("attention_forward_kernel",
                       attention_forward_kernel<decltype(element), k(), windows(), decltype(rows)>, p,
-                      2 * kRingBytes<k()>, device);
+                      2 * StreamRing<k(), windows(), decltype(rows)>::kBytes, device);
   });
 }
 

@@ -20,34 +20,37 @@ struct Parameters : StreamParameters {
   float* partials;
 };
 
-template <int K>
-constexpr int kWarpBytes = 2 * kRingBytes<K>;
+template <int K, Windows WINDOWS, class ROWS>
+constexpr int kWarpBytes = 2 * StreamRing<K, WINDOWS, ROWS>::kBytes;
 
 // The blocks of a multiprocessor: three, where their registers are enough.
 template <int K, Windows WINDOWS, Slope SLOPE, class ROWS>
-constexpr int kResident = K == 3                  ? 3
-                          : !ROWS::kKnown         ? 2
-                          : SLOPE == Slope::none  ? (WINDOWS == Windows::pairs && !ROWS::kPlane ? 2 : 3)
-                          : ROWS::kPlane && (WINDOWS == Windows::alone || WINDOWS == Windows::any) ? 3
-                                                                                                   : 2;
+constexpr int kResident = K == 3                 ? 3 - (WINDOWS == Windows::linear28 ? FFNET_FEWER_BLOCKS : 0)
+                          : !ROWS::kKnown        ? 2
+                          : SLOPE == Slope::none ? (ROWS::kPlane                   ? 3
+                                                    : WINDOWS == Windows::linear28 ? 2
+                                                                                   : 3 - FFNET_FEWER_BLOCKS)
+                          : ROWS::kPlane && !has_neighbours(WINDOWS) ? 3
+                                                                     : 2;
 
 template <class T, int K, Windows WINDOWS, Slope SLOPE, class ROWS>
 FFNET_KERNEL(kStreamWarps* kWarp, (kResident<K, WINDOWS, SLOPE, ROWS>))
 depthwise_backward_kernel(FFNET_PARAMETER Parameters p) {
 #if FFNET_HAS_SM80
-  constexpr bool HALO = WINDOWS != Windows::alone;
-  const StreamTask task(p, kWarpBytes<K>);
+  constexpr bool HALO = has_neighbours(WINDOWS);
+  const StreamTask task(p, kWarpBytes<K, WINDOWS, ROWS>);
   if (!task.exists(p)) return;
   const int lane = task.lane;
   const int64_t channel = task.channel;
 
-  const BandedFilter<K, HALO> filter(p.filter, channel, lane), mirrored(p.mirrored, channel, lane);
   const Neighbours neighbours(p.shape, lane);
   const auto around = [&](RowPair row) { return HALO ? neighbours.of(row) : RowPair{}; };
   const float bias = p.bias ? to_float(T{p.bias[channel]}) : 0.0f;
 
   const Source sources[2] = {{p.x, channel, p.rows.first}, {p.gradient, channel, p.rows.first - p.rows.lag_middle}};
-  RowStream<K, WINDOWS, 2> stream(p.shape, sources, ROWS::template turns<K>(p.rows), task);
+  RowStream<K, WINDOWS, 2, ROWS> stream(p.shape, sources, ROWS::template turns<K>(p.rows), task);
+  // After the first rows, so that both are on their way at once.
+  const BandedFilter<K, HALO> filter(p.filter, channel, lane), mirrored(p.mirrored, channel, lane);
   const LaneWindows lane_windows(p.shape, lane);
   const bool lends = !ROWS::kKnown && lane_windows.lend();
   const auto owned = [&](RowPair row) { return lends ? RowPair{} : row; };
@@ -56,6 +59,7 @@ depthwise_backward_kernel(FFNET_PARAMETER Parameters p) {
   for (int panel = task.begin; panel < task.end; ++panel) {
     Window windows[2];
     lane_windows.at(p.shape, panel, windows);
+    stream.begin_panel(windows);
     const RowWriter<WINDOWS> x_grad(p.shape, p.x_grad, windows, lends, channel, lane);
     RollingSums<T, K, HALO> middle(bias), result(0.0f);
     filter_grad.open_panel();
@@ -66,14 +70,14 @@ depthwise_backward_kernel(FFNET_PARAMETER Parameters p) {
 #pragma unroll
       for (int i = 0; i < K; ++i) {
         if (turn.input(i)) {
-          const RowPair x = stream.row(0, i);
+          const RowPair x = stream.row(0, i, turn.input_row(i));
           if constexpr (SLOPE != Slope::none) middle.add(i, filter, x, around(x));
           filter_grad.keep(i, owned(x));
         } else if (!Turn::kInside) {
           filter_grad.keep_nothing(i);
         }
         if (turn.middle(i)) {
-          RowPair fresh = stream.row(1, i);
+          RowPair fresh = stream.row(1, i, turn.middle_row(i));
           if constexpr (SLOPE != Slope::none) {
             const float(&sum)[4] = middle.complete(i);
             float grad[4], value[4];
@@ -128,7 +132,7 @@ Parameters parameters(const Convolution& call, const Map& x_grad, float* partial
   return p;
 }
 
-// body(kernel, a constant that is the rows of its filters)
+// body(kernel, a constant that is the rows of its filters, the shared memory of a warp)
 template <class Body>
 void with_kernel(const Convolution& call, const Parameters& p, const Body& body) {
   const int lag = lag_of_known_rows(call.filter.kh);
@@ -140,11 +144,14 @@ void with_kernel(const Convolution& call, const Parameters& p, const Body& body)
     if constexpr (!Rows::kKnown) {
       // Fewer kernels to compile.
       constexpr Windows kWindows = windows() == Windows::alone ? Windows::aligned : windows();
-      body(depthwise_backward_kernel<decltype(element), k(), kWindows, Slope::any, Rows>, k);
+      body(depthwise_backward_kernel<decltype(element), k(), kWindows, Slope::any, Rows>, k,
+           kWarpBytes<k(), kWindows, Rows>);
     } else if (call.activation == Activation::none) {
-      body(depthwise_backward_kernel<decltype(element), k(), windows(), Slope::none, Rows>, k);
+      body(depthwise_backward_kernel<decltype(element), k(), windows(), Slope::none, Rows>, k,
+           kWarpBytes<k(), windows(), Rows>);
     } else {
-      body(depthwise_backward_kernel<decltype(element), k(), windows(), Slope::gelu, Rows>, k);
+      body(depthwise_backward_kernel<decltype(element), k(), windows(), Slope::gelu, Rows>, k,
+           kWarpBytes<k(), windows(), Rows>);
     }
   });
 }
@@ -157,14 +164,14 @@ bool stream_backward_takes(const Convolution& call) {
 
 int64_t stream_backward_splits(const Convolution& call, const Map& x_grad, const Device& device) {
   Parameters p = parameters(call, x_grad, nullptr, device);
-  with_kernel(call, p, [&](auto* kernel, auto k) { plan_stream<k()>(kernel, p, kWarpBytes<k()>, device); });
+  with_kernel(call, p, [&](auto* kernel, auto k, int warp_bytes) { plan_stream<k()>(kernel, p, warp_bytes, device); });
   return p.split.splits;
 }
 
 void stream_backward(const Convolution& call, const Map& x_grad, float* partials, const Device& device) {
   const Parameters p = parameters(call, x_grad, partials, device);
-  with_kernel(call, p, [&](auto* kernel, auto k) {
-    start_stream<k()>("depthwise_backward_kernel", kernel, p, kWarpBytes<k()>, device);
+  with_kernel(call, p, [&](auto* kernel, auto k, int warp_bytes) {
+    start_stream<k()>("depthwise_backward_kernel", kernel, p, warp_bytes, device);
   });
 }
 

@@ -20,27 +20,29 @@ struct Parameters : StreamParameters {
 
 template <class T, int K, Windows WINDOWS, Epilogue EPILOGUE, class ROWS>
 // Narrow copies of high planes would spill a few registers of what four blocks leave.
-FFNET_KERNEL(kStreamWarps* kWarp, WINDOWS == Windows::pairs && ROWS::kKnown && !ROWS::kPlane ? 3 : 4)
+FFNET_KERNEL(kStreamWarps* kWarp, WINDOWS == Windows::linear28 ? 3 : 4)
 depthwise_stream_kernel(FFNET_PARAMETER Parameters p) {
 #if FFNET_HAS_SM80
-  constexpr bool HALO = WINDOWS != Windows::alone, kBackward = EPILOGUE == Epilogue::activation_backward;
+  constexpr bool HALO = has_neighbours(WINDOWS), kBackward = EPILOGUE == Epilogue::activation_backward;
   constexpr int kMaps = kBackward ? 2 : 1;
-  const StreamTask task(p, kMaps * kRingBytes<K>);
+  const StreamTask task(p, kMaps * StreamRing<K, WINDOWS, ROWS>::kBytes);
   if (!task.exists(p)) return;
   const int lane = task.lane;
   const int64_t channel = task.channel;
 
-  const BandedFilter<K, HALO> filter(p.filter, channel, lane);
   const Neighbours neighbours(p.shape, lane);
   const float bias = p.bias ? to_float(T{p.bias[channel]}) : 0.0f;
 
   const Source sources[2] = {{p.x, channel / p.multiplier, p.rows.first},
                              {p.gradient, channel, p.rows.first - p.rows.lag_output}};
-  RowStream<K, WINDOWS, kMaps> stream(p.shape, sources, ROWS::template turns<K>(p.rows), task);
+  RowStream<K, WINDOWS, kMaps, ROWS> stream(p.shape, sources, ROWS::template turns<K>(p.rows), task);
+  // After the first rows, so that both are on their way at once.
+  const BandedFilter<K, HALO> filter(p.filter, channel, lane);
   const LaneWindows lane_windows(p.shape, lane);
   for (int panel = task.begin; panel < task.end; ++panel) {
     Window windows[2];
     lane_windows.at(p.shape, panel, windows);
+    stream.begin_panel(windows);
     const RowWriter<WINDOWS> writer(p.shape, p.out, windows, lane_windows.lend(), channel, lane);
     RollingSums<T, K, HALO> sums(bias);
 
@@ -50,7 +52,7 @@ depthwise_stream_kernel(FFNET_PARAMETER Parameters p) {
 #pragma unroll
       for (int i = 0; i < K; ++i) {
         if (turn.input(i)) {
-          const RowPair own = stream.row(0, i);
+          const RowPair own = stream.row(0, i, turn.input_row(i));
           sums.add(i, filter, own, HALO ? neighbours.of(own) : RowPair{});
         }
         if (turn.output(i)) {
@@ -59,7 +61,7 @@ depthwise_stream_kernel(FFNET_PARAMETER Parameters p) {
           if constexpr (kBackward) {
             float value[4];
             derivative_fast(p.activation, sum, out, value);
-            const RowPair gradient = stream.row(1, i);
+            const RowPair gradient = stream.row(1, i, turn.output_row(i));
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
               out[2 * half] *= low_float<T>(gradient.half[half]);
@@ -95,11 +97,11 @@ void start(const Parameters& p, const KernelChoice& choice, const Device& device
     // only: fewer kernels.
     using Rows = std::conditional_t<kBackward, AnyRows, decltype(rows)>;
     constexpr Windows kKnown = kBackward && windows() == Windows::alone ? Windows::aligned : windows();
-    constexpr Windows kWindows = !Rows::kKnown && kKnown == Windows::pairs ? Windows::any : kKnown;
+    constexpr Windows kWindows = !Rows::kKnown && linear_width(kKnown) > 0 ? Windows::any : kKnown;
     constexpr Epilogue kEpilogue = Rows::kKnown || kBackward ? EPILOGUE : Epilogue::activate;
     start_stream<k()>("depthwise_stream_kernel",
                       depthwise_stream_kernel<decltype(element), k(), kWindows, kEpilogue, Rows>, p,
-                      (kBackward ? 2 : 1) * kRingBytes<k()>, device);
+                      (kBackward ? 2 : 1) * StreamRing<k(), kWindows, Rows>::kBytes, device);
   });
 }
 
@@ -115,7 +117,7 @@ void run(const Convolution& call, const PlanarMap& x, const PlanarMap& out, cons
   p.filter = filter;
   p.bias = filter.mirrored ? nullptr : static_cast<const uint16_t*>(call.filter.bias);
   p.activation = activation_parameters(activation);
-  KernelChoice choice{call.dtype, filter.kh, bottom == lag_of_known_rows(filter.kh) && x.h == out.h,
+  KernelChoice choice{call.dtype, filter.kh, bottom == lag_of_known_rows(filter.kh) && x.h == out.h && x.w == out.w,
                       std::min(p.x.unit, p.out.unit)};
   if (gradient.data) {
     p.gradient = plane(gradient, out.h, out.w);

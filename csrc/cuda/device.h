@@ -28,6 +28,13 @@
 #define FFNET_HAS_SM80 0
 #endif
 
+// Where kernels need a few registers more than on sm_90: a block less runs on a multiprocessor then.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ == 900
+#define FFNET_FEWER_BLOCKS 0
+#else
+#define FFNET_FEWER_BLOCKS 1
+#endif
+
 namespace ffnet {
 
 constexpr int kWarp = 32;
@@ -160,6 +167,13 @@ FFNET_DEVICE void copy_async(void* shared, const void* global, bool valid) {
     asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], %2, %3;" ::"r"(address), "l"(global), "n"(BYTES),
                  "r"(valid ? BYTES : 0)
                  : "memory");
+}
+
+// The same of 16 aligned bytes of which only the first `bytes` are read; the others become zeros.
+FFNET_DEVICE void copy_async_of(void* shared, const void* global, int bytes) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(bytes)
+               : "memory");
 }
 
 // Closes a group of the thread's copies. Every thread must wait for all its groups before it ends.

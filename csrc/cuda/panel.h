@@ -112,9 +112,21 @@ inline bool planar(const Map& map, int w) { return map.w == 1 && map.h == w; }
 enum class Windows {
   alone,    // aligned planes one window wide: there are no neighbours
   aligned,  // all planes of unit 16
-  pairs,    // all planes of unit 4 or more
+  linear7,  // all planes 7, 14 or 28 wide, of unit 4 but for the first: they arrive as they lie in memory (linear.h)
+  linear14,
+  linear28,
   any,
 };
+
+// Of planes that arrive as they lie in memory; else 0.
+FFNET_BOTH constexpr int linear_width(Windows windows) {
+  return windows == Windows::linear7 ? 7 : windows == Windows::linear14 ? 14 : windows == Windows::linear28 ? 28 : 0;
+}
+
+// Whether windows have others beside them.
+FFNET_BOTH constexpr bool has_neighbours(Windows windows) {
+  return windows != Windows::alone && windows != Windows::linear7;
+}
 
 // Rows on their way through shared memory: a window's 8 columns (16 bytes) after the other.
 constexpr int kRowBytes = kPanel * kWindow * 2;
@@ -183,9 +195,6 @@ class RowCopies {
   FFNET_DEVICE void copy(const Plane& plane, unsigned char* target, const uint16_t* source, bool inside) const {
     if constexpr (WINDOWS == Windows::alone || WINDOWS == Windows::aligned) {
       copy_async<16>(target, source, inside);
-    } else if constexpr (WINDOWS == Windows::pairs) {
-#pragma unroll
-      for (int e = 0; e < kWindow; e += 2) copy_async<4>(target + 2 * e, source + e, inside && e < columns_);
     } else if (plane.unit >= 4) {
 #pragma unroll 1
       for (int e = 0; e < kWindow; e += 2) copy_async<4>(target + 2 * e, source + e, inside && e < columns_);
@@ -206,7 +215,7 @@ class RowWriter {
  public:
   FFNET_DEVICE RowWriter(const PanelShape& p, const Plane& plane, const Window (&windows)[2], bool lends,
                          int64_t channel, int lane)
-      : row_bytes_(2 * plane.w) {
+      : row_bytes_(linear_width(WINDOWS) > 0 ? 2 * linear_width(WINDOWS) : 2 * plane.w) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const Window& w = windows[half];
@@ -224,8 +233,14 @@ class RowWriter {
   FFNET_DEVICE void write(int row, RowPair values) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
+      constexpr int kKnown = 2 * linear_width(WINDOWS);
+      unsigned char* target = target_[half] + (kKnown > 0 ? int64_t{row * kKnown} : int64_t{row} * row_bytes_);
+      if constexpr (WINDOWS == Windows::linear7) {  // a condition a store, or they would be branches
+        if (columns_[half] > 0) reinterpret_cast<uint16_t*>(target)[0] = static_cast<uint16_t>(values.half[half]);
+        if (columns_[half] > 1) reinterpret_cast<uint16_t*>(target)[1] = static_cast<uint16_t>(values.half[half] >> 16);
+        continue;
+      }
       if (INSIDE ? rows_[half] <= 0 : static_cast<unsigned>(row) >= static_cast<unsigned>(rows_[half])) continue;
-      unsigned char* target = target_[half] + int64_t{row} * row_bytes_;
       if (WINDOWS != Windows::any || columns_[half] == 4) {
         *reinterpret_cast<uint32_t*>(target) = values.half[half];
       } else {

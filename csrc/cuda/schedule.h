@@ -66,11 +66,15 @@ struct KnownRows {
   FFNET_BOTH static constexpr int last(int pair) { return FIRST + (2 * pair + 1 < ROWS ? 2 * pair + 1 : 2 * pair); }
   FFNET_BOTH static constexpr bool all(int pair) { return FIRST + 2 * pair >= 0 && last(pair) < HEIGHT; }
   FFNET_BOTH static constexpr bool none(int pair) { return last(pair) < 0 || FIRST + 2 * pair >= HEIGHT; }
+  FFNET_BOTH static constexpr bool nothing() { return FIRST + ROWS <= 0 || FIRST >= HEIGHT; }
+  FFNET_BOTH static constexpr bool starts_inside() { return FIRST >= 0; }
 };
 
 struct UnknownRows {
   FFNET_BOTH static constexpr bool all(int) { return false; }
   FFNET_BOTH static constexpr bool none(int) { return false; }
+  FFNET_BOTH static constexpr bool nothing() { return false; }
+  FFNET_BOTH static constexpr bool starts_inside() { return false; }
 };
 
 // Whether a turn's fetch is the first of a panel.
@@ -79,7 +83,7 @@ enum class Opens { never, always, ask };
 // Asks for each step what it does. Nothing is known of planes: their rows are asked for, too.
 class CheckedTurn {
  public:
-  static constexpr bool kInside = false;
+  static constexpr bool kInside = false, kFirst = false;
   static constexpr Opens kOpens = Opens::ask;
   template <int MAP>
   using Fetched = UnknownRows;
@@ -117,6 +121,7 @@ struct FullTurn : CheckedTurn {
 template <bool FULL>
 struct UnknownSchedule {
   static constexpr bool kKnown = false, kPlane = false;
+  static constexpr int kHeight = 0;
 
   // Of a panel; the other schedules know by themselves when it ends.
   template <int K>
@@ -144,6 +149,7 @@ struct AskedRows : UnknownSchedule<false> {};
 template <int K, int CONVOLUTIONS, int LAG, int BEFORE, int LEFT, int FETCHED = -1, int HEIGHT = kFar>
 struct KnownTurn {
   static constexpr int kMiddle = K / 2, kOutput = K / 2 * CONVOLUTIONS;  // lags
+  static constexpr bool kFirst = BEFORE == 0;
   static constexpr bool kInside = true;
   static constexpr Opens kOpens = FETCHED == 0 ? Opens::always : Opens::never;
   template <int MAP>
@@ -202,6 +208,7 @@ struct PlaneRows {
 template <int REST>
 struct HighRows {
   static constexpr bool kKnown = true, kPlane = false;
+  static constexpr int kHeight = 0;  // that is not known
 
   template <int K>
   static bool takes(int rows) {

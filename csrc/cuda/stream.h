@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "band.h"
+#include "linear.h"
 #include "schedule.h"
 #include "storage.h"
 
@@ -53,8 +54,14 @@ inline PanelShape stream_shape(int64_t n, int rows, int columns, int64_t channel
   return best;
 }
 
-template <int K>
-constexpr int kRingBytes = kStages<K> * K * kRowBytes;
+// The stages of a map that a kernel of such windows and schedules has in shared memory.
+template <int K, Windows WINDOWS, class ROWS>
+struct StreamRing {
+  static constexpr bool kWhole = linear_width(WINDOWS) > 0 && ROWS::kPlane;  // a stage is a whole plane
+  static constexpr int kRows = kWhole ? ROWS::kHeight : K;                   // of a stage
+  static constexpr int kStages = kWhole && kRows > K ? 2 : ffnet::kStages<K>;
+  static constexpr int kBytes = kStages * kRows * kRowBytes;
+};
 
 // What every streaming kernel is told; `Parameters` of each derive from it.
 struct StreamParameters {
@@ -71,7 +78,7 @@ Grid plan_stream(void (*kernel)(Parameters), Parameters& p, int warp_bytes, cons
   grid.threads = kStreamWarps * kWarp;
   grid.shared_bytes = static_cast<size_t>(kStreamWarps) * warp_bytes;
   const int resident = resident_blocks(reinterpret_cast<const void*>(kernel), grid.threads, grid.shared_bytes);
-  constexpr int kStartRows = K + 10;  // by the instructions before the first panel
+  constexpr int kStartRows = K + 6;  // by the instructions before the first panel
   p.split = stream_split(p.shape.panels, p.channels, p.rows.input_end, kStartRows, resident, device);
   grid.x = (p.split.splits * p.channels + kStreamWarps - 1) / kStreamWarps;
   return grid;
@@ -111,10 +118,24 @@ struct Source {
   int first_row;
 };
 
+// How ROWS rows of a map get into a stage, and where they are found there, if not as rows of windows.
+template <int ROWS, Windows WINDOWS, int WIDTH = linear_width(WINDOWS)>
+struct StageLayout {
+  using Copies = LinearCopies<ROWS, WIDTH>;
+  using Places = LinearPlaces<ROWS, WIDTH>;
+};
+template <int ROWS, Windows WINDOWS>
+struct StageLayout<ROWS, WINDOWS, 0> {
+  using Copies = RowCopies<ROWS, WINDOWS>;
+  struct Places {};
+};
+
 // The rows of MAPS maps, a turn of K rows of each at a time, for one panel after the other; the next turns are on their
-// way meanwhile, across the end of a panel too.
-template <int K, Windows WINDOWS, int MAPS>
+// way meanwhile, across the end of a panel too. Whole planes that arrive as they lie in memory are a stage each.
+template <int K, Windows WINDOWS, int MAPS, class ROWS>
 class RowStream {
+  using Ring = StreamRing<K, WINDOWS, ROWS>;
+
  public:
   // `sources` must outlive the stream.
   FFNET_DEVICE RowStream(const PanelShape& shape, const Source* sources, int turns, const StreamTask& task)
@@ -127,38 +148,76 @@ class RowStream {
         panel_(task.begin),
         end_(task.end) {
     open_panel();
-    for (int stage = 0; stage < kStages<K> - 1; ++stage) fetch<CheckedTurn>();
+    for (int stage = 0; stage < Ring::kStages - 1; ++stage) {
+      if constexpr (Ring::kWhole) {
+        if (stage > 0) ++panel_, open_panel();
+        fetch_maps<WholePlane, WholePlane>();
+      } else {
+        fetch<CheckedTurn>();
+      }
+    }
   }
 
   // Waits for the rows of the next turn, which `turn` is.
   template <class TURN>
   FFNET_DEVICE void advance(const TURN&) {
-    wait_for_copies<kStages<K> - 2>();
+    if constexpr (Ring::kWhole && !TURN::kFirst) return;
+    wait_for_copies<Ring::kStages - 2>();
     sync_warp();
     read_ = memory_ + next_offset(write_offset_);
-    fetch<TURN>();
+    if constexpr (kLinear) {
+#pragma unroll
+      for (int m = 0; m < MAPS; ++m) places_[m].open_stage(read_ + m * Ring::kBytes, lane_);
+    }
+    if constexpr (Ring::kWhole) {
+      ++panel_;
+      open_panel();
+      fetch_maps<WholePlane, WholePlane>();
+    } else {
+      fetch<TURN>();
+    }
   }
 
-  // The lane's part of row `i` of the turn.
-  FFNET_DEVICE RowPair row(int map, int i) const {
-    const auto* words = reinterpret_cast<const uint32_t*>(read_ + map * kRingBytes<K> + i * kRowBytes);
-    return {{words[lane_], words[kWarp + lane_]}};
+  // The turns that follow are those of a panel of these windows.
+  FFNET_DEVICE void begin_panel([[maybe_unused]] const Window (&windows)[2]) {
+    if constexpr (kLinear) {
+#pragma unroll
+      for (int m = 0; m < MAPS; ++m)
+        places_[m].open_panel(sources_[m].plane, windows, sources_[m].channel, first_row(m));
+    }
+  }
+
+  // The lane's part of row `i` of the turn, which is row `row` of its plane.
+  FFNET_DEVICE RowPair row(int map, int i, [[maybe_unused]] int row) const {
+    if constexpr (kLinear) {
+      return places_[map].row(Ring::kWhole ? row : i);
+    } else {
+      const auto* words = reinterpret_cast<const uint32_t*>(read_ + map * Ring::kBytes + i * kRowBytes);
+      return {{words[lane_], words[kWarp + lane_]}};
+    }
   }
 
   FFNET_DEVICE void close() { wait_for_copies<0>(); }
 
  private:
+  static constexpr bool kLinear = linear_width(WINDOWS) > 0;
+  using Layout = StageLayout<Ring::kRows, WINDOWS>;
+  using WholePlane = KnownRows<Ring::kRows, 0, Ring::kRows>;
+
   FFNET_DEVICE static int next_offset(int offset) {
-    const int next = offset + K * kRowBytes;
-    return next < kRingBytes<K> ? next : 0;
+    const int next = offset + Ring::kRows * kRowBytes;
+    return next < Ring::kBytes ? next : 0;
   }
+
+  // Of a map, in the first stage of a panel.
+  FFNET_DEVICE int first_row(int map) const { return Ring::kWhole ? 0 : sources_[map].first_row; }
 
   FFNET_DEVICE void open_panel() {
     Window window = slot_.at(shape_, panel_, lane_ / 2 / kWindow);
     window.exists &= panel_ < end_;
 #pragma unroll
     for (int m = 0; m < MAPS; ++m)
-      copies_[m].start(sources_[m].plane, window, sources_[m].channel, sources_[m].first_row, lane_);
+      copies_[m].start(sources_[m].plane, window, sources_[m].channel, first_row(m), lane_);
   }
 
   template <class TURN>
@@ -168,21 +227,27 @@ class RowStream {
       open_panel();
     }
     ++turn_;
-    fetch_map<0, typename TURN::template Fetched<0>>();
-    if constexpr (MAPS > 1) fetch_map<1, typename TURN::template Fetched<1>>();
+    fetch_maps<typename TURN::template Fetched<0>, typename TURN::template Fetched<1>>();
+  }
+
+  template <class FIRST, class SECOND>
+  FFNET_DEVICE void fetch_maps() {
+    fetch_map<0, FIRST>();
+    if constexpr (MAPS > 1) fetch_map<1, SECOND>();
     commit_copies();
     write_offset_ = next_offset(write_offset_);
   }
 
-  template <int MAP, class ROWS>
+  template <int MAP, class KNOWN>
   FFNET_DEVICE void fetch_map() {
-    copies_[MAP].template fetch<ROWS>(sources_[MAP].plane, memory_ + MAP * kRingBytes<K> + write_offset_, lane_);
+    copies_[MAP].template fetch<KNOWN>(sources_[MAP].plane, memory_ + MAP * Ring::kBytes + write_offset_, lane_);
   }
 
   const PanelShape& shape_;
   const Source* sources_;
   WindowSlot slot_;
-  RowCopies<K, WINDOWS> copies_[MAPS];
+  typename Layout::Copies copies_[MAPS];
+  typename Layout::Places places_[MAPS];
   unsigned char *memory_, *read_ = nullptr;
   int lane_, turns_, turn_ = 0, panel_, end_, write_offset_ = 0;
 };
@@ -222,12 +287,14 @@ void with_stream_kernel(const KernelChoice& choice, const PanelShape& shape, con
       return takes;
     };
     if (choice.known_rows && shape.segments == 1 && (... || called(known))) return;
-    constexpr Windows kWindows = windows() == Windows::pairs ? Windows::any : windows();
+    constexpr Windows kWindows = linear_width(windows()) > 0 ? Windows::any : windows();
     body(element, k, std::integral_constant<Windows, kWindows>{}, AnyRows{});
   };
   const auto alone = std::integral_constant<Windows, Windows::alone>{};
   const auto aligned = std::integral_constant<Windows, Windows::aligned>{};
-  const auto pairs = std::integral_constant<Windows, Windows::pairs>{};
+  const auto linear7 = std::integral_constant<Windows, Windows::linear7>{};
+  const auto linear14 = std::integral_constant<Windows, Windows::linear14>{};
+  const auto linear28 = std::integral_constant<Windows, Windows::linear28>{};
   const auto any = std::integral_constant<Windows, Windows::any>{};
   const auto k3 = std::integral_constant<int, 3>{};
   const auto k7 = std::integral_constant<int, 7>{};
@@ -238,11 +305,14 @@ void with_stream_kernel(const KernelChoice& choice, const PanelShape& shape, con
     else if (choice.unit == 16)
       low ? with_windows(element, k3, aligned, HighRows<1>{}, HighRows<2>{})
           : with_windows(element, k7, aligned, PlaneRows<16>{}, HighRows<0>{}, HighRows<1>{}, HighRows<4>{});
-    else if (choice.unit >= 4)
-      low ? with_windows(element, k3, pairs, HighRows<1>{})
-          : with_windows(element, k7, pairs, PlaneRows<14>{}, HighRows<0>{});
+    else if (choice.unit >= 4 && shape.w == 28)
+      low ? with_windows(element, k3, linear28, HighRows<1>{}) : with_windows(element, k7, linear28, HighRows<0>{});
+    else if (choice.unit >= 4 && shape.w == 14 && !low)
+      with_windows(element, k7, linear14, PlaneRows<14>{});
+    else if (shape.w == 7 && !low)
+      with_windows(element, k7, linear7, PlaneRows<7>{});
     else
-      low ? with_windows(element, k3, any) : with_windows(element, k7, any, PlaneRows<7>{});
+      low ? with_windows(element, k3, any) : with_windows(element, k7, any);
   });
 }
 

@@ -45,6 +45,7 @@ check("wgrad", example("depthwise_conv2d", **half, activation="none", multiplier
 check("gradients", example("depthwise_conv2d", **half), True)
 check("phases", example("ffnified_attention", dtype=torch.float16, shape=(17, 2, 8, 8), kernel=(7, 7)), True)
 check("plane", example("depthwise_conv2d", dtype=torch.float16, shape=(17, 2, 8, 8), kernel=(7, 7)), False)
+check("linear", example("depthwise_conv2d", dtype=torch.float16, shape=(3, 5, 7, 7), kernel=(7, 7)), False)
 with cuda_cases.machine(multiprocessors=1, resident_blocks=1):
     check("split", example("depthwise_conv2d", dtype=torch.float16, shape=(33, 4, 9, 8), kernel=(7, 7)), False)
 """
@@ -99,11 +100,21 @@ def test_a_read_past_a_plane_is_seen(with_addresses_watched):
     assert "stream passed" not in result.stdout
 
 
+def test_a_read_past_planes_that_arrive_as_they_lie_is_seen(with_addresses_watched):
+    faults = {"cuda/linear.h": ("bytes = bytes > 0 ? bytes : 0;", "bytes = 16;")}
+    library = native_build.build_cuda_host(with_addresses_watched[0], "address", faults)
+    result = run(library, EACH, native_build.sanitizer_environment())
+    assert result.returncode == 99, result.stderr[-4000:]
+    assert "AddressSanitizer: heap-buffer-overflow" in result.stderr
+    assert "linear.h" in result.stderr
+    assert "linear passed" not in result.stdout
+
+
 def test_parity_with_threads_watched(with_threads_watched):
     result, reports = run_with_threads_watched(with_threads_watched[1], SOME.format(step=61) + EACH)
     assert result.returncode == 0, result.stderr[-4000:]
     assert reports == []
-    assert result.stdout.count("passed") == 8, result.stdout
+    assert result.stdout.count("passed") == 9, result.stdout
 
 
 #: Faults in different kernels.
@@ -118,6 +129,8 @@ FAULTS = {
     ),
     # Of a pair of rows of which a plane has the first only, none is fetched.
     "cuda/schedule.h": ("last(pair) < 0 || FIRST + 2 * pair >= HEIGHT", "last(pair) < 0 || last(pair) >= HEIGHT"),
+    # Rows that begin within 16 aligned bytes are read from where those begin.
+    "cuda/linear.h": ("own + first_[half] % 16", "own"),
     # A tap row takes the row before its own.
     "cuda/filter_sums.h": ("kept_[(i + 1 + ky) % K]", "kept_[(i + ky) % K]"),
     # The next panel's rows come over those that other lanes have not read yet.
@@ -133,7 +146,7 @@ def faulty(with_threads_watched):
     library = native_build.build_cuda_host(with_threads_watched[0], "thread", FAULTS)
     result, reports = run_with_threads_watched(library, EACH)
     assert result.returncode == 0, result.stderr[-4000:]
-    assert result.stdout.count("passed") + result.stdout.count("failed") == 8
+    assert result.stdout.count("passed") + result.stdout.count("failed") == 9
     return result.stdout, reports
 
 
@@ -142,6 +155,6 @@ def test_a_missing_barrier_is_seen(faulty, source):
     assert any("data race" in report and f"csrc/cuda/{source}" in report for report in faulty[1])
 
 
-@pytest.mark.parametrize("kernel", ["banded", "wgrad", "gradients", "plane", "split"])
+@pytest.mark.parametrize("kernel", ["banded", "wgrad", "gradients", "plane", "linear", "split"])
 def test_a_wrong_tap_a_missing_wait_row_or_panel_is_seen(faulty, kernel):
     assert f"{kernel} failed:" in faulty[0]

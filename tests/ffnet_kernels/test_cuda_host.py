@@ -74,7 +74,7 @@ def test_splits_are_those_that_predictions_take(monkeypatch, shape, multiprocess
     with machine(multiprocessors=multiprocessors, resident_blocks=resident), fk.use_backend("cuda"):
         case.run()
     panels = -(-n // (2 * (8 // -(-columns // 8))))
-    a_split = model.split(panels, channels, rows, 17, resident, multiprocessors)
+    a_split = model.split(panels, channels, rows, 7 + model.START_ROWS, resident, multiprocessors)
     assert cuda_cases.started_blocks("depthwise_stream_kernel") == {len(model.block_panels(panels, channels, a_split))}
 
 

@@ -151,6 +151,8 @@ void copy_async(void* shared, const void* global, bool valid) {
   host::copy_async(shared, global, BYTES, valid ? BYTES : 0);
 }
 
+inline void copy_async_of(void* shared, const void* global, int bytes) { host::copy_async(shared, global, 16, bytes); }
+
 inline void commit_copies() { host::commit_copies(); }
 
 template <int GROUPS_LEFT>
