@@ -27,9 +27,7 @@ constexpr int kWarpBytes = 2 * StreamRing<K, WINDOWS, ROWS>::kBytes;
 template <int K, Windows WINDOWS, Slope SLOPE, class ROWS>
 constexpr int kResident = K == 3                 ? 3 - (WINDOWS == Windows::linear28 ? FFNET_FEWER_BLOCKS : 0)
                           : !ROWS::kKnown        ? 2
-                          : SLOPE == Slope::none ? (ROWS::kPlane                   ? 3
-                                                    : WINDOWS == Windows::linear28 ? 2
-                                                                                   : 3 - FFNET_FEWER_BLOCKS)
+                          : SLOPE == Slope::none ? (ROWS::kPlane ? 3 : 2)
                           : ROWS::kPlane && !has_neighbours(WINDOWS) ? 3
                                                                      : 2;
 
