@@ -7,13 +7,11 @@ from the forward pass to the optimizer's step. Losses are those of the training 
 
 from __future__ import annotations
 
-import argparse
 import copy
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +24,7 @@ import ffnet_kernels
 from ..profile import count_parameters
 from ..train.models import build_model
 from ..train.sources import Digits
-from .files import save
+from .files import parser_of, save, started
 
 BATCH, SIZE, WARM_UP, SMOOTHED = 64, 32, 3, 15
 KERNELS = "kernels"
@@ -114,17 +112,11 @@ def draw(runs: dict[str, Run]) -> Any:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(prog="python -m ffnet.examples.loss_against_time", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = parser_of("loss_against_time", __doc__)
     parser.add_argument("--epochs", type=int, default=12, help="of training (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="(default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("build/loss"), help="folder (default: %(default)s)")
-    options = parser.parse_args(argv)
-    options.out.mkdir(parents=True, exist_ok=True)
-
+    options = started(parser, argv)
     torch.set_num_threads(options.threads)
-    torch.manual_seed(options.seed)
     model = build_model("ffnet_tiny", 10, drop_path=0.0)
     runs = {}
     for name, (memory_format, wrap) in CONTENDERS.items():
@@ -145,7 +137,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "parameters": count_parameters(model), "epochs": options.epochs, "threads": options.threads,
         "steps": len(ours.losses), "torch": torch.__version__, "runs": rows,
     }  # fmt: skip
-    save(options.out, "loss_against_time", ours.model, result, draw(runs))
+    save(options.out, result, lambda file: draw(runs).savefig(file, dpi=80, format="png"), ours.model)
     return result
 
 

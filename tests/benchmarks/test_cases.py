@@ -21,6 +21,7 @@ from benchmarks.cases import (
     MemberCase,
     ModelCase,
     OperatorCase,
+    make,
     parameters,
     suite,
 )
@@ -137,10 +138,10 @@ def test_counts_of_super_resolution():
 def test_counts_of_the_rest_of_the_family():
     voxels = MemberCase("voxel block", 2)
     assert voxels.name == "voxel block 64x24x24x24 b2 float32"
-    weights = sum(p.numel() for p in voxels.make().parameters() if p.dim() > 1)
+    weights = sum(p.numel() for p in make(voxels.model).parameters() if p.dim() > 1)
     assert voxels.flops == 2 * 2 * 24**3 * weights
     series = MemberCase("ffnet_ts", 1, "bfloat16")
-    parameters = ffnet.count_parameters(ffnet.reparameterize(series.make().eval()))
+    parameters = ffnet.count_parameters(ffnet.reparameterize(make(series.model)))
     assert series.bytes == 2 * (parameters + 7 * (96 + 96))
 
 

@@ -96,7 +96,7 @@ def test_loss_against_time(tmp_path):
     from ffnet.examples import loss_against_time
 
     result = loss_against_time.main(["--epochs", "2", "--out", str(tmp_path)])
-    assert written(tmp_path, "loss_against_time") == result
+    assert written(tmp_path) == result
     assert result["steps"] == 2 * (1437 // 64)
     ours, *others = result["runs"].values()
     assert len(others) == 2
