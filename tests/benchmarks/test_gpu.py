@@ -1,7 +1,6 @@
 """``python -m benchmarks gpu`` without a GPU: its plan, and planted steps in processes that only a script runs in."""
 
 import json
-import signal
 import sys
 import time
 import types
@@ -139,7 +138,10 @@ def test_contenders_of_a_case_become_a_row(command, capsys):
 
 
 def test_ctrl_c(command, monkeypatch):
-    monkeypatch.setattr(gpu, "_section", lambda *args: signal.raise_signal(signal.SIGINT))
+    def interrupted(*_):  # as Ctrl-C does where it is not ignored, as in background jobs of shells
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu, "_section", interrupted)
     assert command(sections("one"))[0] == 130
 
 

@@ -152,8 +152,9 @@ def test_what_was_compiled_stays_compiled(how, fresh_dynamo):
             model[1].compile(backend=counted)
         fk.optimize(model)
         for _ in range(3):
+            before = counted.calls
             torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
-    assert counted.calls >= 3
+            assert counted.calls > before
 
 
 # ---- both modes ----
