@@ -238,6 +238,10 @@ def cases() -> Iterator[Case]:
     for kernel, shape in itertools.product((3, 7), ((19, 3, 7, 8), (9, 2, 10, 16), (3, 2, 9, 64), (1, 2, 8, 72))):
         yield _convolution(generator, kernel, shape, layouts=("nchw",))
         yield _attention(generator, kernel, shape, layouts=("nchw",))
+    # Whole planes of heights that the CUDA kernels know, among them rows that are no multiple of 16 bytes.
+    for size in (7, 8, 14, 16, 28):
+        yield _convolution(generator, 7, (3, 2, size, size), layouts=("nchw",))
+        yield _attention(generator, 7, (3, 2, size, size), layouts=("nchw",))
     # More channels than one kernel of the channel mixer takes.
     yield _mixer(generator, 3, (1, 136, 3, 4))
 
