@@ -144,7 +144,7 @@ def _reduced(x: Tensor, dim: Any = None, keepdim: bool = False) -> Tensor | None
     return x.new_empty([1 if i in dims else n for i, n in enumerate(x.shape) if keepdim or i not in dims])
 
 
-def _norm(x: Tensor, p: Any = "fro", dim: Any = None, keepdim: bool = False) -> Tensor | None:
+def _norm(x: Tensor, p: Any = None, dim: Any = None, keepdim: bool = False) -> Tensor | None:
     return _reduced(x, dim, keepdim)
 
 
