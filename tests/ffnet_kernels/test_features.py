@@ -1,7 +1,6 @@
 """PyTorch's own features on optimised models, those that no other file has: docs/features.md lists all of them."""
 
 import copy
-import socket
 
 import pytest
 import torch
@@ -28,15 +27,9 @@ def maps(*shape: int, seed: int = 1) -> torch.Tensor:
 # ---- several processes ----
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
-def train_in_step(rank: int, port: int, order: str, out: str) -> None:
+def train_in_step(rank: int, ranks: str, order: str, out: str) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{ranks}", rank=rank, world_size=2)
     model = make_model(seed=rank)  # DistributedDataParallel gives all the weights of the first
     if order == "optimize(DDP)":
         model = fk.optimize(nn.parallel.DistributedDataParallel(model))
@@ -54,7 +47,7 @@ def train_in_step(rank: int, port: int, order: str, out: str) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("order", ["optimize(DDP)", "DDP(optimize)"])
 def test_replicas_train_together(order, tmp_path):
-    torch.multiprocessing.spawn(train_in_step, (free_port(), order, str(tmp_path)), nprocs=2)
+    torch.multiprocessing.spawn(train_in_step, (str(tmp_path / "ranks"), order, str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert all(map(torch.equal, first, second))
     start = list(make_model(seed=0).parameters())
@@ -75,11 +68,11 @@ def calls() -> dict:
     }
 
 
-def shard(rank: int, port: int) -> None:
+def shard(rank: int, ranks: str) -> None:
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{ranks}", rank=rank, world_size=2)
     mesh = torch.distributed.init_device_mesh("cpu", (2,))
     for name, (args, kwargs) in calls().items():
         function = getattr(fk, name, fk.depthwise_conv2d)
@@ -109,9 +102,9 @@ def shard(rank: int, port: int) -> None:
 
 
 @pytest.mark.long
-def test_distributed_tensors():
+def test_distributed_tensors(tmp_path):
     """Split by images, by channels, or gathered; results and gradients as of whole tensors."""
-    torch.multiprocessing.spawn(shard, (free_port(),), nprocs=2)
+    torch.multiprocessing.spawn(shard, (str(tmp_path / "ranks"),), nprocs=2)
 
 
 # ---- torch.compile ----
