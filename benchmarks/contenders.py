@@ -15,9 +15,8 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from ffnet_kernels.backends import choice, reference
-from ffnet_kernels.backends.activations import ACTIVATE
-from ffnet_kernels.ops import OPERATORS
+# Its parts are looked up where they are used, as `run --base` imports this module beside older packages.
+import ffnet_kernels
 
 from .results import OURS
 from .work import ModelWork, OperatorWork, Program, Unsupported, Work, channels_innermost, is_filter
@@ -280,15 +279,16 @@ class OnBackend(Contender):
     backend: str = ""
 
     def unavailable(self) -> str | None:
-        return choice.why_unavailable(self.backend)
+        return ffnet_kernels.backends.choice.why_unavailable(self.backend)
 
     def prepare(self, work: OperatorWork) -> Program:
         layout = self.layout or work.layout
         args = work.checked(layout)
         if work.inference and layout == "channels_last":
             args = tuple(channels_innermost(a) if is_filter(a) else a for a in args)
-        detail = choice.BACKENDS[self.backend].describe(work.operator, args)
-        return work.program(functools.partial(OPERATORS[work.operator].on, self.backend), args, layout, detail)
+        detail = ffnet_kernels.backends.choice.BACKENDS[self.backend].describe(work.operator, args)
+        function = functools.partial(ffnet_kernels.ops.OPERATORS[work.operator].on, self.backend)
+        return work.program(function, args, layout, detail)
 
 
 @dataclass(frozen=True)
@@ -301,7 +301,7 @@ class Cudnn(Contender):
     def prepare(self, work: OperatorWork) -> Program:
         def by_cudnn(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
             def run(*args: Any) -> Tensor:
-                with mock.patch.object(reference, "convolve", _cudnn_convolve):
+                with mock.patch.object(ffnet_kernels.backends.reference, "convolve", _cudnn_convolve):
                     return function(*args)
 
             return run
@@ -360,7 +360,8 @@ class SubquadraticOps(Contender):
 
         def run(x: Tensor) -> Tensor:
             out = convolve(x, kernel)
-            return ACTIVATE[activation](out if bias is None else out + bias[:, None, None])
+            out = out if bias is None else out + bias[:, None, None]
+            return ffnet_kernels.backends.activations.ACTIVATE[activation](out)
 
         return Program(run, [(x,)], "nchw")
 
