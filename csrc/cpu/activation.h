@@ -189,12 +189,14 @@ FFNET_INLINE Activated gelu_tanh_with_slope(Vec x) {
   return {gelu_tanh(x), nan_of_infinity(x, slope)};
 }
 
-template <Activated (*function)(Vec)>
-FFNET_INLINE void map_row_with_slope(float* row, float* value, int64_t width) {
-  for (int64_t i = 0; i < width * Vec::lanes; i += Vec::lanes) {
-    const Activated at = function(Vec::load(row + i));
-    if (value) at.value.store(value + i);
-    at.slope.store(row + i);
+// Calls f with the activation that also gives its derivative, like `with_activation`.
+template <class F>
+FFNET_INLINE void with_slope(Activation activation, const F& f) {
+  switch (activation) {
+#define FFNET_CASE(name) \
+  case Activation::name: return f([](Vec x) __attribute__((always_inline)) { return name##_with_slope(x); });
+    FFNET_ACTIVATIONS(FFNET_CASE)
+#undef FFNET_CASE
   }
 }
 
@@ -202,12 +204,13 @@ FFNET_INLINE void map_row_with_slope(float* row, float* value, int64_t width) {
 // nothing for Activation::none.
 inline void slope_row(float* row, float* value, int64_t width, Activation activation) {
   if (activation == Activation::none) return;
-  switch (activation) {
-#define FFNET_CASE(name) \
-  case Activation::name: return map_row_with_slope<name##_with_slope>(row, value, width);
-    FFNET_ACTIVATIONS(FFNET_CASE)
-#undef FFNET_CASE
-  }
+  with_slope(activation, [&](auto function) {
+    for (int64_t i = 0; i < width * Vec::lanes; i += Vec::lanes) {
+      const Activated at = function(Vec::load(row + i));
+      if (value) at.value.store(value + i);
+      at.slope.store(row + i);
+    }
+  });
 }
 
 // Whether a derivative of 0 stops any gradient, even an infinite one, as in torch for piecewise activations.
@@ -216,18 +219,18 @@ constexpr bool is_piecewise(Activation activation) {
          activation == Activation::hardsigmoid;
 }
 
+FFNET_INLINE Vec times_slope(Vec grad, Vec slope, bool piecewise) {
+  const auto zero = Vec::fill(0).v;
+  return piecewise ? Vec{slope.v == zero ? zero : (grad * slope).v} : grad * slope;
+}
+
 // out = grad times the derivative, over `width` adjacent vectors.
 inline void apply_slope_row(const float* grad, const float* slope, float* out, int64_t width, Activation activation) {
-  const int64_t floats = width * Vec::lanes;
-  const auto zero = Vec::fill(0).v;
-  if (is_piecewise(activation)) {
-    for (int64_t i = 0; i < floats; i += Vec::lanes) {
-      const Vec at = Vec::load(slope + i);
-      Vec{at.v == zero ? zero : (Vec::load(grad + i) * at).v}.store(out + i);
-    }
-  } else {
-    for (int64_t i = 0; i < floats; i += Vec::lanes) (Vec::load(grad + i) * Vec::load(slope + i)).store(out + i);
-  }
+  const auto apply = [&](bool piecewise) __attribute__((always_inline)) {
+    for (int64_t i = 0; i < width * Vec::lanes; i += Vec::lanes)
+      times_slope(Vec::load(grad + i), Vec::load(slope + i), piecewise).store(out + i);
+  };
+  is_piecewise(activation) ? apply(true) : apply(false);
 }
 
 }  // namespace ffnet::FFNET_ISA

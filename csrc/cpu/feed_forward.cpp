@@ -65,16 +65,16 @@ void backward_strip(void* context, int64_t strip) {
   float *hidden = work.hidden + at_hidden, *grad = work.hidden_grad + at_hidden;
   multiply(work.backward->grad + first * op.outputs, op.outputs, rows, work.first.packed(), nullptr,
            [&](const Block& at, float* block) {
-             alignas(64) float slope[kProductRows * kPanel], value[kProductRows * kPanel];
-             if (at.columns < kPanel) start_with_row(nullptr, at.rows, slope);
-             load_block(at, op.hidden, z, slope);
-             if (op.activation != Activation::none) {
-               slope_row(slope, value, 2 * at.rows, op.activation);
-               apply_slope_row(block, slope, block, 2 * at.rows, op.activation);
-             }
-             store_block(at, op.hidden, op.activation == Activation::none ? slope : value, hidden);
-             store_block(at, op.hidden, block, grad);
-           });
+             const bool piecewise = is_piecewise(op.activation);
+             with_slope(op.activation, [&](auto activation) {
+               each_vector(at, op.hidden, block, [&](int64_t i, const float* sum, int64_t lanes) {
+                 const Activated a = activation(load_lanes(z + i, lanes));
+                 store_lanes(a.value, hidden + i, lanes);
+                 store_lanes(times_slope(Vec::load(sum), a.slope, piecewise), grad + i, lanes);
+               });
+             });
+           },
+           [&](const Block& at) { ask_for(at, op.hidden, z); });
   if (!work.backward->x_grad) return;
   float* x_grad = work.backward->x_grad + first * op.channels;
   multiply(grad, op.hidden, rows, work.second.packed(), nullptr,

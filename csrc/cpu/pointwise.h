@@ -11,13 +11,16 @@ struct Block {
   int64_t first_row, rows, first_column, columns;
 };
 
-// C = bias + A * B, handed block by block to finish(Block, floats). A's rows are `stride` floats apart; `bias` has a
-// whole number of panels, or is null.
-template <class Finish>
+constexpr auto nothing_to_ask_for = [](const Block&) {};
+
+// C = bias + A * B, handed block by block to finish(Block, floats), and announced to ask(Block). A's rows are `stride`
+// floats apart; `bias` has a whole number of panels, or is null.
+template <class Finish, class Ask = decltype(nothing_to_ask_for)>
 FFNET_INLINE void multiply(const float* a, int64_t stride, int64_t rows, const PackedWeight& b, const float* bias,
-                           const Finish& finish) {
+                           const Finish& finish, const Ask& ask = nothing_to_ask_for) {
   for (int64_t j = 0; j < b.panels(); ++j) {
     each_block(rows, [&](int64_t first, int64_t count) {
+      ask(Block{first, count, j * kPanel, b.columns(j)});
       alignas(64) float block[kProductRows * kPanel];
       start_with_row(bias ? bias + j * kPanel : nullptr, count, block);
       add_product<FloatTaps>(count, b.columns(j), {a + first * stride, stride, b.depth}, b.panel(j), block);
@@ -46,9 +49,6 @@ FFNET_INLINE void store_block(const Block& at, int64_t stride, const float* bloc
   each_vector(at, stride, block,
               [&](int64_t i, const float* from, int64_t lanes) { store_lanes(Vec::load(from), c + i, lanes); });
 }
-FFNET_INLINE void load_block(const Block& at, int64_t stride, const float* c, float* block) {
-  each_vector(at, stride, block, [&](int64_t i, float* to, int64_t lanes) { load_lanes(c + i, lanes).store(to); });
-}
 
 // The weight [outputs][inputs] of a 1x1 convolution as right operand: of the convolution, or, where `backward`, of its
 // input gradient. A scale of the outputs, where there is one, is multiplied in.
@@ -75,10 +75,12 @@ struct WeightPacking {
     }
   }
   void run_backward(int64_t j, float* panel) const {
+    constexpr int64_t kAhead = 16;  // rows, too far apart for hardware prefetchers
     for (int64_t o = 0; o < outputs; ++o, panel += kPanel) {
       const Vec factor = Vec::fill(scale ? scale[o] : 1);
       for (int64_t v = 0; v < kPanel; v += kLanes) {
         const int64_t lanes = max_of(0, min_of(kLanes, packed().columns(j) - v));
+        __builtin_prefetch(weight + (o + kAhead) * inputs + j * kPanel + v);
         (Vec::load_first(weight + o * inputs + j * kPanel + v, lanes) * factor).store(panel + v);
       }
     }

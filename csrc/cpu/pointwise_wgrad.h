@@ -16,16 +16,15 @@ class PointwiseWgradSum {
   PointwiseWgradSum(int64_t pixels, int64_t inputs, int64_t outputs, float* weight_grad, float* bias_grad)
       : inputs_(inputs),
         outputs_(outputs),
-        output_tiles_(ceil_div(outputs, kTileOutputs)),
         input_tiles_(ceil_div(inputs, kTileInputs)),
-        parts_(max_of(1, min_of(ceil_div(kTasks, output_tiles_ * input_tiles_), pixels / kPartPixels))),
+        parts_(parts_of(ceil_div(outputs, kTileOutputs) * input_tiles_, pixels)),
         weight_grad_(weight_grad),
         bias_grad_(bias_grad),
         partial_(parts_ > 1 ? parts_ * part_floats() : 1) {}
 
   // Adds rows of pixels of both maps, the first time as a start.
   void add(const float* grad, const float* x, int64_t pixels, const Executor& executor) {
-    grad_ = grad, x_ = x, pixels_ = pixels;
+    grad_ = grad, x_ = x, pixels_ = pixels, output_tiles_ = even_tiles(executor.threads);
     executor.run(
         output_tiles_ * input_tiles_ * parts_,
         [](void* self, int64_t task) { static_cast<Self*>(self)->add_part(task); }, this);
@@ -43,7 +42,23 @@ class PointwiseWgradSum {
   // The sums of a tile stay in L2 while pixels stream by.
   static constexpr int64_t kTileOutputs = 8 * kProductRows, kTileInputs = 10 * kPanel;
   static constexpr int64_t kDepth = 256;  // of the pixels at hand: a panel of them is in L1 for the most part
-  static constexpr int64_t kTasks = 16, kPartPixels = 256;
+  static constexpr int64_t kTasks = 8, kPartPixels = 128;
+
+  // A power of two, as numbers of threads are.
+  static int64_t parts_of(int64_t tiles, int64_t pixels) {
+    int64_t parts = 1;
+    while (2 * parts * tiles <= kTasks && 2 * parts * kPartPixels <= pixels) parts *= 2;
+    return parts;
+  }
+  // Tiles of the outputs that occupy all threads alike; no sum depends on them.
+  int64_t even_tiles(int64_t threads) const {
+    const int64_t least = ceil_div(outputs_, kTileOutputs), each = input_tiles_ * parts_;
+    const auto rounds = [&](int64_t tiles) { return ceil_div(tiles * each, threads); };
+    int64_t best = least;
+    for (int64_t tiles = least; tiles < 2 * least && tiles * kProductRows <= outputs_; ++tiles)
+      if (rounds(tiles) * best < rounds(best) * tiles) best = tiles;
+    return best;
+  }
 
   int64_t part_floats() const { return outputs_ * (inputs_ + 1); }
 
@@ -105,7 +120,7 @@ class PointwiseWgradSum {
     bias_grad_[o] = sum;
   }
 
-  int64_t inputs_, outputs_, output_tiles_, input_tiles_, parts_;
+  int64_t inputs_, outputs_, input_tiles_, parts_, output_tiles_ = 1;
   float *weight_grad_, *bias_grad_;
   Buffer partial_;  // [parts][outputs][inputs], then the biases' sums, where there are several parts
   const float *grad_ = nullptr, *x_ = nullptr;

@@ -21,10 +21,10 @@ void product_block(const LeftOperand& a, const float* b, float* c) {
     for (int v = 0; v < V; ++v) sum[r][v] = Vec::fill(0);
   constexpr int64_t kLine = 16;  // floats
   for (int64_t run = 0; run < a.runs; ++run) {
-    const float* row[R];
+    const float *row[R], *column = a.data + run * a.run_stride;
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) row[r] = a.data + run * a.run_stride + r * (order == Order::by_columns ? 1 : a.stride);
-    for (int64_t k = 0, at = 0; k < a.depth;) {
+    for (int r = 0; r < R; ++r) row[r] = column + r * a.stride;
+    for (int64_t k = 0; k < a.depth;) {
       if constexpr (order == Order::by_rows_ahead) {
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) __builtin_prefetch(row[r] + R * a.stride + k, 0, 2);
@@ -36,11 +36,11 @@ void product_block(const LeftOperand& a, const float* b, float* c) {
         for (int v = 0; v < V; ++v) right[v] = Vec::load(b + v * Vec::lanes);
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
-          const Vec left = Vec::fill(row[r][at]);
+          const Vec left = Vec::fill(order == Order::by_columns ? column[r] : row[r][k]);
 #pragma GCC unroll 2
           for (int v = 0; v < V; ++v) sum[r][v] = Taps::add(left, right[v], sum[r][v]);
         }
-        at += order == Order::by_columns ? a.stride : 1;
+        column += a.stride;
       }
     }
   }
