@@ -141,6 +141,8 @@ class Convolution {
       const int64_t columns = packed_.columns(j);
       for (int64_t r = part.first_row; r < part.last_row; ++r) {
         each_block(part.columns(), [&](int64_t first, int64_t count) {
+          T* to = out + (r - part.first_row) * out_stride.h + first * out_stride.w;
+          ask_for(to, count, j, out_stride);
           start_with_row(bias + j * kPanel, count, block);
           const int64_t y = (r - part.first_row) * op_.stride_h;
           const float* from = in_place_ ? map_row(part.image, top + y) + left * pixel : rows + y * width * pixel_;
@@ -155,7 +157,7 @@ class Convolution {
             add_residual(
                 block, count, j, line,
                 residual ? residual + (r - part.first_row) * residual_stride.h + first * residual_stride.w : nullptr);
-          write(block, count, j, line, out + (r - part.first_row) * out_stride.h + first * out_stride.w, out_stride);
+          write(block, count, j, line, to, out_stride);
         });
       }
     }
@@ -239,6 +241,14 @@ class Convolution {
         fma(Vec::load(at), scale, base).store(at);
       }
     }
+  }
+
+  // Prefetches where a block goes. Of each pixel that is a piece too short for hardware prefetchers.
+  void ask_for(const T* out, int64_t count, int64_t panel, const Strides& s) const {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    if (s.c != 1) return;
+    for (int64_t o = panel * kPanel; o < panel * kPanel + packed_.columns(panel); o += kLine)
+      for (int64_t i = 0; i < count; ++i) __builtin_prefetch(out + i * s.w + o, 1);
   }
 
   // A block's pixels, [count][kPanel], to `out` and the pixels after it; `line` is scratch.
