@@ -44,9 +44,13 @@ void forward_strip(void* context, int64_t strip) {
   float* hidden = Arena(floats).floats(floats);
   multiply(op.x + first * op.channels, op.channels, rows, work.first.packed(), work.expand_bias,
            [&](const Block& at, float* block) {
-             store_block(at, op.hidden, block, z);
-             activate_row(block, kLanes, 2 * at.rows, op.activation);
-             store_block(at, op.hidden, block, hidden);
+             with_activation(op.activation, [&](auto activation) {
+               each_vector(at, op.hidden, block, [&](int64_t i, const float* sum, int64_t lanes) {
+                 const Vec x = Vec::load(sum);
+                 store_lanes(x, z + i, lanes);
+                 store_lanes(activation(x), hidden + i, lanes);
+               });
+             });
            });
   multiply(hidden, op.hidden, rows, work.second.packed(), work.project_bias, [&](const Block& at, float* block) {
     each_vector(at, op.outputs, block, [&](int64_t i, const float* sum, int64_t lanes) {
