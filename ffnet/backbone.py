@@ -26,6 +26,7 @@ __all__ = [
 
 #: Inputs of 512×512, as for UPerNet, normalised like ImageNet's.
 DENSE_CONFIG = {"input_size": (3, 512, 512), "crop_pct": 1.0}
+CHECKED = "keys, folds, kernels"
 
 
 class FeatureInfo:
@@ -125,25 +126,25 @@ def _backbone(name: str, kwargs: dict[str, Any]) -> FFNetBackbone:
     return FFNetBackbone(**{**PRESETS[name], "config": DENSE_CONFIG, **kwargs})
 
 
-@register_model(task="features", published="-", checked="keys, folds, training, torchvision's detectors")
+@register_model(task="features", published="-", checked="keys, folds, kernels, training, torchvision's detectors")
 def ffnet_1_features(**kwargs: Any) -> FFNetBackbone:
     """FFNet-1 as a backbone; no score has been published."""
     return _backbone("ffnet_1", kwargs)
 
 
-@register_model(task="features", published="51.8 / 44.9 box / mask AP, Cascade Mask R-CNN", checked="keys, folds")
+@register_model(task="features", published="51.8 / 44.9 box / mask AP, Cascade Mask R-CNN", checked=CHECKED)
 def ffnet_2_features(**kwargs: Any) -> FFNetBackbone:
     """FFNet-2 as a backbone: 51.8 box and 44.9 mask AP on COCO with Cascade Mask R-CNN as published."""
     return _backbone("ffnet_2", kwargs)
 
 
-@register_model(task="features", published="52.8 / 45.6 box / mask AP, Cascade Mask R-CNN", checked="keys, folds")
+@register_model(task="features", published="52.8 / 45.6 box / mask AP, Cascade Mask R-CNN", checked=CHECKED)
 def ffnet_3_features(**kwargs: Any) -> FFNetBackbone:
     """FFNet-3 as a backbone: 52.8 box and 45.6 mask AP on COCO with Cascade Mask R-CNN as published."""
     return _backbone("ffnet_3", kwargs)
 
 
-@register_model(task="features", published="53.4 / 45.9 box / mask AP, Cascade Mask R-CNN", checked="keys, folds")
+@register_model(task="features", published="53.4 / 45.9 box / mask AP, Cascade Mask R-CNN", checked=CHECKED)
 def ffnet_4_features(**kwargs: Any) -> FFNetBackbone:
     """FFNet-4 as a backbone: 53.4 box and 45.9 mask AP on COCO with Cascade Mask R-CNN as published."""
     return _backbone("ffnet_4", kwargs)

@@ -30,7 +30,10 @@ class PyramidBackbone(nn.Module):
         from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
         self.body = backbone
-        channels: Sequence[int] = backbone.feature_info.channels()  # type: ignore[operator, union-attr]
+        info: Any = getattr(backbone, "feature_info", None)
+        if not hasattr(info, "channels"):  # classifiers have a list in its place
+            raise ValueError(f"expected a backbone such as ffnet_1_features, got {type(backbone).__name__}")
+        channels: Sequence[int] = info.channels()
         self.fpn: nn.Module = FeaturePyramidNetwork(list(channels), out_channels, extra or LastLevelMaxPool())
         self.out_channels = out_channels
 
@@ -46,5 +49,6 @@ def pyramid_backbone(name: str, *, out_channels: int = 256, extra: nn.Module | N
 
     Raises:
         ImportError: If torchvision is not installed.
+        ValueError: If the model is no backbone.
     """
     return PyramidBackbone(create_model(name, **kwargs), out_channels, extra)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .layers import widen
 from .mixers import MetaMixer
 from .registry import register_model
 from .rows import BranchedRow, RegroupedConv, RowConv, RowConvBN, RowNorm
@@ -178,8 +179,8 @@ class ForecastFFNet(nn.Module):
         drop_rate: Dropout rate after the head.
 
     Raises:
-        ValueError: If an argument is out of range, or a series has a wrong number of variables, a wrong length, or a
-            value that is not finite.
+        ValueError: If an argument is out of range, or windows have another number of variables or another length. Their
+            values are not looked at: a NaN makes its window's forecasts NaN. `forecast` does look.
     """
 
     def __init__(
@@ -231,7 +232,9 @@ class ForecastFFNet(nn.Module):
     def forecast(self, series: Tensor) -> Tensor:
         """Forecasts a series [L, M] of at least ``lookback`` steps, of which the last are read: [horizon, M].
 
-        Runs in eval mode, whatever mode the model is in.
+        Runs in eval mode, whatever mode the model is in. The mean of the look-back is set aside in float64, so that
+        series far from zero, in comparison to how much they move, lose nothing in the model's dtype. The result has the
+        series' device and the wider of both dtypes.
 
         Raises:
             ValueError: If the series is too short, has a wrong number of variables, or a value read is not finite.
@@ -240,44 +243,54 @@ class ForecastFFNet(nn.Module):
             raise ValueError(f"expected a series [steps, {self.variables}], got the shape {list(series.shape)}")
         if len(series) < self.lookback:
             raise ValueError(f"expected at least the {self.lookback} steps of the look-back, got {len(series)}")
-        window = series[-self.lookback :]
-        if not window.isfinite().all():
-            raise ValueError("expected finite values, got NaN or infinity in the look-back")
-        like = next(self.parameters())
+        window = widen(series[-self.lookback :])
+        mean, like = window.mean(0), next(self.parameters())
+        near = (window - mean)[None].to(like)
+        if not near.isfinite().all():
+            raise ValueError(f"expected finite values of {like.dtype}, got NaN or infinity in the look-back")
         training = self.training
         self.eval()
         try:
-            return self(window[None].to(like))[0]
+            forecast = widen(self(near)[0]).to(mean.device) + mean
         finally:
             self.train(training)
+        return forecast.to(series.device, torch.promote_types(series.dtype, like.dtype))
 
 
-def forecast_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The arguments of the `ForecastFFNet` that a state dict belongs to, assuming patches that overlap by half, as
-    published.
+def forecast_arguments(state: Mapping[str, Tensor], lookback: int | None = None) -> dict[str, Any]:
+    """The arguments of the `ForecastFFNet` that a state dict, as trained or folded, belongs to.
+
+    Weights do not tell the stride of the patches. It follows from the look-back; without one, patches are taken to
+    overlap by half, as published.
 
     Raises:
-        ValueError: If it belongs to another kind of model.
+        ValueError: If it belongs to another kind of model, or to one of another look-back.
     """
     block = "model.stages.0.blocks.0"
     try:
         outputs, variables, _ = state[f"{block}.token_mixer.ffnpw1.weight"].shape
         dim = outputs // (2 * variables)
-        patch = state["model.downsample_layers.0.0.weight"].shape[2]
+        embed, folded = (f"model.downsample_layers.0.{name}weight" for name in ("0.", ""))
+        patch = state[embed if embed in state else folded].shape[2]
         horizon, features = state["model.head.linear.weight"].shape
-        dw = f"{block}.channel_mixer.dw"
+        small = f"{block}.channel_mixer.dw.small_conv.conv.weight"  # in no folded model
         found = {
             "kernel_size": state[f"{block}.token_mixer.dw1.weight"].shape[2],
-            "small_kernel": state[f"{dw}.small_conv.conv.weight"].shape[2],
+            "small_kernel": state[small].shape[2] if small in state else 1,
             "expansion": state[f"{block}.channel_mixer.ffnpw1.weight"].shape[0] // (variables * dim),
         }
         prefix = "model.stages.0.blocks."
         depth = 1 + max(int(key[len(prefix) :].split(".")[0]) for key in state if key.startswith(prefix))
     except (KeyError, ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"these are no weights of FFNet for time series, which have others: {error}") from error
-    stride = max(patch // 2, 1)
+        raise ValueError(f"no weights of FFNet for time series: something is missing or odd: {error}") from error
+    patches = features // dim
+    stride = max(patch // 2, 1) if lookback is None else max(lookback // patches, 1)
+    if lookback not in (None, patches * stride) or stride > patch:
+        raise ValueError(
+            f"expected a look-back of {patches} patches of {patch} steps, 1 to {patch} steps apart, got {lookback}"
+        )
     return {
-        "variables": variables, "lookback": features // dim * stride, "horizon": horizon, "dim": dim, "patch": patch,
+        "variables": variables, "lookback": patches * stride, "horizon": horizon, "dim": dim, "patch": patch,
         "stride": stride, "depth": depth, **found, "affine": "model.revin_layer.affine_weight" in state,
     }  # fmt: skip
 
@@ -285,7 +298,7 @@ def forecast_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
 @register_model(
     task="forecasting",
     published="MSE/MAE: ETT .376/.390, ECL .184/.278, Exchange .343/.392, Traffic .517/.338, Weather .244/.274",
-    checked="keys, folds, training",
+    checked="keys, folds, kernels, training",
 )
 def ffnet_ts(**kwargs: Any) -> ForecastFFNet:
     """FFNet for time series: 7 variables, look-back 96, D = 64, kernel 51; published errors are means of the horizons

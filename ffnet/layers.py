@@ -23,6 +23,7 @@ __all__ = [
     "DropPath",
     "FoldableConv",
     "LayerNorm2d",
+    "OnFeatures",
     "SkipConv",
     "StripDepthwise",
 ]
@@ -44,7 +45,7 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else size
 
 
-def normed_convolution(conv: nn.Conv2d, norm: Any) -> tuple[Tensor, Tensor]:
+def normed_convolution(conv: nn.Conv2d | nn.Conv3d, norm: Any) -> tuple[Tensor, Tensor]:
     """Weight and bias (float64) of a convolution with the batch normalisation that follows folded in.
 
     A normalisation with fewer channels than the convolution is shared by groups of channels.
@@ -54,7 +55,7 @@ def normed_convolution(conv: nn.Conv2d, norm: Any) -> tuple[Tensor, Tensor]:
     return widen(conv.weight) * scale.view(-1, *[1] * (conv.weight.dim() - 1)), bias
 
 
-def fold_norm_into(conv: nn.Conv2d, norm: Any) -> None:
+def fold_norm_into(conv: nn.Conv2d | nn.Conv3d, norm: Any) -> None:
     """Folds the batch normalisation that follows a convolution into it, in place."""
     weight, bias = normed_convolution(conv, norm)
     conv.weight.copy_(weight)
@@ -272,6 +273,20 @@ class LayerNorm2d(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class OnFeatures(nn.Module):
+    """A module of features [points, C], applied to each voxel of a dense map or to each point of a sparse one."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x.replace_feature(self.module(x.features))
+        y = x.movedim(1, -1)
+        return self.module(y.flatten(0, -2)).unflatten(0, y.shape[:-1]).movedim(-1, 1)
 
 
 class DropPath(nn.Module):

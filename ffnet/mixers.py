@@ -16,7 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import BranchedDepthwise, ConvBN, DropPath, LayerNorm2d, StripDepthwise, fold_norm_into, widen
+from .layers import (
+    BranchedDepthwise,
+    ConvBN,
+    DropPath,
+    LayerNorm2d,
+    OnFeatures,
+    StripDepthwise,
+    fold_norm_into,
+    widen,
+)
 from .rows import RegroupedConv, RowConv, RowNorm
 
 __all__ = [
@@ -36,6 +45,9 @@ __all__ = [
 
 # Published models add a small branch to kernels of exactly this size.
 BRANCHED_KERNEL = 7
+# What `MetaMixer.fold_norms` folds, of exactly these classes: others may compute something else.
+CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, RowConv)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, RowNorm)
 
 
 #: What fills a role: a module and its name, or a sequence of them.
@@ -84,8 +96,10 @@ class MetaMixer(nn.Module):
         names = [name for role in self.roles.values() for name in role]
         for name, following in itertools.pairwise(names):
             conv, norm = getattr(self, name), getattr(self, following)
-            is_plain = type(conv) in (nn.Conv2d, RowConv) or (type(conv) is RegroupedConv and not conv.restore)
-            if type(norm) in (nn.BatchNorm2d, RowNorm) and is_plain:
+            if isinstance(norm, OnFeatures):
+                norm = norm.module
+            is_plain = type(conv) in CONVOLUTIONS or (type(conv) is RegroupedConv and not conv.restore)
+            if type(norm) in NORMS and is_plain:
                 fold_norm_into(conv, norm)
                 setattr(self, following, nn.Identity().train(norm.training))
 

@@ -397,7 +397,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 LARGE_CONFIG = {"crop_pct": 0.95}
-CHECKED = "sizes, keys, folds, training"
+CHECKED = "sizes, keys, folds, kernels, training"
 
 
 @register_model(task="classification", published="81.3 % ImageNet-1K top-1", checked=CHECKED)

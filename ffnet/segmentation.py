@@ -202,12 +202,17 @@ def label_map(logits: Tensor, size: Sequence[int]) -> Tensor:
     A few rows of logits are enlarged at a time, so that the full-size map of all classes is never in memory.
     """
     height, width = size
-    identity = torch.eye(logits.shape[2], dtype=logits.dtype, device=logits.device)
-    rows = F.interpolate(identity[None], height, mode="linear", align_corners=False)[0]  # [h, height]
+    h, like = logits.shape[2], logits.device
     bands = []
-    for band in rows.split(BAND, dim=1):
-        part = torch.einsum("nkhw,hb->nkbw", logits, band)
-        bands.append(F.interpolate(part, (band.shape[1], width), mode="bilinear", align_corners=False).argmax(1))
+    for first in range(0, height, BAND):
+        last = min(first + BAND, height)
+        # Centres of the rows, in rows of the logits, as F.interpolate has them.
+        place = ((torch.arange(first, last, dtype=torch.float64) + 0.5) * (h / height) - 0.5).clamp(min=0)
+        above = place.long()
+        share = (place - above).to(like, logits.dtype)[:, None]
+        above, below = above.to(like), (above + 1).clamp(max=h - 1).to(like)
+        part = torch.lerp(logits[:, :, above], logits[:, :, below], share)
+        bands.append(F.interpolate(part, (last - first, width), mode="bilinear", align_corners=False).argmax(1))
     return torch.cat(bands, 1)
 
 
@@ -300,44 +305,44 @@ class UPerNet(Segmenter):
         super().__init__(backbone, UPerHead(channels, _require_classes(num_classes), width, **factory), num_classes)
 
 
-@register_model(task="classification", published="-", checked="sizes, keys, folds, training")
+@register_model(task="classification", published="-", checked="sizes, keys, folds, kernels, training")
 def ffnet_seg(**kwargs: Any) -> FFNetSegClassifier:
     """FFNet-Seg with its ImageNet pre-training heads; no score has been published."""
     return FFNetSegClassifier(**{**SEG_PRESET, **kwargs})
 
 
-@register_model(task="features", published="-", checked="sizes, keys, folds")
+@register_model(task="features", published="-", checked="sizes, keys, folds, kernels")
 def ffnet_seg_features(**kwargs: Any) -> FFNetSegBackbone:
     """The backbone of FFNet-Seg: 63.8 M parameters as trained."""
     return FFNetSegBackbone(**{**SEG_PRESET, "config": DENSE_CONFIG, **kwargs})
 
 
-@register_model(task="segmentation", published="50.1 mIoU ADE20K", checked="sizes, keys, folds, training")
+@register_model(task="segmentation", published="50.1 mIoU ADE20K", checked="sizes, keys, folds, kernels, training")
 def ffnet_seg_ade20k(**kwargs: Any) -> FFNetSeg:
     """FFNet-Seg for the 150 classes of ADE20K: 68.5 M parameters as trained, 50.1 mIoU at one scale as published."""
     return FFNetSeg(**kwargs)
 
 
-@register_model(task="segmentation", published="83.2 mIoU Cityscapes", checked="sizes, keys, folds")
+@register_model(task="segmentation", published="83.2 mIoU Cityscapes", checked="sizes, keys, folds, kernels")
 def ffnet_seg_cityscapes(**kwargs: Any) -> FFNetSeg:
     """FFNet-Seg for the 19 classes of Cityscapes: 67.8 M parameters as trained, 83.2 mIoU as published."""
     head = {"blocks": 5, "expansion": 1, **(kwargs.pop("head", None) or {})}
     return FFNetSeg(**{"num_classes": 19, "config": {"input_size": (3, 1024, 1024)}, **kwargs}, head=head)
 
 
-@register_model(task="segmentation", published="47.1 mIoU ADE20K", checked="folds, training")
+@register_model(task="segmentation", published="47.1 mIoU ADE20K", checked="folds, kernels, training")
 def ffnet_2_upernet(**kwargs: Any) -> UPerNet:
     """UPerNet on FFNet-2: 47.1 mIoU on ADE20K as published; the head's keys are our own."""
     return UPerNet(PRESETS["ffnet_2"], **kwargs)
 
 
-@register_model(task="segmentation", published="49.6 mIoU ADE20K", checked="folds")
+@register_model(task="segmentation", published="49.6 mIoU ADE20K", checked="folds, kernels")
 def ffnet_3_upernet(**kwargs: Any) -> UPerNet:
     """UPerNet on FFNet-3: 49.6 mIoU on ADE20K as published; the head's keys are our own."""
     return UPerNet(PRESETS["ffnet_3"], **kwargs)
 
 
-@register_model(task="segmentation", published="50.7 mIoU ADE20K", checked="folds")
+@register_model(task="segmentation", published="50.7 mIoU ADE20K", checked="folds, kernels")
 def ffnet_4_upernet(**kwargs: Any) -> UPerNet:
     """UPerNet on FFNet-4: 50.7 mIoU on ADE20K as published; the head's keys are our own."""
     return UPerNet(PRESETS["ffnet_4"], **kwargs)

@@ -123,7 +123,8 @@ def upscale(model: FFNetSR, x: Tensor, *, tile: int | None = None, overlap: int 
 
     Args:
         model: In eval mode.
-        x: [N, in_chans, H, W].
+        x: [N, in_chans, H, W]: in [0, 1], or uint8 from 0 to 255. Of uint8, only a tile is ever in floating point, and
+            the result is rounded to uint8, too.
         tile: Maximum side of a tile in pixels of x, without overlap; None for the whole picture at once.
         overlap: Pixels of x added on each side of a tile; None for ``model.receptive_radius``.
 
@@ -142,17 +143,23 @@ def upscale(model: FFNetSR, x: Tensor, *, tile: int | None = None, overlap: int 
     if overlap is not None and overlap < 0:
         raise ValueError(f"expected an overlap of 0 or more pixels, got {overlap}")
     if tile is None:
-        return model(x)
+        return _enlarged(model, x)
     height, width = x.shape[2:]
     margin, s = model.receptive_radius if overlap is None else overlap, model.scale
     out = x.new_empty(*x.shape[:2], s * height, s * width)
     for rows, columns in itertools.product(_spans(height, tile, margin), _spans(width, tile, margin)):
-        enlarged = model(x[:, :, rows.first : rows.last, columns.first : columns.last])
+        enlarged = _enlarged(model, x[:, :, rows.first : rows.last, columns.first : columns.last])
         out[:, :, s * rows.start : s * rows.stop, s * columns.start : s * columns.stop] = enlarged[
             :, :, s * (rows.start - rows.first) : s * (rows.stop - rows.first),
             s * (columns.start - columns.first) : s * (columns.stop - columns.first),
         ]  # fmt: skip
     return out
+
+
+def _enlarged(model: FFNetSR, x: Tensor) -> Tensor:
+    if x.dtype != torch.uint8:
+        return model(x)
+    return (model(x.to(model.proj.weight.dtype) / 255).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 class _Span(NamedTuple):
@@ -177,7 +184,7 @@ def _spans(length: int, tile: int, margin: int) -> list[_Span]:
 
 
 def sr_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The arguments of the `FFNetSR` that a state dict belongs to.
+    """The arguments of the `FFNetSR` that a state dict, as trained or folded, belongs to.
 
     Raises:
         ValueError: If it belongs to another kind of model.
@@ -187,10 +194,10 @@ def sr_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
         ratio = state["conv_bef_up.weight"].shape[0] / in_chans
         depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("body."))
         first = state["body.0.token_mixer.0.weight"]
-        norm = "layer" if first.dim() == 1 else "batch" if "body.0.token_mixer.1.running_mean" in state else "none"
+        norm = "layer" if first.dim() == 1 else "batch" if "body.0.token_mixer.4.weight" in state else "none"
         hidden = state[f"body.0.channel_mixer.{1 if norm == 'none' else 2}.weight"].shape[0]
     except (KeyError, IndexError, ValueError) as error:
-        raise ValueError(f"these are no weights of FFNet-SR, which have others: {error}") from error
+        raise ValueError(f"no weights of FFNet-SR: something is missing or odd: {error}") from error
     scale = next((s for s in SCALES if s * s == ratio), None)
     if scale is None:
         raise ValueError(f"expected weights for a scale of 2, 3 or 4, got {ratio:g} output pixels a pixel")
@@ -202,7 +209,7 @@ def sr_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
 @register_model(
     task="super-resolution",
     published="x2 PSNR: Set5 38.23, Urban100 32.81, Manga109 39.23",
-    checked="sizes, keys, folds, tiles, training",
+    checked="sizes, keys, folds, kernels, tiles, training",
 )
 def ffnet_sr_light(**kwargs: Any) -> FFNetSR:
     """FFNet-SR light: 36 blocks, 1.79 M parameters (×2); PSNR/SSIM ×2 as published: Set5 38.23/.9613, Urban100
@@ -213,7 +220,7 @@ def ffnet_sr_light(**kwargs: Any) -> FFNetSR:
 @register_model(
     task="super-resolution",
     published="x2 PSNR: Set5 38.32, Urban100 33.23, Manga109 39.76",
-    checked="sizes, keys",
+    checked="sizes, keys, folds, kernels",
 )
 def ffnet_sr_large(**kwargs: Any) -> FFNetSR:
     """FFNet-SR large: 48 blocks, 2.38 M parameters (×2); PSNR ×2 as published: Set5 38.32, Urban100 33.23, Manga109

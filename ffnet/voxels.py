@@ -1,7 +1,8 @@
 """A block of FFNet for point clouds (arXiv 2406.02021): the same two mixers with 3×3×3 convolutions on voxels.
 
 On dense voxels [N, C, D, H, W] they are ``nn.Conv3d``, on sparse ones spconv's submanifold convolutions. Both mix
-channels, so kernels for depthwise convolutions do not apply.
+channels, so kernels for depthwise convolutions do not apply. `ffnet.reparameterize` folds the batch normalisations of
+dense blocks into their convolutions; spconv's stay as they are.
 """
 
 from __future__ import annotations
@@ -11,23 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .layers import OnFeatures
 from .mixers import MetaMixer
 
-__all__ = ["OnFeatures", "VoxelBlock"]
-
-
-class OnFeatures(nn.Module):
-    """A module of features [points, C], applied to each voxel of a dense map or to each point of a sparse one."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, x: Any) -> Any:
-        if not isinstance(x, Tensor):
-            return x.replace_feature(self.module(x.features))
-        y = x.movedim(1, -1)
-        return self.module(y.flatten(0, -2)).unflatten(0, y.shape[:-1]).movedim(-1, 1)
+__all__ = ["VoxelBlock"]
 
 
 def _spatial(dim: int, kernel_size: int, sparse: bool, key: str, **factory: Any) -> nn.Module:

@@ -143,7 +143,9 @@ def _name_of(node: Node, place: int) -> str:
 def _linear_of(node: Node) -> Callable[..., Tensor]:
     """What `kernels.linear` does for the example's number of rows; the program does the same for all."""
     x = node.args[0].meta.get("value")
-    rows = int(x.numel() // x.shape[-1]) if isinstance(x, Tensor) else 0
+    rows = x.numel() // x.shape[-1] if isinstance(x, Tensor) else 0
+    if isinstance(rows, torch.SymInt):  # whose conversion would make the number of images that of the example
+        rows = rows.node.hint
     return kernels.linear_of_few_rows if rows < kernels.FEW_ROWS else kernels.linear_of_many_rows
 
 

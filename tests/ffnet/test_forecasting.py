@@ -220,6 +220,14 @@ def test_exports():
 def test_arguments_from_weights():
     arguments = {**SMALL, "depth": 2, "expansion": 3, "affine": True, "patch": 6, "stride": 3}
     assert forecast_arguments(ForecastFFNet(**arguments).state_dict()) == arguments
+    folded = ffnet.reparameterize(ForecastFFNet(**arguments)).state_dict()
+    assert forecast_arguments(folded) == {**arguments, "small_kernel": 1}  # of which nothing is left
+    for stride in (1, 6):  # not half of a patch of 6
+        arguments |= {"stride": stride, "lookback": 12 * stride}
+        assert forecast_arguments(ForecastFFNet(**arguments).state_dict(), 12 * stride) == arguments
+    for lookback in (11, 13, 84):
+        with pytest.raises(ValueError, match=f"12 patches of 6 steps, 1 to 6 steps apart, got {lookback}"):
+            forecast_arguments(ForecastFFNet(**arguments).state_dict(), lookback)
     with pytest.raises(ValueError, match="no weights of FFNet for time series"):
         forecast_arguments(ffnet.create_model("ffnet_1", device="meta").state_dict())
 
@@ -235,14 +243,29 @@ def test_forecast_of_a_longer_series():
     torch.testing.assert_close(model.forecast(series), out)
 
 
+@pytest.mark.parametrize(("dtype", "becomes"), [(torch.float64, torch.float64), (torch.int64, torch.float32)])
+def test_a_forecast_far_from_zero(dtype, becomes):
+    """In float32, the model's dtype, 10⁶ steps of 0.03 apart would all be the same."""
+    series = (100 * torch.randn(30, 3)).round().to(dtype)
+    scale, shift = (1e-3, 1e9) if dtype == torch.float64 else (1, 10**6)
+    model = small()
+    far = model.forecast(series * scale + shift)
+    assert far.dtype == becomes
+    near = model.forecast(series * scale)
+    torch.testing.assert_close(far - shift, near, rtol=0, atol=1e-5 if dtype == torch.float64 else 0.1)
+
+
 @pytest.mark.parametrize(
     ("series", "message"),
     [
         (torch.randn(23, 3), "at least the 24 steps of the look-back, got 23"),
         (torch.randn(30, 2), r"a series \[steps, 3\], got the shape \[30, 2\]"),
         (torch.randn(30), r"a series \[steps, 3\], got the shape \[30\]"),
-        (torch.randn(30, 3).index_fill(0, torch.tensor([20]), torch.nan), "finite values, got NaN"),
-        (torch.randn(30, 3).index_fill(0, torch.tensor([29]), torch.inf), "finite values, got NaN or infinity"),
+        (torch.randn(30, 3).index_fill(0, torch.tensor([20]), torch.nan), "finite values of torch.float32, got NaN"),
+        (
+            torch.randn(30, 3).index_fill(0, torch.tensor([29]), torch.inf),
+            "finite values of torch.float32, got NaN or infinity",
+        ),
     ],
 )
 def test_bad_series(series, message):

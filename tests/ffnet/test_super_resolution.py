@@ -121,6 +121,19 @@ def test_tiles_bound_what_the_network_sees():
     assert len(sizes) == 3
 
 
+@pytest.mark.parametrize("tile", [None, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_bytes_become_bytes(tile, dtype):
+    model, x = small(depth=1).to(dtype), torch.randint(256, (2, 3, 20, 31), dtype=torch.uint8)
+    out = upscale(model, x, tile=tile)
+    expected = (upscale(model, x.to(dtype) / 255, tile=tile).clamp(0, 1) * 255).round()
+    assert (out.dtype, out.shape) == (torch.uint8, (2, 3, 40, 62))
+    assert torch.equal(out, expected.to(torch.uint8))
+    assert out.min() == 0  # where it would have wrapped around
+    assert out.max() == 255
+
+
 @settings(max_examples=200)
 @given(st.integers(1, 300), st.integers(1, 60), st.integers(0, 40))
 def test_spans(length, tile, margin):
@@ -197,7 +210,9 @@ def test_exports():
 @pytest.mark.parametrize("norm", NORMS)
 def test_arguments_from_weights(norm):
     arguments = {"scale": 3, "depth": 3, "dim": 6, "expansion": 7 / 6, "norm": norm, "in_chans": 1}
-    assert sr_arguments(FFNetSR(**arguments).state_dict()) == arguments
+    model = FFNetSR(**arguments)
+    assert sr_arguments(model.state_dict()) == arguments
+    assert sr_arguments(ffnet.reparameterize(model).state_dict()) == arguments
     ffnet.create_model("ffnet_sr_light", **arguments).load_state_dict(FFNetSR(**arguments).state_dict())
 
 

@@ -103,6 +103,13 @@ def pyramid(**kwargs):
     return pyramid_backbone("ffnet_1_features", out_channels=16, **SMALL, **kwargs)
 
 
+def test_a_classifier_is_no_backbone(detection):
+    from ffnet.detection import pyramid_backbone
+
+    with pytest.raises(ValueError, match="expected a backbone such as ffnet_1_features, got FFNet"):
+        pyramid_backbone("ffnet_1", **SMALL)
+
+
 @pytest.mark.parametrize("kind", ["faster_rcnn", "retinanet"])
 def test_torchvisions_detectors_train_and_run(detection, kind):
     from torchvision.models.detection.anchor_utils import AnchorGenerator

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from ffnet_testing import relative_error
 from torch import nn
 
+import ffnet
 import ffnet_kernels
 from ffnet.voxels import VoxelBlock
 
@@ -44,6 +45,17 @@ def test_dense(kernel):
     y = on_features(channel.conv_norm, conv(channel.conv, on_features(channel.norm, z)))
     z = z + on_features(channel.fc2, F.gelu(on_features(channel.fc1, y)))
     assert relative_error(block(x), z) < 1e-12
+
+
+@torch.no_grad()
+def test_folds_in_float64():
+    block, x = randomised(VoxelBlock(4)).double(), torch.randn(2, 4, 3, 6, 5, dtype=torch.float64)
+    folded = ffnet.reparameterize(block)
+    assert not any(isinstance(module, nn.BatchNorm1d) for module in folded.modules())
+    assert relative_error(folded(x), block(x)) < 1e-10
+    assert str(ffnet.reparameterize(folded)) == str(folded)
+    block.channel_mixer.conv_norm.module.running_mean[2] += 1e-3
+    assert relative_error(folded(x), block(x)) > 1e-8
 
 
 def test_trains_exports_and_runs_optimised():

@@ -72,6 +72,28 @@ def test_cpu_kernels_on_every_instruction_set(name, dtype):
     parity.check_gradients(made)
 
 
+@parity.needs_native
+@pytest.mark.parametrize("padding", ["same", "causal"])
+def test_every_kernel_to_64(padding):
+    """On the kernels, with gradients; and series that are steps of a longer one, or turned around."""
+    for kernel in range(1, 65):
+        made = case(kernel, shape=(2, 3, 140), padding=padding, activation="gelu")
+        x, weight, bias = made.args
+        x = (x[..., ::2], x[..., :70], x[..., 70:].flip(2))[kernel % 3]
+        sides = (kernel - 1, 0) if padding == "causal" else ((kernel - 1) // 2, kernel // 2)
+        results = []
+        for dtype in (torch.float32, torch.float64):
+            leaves = [t.to(dtype).requires_grad_() for t in (x.detach(), weight, bias)]
+            if dtype == torch.float32:
+                y = fk.depthwise_conv1d(*leaves, **made.kwargs)
+            else:
+                y = F.gelu(F.conv1d(F.pad(leaves[0], sides), *leaves[1:], groups=3))
+            results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+        assert results[0][0].shape == (2, 3, 70)
+        for found, exact in zip(*results, strict=True):
+            assert (found - exact).abs().max() <= 1e-5 * exact.abs().max(), kernel
+
+
 @cuda_cases.needs_host
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["51", "64, causal", "64, two outputs"])
