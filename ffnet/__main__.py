@@ -39,6 +39,12 @@ def _run(arguments: list[str], may_restart: bool) -> int:
     except CommandError as error:
         print(f"ffnet {options.command}: {error}", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):  # PyTorch's words
+            raise
+        hint = next((f"; a smaller --{name} needs less" for name in ("tile", "size") if hasattr(options, name)), "")
+        print(f"ffnet {options.command}: not enough memory{hint}", file=sys.stderr)
+        return 2
 
 
 def _train_or_eval(arguments: list[str]) -> int:

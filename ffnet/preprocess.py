@@ -14,6 +14,11 @@ from torch import Tensor
 
 __all__ = ["load_image", "normalised", "preprocess", "resized"]
 
+#: Formats whose grey of 16 bits some versions of Pillow, or all, read as 32 bits.
+SIXTEEN_BITS = ("PNG", "PPM")
+#: Sides of longer pictures are cut to this ratio before they are resized, for a strip a pixel wide becomes a huge map.
+LONGEST = 16
+
 
 def load_image(path: str | PathLike[str] | IO[bytes]) -> Image.Image:
     """Reads a picture, from a path or an open file, as RGB, rotated according to its EXIF orientation.
@@ -27,6 +32,8 @@ def load_image(path: str | PathLike[str] | IO[bytes]) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
+            if image.mode == "I" and image.format not in SIXTEEN_BITS:
+                raise OSError("expected 8 or 16 bits a channel, got 32")
             return _as_rgb(ImageOps.exif_transpose(image))
     except (ValueError, SyntaxError, Image.DecompressionBombError) as error:  # raised by decoders for broken files
         raise OSError(f"broken picture: {error}") from error
@@ -34,10 +41,7 @@ def load_image(path: str | PathLike[str] | IO[bytes]) -> Image.Image:
 
 def _as_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # which Pillow would clip at 255
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > 0xFFFF:
-            raise OSError(f"expected 8 or 16 bits a channel, got values from {values.min()} to {values.max()}")
-        image = Image.fromarray((values.astype(np.uint16) >> 8).astype(np.uint8))
+        image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
     elif image.mode == "F":
         raise OSError("expected 8 or 16 bits a channel, got floating point")
     if image.has_transparency_data:
@@ -50,7 +54,7 @@ def preprocess(image: Image.Image, config: Mapping[str, Any], size: int | None =
     """Preprocesses an RGB picture as for the published accuracies: [3, S, S], float32.
 
     The shorter side is resized to ``floor(S / crop_pct)`` with an antialiasing filter, the centre S×S is cut out, and
-    each channel is normalised.
+    each channel is normalised. (Of pictures more than 16 times as long as wide, the middle is cut out first.)
 
     Args:
         image: The picture.
@@ -58,10 +62,16 @@ def preprocess(image: Image.Image, config: Mapping[str, Any], size: int | None =
         size: S; by default the size in ``config``.
     """
     size = config["input_size"][-1] if size is None else size
+    longest = LONGEST * min(image.size)
+    if max(image.size) > longest:
+        image = _middle(image, min(image.width, longest), min(image.height, longest))
     image = resized(image, math.floor(size / config["crop_pct"]), config["interpolation"])
-    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
-    image = image.crop((left, top, left + size, top + size))
-    return normalised(image, config)
+    return normalised(_middle(image, size, size), config)
+
+
+def _middle(image: Image.Image, width: int, height: int) -> Image.Image:
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))
 
 
 def normalised(image: Image.Image, config: Mapping[str, Any]) -> Tensor:

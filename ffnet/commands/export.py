@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from .common import CommandError, add_model_options, model_from, new_file
+from .common import CommandError, add_model_options, input_size_of, model_from, new_file, require_place
 
 FORMATS = ("pt2", "aoti", "onnx")
 ONNX = ("onnx", "onnxscript")  # what torch's exporter imports
@@ -41,20 +41,18 @@ def run(options: argparse.Namespace) -> int:
         raise CommandError(f"expected a file name that ends in {suffix} for --format {options.format}: {options.out}")
     if options.format == "onnx" and (missing := [name for name in ONNX if importlib.util.find_spec(name) is None]):
         raise CommandError(f"--format onnx needs {' and '.join(missing)} (pip install {' '.join(ONNX)})")
-    if not options.out.parent.is_dir():
-        raise CommandError(f"cannot write {options.out}: there is no folder {options.out.parent}")
+    require_place(options.out)
     model = model_from(options, None)
-    config = dict(model.config)
-    if options.size is not None:
-        config["input_size"] = (config["input_size"][0], options.size, options.size)
+    config = {**model.config, "input_size": input_size_of(model, options.size)}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of PyTorch about parts of itself
         content = _exported(model, config, options)
     with new_file(options.out) as file:
         file.write(content)
-    images = "any number of" if options.batch is None else options.batch
+    number = "any number of" if options.batch is None else options.batch
+    what = "images" if len(config["input_size"]) == 3 else "series"
     print(
-        f"wrote {options.out}: {options.format}, {len(content) / 1e6:.1f} MB, for {images} images of "
+        f"wrote {options.out}: {options.format}, {len(content) / 1e6:.1f} MB, for {number} {what} of "
         f"{'x'.join(map(str, config['input_size']))}"
     )
     return 0

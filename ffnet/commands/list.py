@@ -12,6 +12,10 @@ from ..registry import create_model, list_models, model_entry
 
 HEAD = ("model", "task", "parameters", "as trained", "input", "MACs", "published", "checked here")
 NUMBERS = 11  # characters of the columns of numbers
+#: What has no name of its own.
+OTHERS = """\
+Self-attention in some blocks: token_mixers=… of ffnet.create_model. Blocks on voxels: ffnet.voxels.VoxelBlock.
+Scores are the paper's, for weights that are not part of this package; "checked here" is what the tests check."""
 
 
 def add_parser(commands: Any) -> None:
@@ -35,6 +39,8 @@ def run(options: argparse.Namespace) -> int:
     for row in itertools.chain([HEAD], map(_row, names)):
         cells = (cell.ljust(widths[i]) if i in widths else cell.rjust(NUMBERS) for i, cell in enumerate(row[:-1]))
         print("  ".join((*cells, row[-1])).rstrip(), flush=True)
+    if options.task is None:
+        print(f"\n{OTHERS}")
     return 0
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .common import CommandError, add_model_options, model_from, new_file
+from .common import CommandError, add_model_options, input_size_of, model_from, new_file, require_place
 
 SHOWN = 12
 WIDTH = 44
@@ -38,11 +38,12 @@ def run(options: argparse.Namespace) -> int:
     for name in ("size", "batch", "runs", "threads"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise CommandError(f"expected --{name} of 1 or more, got {getattr(options, name)}")
+    if options.trace is not None:
+        require_place(options.trace)
     model = model_from(options, None)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    channels, *sides = model.config["input_size"]
-    size = (channels, *sides) if options.size is None else (channels, options.size, options.size)
+    size = input_size_of(model, options.size)
     x = torch.randn(options.batch, *size, generator=torch.Generator().manual_seed(0))
     try:
         macs = count_macs(model, size) * options.batch / 1e9

@@ -7,7 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import CommandError, add_model_options, labels_from, model_from, new_file, picture_from
+from .common import (
+    CommandError,
+    add_model_options,
+    labels_from,
+    model_from,
+    new_file,
+    picture_from,
+    require_place,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -15,6 +23,8 @@ if TYPE_CHECKING:
 
 OPACITY = 0.5
 PALETTE = 256
+#: Of what the model sees with ``--size``: a strip one pixel wide becomes a huge map.
+MOST_PIXELS = 2**26
 
 
 def add_parser(commands: Any) -> None:
@@ -41,11 +51,16 @@ def run(options: argparse.Namespace) -> int:
     for path in (options.out, options.overlay):
         if path is not None and path.suffix.lower() != ".png":
             raise CommandError(f"expected a name that ends in .png, since other formats change classes; got {path}")
-        if path is not None and not path.parent.is_dir():
-            raise CommandError(f"cannot write {path}: there is no folder {path.parent}")
+        if path is not None:
+            require_place(path)
     if options.size is not None and options.size < 32:
         raise CommandError(f"expected --size of 32 or more, got {options.size}")
     image = picture_from(options.image)
+    if options.size is not None and options.size**2 * max(image.size) // min(image.size) > MOST_PIXELS:
+        raise CommandError(
+            f"expected a picture that --size {options.size} makes {MOST_PIXELS} pixels at most, got one of "
+            f"{image.width}x{image.height}"
+        )
     from ..preprocess import normalised, resized
 
     model = model_from(options, "segmentation")

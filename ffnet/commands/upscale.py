@@ -6,12 +6,18 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import CommandError, model_of, new_file
+from .common import CommandError, model_of, new_file, require_place
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 TILE = 256
+#: Formats by the ends of file names, and options of saving. Others that Pillow writes reduce colours or sizes.
+FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".png": ("PNG", {}), ".tif": ("TIFF", {}), ".tiff": ("TIFF", {}), ".bmp": ("BMP", {}),
+    ".webp": ("WEBP", {"quality": 95}), ".jpg": ("JPEG", {"quality": 95}), ".jpeg": ("JPEG", {"quality": 95}),
+}  # fmt: skip
+OPAQUE = ("JPEG", "BMP")  # formats without transparency
 #: The modes that pictures of each mode are read as. Other modes do not have 8 bits a channel, or have colours that
 #: depend on a profile.
 TAKEN = {"1": "L", "L": "L", "P": "RGB", "RGB": "RGB", "LA": "LA", "La": "LA", "PA": "RGBA", "RGBA": "RGBA",
@@ -23,12 +29,15 @@ def add_parser(commands: Any) -> None:
         "upscale",
         help="a picture enlarged by FFNet-SR",
         description="Enlarges a picture of 8 bits a channel. Grey pictures stay grey, palettes become RGB, and "
-        "transparency is enlarged by bicubic interpolation. Of an animation the first frame is read.",
+        "transparency is enlarged by bicubic interpolation. Of an animation the first frame is read. The picture's "
+        "colour profile is kept.",
     )
     parser.add_argument("image", type=Path, metavar="IMAGE", help="any picture of 8 bits a channel that Pillow reads")
     parser.add_argument("--scale", type=int, metavar="S", help="2, 3 or 4; default: the checkpoint's")
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="trained weights of FFNet-SR")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the picture to write")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help=f"the picture to write: {', '.join(FORMATS)}"
+    )
     parser.add_argument(
         "--tile", type=int, default=TILE, metavar="N",
         help="pixels of a tile's side, which bounds the memory; 0: the whole picture at once (default: %(default)s)",
@@ -42,7 +51,7 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     try:
-        from PIL import Image
+        import PIL  # noqa: F401
     except ModuleNotFoundError as error:
         raise CommandError(f"{error} (pip install 'ffnet-kernels[demo]' brings what it needs)") from error
 
@@ -50,17 +59,20 @@ def run(options: argparse.Namespace) -> int:
         value = getattr(options, name)
         if value is not None and value < least:
             raise CommandError(f"expected --{name} of {least} or more, got {value}")
-    Image.init()
-    if options.out.suffix.lower() not in {end for end, name in Image.EXTENSION.items() if name in Image.SAVE}:
-        raise CommandError(f"expected --out to end as a picture's name does, such as in .png, got {options.out}")
+    if options.out.suffix.lower() not in FORMATS:
+        raise CommandError(f"expected --out to end in {', '.join(FORMATS)}; got {options.out}")
+    kind, how = FORMATS[options.out.suffix.lower()]
+    require_place(options.out)
     image = picture_from(options.image)
+    if kind in OPAQUE and "A" in image.mode:
+        raise CommandError(f"{options.out}: {kind} holds no transparency; expected .png, for one")
     model = _model(options)
     result = enlarged(model, image, options.tile or None, options.overlap)
-    if options.out.suffix.lower() in (".jpg", ".jpeg") and result.mode not in ("L", "RGB"):
-        raise CommandError(f"{options.out}: JPEG holds no transparency; expected .png, for one")
+    if image.info.get("icc_profile"):
+        how = {**how, "icc_profile": image.info["icc_profile"]}
     with new_file(options.out) as file:
         try:
-            result.save(file, format=Image.EXTENSION[options.out.suffix.lower()])
+            result.save(file, format=kind, **how)
         except (ValueError, KeyError) as error:
             raise CommandError(f"cannot write {options.out}: {error}") from error
     print(f"{options.out}: {result.width}x{result.height}, {image.width}x{image.height} enlarged {model.scale} times")
@@ -119,9 +131,9 @@ def enlarged(model: Any, image: Image, tile: int | None = None, overlap: int | N
     from ..super_resolution import upscale
 
     colour, size = image.convert("RGB"), (model.scale * image.width, model.scale * image.height)
-    pixels = torch.from_numpy(np.array(colour, dtype=np.float32) / 255).permute(2, 0, 1)[None]
-    out = upscale(model, pixels, tile=tile, overlap=overlap)[0].clamp(0, 1)
-    result = Image.fromarray((out.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy())
+    pixels = torch.from_numpy(np.array(colour)).permute(2, 0, 1)[None]
+    out = upscale(model, pixels, tile=tile, overlap=overlap)[0]
+    result = Image.fromarray(out.permute(1, 2, 0).contiguous().numpy())
     if image.mode in ("L", "LA"):
         result = result.convert("L")
     if image.mode in ("LA", "RGBA"):

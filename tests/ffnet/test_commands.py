@@ -2,6 +2,9 @@
 
 import contextlib
 import json
+import os
+import stat
+import threading
 
 import numpy as np
 import pytest
@@ -12,12 +15,16 @@ from PIL import Image
 import ffnet
 from ffnet import create_model, registry
 from ffnet.__main__ import main
-from ffnet.commands.common import CommandError, new_file
+from ffnet.commands import classify
+from ffnet.commands.common import CommandError, new_file, require_place
 from ffnet.commands.segment import palette
 from ffnet.preprocess import load_image, normalised, preprocess
 from ffnet.registry import ModelEntry, model_entry
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (48, 72, 3), dtype=np.uint8)
+
+
+TRUNK = {"depths": [1, 1, 1, 1], "dims": [8, 16, 32, 64]}
 
 
 @pytest.fixture
@@ -69,11 +76,13 @@ def test_a_turned_picture_is_read_as_viewers_show_it(tmp_path):
 
 def test_pictures_without_a_range_are_refused(tmp_path):
     Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(tmp_path / "float.tif")
-    Image.fromarray(np.full((4, 4), 70_000, np.int32)).save(tmp_path / "wide.tif")
+    Image.fromarray(np.full((4, 4), 70, np.int32)).save(tmp_path / "wide.tif")  # the upper bits would be black
     with pytest.raises(OSError, match="floating point"):
         load_image(tmp_path / "float.tif")
-    with pytest.raises(OSError, match="from 70000 to 70000"):
+    with pytest.raises(OSError, match="8 or 16 bits a channel, got 32"):
         load_image(tmp_path / "wide.tif")
+    (tmp_path / "deep.pgm").write_bytes(b"P5 2 1 65535\n" + bytes([77, 200, 99, 1]))
+    assert np.asarray(load_image(tmp_path / "deep.pgm"))[0, :, 0].tolist() == [77, 99]
 
 
 def test_classify(tmp_path, picture, capsys):
@@ -92,9 +101,6 @@ def test_classify(tmp_path, picture, capsys):
         assert float(lines[0].split()[0].rstrip("%")) == pytest.approx(100 * expected.max().item(), abs=0.02)
 
 
-TRUNK = {"depths": [1, 1, 1, 1], "dims": [8, 16, 32, 64]}
-
-
 @pytest.fixture
 def broken(tmp_path, picture):
     """A folder of things that are not what they should be."""
@@ -104,6 +110,55 @@ def broken(tmp_path, picture):
     torch.save(ffnet.create_model("ffnet_1", num_classes=3, **TRUNK).state_dict(), tmp_path / "three.pth")
     (tmp_path / "labels.txt").write_text("one\ntwo\n")
     return tmp_path
+
+
+@pytest.mark.parametrize("extra_folds", [False, True])
+def test_a_folded_checkpoint(extra_folds, tmp_path, picture, capsys):
+    torch.manual_seed(1)
+    model = randomise(ffnet.create_model("ffnet_1", num_classes=7, layer_scale_init=1.0, **TRUNK)).eval()
+    folded = ffnet.reparameterize(model, extra_folds=extra_folds)
+    said = []
+    for form in (model, folded):
+        torch.save(form.state_dict(), tmp_path / "weights.pth")
+        options = ["--model", "ffnet_1", "--checkpoint", tmp_path / "weights.pth", "--classes", 7, "--size", 64]
+        options += ["--model-arguments", json.dumps({**TRUNK, "layer_scale_init": 1.0})]
+        assert run("classify", picture, *options) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+
+
+def test_only_the_middle_of_a_strip_is_resized(tmp_path, monkeypatch):
+    """Else a strip one pixel wide would become a map of gigabytes."""
+    config = ffnet.create_model("ffnet_1", device="meta").config
+    wave = 128 + 100 * np.sin(np.arange(2400) / 25)
+    image = Image.fromarray(np.repeat(wave[None, :, None], 20, 0).repeat(3, 2).astype(np.uint8))
+    found = preprocess(image, config, 32)
+    sizes, resize = [], Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda self, size, *how: sizes.append(size) or resize(self, size, *how))
+    assert preprocess(image.resize((1, 50_000)), config, 32).shape == found.shape == (3, 32, 32)
+    assert max(sizes[1]) <= 16 * 36
+    monkeypatch.setattr("ffnet.preprocess.LONGEST", 10**9)
+    torch.testing.assert_close(found, preprocess(image, config, 32), atol=0.1, rtol=0)
+
+
+def test_not_enough_memory(picture, monkeypatch, capsys):
+    for error, is_ours in (
+        (MemoryError(), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."), True),
+        (RuntimeError("another"), False),
+    ):
+
+        def fail(options, error=error):
+            raise error
+
+        monkeypatch.setattr(classify, "picture_from", fail)
+        call = ("classify", picture, "--model", "ffnet_1", "--checkpoint", "none.pth")
+        if is_ours:
+            assert run(*call) == 2
+            assert capsys.readouterr().err == "ffnet classify: not enough memory; a smaller --size needs less\n"
+        else:
+            with pytest.raises(RuntimeError, match="another"):
+                run(*call)
 
 
 @pytest.mark.parametrize(
@@ -193,6 +248,7 @@ def test_colours_differ():
         (["--overlay", "{}/overlay.jpg"], "ends in .png"),
         (["--out", "{}/folder.png"], "Is a directory"),
         (["--size", "16"], "--size of 32 or more, got 16"),
+        (["--size", "7000"], "pixels at most, got one of 72x48"),
         (["--checkpoint", "{}/grey.pth", "--model-arguments", '{{"in_chans": 1}}'], "of 3 channels"),
         (["--classes", "300"], "decode_head.conv_seg.weight: expected [300, 24, 1, 1], got [5, 24, 1, 1]"),
         (["--model", "ffnet_1"], "expected a model for segmentation"),
@@ -228,3 +284,46 @@ def test_a_file_is_whole_or_not_there(tmp_path):
     with pytest.raises(CommandError, match="cannot write"), new_file(tmp_path / "folder") as file:
         file.write(b"x")
     assert {p.name for p in tmp_path.iterdir()} == {"result.txt", "folder"}
+
+
+def test_a_link_stays_a_link_and_permissions_stay(tmp_path):
+    real, link = tmp_path / "elsewhere" / "result.txt", tmp_path / "link.txt"
+    real.parent.mkdir()
+    real.write_text("old")
+    real.chmod(0o640)
+    link.symlink_to(real)
+    with new_file(link) as file:
+        file.write(b"new")
+    assert link.is_symlink()
+    assert (real.read_text(), stat.S_IMODE(real.stat().st_mode)) == ("new", 0o640)
+    assert [path.name for path in real.parent.iterdir()] == ["result.txt"]
+
+
+def test_pipes_are_written_to_and_not_replaced(tmp_path):
+    pipe, read = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()))
+    reader.start()
+    with new_file(pipe) as file:
+        file.write(b"through")
+    reader.join()
+    assert read == [b"through"]
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert list(tmp_path.iterdir()) == [pipe]
+
+
+def test_a_name_as_long_as_file_systems_have_them(tmp_path):
+    path = tmp_path / ("ä" * 125 + ".txt")
+    with new_file(path) as file:
+        file.write(b"x")
+    assert path.read_bytes() == b"x"
+
+
+def test_a_place_is_checked_before_the_work(tmp_path, picture, monkeypatch, capsys):
+    monkeypatch.setattr("ffnet.commands.segment.picture_from", lambda path: pytest.fail("it began to work"))
+    options = ["--model", "ffnet_seg_ade20k", "--checkpoint", "seg.pth", "--out", tmp_path / "mask.png"]
+    assert run("segment", picture, *options, "--overlay", tmp_path / "none" / "overlay.png") == 2
+    assert "there is no folder" in capsys.readouterr().err
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # as for any user but the superuser
+    with pytest.raises(CommandError, match="its folder is not writable"):
+        require_place(tmp_path / "mask.png")

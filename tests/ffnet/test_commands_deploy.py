@@ -46,6 +46,19 @@ def test_export(options, trained, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+def test_a_model_of_series(tmp_path, capsys):
+    options = ["--model", "ffnet_ts", "--model-arguments", json.dumps({"dim": 8, "variables": 2, "horizon": 5})]
+    out = tmp_path / "series.pt2"
+    assert run("export", out, *options, "--plain") == 0
+    assert "for any number of series of 96x2" in capsys.readouterr().out
+    assert torch.export.load(out).module()(torch.randn(3, 96, 2)).shape == (3, 5, 2)
+    assert run("profile", *options, "--runs", 1) == 0
+    assert "ffnet_ts, 1 x 96x2" in capsys.readouterr().out
+    for command in (("export", tmp_path / "other.pt2"), ("profile",)):
+        assert run(*command, *options, "--size", 64) == 2
+        assert "expected no --size, as the model takes series" in capsys.readouterr().err
+
+
 @pytest.mark.long
 def test_export_as_onnx(trained, tmp_path):
     pytest.importorskip("onnx")

@@ -9,9 +9,12 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from ffnet_testing import randomise
+from PIL import Image, ImageCms
 
+import ffnet
 from ffnet.__main__ import main
+from ffnet.commands import forecast as command_forecast
 from ffnet.commands import upscale as command
 from ffnet.forecasting import ForecastFFNet
 from ffnet.super_resolution import FFNetSR
@@ -95,6 +98,46 @@ def test_palettes_become_rgb(tmp_path, sr):
     assert command.picture_from(tmp_path / "in.gif").mode == "RGB"
 
 
+@pytest.mark.parametrize(("name", "atol"), [("out.tif", 0.51), ("out.bmp", 0.51), ("out.jpg", 40), ("out.WEBP", 40)])
+def test_formats(tmp_path, sr, name, atol):
+    image = picture(tmp_path / "in.png")
+    assert upscale(tmp_path / "in.png", sr[1], tmp_path / name) == 0
+    with Image.open(tmp_path / name) as result:
+        assert result.size == (26, 18)
+        assert np.abs(np.asarray(result.convert("RGB")) - expected_pixels(sr[0], image)).mean() < atol
+
+
+@pytest.mark.parametrize("name", ["out.png", "out.tif", "out.jpg", "out.webp"])
+def test_the_colour_profile_stays(tmp_path, sr, name):
+    """Without it colours of a wide gamut, those of most telephones, look pale."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    picture(tmp_path / "in.png", icc_profile=profile)
+    assert upscale(tmp_path / "in.png", sr[1], tmp_path / name) == 0
+    with Image.open(tmp_path / name) as result:
+        assert result.info["icc_profile"] == profile
+
+
+def test_pictures_are_in_floating_point_by_tiles_only(tmp_path, sr):
+    model, seen = sr[0], []
+    model.proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[2:]))
+    image = picture(tmp_path / "in.png", size=(50, 40))
+    result = command.enlarged(model, image, tile=8)
+    assert len(seen) > 10
+    assert max(max(size) for size in seen) <= 8 + 2 * model.receptive_radius
+    assert np.abs(np.asarray(result) - expected_pixels(model, image)).max() < 0.51
+
+
+def test_a_folded_checkpoint_of_super_resolution(tmp_path, capsys):
+    model = randomise(FFNetSR(depth=1, dim=8, norm="batch")).eval()
+    picture(tmp_path / "in.png")
+    written = []
+    for form in (model, ffnet.reparameterize(model)):
+        torch.save(form.state_dict(), tmp_path / "sr.pth")
+        assert upscale(tmp_path / "in.png", tmp_path / "sr.pth", tmp_path / "out.png") == 0
+        written.append((tmp_path / "out.png").read_bytes())
+    assert written[0] == written[1]
+
+
 def test_exif_turns_the_picture(tmp_path, sr):
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn
@@ -141,9 +184,12 @@ def broken(tmp_path, sr):
         ({"--checkpoint": "incomplete.pth"}, "1 missing: conv_bef_up.bias"),
         ({"--tile": "-1"}, "expected --tile of 0 or more, got -1"),
         ({"--overlap": "-1"}, "expected --overlap of 0 or more, got -1"),
-        ({"--out": "out.txt"}, "expected --out to end as a picture's name does"),
+        ({"--out": "out.txt"}, "expected --out to end in .png, .tif"),
+        ({"--out": "out.gif"}, "expected --out to end in .png, .tif"),  # it would reduce colours
+        ({"--out": "out.ico"}, "expected --out to end in .png, .tif"),  # and this the size
         ({"--out": "folder/out.png"}, "cannot write"),
         ({"image": "clear.png", "--out": "out.jpg"}, "JPEG holds no transparency"),
+        ({"image": "clear.png", "--out": "out.bmp"}, "BMP holds no transparency"),
     ],
 )
 def test_upscale_says_what_is_wrong(broken, changes, message, capsys):
@@ -215,6 +261,99 @@ def test_a_series_without_dates_and_with_old_gaps(tmp_path, series, capsys):
     assert capsys.readouterr().out == plain
 
 
+def lines_of(series, separator=",", point=".", dates=True):
+    """The lines of a series, as programs write them."""
+    rows = [[f"2001-01-{i + 1:02}"] * dates + [f"{v:.9f}".replace(".", point) for v in row]
+            for i, row in enumerate(series.tolist())]  # fmt: skip
+    return [separator.join(row) for row in [["date"] * dates + ["a", "b"], *rows]]
+
+
+@pytest.mark.parametrize("dates", [False, True])
+@pytest.mark.parametrize(("separator", "point"), [(";", "."), (";", ","), ("\t", ".")])
+def test_other_separators(tmp_path, series, separator, point, dates, capsys):
+    assert forecast(tmp_path) == 0
+    expected = list(csv.reader(capsys.readouterr().out.splitlines()))
+    (tmp_path / "other.csv").write_text("\ufeff" + "\r\n".join(lines_of(series[1], separator, point, dates)) + "\r\n")
+    assert forecast(tmp_path, name="other.csv") == 0
+    found = list(csv.reader(capsys.readouterr().out.splitlines()))
+    assert found[0] == expected[0] == ["step", "a", "b"]
+    values = [[[float(cell) for cell in row] for row in table[1:]] for table in (found, expected)]
+    np.testing.assert_allclose(*values, atol=1e-3)
+
+
+def test_a_gap_at_the_top_of_the_first_column_makes_it_no_column_of_dates(tmp_path, series, capsys):
+    lines = lines_of(series[1], dates=False)
+    lines[1] = lines[1].partition(",")[1] + lines[1].partition(",")[2]
+    (tmp_path / "gap.csv").write_text("\n".join(lines))
+    assert forecast(tmp_path, name="gap.csv") == 0
+    found = capsys.readouterr().out
+    assert forecast(tmp_path) == 0
+    assert found == capsys.readouterr().out
+
+
+def test_chosen_columns(tmp_path, series, capsys):
+    """The series with dates that are numbers, as that of statsmodels has them, and with one of words."""
+    lines = (tmp_path / "in.csv").read_text().splitlines()
+    mixed = ["day,b,note,a"]
+    for i, line in enumerate(lines[1:]):
+        _, a, b = line.split(",")
+        mixed.append(f"200101{i + 1:02},{b},calm,{a}")
+    (tmp_path / "mixed.csv").write_text("\n".join(mixed))
+    assert forecast(tmp_path) == 0
+    expected = capsys.readouterr().out
+    assert forecast(tmp_path, "--columns", "a, b", name="mixed.csv") == 0
+    assert capsys.readouterr().out == expected
+    for columns in ("a,c", ""):
+        assert forecast(tmp_path, "--columns", columns, name="mixed.csv") == 2
+        assert f"expected --columns of day, b, note, a; got {columns}" in capsys.readouterr().err
+
+
+def test_names_that_are_numbers_behind_an_index(tmp_path, series, capsys):
+    lines = (tmp_path / "in.csv").read_text().splitlines()
+    (tmp_path / "pandas.csv").write_text("\n".join([",0,1", *lines[1:]]))
+    assert forecast(tmp_path, name="pandas.csv") == 0
+    assert capsys.readouterr().out.startswith("step,0,1\n")
+
+
+def test_a_series_far_from_zero_and_one_near_to_it(tmp_path, capsys):
+    """The model is float32, in which 10⁹ + 1 is 10⁹."""
+    model = ForecastFFNet(1, 8, 5, 4, kernel_size=3, small_kernel=1).eval()
+    torch.save(model.state_dict(), tmp_path / "ts.pth")
+    wave = [round(math.sin(i), 6) for i in range(8)]
+    near = model.double().forecast(torch.tensor(wave, dtype=torch.float64)[:, None])[:, 0]
+    for shift in (0, 10**9):
+        (tmp_path / "in.csv").write_text("a\n" + "".join(f"{shift + value!r}\n" for value in wave))
+        assert forecast(tmp_path) == 0
+        values = [row[1] for row in list(csv.reader(capsys.readouterr().out.splitlines()))[1:]]
+        torch.testing.assert_close(torch.tensor([float(v) - shift for v in values]).double(), near, rtol=0, atol=1e-5)
+    (tmp_path / "in.csv").write_text("a\n" + "".join(f"{1e39 * value!r}\n" for value in wave))
+    assert forecast(tmp_path) == 2
+    assert "expected finite values of torch.float32" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("values", "decimals"),
+    [([1, 3], 5), ([1e9, 1e9 + 2], 5), ([0, 1e-9], 14), ([0, 1e7], 0), ([5, 5], 6), ([0, 1e-30], 15)],
+)
+def test_as_many_decimals_as_the_range_of_a_series_asks_for(values, decimals):
+    assert command_forecast.decimals_of(values) == decimals
+
+
+def test_patches_that_do_not_overlap_by_half(tmp_path, capsys):
+    """Weights do not tell: without --lookback another model would be made of them, of another look-back."""
+    model = randomise(ForecastFFNet(2, 8, 5, 4, patch=4, stride=4, kernel_size=3, small_kernel=1)).eval()
+    for form in (model, ffnet.reparameterize(model)):
+        torch.save(form.state_dict(), tmp_path / "ts.pth")
+        values = torch.randn(20, 2, generator=torch.Generator().manual_seed(0))
+        (tmp_path / "in.csv").write_text("\n".join(lines_of(values)))
+        assert forecast(tmp_path, "--lookback", 8) == 0
+        rows = list(csv.reader(capsys.readouterr().out.splitlines()))[1:]
+        found = torch.tensor([[float(cell) for cell in row[1:]] for row in rows])
+        torch.testing.assert_close(found, model.forecast(values), rtol=1e-3, atol=1e-4)
+        assert forecast(tmp_path, "--lookback", 7) == 2
+        assert "a look-back of 2 patches of 4 steps, 1 to 4 steps apart, got 7" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
@@ -230,6 +369,14 @@ def test_a_series_without_dates_and_with_old_gaps(tmp_path, series, capsys):
         (lambda lines: [*lines[:4], "x,1,2,3", *lines[5:]], (), "line 5: expected 3 columns, got 4"),
         (lambda lines: [*lines[:4], "x,1,two", *lines[5:]], (), "line 5, column b: expected a number, got 'two'"),
         (lambda lines: ["1,2,3", *lines[1:]], (), "a first line of names, got numbers"),
+        (lambda lines: lines[1:], (), "a first line of names, got numbers"),
+        (
+            lambda lines: [*lines[:4], "5,1,2", *lines[5:]],
+            (),
+            "line 2, column date: expected a number, got '2001-01-01'",
+        ),
+        (lambda lines: [*lines[:4], "x,1;2", *lines[5:]], (), "line 5: expected 3 columns, got 2"),
+        (lambda lines: lines, ("--lookback", 0), "expected --lookback of 1 or more, got 0"),
         (lambda lines: lines, ("--horizon", 6), "forecasts 5 steps, got --horizon 6"),
         (lambda lines: lines, ("--horizon", 0), "expected --horizon of 1 or more, got 0"),
     ],
