@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -38,14 +38,21 @@ def started(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argp
 
 
 def save(
-    folder: Path, result: dict[str, Any], write_picture: Callable[[IO[bytes]], Any], model: nn.Module | None = None
+    folder: Path,
+    result: dict[str, Any],
+    write_picture: Callable[[IO[bytes]], Any],
+    model: nn.Module | None = None,
+    inputs: Mapping[str, Callable[[IO[bytes]], Any]] | None = None,
 ) -> None:
-    """Writes result.json, picture.png and, of a model, model.pth into a folder, and says so."""
-    with new_file(folder / "result.json") as file:
-        file.write(f"{json.dumps(result, indent=2)}\n".encode())
-    with new_file(folder / "picture.png") as file:
-        write_picture(file)
+    """Writes result.json, picture.png and, of a model, model.pth and inputs to try it on into a folder, and says so."""
+    files: dict[str, Callable[[IO[bytes]], Any]] = {
+        "result.json": lambda file: file.write(f"{json.dumps(result, indent=2)}\n".encode()),
+        "picture.png": write_picture,
+    }
     if model is not None:
-        with new_file(folder / "model.pth") as file:
-            torch.save({"state_dict": model.state_dict()}, file)
-    print(f"wrote result.json, picture.png{' and model.pth' if model is not None else ''} to {folder}")
+        files["model.pth"] = lambda file: torch.save({"state_dict": model.state_dict()}, file)
+    files |= inputs or {}
+    for name, write in files.items():
+        with new_file(folder / name) as file:
+            write(file)
+    print(f"wrote {', '.join(files)} to {folder}")

@@ -5,6 +5,10 @@ python -m ffnet.examples.forecasting [--epochs 30] [--out build/forecasting]
 1958 to 2001, ppm; missing weeks are interpolated. The last fifth of the weeks is tested, the tenth before it chooses
 the epoch, the rest is trained on. From 104 weeks the next 52 are forecast, from every week on. Simple forecasts are the
 last value; the value 52 weeks before; and that plus the last year's change.
+
+What follows 2001 is then forecast by
+
+python -m ffnet forecast build/forecasting/series.csv --checkpoint build/forecasting/model.pth
 """
 
 from __future__ import annotations
@@ -130,7 +134,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "parameters": count_parameters(model), "epochs": options.epochs, "seconds": round(seconds, 1), "errors": errors,
     }  # fmt: skip
     figure = draw(past, future, forecasts)
-    save(options.out, result, lambda file: figure.savefig(file, dpi=80, format="png"), model)
+    text = "co2\n" + "".join(f"{value:.2f}\n" for value in series[:, 0].tolist())
+    inputs = {"series.csv": lambda file: file.write(text.encode())}
+    save(options.out, result, lambda file: figure.savefig(file, dpi=80, format="png"), model, inputs)
     return result
 
 

@@ -6,6 +6,10 @@ Photographs are reduced by Pillow's bicubic filter and rounded to 8 bits. Scores
 ``scale`` pixels, as usual for super-resolution, on held-out photographs. With scikit-image, five of its photographs are
 used for training, and a sixth and scikit-learn's two are held out; without it, one of scikit-learn's is used for
 training and the other held out.
+
+The last of those held out, reduced, is then enlarged by
+
+python -m ffnet upscale build/super_resolution/small.png --checkpoint build/super_resolution/model.pth --out large.png
 """
 
 from __future__ import annotations
@@ -174,7 +178,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "steps": options.steps, "seconds": round(seconds, 1), "trained_on": list(trained), "psnr": scores,
     }  # fmt: skip
     figure = draw(scores, pictures, options.scale)
-    save(options.out, result, lambda file: figure.savefig(file, dpi=80, format="png"), model)
+    small, _ = pair(list(held_out.values())[-1], options.scale)
+    inputs = {"small.png": lambda file: small.save(file, format="png")}
+    save(options.out, result, lambda file: figure.savefig(file, dpi=80, format="png"), model, inputs)
     return result
 
 
