@@ -86,6 +86,7 @@ setup(
     include_package_data=False,  # results of record stay in the repository
     package_data={
         "ffnet_kernels": ["py.typed"],
+        "ffnet_kernels.backends": ["crossovers/*.json"],
         "ffnet_kernels.backends.triton": ["tuned/*.json"],
         "ffnet_kernels.lib": ["*.so", "build_record.json"],
         "ffnet": ["py.typed"],

@@ -14,6 +14,7 @@ COMMANDS = {
     "report": ("tables and charts of results", "report"),
     "memory": ("peak memory of whole models, each in a fresh process", "memory"),
     "timm": ("models of timm, plain and optimised, in both layouts", "timm_models"),
+    "crossover": ("measure what PyTorch computes faster, for the chooser's table", "crossover"),
     "tables": ("write the tables of README and docs from the results of record, or check them", "tables"),
     "gpu": ("everything there is to check and measure on a GPU", "gpu"),
 }

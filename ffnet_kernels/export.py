@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from . import kernels, patterns
-from .backends import choice
+from .backends import choice, crossover
 from .capture import NotCapturable, capture
 from .normalize import normalize
 from .optimize import plainly, require_module
@@ -146,7 +146,7 @@ def _linear_of(node: Node) -> Callable[..., Tensor]:
     rows = x.numel() // x.shape[-1] if isinstance(x, Tensor) else 0
     if isinstance(rows, torch.SymInt):  # whose conversion would make the number of images that of the example
         rows = rows.node.hint
-    return kernels.linear_of_few_rows if rows < kernels.FEW_ROWS else kernels.linear_of_many_rows
+    return kernels.linear_of_few_rows if rows <= crossover.now.few_rows else kernels.linear_of_many_rows
 
 
 def _captured_by_dynamo(model: nn.Module, x: Tensor, dynamic_batch: bool) -> nn.Module:

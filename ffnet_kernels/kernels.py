@@ -10,12 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import training
-from .backends import choice, cpu
+from .backends import choice, cpu, crossover
 from .backends.activations import ACTIVATE
 from .backends.maps import as_map, as_pixels, same_padding
 from .ops import OPERATORS
-
-FEW_ROWS = 32  # rows of a linear layer: with fewer it is bound by reading weights, which PyTorch does as fast
 
 Pads = tuple[int, int, int, int]  # top, bottom, left, right
 
@@ -65,13 +63,19 @@ def conv2d(
 
 
 def projection(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A 1×1 convolution with gradients. On one thread, where PyTorch does not use oneDNN, the kernel is twice as fast;
-    on more it is not faster. In 16 bits PyTorch's matrix products are fastest, above all for gradients."""
+    """A 1×1 convolution with gradients. On one thread PyTorch does not use oneDNN. In 16 bits its matrix products are
+    fastest, above all for gradients."""
     if x.dtype in (torch.bfloat16, torch.float16) and x.is_cpu and x.is_contiguous(memory_format=torch.channels_last):
         return as_map(F.linear(as_pixels(x), weight.flatten(1), bias), x)
-    if torch.get_num_threads() == 1 and x.is_contiguous(memory_format=torch.channels_last):
-        return conv2d(x, weight, bias, (1, 1), (0, 0, 0, 0), "none")
-    return torch.conv2d(x, weight, bias)
+    if leaves_projection(x):
+        return torch.conv2d(x, weight, bias)
+    return conv2d(x, weight, bias, (1, 1), (0, 0, 0, 0), "none")
+
+
+def leaves_projection(x: Tensor) -> bool:
+    """Whether PyTorch is as fast for a 1×1 convolution with gradients."""
+    is_left = crossover.kind_of_threads(torch.get_num_threads()) in crossover.now.projection
+    return is_left or not x.is_contiguous(memory_format=torch.channels_last)
 
 
 def conv2d_pair(x: Tensor, *first_and_second: Any) -> Tensor:
@@ -93,8 +97,13 @@ def linear(
 ) -> Tensor:
     """``residual + scale · act(x · weight + bias)`` over the last dimension, whose rows are the pixels of a
     channels-last map."""
-    is_few = x.numel() // x.shape[-1] < FEW_ROWS or x.shape[-1] != weight.shape[1]  # or the shapes do not match
+    is_few = has_few_rows(x) or x.shape[-1] != weight.shape[1]  # or the shapes do not match
     return (linear_of_few_rows if is_few else linear_of_many_rows)(x, weight, bias, activation, scale, residual)
+
+
+def has_few_rows(x: Tensor) -> bool:
+    """Whether a linear layer is bound by reading its weights, which PyTorch does as fast."""
+    return x.numel() // x.shape[-1] <= crossover.now.few_rows
 
 
 def linear_of_few_rows(

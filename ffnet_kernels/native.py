@@ -12,6 +12,7 @@ import json
 import os
 import struct
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -19,6 +20,9 @@ import torch  # before any library, as they resolve their symbols in the torch t
 
 CPU_LIBRARY = "libffnet_kernels_cpu.so"
 CUDA_LIBRARY = "libffnet_kernels_cuda.so"
+
+#: Called with the name of the instruction set in use whenever that may have changed.
+when_isa_changes: list[Callable[[str], object]] = []
 
 
 def library_dir() -> Path:
@@ -84,6 +88,8 @@ def select_isa(name: str) -> None:
     reason = ctypes.create_string_buffer(500)
     if _cpu_library().ffnet_cpu_select_isa(name.encode(), reason, ctypes.c_size_t(len(reason))):
         raise ValueError(reason.value.decode())
+    for told in when_isa_changes:
+        told(isa())
 
 
 def isa() -> str:

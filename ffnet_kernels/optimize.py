@@ -243,8 +243,8 @@ class Way:
             watch_gradient(x, leaves, lambda grad: self.grad_strides.__setitem__(key, grad.stride()))
         if reason is None and any(type(leaf) is not Tensor or shares_memory(leaf, tried) for leaf in leaves):
             reason = "its result is no tensor of its own"
-        if reason is None and program.is_small(x):
-            level, reason = logging.DEBUG, "it is so small that PyTorch takes as long"
+        if reason is None and (small := program.why_small(x)) is not None:
+            level, reason = logging.DEBUG, str(small)
         strides: list[Any] = [] if reason is not None else [leaf.stride() for leaf in leaves]
         if corner is not None and reason is None:
             try:

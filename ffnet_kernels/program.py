@@ -15,7 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import autocast, kernels, onednn, patterns, steps
-from .backends import choice, cpu
+from .backends import choice, cpu, crossover
 from .capture import NotCapturable, capture
 from .nodes import has_shape_of, is_node
 from .normalize import is_view, normalize
@@ -25,7 +25,6 @@ from .state import State
 
 _FEW_STEPS = 4
 _ANY_SIZE = (None, None)
-_LITTLE_WORK = 2e6  # multiplications, which take some 30 µs
 
 
 class Program:
@@ -111,10 +110,11 @@ class Program:
             return False
         return self.is_for_any_size or (self.size[0] in (None, x.shape[0]) and self.size[1] in (None, x.shape[2:]))
 
-    def is_small(self, x: Tensor) -> bool:
-        """Whether it is only a 1×1 convolution that takes less time than the checks before running it."""
-        pixels = x.shape[0] * x.shape[2] * x.shape[3]
-        return self.lone_weight is not None and self.lone_weight * pixels < _LITTLE_WORK
+    def why_small(self, x: Tensor) -> crossover.Slower | None:
+        """Why PyTorch takes as long, if it is only a 1×1 convolution that takes less time than the checks before
+        running it."""
+        work = (self.lone_weight or math.inf) * x.shape[0] * x.shape[2] * x.shape[3]
+        return crossover.Slower("little_work", int(work)) if work <= crossover.now.little_work else None
 
     def weight_strides(self) -> Iterator[tuple[int, ...]]:
         """The strides that, with the map's, determine those of results that are maps; nothing if none is."""

@@ -9,8 +9,9 @@ A backend is a module with
     why it cannot run on this machine, or None;
 ``refusal(operator, args) -> str | None``
     why it does not take this call, or None. Backend selection moves on silently; a forced backend raises it;
-``slower(operator, args) -> str | None``
-    why plain PyTorch was measured to be faster for this call, or None; read by backend selection only;
+``slower(operator, args) -> object | None``
+    why plain PyTorch was measured to be faster for this call (:mod:`.crossover`), as ``str`` of it, or None; read by
+    backend selection only;
 ``describe(operator, args) -> str``
     the variant that it would run, for ``explain``.
 

@@ -170,10 +170,10 @@ def decide(operator: str, args: tuple) -> Decision:
             refused[other] = f"'{_state.forced}' is forced"
         else:
             backend = BACKENDS[other]
-            reason = why_unavailable(other)
+            reason: object = why_unavailable(other)
             if reason is None:
                 reason = _refusal(backend, operator, args) or backend.slower(operator, args)
-            refused[other] = reason or "not chosen"
+            refused[other] = str(reason or "not chosen")
     return Decision(operator, name, chosen.describe(operator, args), refused)
 
 

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import native
+from . import crossover
+from .crossover import Slower
 
 NAME = "cpu"
 _ops = torch.ops.ffnet_kernels
@@ -37,40 +39,42 @@ def refusal(operator: str, args: tuple) -> str | None:
     return None
 
 
-def slower(operator: str, args: tuple) -> str | None:
+def slower(operator: str, args: tuple) -> Slower | None:
+    if operator in _DEPTHWISE:
+        return slower_map(args[0])
     if operator == "conv2d":
         return slower_projection(args)
-    if operator == "batch_norm":
-        return slower_norm(*args)
-    return slower_map(args[0]) if operator in _DEPTHWISE else None
+    return slower_norm(*args) if operator == "batch_norm" else None
 
 
-def slower_projection(args: tuple) -> str | None:
+def slower_projection(args: tuple) -> Slower | None:
     """Why plain PyTorch is faster for a 1×1 convolution with nothing fused behind it."""
     x, weight, *_, activation, scale, residual = args
-    least = 128 if native.lanes() < 16 else 32
-    if x.stride(1) == 1 or x.shape[1] >= least or activation != "none" or scale is not None or residual is not None:
+    if x.stride(1) == 1 or activation != "none" or scale is not None or residual is not None:
         return None
-    is_pointwise = tuple(getattr(weight, "shape", ())[2:]) == (1, 1)
-    return f"slower on an NCHW map of fewer than {least} channels" if is_pointwise else None
+    if tuple(getattr(weight, "shape", ())[2:]) != (1, 1):
+        return None
+    images, channels, height, width = x.shape
+    values, rule = channels * height * width, "nchw_values" if images == 1 else "nchw_batch_values"
+    return Slower(rule, values) if values <= getattr(crossover.now, rule) else None
 
 
-def slower_norm(x: Tensor, activation: str | None = None) -> str | None:
-    """Why plain PyTorch is faster for batch normalisation in training."""
-    if activation in ("none", "relu"):
-        return "no faster with nothing or a ReLU behind it"
-    if activation is not None and not x.is_contiguous(memory_format=torch.channels_last):
-        return "slower on a map that is not channels-last"
-    return None
+def slower_norm(x: Tensor, activation: str | None = None) -> Slower | None:
+    """Why plain PyTorch is as fast for batch normalisation in training."""
+    if activation is None:  # it is not asked about that alone
+        return None
+    kind = crossover.kind_of_norm(activation, x.is_contiguous(memory_format=torch.channels_last))
+    return Slower("norm", kind) if kind in crossover.now.norm else None
 
 
-def slower_map(x: Tensor) -> str | None:
+def slower_map(x: Tensor) -> Slower | None:
     """Why plain PyTorch is faster for depthwise operators on this map."""
-    _, channels, height, width = x.shape
-    if channels < 4 and x.stride(1) == 1:
-        return "slower on a channels-last map of fewer than 4 channels, which leaves most of a vector idle"
-    if height * width <= 4 and x.shape[0] > 1:
-        return "slower on maps of up to 2×2 pixels"
+    images, channels, height, width = x.shape
+    now = crossover.now
+    if channels <= now.few_channels and x.stride(1) == 1:
+        return Slower("few_channels", channels)
+    if height * width <= now.few_pixels and images > 1:
+        return Slower("few_pixels", height * width)
     return None
 
 

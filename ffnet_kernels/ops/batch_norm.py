@@ -69,8 +69,8 @@ def batch_norm(x: Tensor, norm: Norm, activation: str = "none") -> Tensor:
     """``act(norm(x))`` by the statistics of the batch.
 
     Only x is kept for the backward pass. Running statistics are updated as by ``nn.BatchNorm2d``; statistics and
-    parameters may be in float32 for narrower maps, as under autocast. The kernel takes channels-last maps and
-    activations other than ReLU; elsewhere PyTorch is as fast and keeps as little.
+    parameters may be in float32 for narrower maps, as under autocast. Layouts and activations for which PyTorch was
+    measured to be as fast are left to it.
 
     Args:
         x: ``[N, C, H, W]``.

@@ -133,6 +133,9 @@ def test_the_wheel(wheel):
         metadata = archive.read(about).decode()
     assert {"ffnet_kernels/py.typed", "ffnet/py.typed"} <= set(names)
     assert {f"ffnet_kernels/lib/{name}" for name in record["libraries"]} <= set(names)
+    tables = {str(path.relative_to(ROOT)) for path in (ROOT / "ffnet_kernels/backends/crossovers").glob("*.json")}
+    assert tables
+    assert tables <= set(names)
     assert {"commit", "compiler", "flags", "isas", "torch"} <= record.keys()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"ffnet_kernels", "ffnet", "ffnet_benchmarks"}
     assert f"{about.removesuffix('METADATA')}licenses/LICENSE" in names
