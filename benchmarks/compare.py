@@ -33,7 +33,7 @@ from .cases import Case
 from .contenders import CONTENDERS
 from .report import markdown
 from .results import OURS, Result, Row, git, machine, machine_line, write_json
-from .runner import INTERRUPTED, LEAST_SAMPLES, Prepared, Runner, no_garbage_collection, progress, rotated
+from .runner import INTERRUPTED, LEAST_SAMPLES, Prepared, Runner, measuring, no_garbage_collection, progress, rotated
 from .work import build
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -306,13 +306,13 @@ def serve(cases: Sequence[Case]) -> None:
                 answer = {"library": str(native.library_dir().resolve())}
             elif what == "prepare":
                 work = build(by_name[name])
-                with runner.clock.mode(work):
+                with measuring(work):
                     prepared = runner.prepare(by_name[name], work)
             elif prepared is not None:
-                with runner.clock.mode(work), no_garbage_collection():
+                with measuring(work), no_garbage_collection():
                     if what == "sample":
                         for entry in prepared.entries:
-                            runner.clock.sample(entry)
+                            runner.sample(entry)
                     else:
                         answer = Result({}, [prepared.outcome().row]).to_plain()
             print(ANSWER + json.dumps(answer), flush=True)

@@ -19,14 +19,14 @@ from torch import Tensor, nn
 import ffnet_kernels
 
 from .results import OURS
-from .work import ModelWork, OperatorWork, Program, Unsupported, Work, channels_innermost, is_filter
+from .work import OperatorWork, Program, Unsupported, Work, channels_innermost, is_filter
 
 BACKENDS = ("cuda", "triton")
 EAGER_NCHW, EAGER, CUDNN_NCHW, CUDNN, COMPILED, COPY = (
     "eager nchw", "eager channels-last", "cudnn nchw", "cudnn channels-last", "torch.compile channels-last", "copy",
 )  # fmt: skip
 OPSET = 20  # the first of ONNX with Gelu
-#: The options of torch.compile(mode="max-autotune") without CUDA graphs.
+#: The options of torch.compile(mode="max-autotune") without CUDA graphs, which would copy the inputs in every call.
 MAX_AUTOTUNE = {"max_autotune": True, "coordinate_descent_tuning": True}
 
 
@@ -385,19 +385,14 @@ class Copy(Contender):
         return Program(torch.empty_like(source).copy_, [(source,)], "")
 
 
-def on_gpu(work: Work, device: torch.device, moved: int = 0) -> list[Contender]:
-    """The contenders on a GPU: for operators each of our backends, the baselines that can compute it, and a copy of as
-    many bytes; for models backend selection and the baselines."""
+def on_gpu(work: OperatorWork, device: torch.device) -> list[Contender]:
+    """The contenders of an operator on a GPU: each of our backends, and the baselines that can compute it."""
     both = [Eager(EAGER_NCHW, "nchw"), Eager(EAGER, "channels_last")]
-    # CUDA graphs would copy an operator's inputs in every call.
-    options = {**MAX_AUTOTUNE, "triton.cudagraphs": True} if isinstance(work, ModelWork) else MAX_AUTOTUNE
-    compiled = TorchCompile(COMPILED, arguments={"options": options}, device=device.type, gradients=True)
-    if not isinstance(work, OperatorWork):
-        return [Ours(), *(both if work.inference else both[1:]), compiled]
+    compiled = TorchCompile(COMPILED, arguments={"options": MAX_AUTOTUNE}, device=device.type, gradients=True)
     layouts = {"nchw": "nchw", "channels-last": "channels_last"}
     ours = [OnBackend(f"{backend} {name}", layouts[name], backend) for backend in BACKENDS for name in layouts]
     cudnn, fourier = [Cudnn(CUDNN_NCHW, "nchw"), Cudnn(CUDNN, "channels_last")], SubquadraticOps()
     return [
         *(one for one in ours if one.unavailable() is None), *both, *(one for one in cudnn if one.differs(work)),
-        compiled, Copy(bytes=moved, device=device), *([fourier] if fourier.takes(work) else []),
+        compiled, *([fourier] if fourier.takes(work) else []),
     ]  # fmt: skip

@@ -1,7 +1,5 @@
-"""Measures contenders side by side: one process, alternating, every output checked against float64 in the same run.
-
-A clock defines how a contender is warmed up and how a sample is taken: that of the CPU is here, that of GPUs in `gpu`.
-"""
+"""Measures contenders side by side on the CPU: one process, alternating, every output checked against float64 in the
+same run. (On a GPU contenders run one after the other: `gpu_steps`.)"""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +22,7 @@ from torch import Tensor
 from ffnet_kernels import native
 
 from .cases import Case, parameters
-from .contenders import COPY, Contender, first_line
+from .contenders import Contender, first_line
 from .memory import keep_freed_memory, peak_during
 from .results import Measurement, Result, Roofs, Row, machine
 from .work import Program, Unsupported, Work, build
@@ -53,12 +51,10 @@ class Outcome(NamedTuple):
 
 @dataclass
 class Entry:
-    """A contender that runs, and its samples so far; ``call`` is timed."""
+    """A contender that runs, and its samples so far."""
 
     contender: str
     program: Program
-    call: Callable[[], Any]
-    detail: str = ""
     error: float | None = None
     passed: bool = False
     repeats: int = 1
@@ -69,8 +65,9 @@ class Entry:
     memory: int | None = None
 
     def measurement(self) -> Measurement:
+        program = self.program
         return Measurement(
-            self.contender, self.program.layout, self.detail, tuple(self.samples_ms), self.repeats, self.disturbed,
+            self.contender, program.layout, program.detail, tuple(self.samples_ms), self.repeats, self.disturbed,
             self.error, self.passed, page_faults=tuple(self.page_faults), memory=self.memory,
         )  # fmt: skip
 
@@ -100,79 +97,6 @@ class Prepared:
         return Outcome(row, self.expected[0], self.outputs)
 
 
-class Clock(Protocol):
-    """How a device is measured."""
-
-    @property
-    def timer(self) -> Callable[[], float]:
-        """Seconds."""
-
-    def mode(self, work: Work) -> contextlib.AbstractContextManager[Any]:
-        """Context in which everything of a work runs."""
-
-    def first_call(self, entry: Entry) -> None:
-        """Called after the check, before others are prepared."""
-
-    def warm_up(self, entry: Entry) -> None:
-        """Called once all are prepared: determines how many calls make a sample."""
-
-    def sample(self, entry: Entry) -> None:
-        """Takes one sample."""
-
-    def why(self, failure: Exception) -> str:
-        """Describes why a contender failed."""
-
-
-@dataclass(frozen=True)
-class CpuClock:
-    """The CPU's clock: before each sample it waits until the process is quiet, then makes untimed calls, so that thread
-    pools and caches are those of the contender measured, whichever ran before.
-
-    Attributes:
-        timer: returns seconds; replaced in tests.
-        sample_seconds: the least duration of a sample's calls together.
-    """
-
-    timer: Callable[[], float] = time.perf_counter
-    sample_seconds: float = MIN_SAMPLE_SECONDS
-
-    def mode(self, work: Work) -> contextlib.AbstractContextManager[Any]:
-        keep_freed_memory()
-        return torch.inference_mode(work.inference)
-
-    def first_call(self, entry: Entry) -> None:
-        entry.memory = None if entry.program.hoards else peak_during(entry.program)
-
-    def warm_up(self, entry: Entry) -> None:
-        wait_until_quiet()
-        fastest, total = math.inf, 0.0
-        while total < WARM_UP_SECONDS:
-            seconds = max(self._time(entry.call, 1), 1e-9)
-            fastest, total = min(fastest, seconds), total + seconds
-        entry.repeats = max(1, math.ceil(self.sample_seconds / fastest))
-        entry.untimed = 0 if fastest > LONG_SECONDS else math.ceil(UNTIMED_SECONDS / fastest)
-
-    def sample(self, entry: Entry) -> None:
-        wait_until_quiet()
-        for _ in range(entry.untimed):
-            entry.call()
-        before = Disturbances.now()
-        milliseconds = 1e3 * self._time(entry.call, entry.repeats)
-        after = Disturbances.now()
-        entry.samples_ms.append(float(f"{milliseconds:.7g}"))  # no clock has more digits
-        entry.disturbed += after.preemptions > before.preemptions
-        entry.page_faults.append(after.page_faults - before.page_faults)
-
-    def why(self, failure: Exception) -> str:
-        return f"failed: {first_line(failure)}"
-
-    def _time(self, call: Callable[[], Any], repeats: int) -> float:
-        start = self.timer()
-        for _ in range(repeats):
-            call()
-        return (self.timer() - start) / repeats
-
-
 @dataclass(frozen=True)
 class Runner:
     """Runs cases.
@@ -181,23 +105,26 @@ class Runner:
         contenders: in the order of the tables.
         samples: per contender and case.
         seconds: time after which a case ends, once it has `LEAST_SAMPLES`.
+        sample_seconds: the least duration of a sample's calls together.
+        timer: returns seconds; replaced in tests.
     """
 
     contenders: Sequence[Contender]
     samples: int = DEFAULT_SAMPLES
     seconds: float = math.inf
-    clock: Clock = CpuClock()
+    sample_seconds: float = MIN_SAMPLE_SECONDS
+    timer: Callable[[], float] = time.perf_counter
 
     def run(self, case: Any, work: Work) -> Outcome:
         """Runs one case. A contender that fails is recorded with the reason."""
-        with self.clock.mode(work), progress(len(self.contenders) + self.samples, case.name) as bar:
+        with measuring(work), progress(len(self.contenders) + self.samples, case.name) as bar:
             prepared = self.prepare(case, work, bar)
             bar.set_description_str(f"{case.name}: measuring")
             self._measure(prepared, bar)
             return prepared.outcome()
 
     def prepare(self, case: Any, work: Work, bar: Any = None) -> Prepared:
-        """Does everything before the first sample; must be called within the clock's mode."""
+        """Does everything before the first sample; must be called within `measuring`."""
         bar = bar or _Silent()
         expected = as_list(work.expected())
         limits = [work.error_limit(*pair) for pair in zip(expected, work.plain("nchw").results(), strict=True)]
@@ -208,21 +135,49 @@ class Runner:
                 reason = contender.unavailable()
                 if reason is None:
                     program = contender.prepare(work)
-                    # A copy computes nothing, so there is nothing to check.
-                    results = expected if contender.name == COPY else program.results()
-                    entry = Entry(contender.name, program, program, program.detail, *_judge(results, expected, limits))
+                    results = program.results()
+                    entry = Entry(contender.name, program, *_judge(results, expected, limits))
                     prepared.outputs[contender.name] = results[0]
-                    self.clock.first_call(entry)
+                    entry.memory = None if program.hoards else peak_during(program)
                     prepared.entries.append(entry)
             except Unsupported as refusal:
                 reason = str(refusal)
             except Exception as failure:  # a baseline may fail in any way, without affecting the others
-                reason = self.clock.why(failure)
+                reason = _why(failure)
             prepared.reasons[contender.name] = reason
             bar.update()
         for entry in list(prepared.entries):
-            self._attempt(prepared, entry, self.clock.warm_up)
+            self._attempt(prepared, entry, self._warm_up)
         return prepared
+
+    def sample(self, entry: Entry) -> None:
+        """Takes one sample, within `measuring`: in a quiet process and after untimed calls, so that thread pools and
+        caches are those of the contender measured, whichever ran before."""
+        wait_until_quiet()
+        for _ in range(entry.untimed):
+            entry.program()
+        before = Disturbances.now()
+        milliseconds = 1e3 * self._time(entry.program, entry.repeats)
+        after = Disturbances.now()
+        entry.samples_ms.append(float(f"{milliseconds:.7g}"))  # no clock has more digits
+        entry.disturbed += after.preemptions > before.preemptions
+        entry.page_faults.append(after.page_faults - before.page_faults)
+
+    def _warm_up(self, entry: Entry) -> None:
+        """Once all are prepared: determines how many calls make a sample."""
+        wait_until_quiet()
+        fastest, total = math.inf, 0.0
+        while total < WARM_UP_SECONDS:
+            seconds = max(self._time(entry.program, 1), 1e-9)
+            fastest, total = min(fastest, seconds), total + seconds
+        entry.repeats = max(1, math.ceil(self.sample_seconds / fastest))
+        entry.untimed = 0 if fastest > LONG_SECONDS else math.ceil(UNTIMED_SECONDS / fastest)
+
+    def _time(self, call: Callable[[], Any], repeats: int) -> float:
+        start = self.timer()
+        for _ in range(repeats):
+            call()
+        return (self.timer() - start) / repeats
 
     def _attempt(self, prepared: Prepared, entry: Entry, what: Callable[[Entry], None]) -> None:
         """Takes out a contender that fails late, with the reason."""
@@ -230,17 +185,27 @@ class Runner:
             what(entry)
         except Exception as failure:
             prepared.entries.remove(entry)
-            prepared.reasons[entry.contender] = self.clock.why(failure)
+            prepared.reasons[entry.contender] = _why(failure)
 
     def _measure(self, prepared: Prepared, bar: Any) -> None:
-        begun = self.clock.timer()
+        begun = self.timer()
         with no_garbage_collection():
             for number in range(self.samples):
-                if number >= LEAST_SAMPLES and self.clock.timer() - begun > self.seconds:
+                if number >= LEAST_SAMPLES and self.timer() - begun > self.seconds:
                     break
                 for entry in rotated(prepared.entries, number):
-                    self._attempt(prepared, entry, self.clock.sample)
+                    self._attempt(prepared, entry, self.sample)
                 bar.update()
+
+
+def measuring(work: Work) -> contextlib.AbstractContextManager[Any]:
+    """Context in which everything of a work runs."""
+    keep_freed_memory()
+    return torch.inference_mode(work.inference)
+
+
+def _why(failure: Exception) -> str:
+    return f"failed: {first_line(failure)}"
 
 
 def rotated(entries: Sequence[Any], number: int) -> list[Any]:

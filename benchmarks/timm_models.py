@@ -27,7 +27,7 @@ from .contenders import CONTENDERS, EAGER, EAGER_NCHW, Contender, Ours, TorchCom
 from .options import names, numbers, parser_of, positive
 from .report import SLOWER, WRONG, markdown, range_text
 from .results import Result, Row, machine, machine_line, write_json
-from .runner import INTERRUPTED, CpuClock, Runner, progress
+from .runner import INTERRUPTED, Runner, progress
 from .work import MEMORY_FORMATS, SEED, ModelWork, Program, Wrap, as_is
 
 MODELS = (
@@ -145,7 +145,7 @@ def measure(name: str, threads: Sequence[int], samples: int, *, compiled: bool =
         # By name, our backend is known only if the package is installed.
         backends = {**COMPILED, "our backend": dynamo.backend}
         contenders += [TorchCompile(name, arguments={"backend": b, "fullgraph": True}) for name, b in backends.items()]
-    runner = Runner(contenders, samples, CASE_SECONDS, CpuClock(sample_seconds=SAMPLE_SECONDS))
+    runner = Runner(contenders, samples, CASE_SECONDS, SAMPLE_SECONDS)
     result = Result(machine())
     for number in threads:
         torch.set_num_threads(number)

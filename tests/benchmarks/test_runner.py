@@ -16,7 +16,7 @@ from benchmarks.cases import OperatorCase
 from benchmarks.contenders import AsTrained, Eager, TorchCompile
 from benchmarks.report import FASTER_BASELINE, SLOWER, WRONG, overview, report, table
 from benchmarks.results import OURS, Measurement, Result, Roofs, Row, machine, read, replacing, shared_words, write_json
-from benchmarks.runner import CpuClock, Runner, run_cases
+from benchmarks.runner import Runner, run_cases
 from benchmarks.work import Program, build
 from ffnet_kernels import native
 
@@ -60,7 +60,7 @@ class Toy:
 
 
 def run(clock, *toys, samples=5):
-    return Runner(toys, samples, clock=CpuClock(clock)).run(CASE, build(CASE)).row
+    return Runner(toys, samples, timer=clock).run(CASE, build(CASE)).row
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_a_sample_begins_quiet_and_warm(clock, monkeypatch):
 
 def test_a_long_case_ends_early_but_not_at_once(clock):
     toy = Toy(OURS, clock, 1.0)
-    row = Runner([toy], 50, 1.5, CpuClock(clock)).run(CASE, build(CASE)).row
+    row = Runner([toy], 50, 1.5, timer=clock).run(CASE, build(CASE)).row
     assert len(row.measurements[0].samples_ms) == runner.LEAST_SAMPLES
 
 
@@ -249,9 +249,7 @@ def test_kept_rows_are_not_run_again(clock, monkeypatch):
         ran.clear()
         toys = [Toy(name, clock) for name in contenders]
         monkeypatch.setattr(Runner, "run", lambda self, case, work: ran.append(case) or real(self, case, work))
-        result = run_cases(
-            [CASE, other], lambda case: Runner(toys, 1, clock=CpuClock(clock)), kept=Result({}, [unasked, kept])
-        )
+        result = run_cases([CASE, other], lambda case: Runner(toys, 1, timer=clock), kept=Result({}, [unasked, kept]))
         assert [row.case for row in result.rows] == ["another suite's", CASE.name, other.name]
 
     resumed(OURS)
@@ -291,7 +289,7 @@ def test_passes_are_put_together(clock, monkeypatch):
     monkeypatch.setattr(Runner, "run", lambda self, case, work: order.append(case) or real(self, case, work))
 
     def runner_of(case):
-        return Runner([Toy(OURS, clock, 1e-3 * (1 + len(order))), Toy("baseline", clock)], 2, clock=CpuClock(clock))
+        return Runner([Toy(OURS, clock, 1e-3 * (1 + len(order))), Toy("baseline", clock)], 2, timer=clock)
 
     result = run_cases([CASE, other], runner_of, passes=2)
     assert order == [CASE, other, CASE, other]

@@ -25,7 +25,6 @@ pytest.importorskip("pip")
 pytestmark = pytest.mark.long
 
 ROOT = Path(__file__).parents[2]
-UNSET = ("FFNET_KERNELS_CUDA_HOST", "FFNET_KERNELS_LIBRARY_DIR")
 #: csrc/build.py of a machine where building is quick.
 COPYING_BUILD = """
 import shutil

@@ -26,7 +26,6 @@ from triton.compiler import ASTSource
 from . import attention, configs, depthwise, mixer
 from .launch import Launch, options, recording
 
-ARCHITECTURES = (80, 90, 100)
 #: Resources of one multiprocessor, the same on all of them.
 REGISTERS = 65536
 SHARED = 96 * 1024
