@@ -1,7 +1,7 @@
 // The CUDA kernels as operators of torch's dispatcher, through the LibTorch stable ABI only. Schemas, fakes and
 // autograd of the public operators are in ffnet_kernels/ops; what memory safety needs is checked here again. With
-// FFNET_HOST_EXECUTION the same operators take CPU tensors, for the tests (csrc/cuda/host). Here are the channel mixer
-// and what is of no operator; torch_cuda_convolution.cpp and torch_cuda_attention.cpp have the others.
+// FFNET_HOST_EXECUTION the same operators take CPU tensors, for the tests (csrc/cuda/host). This file has the channel
+// mixer and what belongs to no operator; torch_cuda_convolution.cpp and torch_cuda_attention.cpp have the others.
 #include "torch_cuda.h"
 
 #include "define.h"
@@ -74,8 +74,7 @@ void bias_activation_(Tensor map, const std::optional<Tensor>& bias, const std::
   const ChannelVector vector(bias, map, "bias", map.size(1));
   const Session session(map);
   if (maps.n > 0)
-    bias_activation(maps, kernel_activation(activation), map.mutable_data_ptr(), vector.data(),
-                    session.device());
+    bias_activation(maps, kernel_activation(activation), map.mutable_data_ptr(), vector.data(), session.device());
 }
 
 // With z = map + bias: gradient becomes gradient · act'(z), map becomes act(z).
@@ -116,7 +115,7 @@ std::string started_kernels() { return host::started_kernels(); }
 }  // namespace
 }  // namespace ffnet
 
-// For Python, while nothing is traced: 0, or 1 and why the library does not run on a GPU.
+// For Python, when nothing is traced: 0, or 1 and why the library does not run on a GPU.
 extern "C" __attribute__((visibility("default"))) int ffnet_cuda_check_device([[maybe_unused]] int device, char* reason,
                                                                               size_t size) {
   try {

@@ -1,5 +1,6 @@
-// What the bindings of the CUDA kernels share: checks of arguments, calls made of them, partial sums. Arguments of the
-// public operators have been checked by ffnet_kernels/ops/_arguments.py; what memory safety needs is checked here again.
+// What the bindings of the CUDA kernels share: checks of arguments, calls made from them, partial sums. Arguments of
+// the public operators have been checked by ffnet_kernels/ops/_arguments.py; what memory safety needs is checked here
+// again.
 #pragma once
 
 #include "torch_common.h"
@@ -84,7 +85,7 @@ inline Map map_of(const Tensor& t) {
 }
 inline Map written(Tensor& t) { return {t.mutable_data_ptr(), t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
 
-// A per-channel vector as dense memory; keeps the copy alive where one was needed.
+// A per-channel vector as dense memory; keeps the copy alive if one was needed.
 class ChannelVector {
  public:
   ChannelVector(const std::optional<Tensor>& vector, const Tensor& like, const char* name, int64_t channels) {
@@ -114,8 +115,8 @@ inline Filter filter_of(const Tensor& weight, const Tensor& like, const char* na
 }
 
 // A call whose maps and activation are still to be set.
-inline Convolution convolution(const Tensor& x, const Filter& filter, int64_t outputs, const std::vector<int64_t>& stride,
-                        const std::vector<int64_t>& padding) {
+inline Convolution convolution(const Tensor& x, const Filter& filter, int64_t outputs,
+                               const std::vector<int64_t>& stride, const std::vector<int64_t>& padding) {
   FFNET_CHECK(stride.size() == 2 && (stride[0] == 1 || stride[0] == 2) && (stride[1] == 1 || stride[1] == 2),
               "stride must be two numbers, each 1 or 2");
   FFNET_CHECK(padding.size() == 4, "padding must be four numbers");
@@ -159,7 +160,7 @@ inline DenseMaps dense_maps(const Tensor& map) {
 
 // out = residual + scale · (out + bias), in place.
 inline void scale_and_add(Tensor& out, const std::optional<Tensor>& bias, const std::optional<Tensor>& scale,
-                   const std::optional<Tensor>& residual, const Device& device) {
+                          const std::optional<Tensor>& residual, const Device& device) {
   if (!bias && !scale && !residual) return;
   const int64_t channels = out.size(1);
   const ChannelVector bias_vector(bias, out, "bias", channels), scale_vector(scale, out, "scale", channels);
@@ -208,7 +209,7 @@ inline Tensor filter_partials(Convolution& call, const Tensor& like, const Devic
   return partials;
 }
 
-// Gradients that partial sums add up to: of a filter, its bias and, where wanted, the scale of its results.
+// The gradients that partial sums add up to: of a filter, its bias and, if wanted, the scale of its results.
 struct FilterGradientTensors {
   const Tensor& partials;
   FilterGradients call{};
@@ -216,9 +217,7 @@ struct FilterGradientTensors {
   std::optional<Tensor> scale;
 
   FilterGradientTensors(const Tensor& partials_, const Filter& of, const Tensor& like, bool with_scale)
-      : partials(partials_),
-        filter(empty_map(like, {partials_.size(1), 1, of.kh, of.kw}, false)),
-        bias(vector(like)) {
+      : partials(partials_), filter(empty_map(like, {partials_.size(1), 1, of.kh, of.kw}, false)), bias(vector(like)) {
     if (with_scale) scale = vector(like);
     call.dtype = dtype_of(like);
     call.filter = of;

@@ -4,7 +4,7 @@
 namespace ffnet {
 namespace {
 
-// An attention whose output is still to be set, and the vectors that it points to.
+// An attention call whose output is still to be set, and the vectors that it points to.
 struct AttentionCall {
   ChannelVector key_bias, value_bias, scale;
   Attention call;
@@ -72,7 +72,8 @@ bool ffnified_attention_gradients_take(const Tensor& grad, const Tensor& query, 
   return !a.channels_last && choose(a.call, session.device()) == AttentionKernel::stream;
 }
 
-// Gradients of query, key, key_bias, value, value_bias and scale in one kernel, and one for sums; planes of 16 bits only.
+// Gradients of query, key, key_bias, value, value_bias and scale in one kernel, and one for sums; planes of 16 bits
+// only.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffnified_attention_gradients(
     const Tensor& grad, const Tensor& query, const Tensor& key, const std::optional<Tensor>& key_bias,
     const Tensor& value, const std::optional<Tensor>& value_bias, const std::string& activation,
@@ -97,8 +98,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffnified_attention_gr
   FilterGradientTensors key_grads(key_partials, a.call.key, query, false),
       value_grads(value_partials, a.call.value, query, true);
   key_grads.finish(nullptr, device), value_grads.finish(a.scale.data(), device);
-  return {query_grad,         key_grads.filter,  key_grads.bias,
-          value_grads.filter, value_grads.bias, *value_grads.scale};
+  return {query_grad, key_grads.filter, key_grads.bias, value_grads.filter, value_grads.bias, *value_grads.scale};
 }
 
 // Gradients of value, value_bias and scale from the gradient of the result and the hidden map.

@@ -20,7 +20,7 @@ Tensor depthwise_conv2d(const Tensor& x, const Tensor& weight, const std::option
   return out;
 }
 
-// gradient · act'(conv(x) + bias): what the gradients of the convolution are taken of.
+// gradient · act'(conv(x) + bias), from which the gradients of the convolution are computed.
 Tensor depthwise_conv2d_activation_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
                                             const std::optional<Tensor>& bias, const std::vector<int64_t>& stride,
                                             const std::vector<int64_t>& padding, const std::string& activation) {
@@ -111,8 +111,8 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_gradients(const Tensor& grad
   FFNET_CHECK(depthwise_conv2d_gradients_take(grad, x, weight, stride, padding),
               "depthwise_conv2d_gradients does not take this call");
   const ChannelVector bias_vector(bias, x, "bias", weight.size(0));
-  Convolution call = backward_call(grad, x, filter_of(weight, x, "weight", bias_vector.data()), weight.size(0), stride,
-                                   padding);
+  Convolution call =
+      backward_call(grad, x, filter_of(weight, x, "weight", bias_vector.data()), weight.size(0), stride, padding);
   call.activation = kernel_activation(activation);
   const Session session(x);
   const Device& device = session.device();
@@ -152,8 +152,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ffnet_kernels_cuda, m) {
   m.def(
       "depthwise_conv2d_gradients(Tensor grad, Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[4] padding, "
       "str activation) -> (Tensor, Tensor, Tensor)");
-  m.def(
-      "depthwise_conv2d_gradients_take(Tensor grad, Tensor x, Tensor weight, int[2] stride, int[4] padding) -> bool");
+  m.def("depthwise_conv2d_gradients_take(Tensor grad, Tensor x, Tensor weight, int[2] stride, int[4] padding) -> bool");
   m.def("describe_depthwise_conv2d(Tensor x, Tensor weight, int[2] stride, int[4] padding) -> str");
 }
 

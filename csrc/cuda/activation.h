@@ -39,8 +39,8 @@ FFNET_DEVICE float derivative_exact(Activation activation, float x) {
 // ---- 16-bit storage ----
 //
 // The smooth activations are x·σ(u) with u = x·P(x²), P of degree 5: exact for SiLU and the tanh form of GELU. For GELU
-// itself P is fitted (tools/fit_cuda_gelu.py): the error is below 2^-12 of the value wherever float16 has its full precision, half
-// of what rounding the result costs.
+// itself P is fitted (tools/fit_cuda_gelu.py): the error is below 2^-12 of the value wherever float16 has its full
+// precision, half of what rounding the result costs.
 
 struct ActivationParameters {
   Activation kind;
@@ -95,7 +95,7 @@ FFNET_DEVICE float derivative_fast(const ActivationParameters& p, float x, float
   return s + value * (1.0f - s) * -0.69314718f * (p.c[0] + 3.0f * p.c[1] * square);
 }
 
-// Over a few values at once: the kind is asked for once, or known to be smooth or not.
+// Over a few values at once: the kind is checked once, or known to be smooth or not.
 FFNET_BOTH bool is_smooth(Activation kind) { return kind != Activation::none && kind != Activation::relu; }
 
 template <int COUNT>

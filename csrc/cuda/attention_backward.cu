@@ -1,15 +1,15 @@
-// Backward of the FFNified attention on tensor cores, for 16-bit planes and filters of up to 7x9, all of it in one pass:
-// z = conv(query, key) + b1 again, the gradient of the hidden map act(z) = scale · conv'(gradient, value), and of that
-// times act'(z) the gradient of the query. The gradients of both filters are summed up beside: the hidden map and its
-// gradient live in registers, rounded to the storage type. Query and gradient are read once, the query's gradient is
-// written once.
+// Backward of the FFNified attention on tensor cores, for 16-bit planes and filters of up to 7x9, all of it in one
+// pass: z = conv(query, key) + b1 again, the gradient of the hidden map act(z) = scale · conv'(gradient, value), and of
+// that times act'(z) the gradient of the query. The gradients of both filters are summed on the way. The hidden map and
+// its gradient live in registers, rounded to the storage type. Query and gradient are read once, the query's gradient
+// is written once.
 #include "attention_backward.h"
 
 namespace ffnet {
 namespace {
 
-// The high filters, three convolutions' sums and those of two filters' gradients are more than a thread has registers:
-// the filters are read from shared memory then.
+// High filters, the sums of three convolutions and those of two filters' gradients need more registers than a thread
+// has: then the filters are read from shared memory.
 template <int K>
 constexpr bool kSharesFilters = K == 7;
 template <int K>  // its windows are rows of windows
@@ -34,7 +34,7 @@ attention_backward_kernel(FFNET_PARAMETER AttentionBackwardParameters p) {
 
   const Source sources[2] = {{p.query, channel, p.rows.first}, {p.gradient, channel, p.rows.first + p.gradient_ahead}};
   RowStream<K, WINDOWS, 2, ROWS> stream(p.shape, sources, ROWS::template turns<K>(p.rows), task);
-  // After the first rows, so that both are on their way at once.
+  // Loaded after the first rows have been requested, so that both are in flight.
   const auto filter = [&](const FilterView& view, [[maybe_unused]] int index) {
     if constexpr (kSharesFilters<K>)
       return SharedFilter<K, HALO>(view, channel, lane,
@@ -62,7 +62,7 @@ attention_backward_kernel(FFNET_PARAMETER AttentionBackwardParameters p) {
       stream.advance(turn);
 #pragma unroll
       for (int i = 0; i < K; ++i) {
-        RowPair own_grad{}, own_gradient{};  // transposed rows, of which the biases' gradients are summed up
+        RowPair own_grad{}, own_gradient{};  // transposed rows, whose sums are the biases' gradients
         if (turn.input(i)) {
           const RowPair query = stream.row(0, i, 0), gradient = stream.row(1, i, 0);
           middle.add(i, key, query, around(query));
@@ -76,7 +76,7 @@ attention_backward_kernel(FFNET_PARAMETER AttentionBackwardParameters p) {
         }
         if (turn.middle(i)) {
           const int row = turn.middle_row(i);
-          const float(&sum)[4] = middle.complete(i), (&sum_grad)[4] = middle_grad.complete(i);
+          const float (&sum)[4] = middle.complete(i), (&sum_grad)[4] = middle_grad.complete(i);
           float grad[4], active[4];
           if constexpr (ROWS::kKnown)
             derivative_gelu(p.activation, sum, grad, active);
@@ -84,8 +84,8 @@ attention_backward_kernel(FFNET_PARAMETER AttentionBackwardParameters p) {
             derivative_fast(p.activation, sum, grad, active);
 #pragma unroll
           for (int e = 0; e < 4; ++e) grad[e] *= scale * sum_grad[e];
-          const RowPair fresh_grad = inside.template apply<Turn::kInside>(
-              row, {{pack<T>(grad[0], grad[1]), pack<T>(grad[2], grad[3])}});
+          const RowPair fresh_grad =
+              inside.template apply<Turn::kInside>(row, {{pack<T>(grad[0], grad[1]), pack<T>(grad[2], grad[3])}});
           const RowPair outer_grad = around(fresh_grad);
           result.add(i, key_mirrored, fresh_grad, outer_grad);
           if (turn.owns(i)) {
@@ -98,7 +98,7 @@ attention_backward_kernel(FFNET_PARAMETER AttentionBackwardParameters p) {
         }
         if (turn.input(i) || turn.middle(i)) bias_grads.add(own_grad, own_gradient);
         if (turn.output(i)) {
-          const float(&sum)[4] = result.complete(i);
+          const float (&sum)[4] = result.complete(i);
           query_grad.template write<Turn::kInside>(turn.output_row(i),
                                                    {{pack<T>(sum[0], sum[1]), pack<T>(sum[2], sum[3])}});
         }
@@ -111,7 +111,8 @@ attention_backward_kernel(FFNET_PARAMETER AttentionBackwardParameters p) {
 #endif
 }
 
-AttentionBackwardParameters parameters(const Attention& call, const AttentionGradients& gradients, const Device& device) {
+AttentionBackwardParameters parameters(const Attention& call, const AttentionGradients& gradients,
+                                       const Device& device) {
   // Rows above and below its own that a result of each convolution reads.
   const int key_top = (call.key.kh - 1) / 2, key_bottom = call.key.kh / 2;
   const int value_top = call.value.kh / 2, value_bottom = (call.value.kh - 1) / 2;  // mirrored

@@ -1,7 +1,8 @@
 // The backward of attention_backward.cu for whole planes of 7, 8 or 16 rows, filters of 7 rows and GELU. A panel is
-// done in two phases, each of which lacks no registers: first the hidden map and its gradient, rounded, into shared
-// memory; then the gradients of the query and of both filters from there. The planes of a panel stay in shared memory for
-// both; the second phase replaces their rows by those of the next panel as soon as it has read them.
+// computed in two phases, each of which fits into the registers: first the hidden map and its gradient, rounded, go to
+// shared memory; then the gradients of the query and of both filters are computed from there. The planes of a panel
+// stay in shared memory for both; the second phase replaces their rows by those of the next panel as soon as it has
+// read them.
 #include "attention_backward.h"
 
 namespace ffnet {
@@ -10,7 +11,7 @@ namespace {
 constexpr int kRows = 7;           // of a filter
 constexpr int kReach = kRows / 2;  // rows above and below its own that a result reads
 
-// Rows that arrive together: all of planes that arrive as they lie in memory.
+// Rows that arrive together: the whole plane where it arrives as it lies in memory.
 template <Windows WINDOWS, int HEIGHT>
 constexpr int kChunk = linear_width(WINDOWS) > 0 ? HEIGHT : 4;
 
@@ -18,7 +19,7 @@ constexpr int kChunk = linear_width(WINDOWS) > 0 ? HEIGHT : 4;
 // a fifth of the matrix itself (band.h).
 class TapPairs {
  public:
-  static constexpr int kBefore = 11, kPairs = 26;  // of a row; before the one that begins with the first tap
+  static constexpr int kBefore = 11, kPairs = 26;        // of a row; before the one that begins with the first tap
   static constexpr int kBytes = kRows * kPairs * 4 + 8;  // filled up to a multiple of 16
 
   FFNET_DEVICE static void store(unsigned char* memory, const FilterView& f, int64_t output, int lane) {
@@ -84,7 +85,7 @@ struct Planes {
   }
 };
 
-// Of the rows that a fresh row of a plane meets.
+// For the rows that a fresh row of a plane is multiplied with.
 template <int HEIGHT>
 struct PlaneTurn {
   int y;
@@ -128,7 +129,7 @@ attention_backward_planes_kernel(FFNET_PARAMETER AttentionBackwardParameters p) 
   };
   open(task.begin);
   for_each_constant<kChunks>(fetch);
-  // After the first rows, so that both are on their way at once.
+  // Loaded after the first rows have been requested, so that both are in flight.
   TapPairs::store(planes.filter(0), p.key, channel, lane);
   TapPairs::store(planes.filter(1), p.value_mirrored, channel, lane);
   TapPairs::store(planes.filter(2), p.key_mirrored, channel, lane);
@@ -168,7 +169,7 @@ attention_backward_planes_kernel(FFNET_PARAMETER AttentionBackwardParameters p) 
           middle_grad.add(i, value, gradient, around(gradient));
         }
         if constexpr (y >= kReach) {
-          const float(&sum)[4] = middle.complete(i), (&sum_grad)[4] = middle_grad.complete(i);
+          const float (&sum)[4] = middle.complete(i), (&sum_grad)[4] = middle_grad.complete(i);
           float grad[4], active[4];
           derivative_gelu(p.activation, sum, grad, active);
 #pragma unroll
@@ -220,7 +221,7 @@ attention_backward_planes_kernel(FFNET_PARAMETER AttentionBackwardParameters p) 
         bias_grads.add(columns_grad, value_grad.kept(y % kRows));
       }
       if constexpr (y >= kReach) {
-        const float(&sum)[4] = result.complete(i);
+        const float (&sum)[4] = result.complete(i);
         query_grad.template write<true>(y - kReach, {{pack<T>(sum[0], sum[1]), pack<T>(sum[2], sum[3])}});
       }
     });

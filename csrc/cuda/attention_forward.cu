@@ -15,9 +15,9 @@ struct Parameters : StreamParameters {
 };
 
 template <class T, int K, Windows WINDOWS, class ROWS>
-// High planes under high filters would spill a few registers of what three blocks leave.
+// With three blocks, high planes with high filters would spill a few registers.
 FFNET_KERNEL(kStreamWarps* kWarp, K == 7 && ROWS::kKnown && !ROWS::kPlane ? 2 : 3)
-attention_forward_kernel(FFNET_PARAMETER Parameters p) {
+    attention_forward_kernel(FFNET_PARAMETER Parameters p) {
 #if FFNET_HAS_SM80
   constexpr bool HALO = has_neighbours(WINDOWS);
   const StreamTask task(p, 2 * StreamRing<K, WINDOWS, ROWS>::kBytes);
@@ -32,7 +32,7 @@ attention_forward_kernel(FFNET_PARAMETER Parameters p) {
 
   const Source sources[2] = {{p.query, channel, p.rows.first}, {p.residual, channel, p.rows.first - p.rows.lag_output}};
   RowStream<K, WINDOWS, 2, ROWS> stream(p.shape, sources, ROWS::template turns<K>(p.rows), task);
-  // After the first rows, so that both are on their way at once.
+  // Loaded after the first rows have been requested, so that both are in flight.
   const BandedFilter<K, HALO> key(p.key, channel, lane), value(p.value, channel, lane);
   const LaneWindows lane_windows(p.shape, lane);
   for (int panel = task.begin; panel < task.end; ++panel) {
@@ -53,7 +53,7 @@ attention_forward_kernel(FFNET_PARAMETER Parameters p) {
           middle.add(i, key, own, HALO ? neighbours.of(own) : RowPair{});
         }
         if (turn.middle(i)) {
-          const float(&sum)[4] = middle.complete(i);
+          const float (&sum)[4] = middle.complete(i);
           float active[4];
           if constexpr (ROWS::kKnown)
             activate_smooth(p.activation, sum, active);
@@ -64,7 +64,7 @@ attention_forward_kernel(FFNET_PARAMETER Parameters p) {
           result.add(i, value, own, HALO ? neighbours.of(own) : RowPair{});
         }
         if (turn.output(i)) {
-          const float(&sum)[4] = result.complete(i);
+          const float (&sum)[4] = result.complete(i);
           const RowPair residual = stream.row(1, i, turn.output_row(i));
           float out[4];
 #pragma unroll

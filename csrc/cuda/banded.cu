@@ -3,7 +3,7 @@
 //
 //     out[y, x] = Σ in[row, column] · filter[ky, kx]   with ky = in_y·row + out_y·y + pad (columns alike),
 //
-// where (in, out) is (1, -stride) forward and (-stride, 1) for the gradient. The filter's rows stand in shared memory
+// where (in, out) is (1, -stride) forward and (-stride, 1) for the gradient. The filter's rows are in shared memory
 // as banded matrices; a warp holds 8 rows of 16 windows of 8 columns of the result, and each row of the input that it
 // reads is multiplied with the matrices of all results it takes part in.
 #include "activation.h"

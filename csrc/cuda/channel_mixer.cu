@@ -128,7 +128,7 @@ mixer_kernel(FFNET_PARAMETER MixerParameters p) {
       uint32_t a[kRowTiles][4];
 #pragma unroll
       for (int i = 0; i < kRowTiles * 4; ++i) a[i / 4][i % 4] = pack<T>(values[2 * i], values[2 * i + 1]);
-      // Hidden units that do not exist are no zeros where a pixel is infinite, and NaN times a zero weight is NaN.
+      // Missing hidden units are not zero where a pixel is infinite, and NaN times a zero weight is NaN.
       if (units - group < 16) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -155,7 +155,7 @@ mixer_kernel(FFNET_PARAMETER MixerParameters p) {
   }
 
   // The residual's tile becomes the tile of out, in place: one rounding, and whole vectors to and from memory. Scale
-  // and bias lie behind it.
+  // and bias follow it.
   T* tile = memory + Tile::kOffsets;
   auto* factors = reinterpret_cast<FloatPair*>(memory + Tile::kEnd - 4 * WIDTH);
   for (int i = thread_index(); i < WIDTH; i += kThreads) {

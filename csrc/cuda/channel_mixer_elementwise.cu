@@ -1,5 +1,5 @@
 // The element-wise passes of the channel mixer around products that a library computes. Memory bounds them: each reads
-// and writes a map once, in vectors of 16 bytes where rows of channels or of pixels are made of whole ones.
+// and writes a map once, in vectors of 16 bytes where rows of channels or of pixels consist of whole ones.
 #include <algorithm>
 
 #include "activation.h"

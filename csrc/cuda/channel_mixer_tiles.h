@@ -1,4 +1,4 @@
-// How maps and weights of the fused channel mixer lie in shared memory and get there and back.
+// How the fused channel mixer lays out maps and weights in shared memory and copies them there and back.
 #pragma once
 
 #include <type_traits>

@@ -1,7 +1,7 @@
-// Backward of a depthwise convolution of stride 1 and its activation on tensor cores, for 16-bit planes and filters of up
-// to 7x9, in one pass: with z = conv(x) + b again, gradient · act'(z) is what the gradients of x and of the filter are
-// taken of. It lives in registers, rounded to the storage type. The map and the gradient are read once, the map's
-// gradient is written once.
+// Backward of a depthwise convolution of stride 1 and its activation on tensor cores, for 16-bit planes and filters of
+// up to 7x9, in one pass: z = conv(x) + b is computed again, and the gradients of x and of the filter are those of
+// gradient · act'(z), which lives in registers, rounded to the storage type. The map and the gradient are read once,
+// the map's gradient is written once.
 #include "activation.h"
 #include "filter_sums.h"
 #include "stream.h"
@@ -23,7 +23,7 @@ struct Parameters : StreamParameters {
 template <int K, Windows WINDOWS, class ROWS>
 constexpr int kWarpBytes = 2 * StreamRing<K, WINDOWS, ROWS>::kBytes;
 
-// The blocks of a multiprocessor: three, where their registers are enough.
+// Blocks on a multiprocessor: three if the registers are enough.
 template <int K, Windows WINDOWS, Slope SLOPE, class ROWS>
 constexpr int kResident = K == 3                 ? 3 - (WINDOWS == Windows::linear28 ? FFNET_FEWER_BLOCKS : 0)
                           : !ROWS::kKnown        ? 2
@@ -47,7 +47,7 @@ depthwise_backward_kernel(FFNET_PARAMETER Parameters p) {
 
   const Source sources[2] = {{p.x, channel, p.rows.first}, {p.gradient, channel, p.rows.first - p.rows.lag_middle}};
   RowStream<K, WINDOWS, 2, ROWS> stream(p.shape, sources, ROWS::template turns<K>(p.rows), task);
-  // After the first rows, so that both are on their way at once.
+  // Loaded after the first rows have been requested, so that both are in flight.
   const BandedFilter<K, HALO> filter(p.filter, channel, lane), mirrored(p.mirrored, channel, lane);
   const LaneWindows lane_windows(p.shape, lane);
   const bool lends = !ROWS::kKnown && lane_windows.lend();
@@ -77,7 +77,7 @@ depthwise_backward_kernel(FFNET_PARAMETER Parameters p) {
         if (turn.middle(i)) {
           RowPair fresh = stream.row(1, i, turn.middle_row(i));
           if constexpr (SLOPE != Slope::none) {
-            const float(&sum)[4] = middle.complete(i);
+            const float (&sum)[4] = middle.complete(i);
             float grad[4], value[4];
             if constexpr (SLOPE == Slope::gelu)
               derivative_gelu(p.activation, sum, grad, value);
@@ -97,7 +97,7 @@ depthwise_backward_kernel(FFNET_PARAMETER Parameters p) {
           }
         }
         if (turn.output(i)) {
-          const float(&sum)[4] = result.complete(i);
+          const float (&sum)[4] = result.complete(i);
           x_grad.template write<Turn::kInside>(turn.output_row(i),
                                                {{pack<T>(sum[0], sum[1]), pack<T>(sum[2], sum[3])}});
         }

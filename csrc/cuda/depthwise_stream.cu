@@ -6,8 +6,8 @@
 namespace ffnet {
 namespace {
 
-// What becomes of a sum z: act(z), or gradient · act'(z). Where the schedule is known, so is the activation: a smooth
-// one, or none or ReLU.
+// What is computed from a sum z: act(z), or gradient · act'(z). If the schedule is known at compile time, so is the
+// kind of activation: smooth, or none or ReLU.
 enum class Epilogue { activate, activation_backward, smooth, clamped };
 
 struct Parameters : StreamParameters {
@@ -19,9 +19,9 @@ struct Parameters : StreamParameters {
 };
 
 template <class T, int K, Windows WINDOWS, Epilogue EPILOGUE, class ROWS>
-// Narrow copies of high planes would spill a few registers of what four blocks leave.
+// With four blocks, narrow copies of high planes would spill a few registers.
 FFNET_KERNEL(kStreamWarps* kWarp, WINDOWS == Windows::linear28 ? 3 : 4)
-depthwise_stream_kernel(FFNET_PARAMETER Parameters p) {
+    depthwise_stream_kernel(FFNET_PARAMETER Parameters p) {
 #if FFNET_HAS_SM80
   constexpr bool HALO = has_neighbours(WINDOWS), kBackward = EPILOGUE == Epilogue::activation_backward;
   constexpr int kMaps = kBackward ? 2 : 1;
@@ -36,7 +36,7 @@ depthwise_stream_kernel(FFNET_PARAMETER Parameters p) {
   const Source sources[2] = {{p.x, channel / p.multiplier, p.rows.first},
                              {p.gradient, channel, p.rows.first - p.rows.lag_output}};
   RowStream<K, WINDOWS, kMaps, ROWS> stream(p.shape, sources, ROWS::template turns<K>(p.rows), task);
-  // After the first rows, so that both are on their way at once.
+  // Loaded after the first rows have been requested, so that both are in flight.
   const BandedFilter<K, HALO> filter(p.filter, channel, lane);
   const LaneWindows lane_windows(p.shape, lane);
   for (int panel = task.begin; panel < task.end; ++panel) {
@@ -56,7 +56,7 @@ depthwise_stream_kernel(FFNET_PARAMETER Parameters p) {
           sums.add(i, filter, own, HALO ? neighbours.of(own) : RowPair{});
         }
         if (turn.output(i)) {
-          const float(&sum)[4] = sums.complete(i);
+          const float (&sum)[4] = sums.complete(i);
           float out[4];
           if constexpr (kBackward) {
             float value[4];

@@ -28,7 +28,7 @@
 #define FFNET_HAS_SM80 0
 #endif
 
-// Where kernels need a few registers more than on sm_90: a block less runs on a multiprocessor then.
+// Where kernels need a few more registers than on sm_90: then one block fewer runs on a multiprocessor.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ == 900
 #define FFNET_FEWER_BLOCKS 0
 #else
@@ -132,7 +132,8 @@ FFNET_DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
                : "memory");
 }
 
-// 8 aligned bytes of shared memory, loaded anew at every call: the compiler would keep them in registers that it lacks.
+// 8 aligned bytes of shared memory, loaded at every call: the compiler would keep them in registers, of which there are
+// too few.
 FFNET_DEVICE uint2 load_again(const void* shared) {
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   uint2 pair;
@@ -179,7 +180,7 @@ FFNET_DEVICE void copy_async_of(void* shared, const void* global, int bytes) {
 // Closes a group of the thread's copies. Every thread must wait for all its groups before it ends.
 FFNET_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Waits until at most GROUPS_LEFT of the newest groups are under way.
+// Waits until at most GROUPS_LEFT of the newest groups are in flight.
 template <int GROUPS_LEFT>
 FFNET_DEVICE void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS_LEFT) : "memory");

@@ -98,7 +98,8 @@ FFNET_DEVICE void fill_zero(float (&value)[ROWS][V]) {
     for (int v = 0; v < V; ++v) value[i][v] = 0.0f;
 }
 
-// The rows of a column that have a bit in `inside`; the others stay as they are: zero, once for all columns.
+// Reads the rows of a column that have a bit in `inside`; the others keep their zeros, which were set once for all
+// columns.
 template <class T, int ROWS, int V>
 FFNET_DEVICE void read_column(float (&value)[ROWS][V], const char* from, int64_t row_bytes, uint32_t inside) {
 #pragma unroll

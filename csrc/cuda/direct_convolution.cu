@@ -1,9 +1,9 @@
 // Depthwise convolution on CUDA cores: any layout, dtype, filter and architecture. The gradient of the input is the
 // same convolution, of the result's gradient with the mirrored filter.
 //
-// A thread computes a strip of two columns. For each column of the map that they see, it reads the strip's rows once,
-// into registers, and multiplies them with a column of the filter for each of the two. Filters lie in shared memory as
-// [kx][lane's channel][channel][ky]; wide and high ones pass through it in stages.
+// A thread computes a strip of two columns. For each column of the map that they depend on, it reads the strip's rows
+// once, into registers, and multiplies them with a column of the filter for each of the two. Filters are in shared
+// memory as [kx][lane's channel][channel][ky]; wide and high ones pass through it in stages.
 #include "activation.h"
 #include "direct.h"
 #include "storage.h"
@@ -56,7 +56,7 @@ FFNET_DEVICE float derivative(const ActivationParameters& activation, float x) {
   return derivative_fast(activation, x, value);
 }
 
-// Brings rows x columns of the filters of the block's outputs, from (ky, kx) on, to shared memory.
+// Copies rows x columns of the filters of the block's outputs, from (ky, kx) on, to shared memory.
 template <class T, int V, int PITCH>
 FFNET_DEVICE void stage_filter(float* weights, const DirectCall& p, int first_output, int source, int ky, int kx,
                                int rows, int columns) {
@@ -79,7 +79,7 @@ direct_kernel(FFNET_PARAMETER DirectCall p) {
   constexpr int K = KH ? KH : kFilterRows, PITCH = kFilterPitch<K>, ROWS = (kStripRows - 1) * SH + K;
   float* weights = reinterpret_cast<float*>(shared_memory());
   const Tiling& tiling = p.tiling;
-  // Blocks that follow each other share memory's pages: channels of a position, or positions of a channel.
+  // Consecutive blocks share pages of memory: channels of a position, or positions of a channel.
   const int channel_block = tiling.channels_innermost ? block_x() % tiling.channel_blocks
                                                       : static_cast<int>(block_x() / tiling.position_blocks);
   const int64_t position_block =
@@ -157,7 +157,7 @@ direct_kernel(FFNET_PARAMETER DirectCall p) {
     if (!active) continue;
     char* out = p.out.at(at.image, output, row, column);
     const char* gradient = p.gradient.at(at.image, output, row, column);
-    // Two rows a turn, the others move up: so the code of the activations is there four times, not sixteen.
+    // Two rows an iteration, then the others move up: so the code of the activations exists four times, not sixteen.
     const int rows = static_cast<int>(smaller(kStripRows, p.out_h - row));
     const int columns = static_cast<int>(smaller(kColumns, p.out_w - column));
 #pragma unroll 1
@@ -254,7 +254,7 @@ void direct_forward(const Convolution& call, const Device& device) {
 
 namespace {
 
-// Rows (or columns) first, first + stride, ... of the input: which taps meet them, and where.
+// Rows (or columns) first, first + stride, ... of the input: which taps they are multiplied with, and where.
 struct Phase {
   int size;       // how many there are
   int tap, taps;  // the first of every stride-th tap
@@ -269,7 +269,7 @@ Phase make_phase(int first, int size, int kernel, int stride, int pad) {
 
 }  // namespace
 
-// With strides, each phase of rows and columns of the input meets taps of its own: a convolution each.
+// With strides, each phase of rows and columns of the input has its own taps: a convolution for each.
 void direct_dgrad(const Convolution& call, const Device& device) {
   const int64_t bytes = call.dtype == Dtype::float32 ? 4 : 2;
   for (int i = 0; i < call.stride_h; ++i) {

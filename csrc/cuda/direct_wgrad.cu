@@ -47,7 +47,7 @@ FFNET_KERNEL(kDirectThreads, 2)
 direct_wgrad_kernel(FFNET_PARAMETER WgradCall p) {
   constexpr int K = kTileRows<KH>, COLUMNS = kTileColumns<V, KH>, ROWS = (kStripRows - 1) * SH + K;
   const Tiling& tiling = p.tiling;
-  // Blocks that read the same share of both maps follow each other.
+  // Blocks that read the same share of both maps are consecutive.
   const int channel_block = block_x() % tiling.channel_blocks, rest = block_x() / tiling.channel_blocks;
   const int tile = rest % p.tiles, share = rest / p.tiles;
   const int ky = tile / p.tiles_x * K, kx = tile % p.tiles_x * COLUMNS;

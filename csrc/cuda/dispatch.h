@@ -1,4 +1,4 @@
-// Which kernel a call runs: the one place that decides, and the words that `explain` prints for it.
+// Which kernel a call runs: the only place that decides, and the words that `explain` prints for it.
 #pragma once
 
 #include "kernels.h"

@@ -1,4 +1,4 @@
-// The second stage of the filters' gradients: partial sums are added up in a fixed order, so results do not vary.
+// The second stage of the filters' gradients: partial sums are added in a fixed order, so results do not vary.
 #include "device.h"
 #include "storage.h"
 

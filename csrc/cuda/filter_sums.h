@@ -1,9 +1,9 @@
-// Gradients of filters, summed up beside the streams that bring the maps: filter_grad[ky, kx] = Σ fresh[y, x] · kept[y +
+// Gradients of filters, summed while the maps stream by: filter_grad[ky, kx] = Σ fresh[y, x] · kept[y +
 // ky - top, x + kx - left], in the terms of the filter that a kernel applies to the kept map.
 //
-// The columns of a fresh row and those around them, transposed, times a kept row are a matrix of 16 by 8 columns with the
-// 16 windows of a panel as its depth. Its diagonals are a row of taps; it is summed over everything that a warp sees, and
-// only then are the diagonals added up. The fresh row is the one that the first convolution has just completed, so the K
+// The columns of a fresh row and those around them, transposed, times a kept row are a matrix of 16 by 8 columns with
+// the 16 windows of a panel as its depth. Its diagonals are a row of taps; it is summed over all that a warp reads, and
+// only then are the diagonals added. The fresh row is the one that the first convolution has just completed, so the K
 // rows that it meets are the newest ones of the map: kept transposed, in rotation as the sums of band.h are.
 #pragma once
 
@@ -33,7 +33,7 @@ class FilterSums {
     for (int k = 0; k < K; ++k) kept_[k] = {};
   }
 
-  // The row of step i of a turn. What a window only lends must be zeros, or it would be counted twice.
+  // The row of step i of a turn. Columns that a window only provides must be zeros, or they would be counted twice.
   FFNET_DEVICE void keep(int i, RowPair row) { kept_[i] = transposed(row); }
   FFNET_DEVICE void keep_transposed(int i, RowPair row) { kept_[i] = row; }
   FFNET_DEVICE void keep_nothing(int i) { kept_[i] = {}; }

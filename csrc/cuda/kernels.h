@@ -11,8 +11,8 @@ namespace ffnet {
 
 enum class Dtype { float32, float16, bfloat16 };
 
-// Which activations activation.h has. A further one cost the kernels' main loops a fifth more instructions, whatever a
-// call asked for.
+// Which activations activation.h has. One more cost the kernels' main loops a fifth more instructions, whichever a call
+// used.
 inline bool has_kernel(Activation activation) {
   return activation == Activation::none || activation == Activation::relu || activation == Activation::gelu ||
          activation == Activation::gelu_tanh || activation == Activation::silu;
@@ -33,7 +33,7 @@ struct Filter {
 };
 
 // out = act(conv(x, filter) + bias): [n, channels, h, w] to [n, channels·multiplier, out_h, out_w]. Where `gradient`
-// (a map like out) has data, out = gradient · act'(conv(x, filter) + bias): what gradients are then taken of.
+// (a map like out) has data, out = gradient · act'(conv(x, filter) + bias), from which the gradients are computed.
 struct Convolution {
   Dtype dtype;
   int64_t n, channels;
@@ -88,9 +88,9 @@ void stream_forward(const Convolution& call, const Device& device);
 // As direct_dgrad, for calls that stream_takes and that have one output a channel.
 void stream_dgrad(const Convolution& call, const Device& device);
 
-// Backward of a convolution with stride 1 and a result like its map, which stream_takes: reads call.x and call.gradient;
-// writes the gradient of x and partial sums of those of the filter and its bias, as `wgrad` below writes them
-// (depthwise_backward.cu).
+// Backward of a convolution with stride 1 and a result like its map, which stream_takes: reads call.x and
+// call.gradient; writes the gradient of x and partial sums of those of the filter and its bias, as `wgrad` below writes
+// them (depthwise_backward.cu).
 bool stream_backward_takes(const Convolution& call);
 int64_t stream_backward_splits(const Convolution& call, const Map& x_grad, const Device& device);
 void stream_backward(const Convolution& call, const Map& x_grad, float* partials, const Device& device);

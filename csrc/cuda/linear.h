@@ -1,6 +1,6 @@
-// Planes 7, 14 or 28 wide, in shared memory as they lie in memory. Their rows begin at any even address, so that windows
-// would arrive in pieces of 4 or 2 bytes. But rows one after the other are one piece: what arrives are all aligned 16
-// bytes that it touches, and where it begins in them is added when it is read.
+// Planes 7, 14 or 28 wide, in shared memory as they lie in memory. Their rows begin at any even address, so windows
+// would arrive in pieces of 4 or 2 bytes. But consecutive rows are one piece: all aligned 16-byte pieces that it
+// touches are copied, and its offset in the first of them is added when it is read.
 #pragma once
 
 #include "panel.h"
@@ -13,11 +13,11 @@ struct LinearStage {
   static constexpr int kWindows = (WIDTH + kWindow - 1) / kWindow;  // of an image
   static constexpr int kImages = kPanel / kWindows, kImagesAHalf = kImages / 2;
   static constexpr int kRow = 2 * WIDTH, kBytes = ROWS * kRow;
-  static constexpr int kUnit = WIDTH % 2 ? 2 : 4;                   // what addresses are multiples of
-  static constexpr int kChunks = (kBytes + 16 - kUnit + 15) / 16;   // that an image's rows touch at most
-  static constexpr int kPitch = ROWS * kRowBytes / kImages;         // of images: lanes that read meet in no bank
-  static constexpr int kLanes = kWarp / kImages;                    // that copy an image
-  static constexpr int kCopies = (kChunks + kLanes - 1) / kLanes;   // of a lane
+  static constexpr int kUnit = WIDTH % 2 ? 2 : 4;                  // what addresses are multiples of
+  static constexpr int kChunks = (kBytes + 16 - kUnit + 15) / 16;  // that an image's rows touch at most
+  static constexpr int kPitch = ROWS * kRowBytes / kImages;        // of images: reads have no bank conflicts
+  static constexpr int kLanes = kWarp / kImages;                   // that copy an image
+  static constexpr int kCopies = (kChunks + kLanes - 1) / kLanes;  // of a lane
   static_assert(kChunks * 16 <= kPitch && kPitch % 16 == 0);
 };
 
@@ -48,7 +48,7 @@ class LinearCopies {
       for (int i = 0; i < Stage::kCopies; ++i) {
         constexpr int step = 16 * Stage::kLanes;
         if ((i + 1) * Stage::kLanes > Stage::kChunks && own >= 16 * Stage::kChunks - i * step) continue;
-        int bytes = left - i * step < 16 ? left - i * step : 16;  // nothing is read behind a plane
+        int bytes = left - i * step < 16 ? left - i * step : 16;  // nothing is read past the end of a plane
         bytes = bytes > 0 ? bytes : 0;
         if (!KNOWN::starts_inside() && place + i * step <= -16) bytes = 0;
         copy_async_of(target + i * step, source + i * step, bytes);
@@ -87,7 +87,7 @@ class LinearPlaces {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       place_[half] = own + first_[half] % 16;
-      // Of a lane whose second column does not exist the first one is read again.
+      // If a lane's second column does not exist, the first one is read again.
       if constexpr (WIDTH % 2) second_[half] = place_[half] + (column + 1 < WIDTH ? 2 : 0);
       first_[half] += Stage::kBytes;
     }

@@ -16,7 +16,7 @@ namespace ffnet {
 constexpr int kWindow = 8;  // columns of a window
 constexpr int kPanel = 16;  // windows of a panel
 constexpr int kStripWindows =
-    6;  // windows of a strip of a map wider than 8 windows, without one at each side for its halo
+    6;  // windows of a strip of a map wider than 8 windows, not counting one at each side for the halo
 
 // The windows of [n, h, w] planes. A plane is cut into strips where it is wide, and into segments of rows where there
 // would be too few panels otherwise; each of these parts is an image of its own below.
@@ -128,7 +128,7 @@ FFNET_BOTH constexpr bool has_neighbours(Windows windows) {
   return windows != Windows::alone && windows != Windows::linear7;
 }
 
-// Rows on their way through shared memory: a window's 8 columns (16 bytes) after the other.
+// Rows in flight through shared memory, one window's 8 columns (16 bytes) after another.
 constexpr int kRowBytes = kPanel * kWindow * 2;
 
 // A lane's part of a row of a panel: columns 2t, 2t + 1 of window g, of both halves (lane = 4g + t).
@@ -171,16 +171,16 @@ class RowCopies {
     if (exists) source_ += window.n * plane.n + channel * plane.c + int64_t{row_} * plane.w + window.column;
   }
 
-  // Starts the copies of a stage, for the caller to commit. What `KNOWN` tells of its rows is not asked (schedule.h).
+  // Starts the copies of a stage, for the caller to commit. What `KNOWN` knows of its rows is not checked (schedule.h).
   template <class KNOWN>
   FFNET_DEVICE void fetch(const Plane& plane, unsigned char* stage, int lane) {
     unsigned char* target = stage + lane % 2 * kRowBytes + lane / 2 * (kWindow * 2);
-    const uint16_t* source = source_;  // goes along: an address a row would be kept for each
+    const uint16_t* source = source_;  // advances: else an address would be kept for each row
 #pragma unroll
     for (int i = 0; i < (ROWS + 1) / 2; ++i) {
       if (!(ROWS % 2 && i == ROWS / 2 && lane % 2) && !KNOWN::none(i)) {  // the last row may have no second one
-        const bool inside = KNOWN::all(i) ? row_ > kNever / 2
-                                          : static_cast<unsigned>(row_ + 2 * i) < static_cast<unsigned>(plane.h);
+        const bool inside =
+            KNOWN::all(i) ? row_ > kNever / 2 : static_cast<unsigned>(row_ + 2 * i) < static_cast<unsigned>(plane.h);
         copy(plane, target + 2 * i * kRowBytes, source, inside);
       }
       source += (i < ROWS / 2 ? 2 : 1) * int64_t{plane.w};
@@ -235,7 +235,7 @@ class RowWriter {
     for (int half = 0; half < 2; ++half) {
       constexpr int kKnown = 2 * linear_width(WINDOWS);
       unsigned char* target = target_[half] + (kKnown > 0 ? int64_t{row * kKnown} : int64_t{row} * row_bytes_);
-      if constexpr (WINDOWS == Windows::linear7) {  // a condition a store, or they would be branches
+      if constexpr (WINDOWS == Windows::linear7) {  // one condition per store, or they would become branches
         if (columns_[half] > 0) reinterpret_cast<uint16_t*>(target)[0] = static_cast<uint16_t>(values.half[half]);
         if (columns_[half] > 1) reinterpret_cast<uint16_t*>(target)[1] = static_cast<uint16_t>(values.half[half] >> 16);
         continue;
@@ -272,9 +272,8 @@ class InsideMask {
   FFNET_DEVICE RowPair apply(int row, RowPair values) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half)
-      values.half[half] &= INSIDE || static_cast<unsigned>(row_[half] + row) < static_cast<unsigned>(height_)
-                               ? columns_[half]
-                               : 0;
+      values.half[half] &=
+          INSIDE || static_cast<unsigned>(row_[half] + row) < static_cast<unsigned>(height_) ? columns_[half] : 0;
     return values;
   }
 

@@ -1,4 +1,4 @@
-// What the host asks of the device.
+// What the host needs to know about the device.
 #include <algorithm>
 #include <atomic>
 #include <map>
@@ -16,7 +16,7 @@ namespace ffnet {
 #ifdef __CUDACC__
 namespace {
 
-// Compiled like all others: which code of it the device loads tells which of theirs.
+// Compiled like all other kernels: the code of it that the device loads shows which code of theirs it loads.
 FFNET_KERNEL(32, 1) probe_kernel(FFNET_PARAMETER int) {}
 
 struct Known {
@@ -34,7 +34,7 @@ Known ask() {
     throw std::runtime_error(std::string("ffnet_kernels (cuda): the library does not run on this GPU: ") +
                              cudaGetErrorString(error));
   }
-  // Code that was compiled for an older architecture has what that one has, on a newer GPU too.
+  // Code compiled for an older architecture has only the features of that one, even on a newer GPU.
   return {attributes.ptxVersion, multiprocessors};
 }
 
@@ -73,7 +73,7 @@ int resident_blocks(const void* kernel, int threads, size_t shared_bytes) {
   if (found != known.end()) return found->second;
   int blocks = 0;
   if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes) != cudaSuccess)
-    cudaGetLastError();  // what is wrong, the launch reports
+    cudaGetLastError();  // the launch reports what is wrong
   return known[{device, kernel}] = std::max(blocks, 1);
 }
 #else

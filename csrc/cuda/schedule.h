@@ -3,9 +3,9 @@
 // input below its own a result needs. A turn is K steps, as many as the filter has rows: it is unrolled, so that
 // accumulators rotate by renaming.
 //
-// A branch in a turn ends what the compiler can overlap, and products wait there for each other. So kernels take their
-// schedule as a type, and run the same code for turns of which the compiler knows every step (KnownTurn) as for those
-// whose steps are asked for one by one (CheckedTurn).
+// The compiler cannot overlap products across a branch in a turn; they wait there for each other. So kernels take their
+// schedule as a type, and run the same code for turns whose steps the compiler all knows (KnownTurn) as for those whose
+// steps are checked one by one (CheckedTurn).
 #pragma once
 
 #include <algorithm>
@@ -58,7 +58,7 @@ FFNET_DEVICE void for_each_constant(const Body& body) {
   for_each_constant(body, std::make_integer_sequence<int, COUNT>());
 }
 
-constexpr int kFar = 1 << 20;  // rows: more than are looked at
+constexpr int kFar = 1 << 20;  // rows: more than are ever looked at
 
 // What is known of the rows of a stage, which are copied in pairs: whether a plane has all or none of a pair.
 template <int ROWS, int FIRST, int HEIGHT>
@@ -80,7 +80,7 @@ struct UnknownRows {
 // Whether a turn's fetch is the first of a panel.
 enum class Opens { never, always, ask };
 
-// Asks for each step what it does. Nothing is known of planes: their rows are asked for, too.
+// Checks for each step what it does. Nothing is known of planes: their rows are checked, too.
 class CheckedTurn {
  public:
   static constexpr bool kInside = false, kFirst = false;
@@ -116,14 +116,14 @@ struct FullTurn : CheckedTurn {
   FFNET_BOTH static constexpr bool output(int) { return true; }
 };
 
-// Any planes, segments of them and filters. Without FULL there are no turns but asking ones, for kernels that would
+// Any planes, segments of them and filters. Without FULL every turn is a checked one, for kernels that would otherwise
 // spill registers.
 template <bool FULL>
 struct UnknownSchedule {
   static constexpr bool kKnown = false, kPlane = false;
   static constexpr int kHeight = 0;
 
-  // Of a panel; the other schedules know by themselves when it ends.
+  // For a panel; the other schedules know when it ends.
   template <int K>
   FFNET_DEVICE static int turns(const StreamRows& rows) {
     return (rows.steps + K - 1) / K;
@@ -153,8 +153,8 @@ struct KnownTurn {
   static constexpr bool kInside = true;
   static constexpr Opens kOpens = FETCHED == 0 ? Opens::always : Opens::never;
   template <int MAP>
-  using Fetched = std::conditional_t<(FETCHED < 0), UnknownRows,
-                                     KnownRows<K, FETCHED * K - (MAP == 0 ? 0 : LAG), HEIGHT>>;
+  using Fetched =
+      std::conditional_t<(FETCHED < 0), UnknownRows, KnownRows<K, FETCHED * K - (MAP == 0 ? 0 : LAG), HEIGHT>>;
 
   int row;  // of the input at the first step
 
@@ -199,8 +199,7 @@ struct PlaneRows {
   FFNET_DEVICE static void turns(const Body& body, std::integer_sequence<int, TURN...>) {
     constexpr int kAhead = kStages<K> - 1, kAll = kTurns<K, CONVOLUTIONS>;
     static_assert(kAll >= kAhead);
-    (body(KnownTurn<K, CONVOLUTIONS, LAG, TURN * K, HEIGHT - TURN * K, (TURN + kAhead) % kAll, HEIGHT>{TURN * K}),
-     ...);
+    (body(KnownTurn<K, CONVOLUTIONS, LAG, TURN * K, HEIGHT - TURN * K, (TURN + kAhead) % kAll, HEIGHT>{TURN * K}), ...);
   }
 };
 

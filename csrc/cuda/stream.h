@@ -18,9 +18,9 @@ struct StreamSplit {
   int panels;  // of a split
 };
 
-// Splits for multiprocessors on which `resident` blocks run at once: the least that the fullest of them has to do, where a
-// block takes `panel_rows` a panel and `start_rows` to fetch its filters and first rows. One block alone takes longer,
-// since nothing runs while it waits, and two take a little longer than three. Of equals the fewest splits.
+// Splits for multiprocessors on which `resident` blocks run at once: those that leave the busiest one the least to do.
+// A block takes `panel_rows` a panel and `start_rows` to fetch its filters and first rows. One block alone takes
+// longer, since nothing runs while it waits, and two take a little longer than three. Among equals, the fewest splits.
 inline StreamSplit stream_split(int panels, int64_t channels, int panel_rows, int start_rows, int resident,
                                 const Device& device) {
   const int64_t slots = int64_t{resident} * device.multiprocessors;
@@ -40,8 +40,8 @@ inline StreamSplit stream_split(int panels, int64_t channels, int panel_rows, in
   return best;
 }
 
-// Few images and channels leave schedulers idle: then the rows of a plane are divided too, while that makes the way
-// down a panel, with the `overlap` rows that segments read twice, a quarter shorter.
+// With few images and channels, schedulers are idle: then the rows of a plane are divided, too, as long as that makes
+// the way down a panel, including the `overlap` rows that segments read twice, a quarter shorter.
 inline PanelShape stream_shape(int64_t n, int rows, int columns, int64_t channels, int overlap, const Device& device) {
   PanelShape best = panel_shape(n, rows, columns, 1);
   const int64_t schedulers = int64_t{4} * device.multiprocessors;
@@ -63,7 +63,7 @@ struct StreamRing {
   static constexpr int kBytes = kStages * kRows * kRowBytes;
 };
 
-// What every streaming kernel is told; `Parameters` of each derive from it.
+// The parameters of every streaming kernel; `Parameters` of each derive from it.
 struct StreamParameters {
   PanelShape shape;
   StreamRows rows;
@@ -130,8 +130,8 @@ struct StageLayout<ROWS, WINDOWS, 0> {
   struct Places {};
 };
 
-// The rows of MAPS maps, a turn of K rows of each at a time, for one panel after the other; the next turns are on their
-// way meanwhile, across the end of a panel too. Whole planes that arrive as they lie in memory are a stage each.
+// The rows of MAPS maps, a turn of K rows of each at a time, for one panel after another. Meanwhile the next turns are
+// in flight, also across the end of a panel. Whole planes that arrive as they lie in memory are a stage each.
 template <int K, Windows WINDOWS, int MAPS, class ROWS>
 class RowStream {
   using Ring = StreamRing<K, WINDOWS, ROWS>;

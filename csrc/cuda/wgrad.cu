@@ -2,9 +2,8 @@
 // x] · input[s·y + ky - top, s·x + kx - left] over images, rows and columns.
 //
 // With 16 windows of 16 columns of the gradient as the depth of a product, gradient' · input is a matrix of 16 columns
-// of the gradient by the columns of the input around them, one for each ky; it is summed over everything a warp goes
-// through, and its diagonals are the taps. A warp streams down its windows; the rows of the input that it needs stay in
-// a ring.
+// of the gradient by the columns of the input around them, one for each ky; it is summed over all that a warp reads,
+// and its diagonals are the taps. A warp streams down its windows; the rows of the input that it needs stay in a ring.
 #include "device.h"
 #include "panel.h"
 #include "storage.h"
@@ -28,7 +27,7 @@ struct Parameters {
 // ROWS of a filter at once, CHUNKS of 8 columns of the input.
 template <int ROWS, int CHUNKS>
 struct WgradTile {
-  static constexpr int kAhead = 2;  // rows of the gradient that are on their way
+  static constexpr int kAhead = 2;  // rows of the gradient that are in flight
   static constexpr int kInputPitch =
       CHUNKS % 2 ? CHUNKS * 16 : CHUNKS * 16 + 16;  // odd multiples of 16: no bank conflicts
   static constexpr int kInputRow = kPanel * kInputPitch;
