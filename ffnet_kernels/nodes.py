@@ -61,7 +61,11 @@ def why_not(conv: Convolution) -> str:
         return f"a dilation of {conv.dilation[0]}×{conv.dilation[1]}"
     if not set(conv.stride) <= {1, 2}:
         return f"a stride of {conv.stride[0]}×{conv.stride[1]}"
-    return "neither depthwise nor pointwise"
+    if conv.groups == 1:
+        return "dense, and not 1×1"
+    if conv.groups == conv.inputs:
+        return f"depthwise with {conv.outputs // conv.groups} outputs a channel"
+    return f"{conv.groups} groups of several channels"
 
 
 def parse(node: Node) -> Convolution | None:

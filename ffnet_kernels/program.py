@@ -46,7 +46,9 @@ class Program:
         normalize(graph, draws=differentiable)
         patterns.rewrite(graph, fold=not differentiable)
         if not any(node.target in kernels.FUSED or node.meta.get("is_folded") for node in graph.nodes):
-            raise NotCapturable("nothing in it is for an operator")
+            reasons = dict.fromkeys(node.meta["reason"] for node in graph.nodes if "reason" in node.meta)
+            why = f" ({', '.join(reasons)})" if reasons else ""
+            raise NotCapturable(f"nothing in it is for an operator{why}")
         if not differentiable and any(map(is_constant, _output(graph).all_input_nodes)):
             raise NotCapturable("its result is made of weights alone")
         self.state, self.graph, self.differentiable = state, graph, differentiable

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import kernels
-from .capture import NotCapturable
+from .capture import NotCapturable, is_library
 from .optimize import Shortcut, require_module
 from .program import Program, is_constant
 from .state import State
@@ -26,17 +26,27 @@ class Row(NamedTuple):
 
 
 class Report(NamedTuple):
-    """The rows of a model in execution order; prints as a table."""
+    """The rows of a model in execution order; prints as a table.
+
+    Attributes:
+        own_classes: names of the user's classes, whose modules are called as written and have programs below them only.
+    """
 
     rows: tuple[Row, ...]
+    own_classes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         width = max((len(row.runs_on) for row in self.rows if row.is_step), default=0)
-        lines = (
+        lines = [
             f"  {row.runs_on:{width}}  {row.layers}" if row.is_step else f"{row.layers}: {row.runs_on}"
             for row in self.rows
-        )
-        return "\n".join(lines) or "nothing is optimised"
+        ]
+        if self.own_classes:
+            lines.append(
+                f"{', '.join(self.own_classes)}: your code, called as written, with programs only for layers in it; "
+                'torch.compile(model, backend="ffnet_kernels") captures all of it'
+            )
+        return "\n".join(lines) or "nothing is optimised (by `optimize`; what `torch.compile` made is not known here)"
 
 
 def report(model: nn.Module) -> Report:
@@ -48,7 +58,16 @@ def report(model: nn.Module) -> Report:
         TypeError: if ``model`` is not an ``nn.Module``.
     """
     require_module(model, "report")
-    return Report(tuple(_rows(model, "")))
+    own = [type(module).__name__ for module in model.modules() if _is_own(type(module)) and _has_shortcut(module)]
+    return Report(tuple(_rows(model, "")), tuple(dict.fromkeys(own)))
+
+
+def _is_own(kind: type) -> bool:
+    return not is_library(kind) and not kind.__module__.startswith("torch.")  # which wraps models, too
+
+
+def _has_shortcut(module: nn.Module) -> bool:
+    return any(isinstance(vars(one).get("_compiled_call_impl"), Shortcut) for one in module.modules())
 
 
 def _rows(module: nn.Module, path: str) -> Iterator[Row]:

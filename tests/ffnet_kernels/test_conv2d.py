@@ -228,7 +228,7 @@ def test_an_optimised_model():
             torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
         found = [row[:2] for row in fk.report(model).rows]
     assert found[1:] == [
-        ("0, 1", "conv2d"), ("2", "conv2d"), ("3", "torch: convolution (neither depthwise nor pointwise)")
+        ("0, 1", "conv2d"), ("2", "conv2d"), ("3", "torch: convolution (dense, and not 1×1)")
     ]  # fmt: skip
 
 

@@ -324,6 +324,29 @@ def test_a_refusal_is_reported(refused):
     assert re.search(reason, first.runs_on), first.runs_on
 
 
+def test_classes_of_the_users_are_named():
+    assert fk.report(fk.optimize(user_layer().eval())).own_classes == ()  # whose class has no layer to optimise
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(depthwise(), nn.Conv2d(8, 8, 3, dilation=2, groups=8))
+
+        def forward(self, x):
+            return self.layers(x)
+
+    found = fk.report(fk.optimize(nn.ModuleList([Own(), Own()]).eval()))
+    assert found.own_classes == ("Own",)
+    assert str(found).splitlines()[-1].startswith("Own: your code")
+    assert "nothing" in str(fk.report(Own()))
+
+
+def test_the_reasons_of_a_refusal_are_those_of_its_layers():
+    model = fk.optimize(nn.Sequential(nn.Conv2d(8, 8, 3, dilation=2, groups=8), nn.Conv2d(8, 24, 3, groups=8)).eval())
+    (row, *_) = fk.report(model).rows
+    assert row.runs_on.endswith("(a dilation of 2×2, depthwise with 3 outputs a channel)")
+
+
 def test_layers_below_a_refusal_have_programs():
     model = fk.optimize(hooked().eval())
     with torch.no_grad():
