@@ -76,7 +76,7 @@ def add_bias(bias: Tensor | None, other: Tensor) -> Tensor:
     return other.double() if bias is None else bias.double() + other
 
 
-def add_identity(weight: Tensor, scale: Tensor | None, groups: int) -> Tensor:
+def add_identity(weight: Tensor, scale: Tensor | None) -> Tensor:
     """The weight of a shape-preserving convolution plus the identity, or plus a scale per channel."""
     outputs, inputs, height, width = weight.shape
     each = torch.arange(outputs, device=weight.device)

@@ -136,19 +136,18 @@ def merge(rewriter: Rewriter, node: Node, a: Any, b: Any) -> Convolution | None:
         if not conv.keeps_size or conv.inputs != conv.outputs or not (conv.is_depthwise or conv.is_pointwise):
             return None
         if b is conv.x and (conv.is_pointwise or is_folded(conv)):  # a plain residual sum around one convolution stays
-            args = (conv.weight, None, conv.groups)
-            weight = rewriter.const(folding.add_identity, *args, shape=conv.weight.meta["shape"], like=conv.weight)
-            return conv._replace(weight=weight)
+            return conv._replace(weight=with_identity(rewriter, conv.weight, None))
         is_norm = b.target is kernels.batch_norm and b.args[0] is conv.x and len(b.users) == 1
         if is_norm and has_statistics(b):
             scale, shift = affine(rewriter, b, conv.weight)
-            weight = rewriter.const(
-                folding.add_identity, conv.weight, scale, conv.groups, shape=conv.weight.meta["shape"],
-                like=conv.weight,
-            )  # fmt: skip
+            weight = with_identity(rewriter, conv.weight, scale)
             bias = rewriter.const(folding.add_bias, conv.bias, shift, shape=(conv.outputs,), like=conv.weight)
             return conv._replace(weight=weight, bias=bias)
     return None
+
+
+def with_identity(rewriter: Rewriter, weight: Node, scale: Node | None) -> Node:
+    return rewriter.const(folding.add_identity, weight, scale, shape=weight.meta["shape"], like=weight)
 
 
 def merge_branches(rewriter: Rewriter, conv: Convolution, other: Convolution) -> Convolution | None:
