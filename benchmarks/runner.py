@@ -398,7 +398,7 @@ def _best_rate(run: Callable[[int], int], seconds: float) -> float:
         return run(rounds), time.perf_counter() - begun
 
     rounds, best = 1, 0.0
-    while timed(rounds)[1] <= seconds / 2:
+    while min(timed(rounds)[1] for _ in range(3)) <= seconds / 2:  # another process may have had the core for one
         rounds *= 2
     for _ in range(TRIALS):
         wait_until_quiet()

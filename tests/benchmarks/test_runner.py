@@ -6,6 +6,7 @@ import json
 import math
 import mmap
 import threading
+import types
 from dataclasses import dataclass, field
 
 import pytest
@@ -324,6 +325,18 @@ def test_the_share_of_the_roof():
     assert roofs_.raised(Roofs({"float32": 90.0}, ((1000, 11.0), (100_000, 0.5)))) == Roofs(
         {"float32": 100.0}, ((1000, 11.0), (100_000, 1.0))
     )
+
+
+def test_a_roof_is_no_lower_where_its_first_call_waited_for_a_core(monkeypatch, clock):
+    monkeypatch.setattr(runner, "time", types.SimpleNamespace(perf_counter=clock))
+    monkeypatch.setattr(runner, "wait_until_quiet", lambda: None)
+    waits = iter([1.0])
+
+    def run(rounds):
+        clock.now += next(waits, 0.0) + 1e-4 + 1e-6 * rounds
+        return rounds
+
+    assert runner._best_rate(run, 1e-2) == pytest.approx(1e6, rel=0.03)
 
 
 def test_roofs_of_this_machine(monkeypatch):
