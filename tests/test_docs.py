@@ -24,6 +24,7 @@ import torch
 import benchmarks.__main__
 import ffnet
 import ffnet.__main__
+import ffnet_kernels
 import ffnet_kernels.__main__
 from benchmarks import contenders, run, runner
 from benchmarks.results import Roofs
@@ -270,6 +271,14 @@ def test_every_page_of_the_site_is_there():
     outside = {"index.md", "CONTRIBUTING.md", "CHANGELOG.md"}  # made from files at the root
     assert len(listed) == len(set(listed))
     assert all((ROOT / "docs" / page).exists() for page in set(listed) - outside)
+
+
+@pytest.mark.parametrize(("package", "constants"), [(ffnet_kernels, {"ACTIVATIONS", "training"}), (ffnet, set())])
+def test_the_api_pages_have_every_public_name(package, constants):
+    page = (ROOT / "docs" / "api" / f"{package.__name__}.md").read_text()
+    listed = {entry.rpartition(".")[2] for entry in re.findall(r"^::: (.+)$", page, re.MULTILINE)}
+    made = set(ffnet.list_models())  # by name, through create_model
+    assert set(package.__all__) - constants - made <= listed
 
 
 @pytest.mark.long

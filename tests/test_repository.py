@@ -82,6 +82,8 @@ def test_kernels_and_python_know_the_same_activations():
     text = (CSRC / "activations.h").read_text().replace("\\\n", "")  # a macro of several lines
     (listed,) = re.findall(r"#define FFNET_ACTIVATIONS\(X\) (.*)", text)
     assert set(re.findall(r"X\((\w+)\)", listed)) == set(ACTIVATIONS)
+    page = (ROOT / "docs" / "operators.md").read_text()
+    assert [name for name in ACTIVATIONS if f"`{name}`" not in page] == []
 
 
 def test_the_include_rule_can_fail(tmp_path):
