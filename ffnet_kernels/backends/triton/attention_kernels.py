@@ -24,6 +24,7 @@ from .rows import (
     load_taps,
     load_vector,
     only_if,
+    own_share,
     row_offset,
     shift,
     zero_rows,
@@ -58,10 +59,7 @@ def ffnified_attention_forward_kernel(
     TOP: tl.constexpr = (TAPS - 1) // 2
     BEFORE: tl.constexpr = TOP if HALO else 0
     MIDDLE: tl.constexpr = ROWS + TAPS - 1 if HALO else ROWS
-    channel_blocks = tl.cdiv(channels, BLOCK_C)
-    c = (tl.program_id(0) % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    split = tl.program_id(0) // channel_blocks
-    channel_mask = c < channels
+    c, channel_mask, split = own_share(channels, BLOCK_C)
     c64 = c.to(tl.int64)
     left = (kernel_width - 1) // 2
     b1 = load_vector(key_bias + c if key_bias is not None else None, channel_mask, key_bias is not None, 0.0)
@@ -135,10 +133,7 @@ def ffnified_attention_backward_kernel(
     BOTTOM: tl.constexpr = TAPS - 1 - TOP
     BEFORE: tl.constexpr = BOTTOM if HALO else 0
     MIDDLE: tl.constexpr = ROWS + TAPS - 1 if HALO else ROWS
-    channel_blocks = tl.cdiv(channels, BLOCK_C)
-    c = (tl.program_id(0) % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    split = tl.program_id(0) // channel_blocks
-    channel_mask = c < channels
+    c, channel_mask, split = own_share(channels, BLOCK_C)
     c64 = c.to(tl.int64)
     offset = tl.cast(split, tl.int64) * (TAPS * kernel_width + 1) * channels + c
     left = (kernel_width - 1) // 2

@@ -15,9 +15,17 @@ from .rows import (
     load_taps,
     load_vector,
     only_if,
+    own_share,
     row_offset,
     zero_rows,
 )
+
+
+@triton.jit
+def _place(work, strip, strips, column_tiles, BLOCK_W: tl.constexpr):
+    """The image, first row and columns of a piece of work."""
+    columns = (work % column_tiles) * BLOCK_W + tl.arange(0, BLOCK_W)
+    return tl.cast(work // column_tiles // strips, tl.int64), (work // column_tiles) % strips * strip, columns
 
 
 @triton.jit(do_not_specialize=EXTENTS)
@@ -43,17 +51,12 @@ def depthwise_conv2d_forward_kernel(
         other_strides = in_elements(other_strides, MAP_UNIT, ALIGN)
     out_strides = in_elements(out_strides, MAP_UNIT, ALIGN)
     channels = channels * ALIGN
-    channel_blocks = tl.cdiv(channels, BLOCK_C)
-    c = (tl.program_id(0) % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    split = tl.program_id(0) // channel_blocks
-    channel_mask = c < channels
+    c, channel_mask, split = own_share(channels, BLOCK_C)
     c64 = c.to(tl.int64)
     b = load_vector(bias + c if bias is not None else None, channel_mask, bias is not None, 0.0)
     s = load_vector(scale + c if scale is not None else None, channel_mask, scale is not None, 1.0)
     for work in range(split, images * strips * column_tiles, splits):
-        columns = (work % column_tiles) * BLOCK_W + tl.arange(0, BLOCK_W)
-        start = (work // column_tiles) % strips * strip
-        n = tl.cast(work // column_tiles // strips, tl.int64)
+        n, start, columns = _place(work, strip, strips, column_tiles, BLOCK_W)
         mask = (columns < out_width)[:, None] & channel_mask[None, :]
         columns64 = columns.to(tl.int64)[:, None]
         out_tile = out + n * out_strides[0] + columns64 * out_strides[3] + c64[None, :] * out_strides[1]
@@ -104,16 +107,11 @@ def depthwise_conv2d_backward_kernel(
     weight_strides = in_elements(weight_strides, 0, ALIGN)
     grad_x_strides = in_elements(grad_x_strides, MAP_UNIT, ALIGN)
     channels = channels * ALIGN
-    channel_blocks = tl.cdiv(channels, BLOCK_C)
-    c = (tl.program_id(0) % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    split = tl.program_id(0) // channel_blocks
-    channel_mask = c < channels
+    c, channel_mask, split = own_share(channels, BLOCK_C)
     c64 = c.to(tl.int64)
     partial = partials + tl.cast(split, tl.int64) * (kernel_height * kernel_width + 1) * channels + c
     for work in range(split, images * strips * column_tiles, splits):
-        columns = (work % column_tiles) * BLOCK_W + tl.arange(0, BLOCK_W)
-        start = (work // column_tiles) % strips * strip
-        n = tl.cast(work // column_tiles // strips, tl.int64)
+        n, start, columns = _place(work, strip, strips, column_tiles, BLOCK_W)
         columns64 = columns.to(tl.int64)[:, None]
         mask = (columns < width)[:, None] & channel_mask[None, :]
         own_mask = (columns < out_width)[:, None] & channel_mask[None, :]
@@ -211,16 +209,11 @@ def depthwise_conv2d_backward_weight_kernel(
     grad_strides = in_elements(grad_strides, MAP_UNIT, ALIGN)
     x_strides = in_elements(x_strides, MAP_UNIT, ALIGN)
     channels = channels * ALIGN
-    channel_blocks = tl.cdiv(channels, BLOCK_C)
-    c = (tl.program_id(0) % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    split = tl.program_id(0) // channel_blocks
-    channel_mask = c < channels
+    c, channel_mask, split = own_share(channels, BLOCK_C)
     c64 = c.to(tl.int64)
     partial = partials + tl.cast(split, tl.int64) * (kernel_height * kernel_width + 1) * channels + c
     for work in range(split, images * strips * column_tiles, splits):
-        columns = (work % column_tiles) * BLOCK_W + tl.arange(0, BLOCK_W)
-        start = (work // column_tiles) % strips * strip
-        n = tl.cast(work // column_tiles // strips, tl.int64)
+        n, start, columns = _place(work, strip, strips, column_tiles, BLOCK_W)
         mask = (columns < out_width)[:, None] & channel_mask[None, :]
         first_columns = columns * STRIDE_W - left
         grad_tile = grad + n * grad_strides[0] + columns.to(tl.int64)[:, None] * grad_strides[3]

@@ -38,6 +38,14 @@ def in_elements(strides, UNIT: tl.constexpr, ALIGN: tl.constexpr):
 
 
 @triton.jit
+def own_share(channels, BLOCK_C: tl.constexpr):
+    """The channels of a program, which of them exist, and which share of the maps it takes."""
+    blocks = tl.cdiv(channels, BLOCK_C)
+    c = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    return c, c < channels, tl.program_id(0) // blocks
+
+
+@triton.jit
 def zero_rows(ROWS: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr):
     return (tl.zeros((BLOCK_W, BLOCK_C), tl.float32),) * ROWS
 
