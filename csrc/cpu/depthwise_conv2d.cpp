@@ -146,8 +146,7 @@ void depthwise_conv2d(const DepthwiseConv2d& op, const Executor& executor) {
   const bool planes = op.x_stride.c != 1;
   const int64_t strip = ceil_div(longest_strip(planes, op.w, op.h, op.filter.kh), op.stride_h);
   const int64_t vectors = ceil_div(op.channels * op.multiplier, kLanes);
-  const int64_t group =
-      planes ? 1 : group_size(op.storage, op.channels * op.h * op.w, op.filter.kh, op.w, vectors);
+  const int64_t group = planes ? 1 : group_size(op.storage, op.channels * op.h * op.w, op.filter.kh, op.w, vectors);
   const Tiling tiling = tile(vectors, group, op.n, op.out_h, 1, strip, executor.threads);
   run_storage<DepthwiseTask>(op, share_filters(tiling, op.out_w, executor.threads), executor);
 }

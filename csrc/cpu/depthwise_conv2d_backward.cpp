@@ -21,6 +21,10 @@ struct Work {
   int64_t band, halo;  // rows; gradient rows above a band that its input gradient needs
   bool needs_x() const { return op.activation != Activation::none || op.filter_grad.weight; }
   bool wants_filter() const { return op.filter_grad.weight || op.filter_grad.bias; }
+  Lanes lanes(int64_t vector) const {
+    const int64_t first = vector * kLanes;
+    return {first, min_of(kLanes, op.channels * op.multiplier - first), op.multiplier};
+  }
 };
 
 // The input gradient of one class of pixels: those that the same taps of a strided filter meet.
@@ -187,25 +191,12 @@ class Task {
   static PixelClass empty() { return {{0, 1, 0, 0}, {}, nullptr, 0, 0}; }
 };
 
-Lanes lanes_of(const DepthwiseConv2dBackward& op, int64_t vector) {
-  const int64_t first = vector * kLanes;
-  return {first, min_of(kLanes, op.channels * op.multiplier - first), op.multiplier};
-}
-
-template <class T>
-void run_task(void* context, int64_t index) {
-  const Work& work = *static_cast<const Work*>(context);
-  Task<T> task(work, lanes_of(work.op, work.tiling.vector(index)), work.sums.start(index));
-  work.tiling.for_each_strip(
-      index, [&](int64_t n, int64_t first, int64_t last, bool more) { task.run(n, first, last, more); });
-}
-
 template <class T>
 void finish_task(void* context, int64_t vector) {
   const Work& work = *static_cast<const Work*>(context);
   const DepthwiseConv2dBackward& op = work.op;
   const float* sums = work.sums.total(vector);
-  Lanes lanes = lanes_of(op, vector);
+  Lanes lanes = work.lanes(vector);
   lanes.multiplier = 1;
   store_filter_grad<T>(sums, sums + op.filter.kh * op.filter.kw * kLanes, op.filter.kh, op.filter.kw, lanes,
                        op.filter_grad);
@@ -225,7 +216,7 @@ void depthwise_conv2d_backward(const DepthwiseConv2dBackward& op, const Executor
             op.x_grad ? ceil_div(op.filter.kh - 1, op.stride_h) : 0};
   with_storage(op.storage, [&](auto element) {
     using T = decltype(element);
-    tiling.run(executor, op.x_stride.c == 1 ? vectors_in_line(op.storage) : 1, run_task<T>, &work);
+    tiling.run(executor, op.x_stride.c == 1 ? vectors_in_line(op.storage) : 1, run_gradient_task<Task<T>, Work>, &work);
     if (wants_filter) executor.run(tiling.vectors(), finish_task<T>, &work);
   });
 }

@@ -138,8 +138,7 @@ class AttentionTask {
     return op_.out_stride.c == 1 && lanes.count == kLanes ? Route::by_row : Route::by_strip;
   }
   int64_t gathered_floats(const Column& column) const {
-    return Rows<T, Taps>::scratch_floats(op_.query_stride, op_.w, column.lanes, in_first_, in_last_,
-                                         op_.key.kh);
+    return Rows<T, Taps>::scratch_floats(op_.query_stride, op_.w, column.lanes, in_first_, in_last_, op_.key.kh);
   }
 
   void make(const Column& column, int64_t n, NanSensor& sensor) const {

@@ -39,12 +39,11 @@ struct Work {
   // In a task's sums: dkey, its bias, v, sum of g, dscale.
   int64_t value_at() const { return key_floats() + kLanes; }
   int64_t scale_at() const { return value_at() + value_floats() + kLanes; }
+  Lanes lanes(int64_t vector) const {
+    const int64_t first = vector * kLanes;
+    return {first, min_of(kLanes, op.channels - first), 1};
+  }
 };
-
-Lanes lanes_of(const FfnifiedAttentionBackward& op, int64_t vector) {
-  const int64_t first = vector * kLanes;
-  return {first, min_of(kLanes, op.channels - first), 1};
-}
 
 // One task's vector of channels.
 template <class T>
@@ -197,18 +196,10 @@ class Task {
 };
 
 template <class T>
-void run_task(void* context, int64_t index) {
-  const Work& work = *static_cast<const Work*>(context);
-  Task<T> task(work, lanes_of(work.op, work.tiling.vector(index)), work.sums.start(index));
-  work.tiling.for_each_strip(
-      index, [&](int64_t n, int64_t first, int64_t last, bool more) { task.run(n, first, last, more); });
-}
-
-template <class T>
 void finish_task(void* context, int64_t vector) {
   const Work& work = *static_cast<const Work*>(context);
   const FfnifiedAttentionBackward& op = work.op;
-  const Lanes lanes = lanes_of(op, vector);
+  const Lanes lanes = work.lanes(vector);
   float *key = work.sums.total(vector), *value = key + work.value_at(), *grad_sum = value + work.value_floats();
   store_filter_grad<T>(key, key + work.key_floats(), op.key.kh, op.key.kw, lanes, op.key_grad);
   if (op.scale_grad)
@@ -236,7 +227,8 @@ void ffnified_attention_backward(const FfnifiedAttentionBackward& op, const Exec
             Reach(op.value, op.value_pad_top)};
   with_storage(op.storage, [&](auto element) {
     using T = decltype(element);
-    tiling.run(executor, op.query_stride.c == 1 ? vectors_in_line(op.storage) : 1, run_task<T>, &work);
+    tiling.run(executor, op.query_stride.c == 1 ? vectors_in_line(op.storage) : 1, run_gradient_task<Task<T>, Work>,
+               &work);
     executor.run(tiling.vectors(), finish_task<T>, &work);
   });
 }

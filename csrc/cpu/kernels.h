@@ -37,9 +37,8 @@ struct Executor {
   void (*run)(int64_t count, void (*body)(void* context, int64_t index), void* context);
 };
 
-// out[n, o, i, j] = act(bias[o] + sum_{ky, kx} x[n, o / multiplier, i*stride_h - pad_top + ky, ...] * weight[o, ky,
-// kx])
-struct DepthwiseConv2d {
+// What a depthwise convolution and its gradients read.
+struct DepthwiseInput {
   Storage storage;
   int64_t n, channels, multiplier;
   int64_t h, w, out_h, out_w;
@@ -48,12 +47,17 @@ struct DepthwiseConv2d {
   Strides x_stride;
   Filter filter;
   Activation activation;
+};
+
+// out[n, o, i, j] = act(bias[o] + sum_{ky, kx} x[n, o / multiplier, i*stride_h - pad_top + ky, ...] * weight[o, ky,
+// kx])
+struct DepthwiseConv2d : DepthwiseInput {
   void* out;
   Strides out_stride;
 };
 
-// out = residual + scale * (DW(act(DW(query; key)); value)), both convolutions stride 1 and "same" padded.
-struct FfnifiedAttention {
+// What an FFNified attention and its gradients read.
+struct AttentionInput {
   Storage storage;
   int64_t n, channels, h, w;
   const void* query;
@@ -61,7 +65,11 @@ struct FfnifiedAttention {
   Filter key, value;
   int64_t key_pad_top, key_pad_left, value_pad_top, value_pad_left;
   Activation activation;
-  const float* scale;    // [C] contiguous, may be null
+  const float* scale;  // [C] contiguous, may be null
+};
+
+// out = residual + scale * (DW(act(DW(query; key)); value)), both convolutions stride 1 and "same" padded.
+struct FfnifiedAttention : AttentionInput {
   const void* residual;  // may be null
   Strides residual_stride;
   void* out;
@@ -125,15 +133,7 @@ struct FilterGrad {
 };
 
 // Gradients of DepthwiseConv2d, with one or two outputs per channel; null ones are not wanted.
-struct DepthwiseConv2dBackward {
-  Storage storage;
-  int64_t n, channels, multiplier;
-  int64_t h, w, out_h, out_w;
-  int64_t stride_h, stride_w, pad_top, pad_left;
-  const void* x;
-  Strides x_stride;
-  Filter filter;
-  Activation activation;
+struct DepthwiseConv2dBackward : DepthwiseInput {
   const void* grad;
   Strides grad_stride;
   void* x_grad;
@@ -142,15 +142,7 @@ struct DepthwiseConv2dBackward {
 };
 
 // Gradients of FfnifiedAttention; null ones are not wanted. That of the residual is the incoming one.
-struct FfnifiedAttentionBackward {
-  Storage storage;
-  int64_t n, channels, h, w;
-  const void* query;
-  Strides query_stride;
-  Filter key, value;
-  int64_t key_pad_top, key_pad_left, value_pad_top, value_pad_left;
-  Activation activation;
-  const float* scale;  // [C] contiguous, may be null
+struct FfnifiedAttentionBackward : AttentionInput {
   const void* grad;
   Strides grad_stride;
   void* query_grad;

@@ -84,4 +84,13 @@ class PartialSums {
   Buffer data_;
 };
 
+// A task of `Work`, which has `tiling`, `sums` and the `lanes` of a vector: Task's `run` for each of its strips.
+template <class Task, class Work>
+void run_gradient_task(void* context, int64_t index) {
+  const Work& work = *static_cast<const Work*>(context);
+  Task task(work, work.lanes(work.tiling.vector(index)), work.sums.start(index));
+  work.tiling.for_each_strip(
+      index, [&](int64_t n, int64_t first, int64_t last, bool more) { task.run(n, first, last, more); });
+}
+
 }  // namespace ffnet::FFNET_ISA
