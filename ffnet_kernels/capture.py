@@ -299,7 +299,7 @@ class _Capture(fx.proxy.GraphAppendingTracer):
         self.paths = {id(module): path for path, module in named_modules(root)}
         self.is_library: Any = functools.cache(is_library)
         self.inside: list[str] = []
-        self.autocast = autocast.dtype()
+        self.autocast, self.gradients = autocast.dtype(), _gradients()
         self.cast_nodes: dict[fx.Node, fx.Node] = {}
         symbol = self.create_proxy("placeholder", "x", (), {})
         symbol.node.meta["value"] = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
@@ -326,6 +326,8 @@ class _Capture(fx.proxy.GraphAppendingTracer):
     ) -> fx.Node:
         if kind.startswith("call") and autocast.dtype() != self.autocast:
             raise NotCapturable("it switches autocast by itself")
+        if kind.startswith("call") and _gradients() != self.gradients:
+            raise NotCapturable("it switches gradients by itself, or has a gradient of its own")
         if kind.startswith("call") and self.autocast is not None:
             args, kwargs = self.as_autocast(target, args, kwargs)
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
@@ -419,7 +421,7 @@ class _Capture(fx.proxy.GraphAppendingTracer):
         if compiled is not None and not getattr(compiled, "is_program", False):
             raise NotCapturable(f"{where} is compiled by torch.compile")
         self.inside.append(self.paths[id(module)])
-        if kind in _NORMS and len(args) == 1 and not kwargs:
+        if kind in _NORMS and len(args) == 1 and not kwargs and _norm_code(kind) == _NORM_CODE[kind]:
             result = self.batch_norm(module, stand_in, args[0])
         else:
             result = kind.forward(stand_in, *args, **kwargs)
@@ -436,6 +438,17 @@ class _Capture(fx.proxy.GraphAppendingTracer):
         if not is_tracked:
             args = (x, None, None, stand_in.weight, stand_in.bias)
         return self.create_proxy("call_function", kernels.batch_norm_training, (*args, *tracked, module.eps), {})
+
+
+def _norm_code(kind: Any) -> tuple:
+    return kind.forward, kind._check_input_dim, F.batch_norm, torch.batch_norm
+
+
+_NORM_CODE = {kind: _norm_code(kind) for kind in _NORMS}
+
+
+def _gradients() -> tuple[bool, bool]:
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
 
 def globally_hooked() -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from .backends.activations import name_of
 from .normalize import argument
-from .shapes import Node, shapes
+from .shapes import Node, has_dtype_of, shapes
 
 ADDS = (operator.add, torch.add, "add")
 MULS = (operator.mul, torch.mul, "mul")
@@ -112,12 +112,6 @@ def has_statistics(norm: Node) -> bool:
 
 def has_shape_of(node: Any, other: Node) -> bool:
     return shapes(node) is not None and shapes(node) == shapes(other)
-
-
-def has_dtype_of(node: Node, other: Node) -> bool:
-    """Whether two nodes have the same dtype: under autocast, sums and products may be wider than their maps."""
-    value, expected = node.meta.get("value"), other.meta.get("value")
-    return not (isinstance(value, Tensor) and isinstance(expected, Tensor)) or value.dtype == expected.dtype
 
 
 def is_cast(node: Any) -> bool:

@@ -15,7 +15,7 @@ from torch import fx
 
 from . import kernels
 from .capture import NotCapturable
-from .shapes import Node, has_dimensions, shapes
+from .shapes import Node, has_dimensions, has_dtype_of, shapes
 
 #: The first arguments of `torch.nn.functional.batch_norm`.
 NORM_ARGUMENTS = ("input", "running_mean", "running_var", "weight", "bias")
@@ -34,7 +34,7 @@ _METHODS = {"add_", "sub_", "mul_", "div_", "relu_", "sigmoid_", "tanh_", "clamp
 _VIEWS = {
     "reshape", "view", "permute", "transpose", "flatten", "unflatten", "expand", "expand_as", "squeeze", "unsqueeze",
     "chunk", "split", "unbind", "narrow", "select", "reshape_as", "view_as", "movedim", "swapaxes", "t", "detach",
-    "contiguous", "to", "float", "type_as", "tensor_split", "swapdims",
+    "contiguous", "to", "float", "type_as", "tensor_split", "swapdims", "unfold", "einsum",
 }  # fmt: skip
 #: Methods and functions whose values do not depend on the layout, by name; and the elementwise ones below.
 _PURE = _VIEWS | {
@@ -44,8 +44,8 @@ _PURE = _VIEWS | {
     "logsigmoid", "prelu", "clamp", "clamp_min", "clamp_max", "cat", "stack", "conv1d", "conv2d", "conv3d",
     "conv_transpose2d", "batch_norm", "layer_norm", "group_norm", "instance_norm", "normalize", "rms_norm",
     "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "interpolate", "pad", "pixel_shuffle",
-    "pixel_unshuffle", "channel_shuffle", "einsum", "roll", "flip", "repeat", "repeat_interleave", "gather",
-    "index_select", "unfold", "fold", "getitem", "size", "dim", "numel", "eq", "ne", "lt", "le", "gt", "ge",
+    "pixel_unshuffle", "channel_shuffle", "roll", "flip", "repeat", "repeat_interleave", "gather",
+    "index_select", "fold", "getitem", "size", "dim", "numel", "eq", "ne", "lt", "le", "gt", "ge",
     "floordiv", "mod", "scaled_dot_product_attention", "var_mean", "var", "std", "norm", "where", "baddbmm", "addmm",
     "addcmul", "true_divide", "floor_divide", "rsub", "multiply", "divide", "subtract", "boolean_dispatch", "_assert",
     "getattr", "max_pool2d_with_indices", "local_response_norm", "cumsum", "log", "sin", "cos", "erf", "selu", "celu",
@@ -160,6 +160,8 @@ def _make_functional(node: Node, target: Any, seen: set[Node], draws: bool) -> N
         raise NotCapturable(f"{_name(node)} changes a map that others may see in place")
     if draws and (len(changed.users) > 1 or changed.target not in _SAVE_NO_RESULT):
         raise NotCapturable(f"{_name(node)} changes in place what a gradient may need")
+    if any(not has_dtype_of(a, changed) for a in node.args[1:] if isinstance(a, fx.Node)):
+        raise NotCapturable(f"{_name(node)} casts what it takes to the dtype of the map that it changes")
     node.target = target
     for user in [user for user in changed.users if user is not node and user not in seen]:
         user.replace_input_with(changed, node)

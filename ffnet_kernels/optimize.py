@@ -20,7 +20,15 @@ from .capture import PLACE, NotCapturable, globally_hooked, is_library, named_mo
 from .ops._operator import is_eager
 from .program import Program
 from .state import State
-from .trial import as_laid_out, compared, corner_of, shares_memory, strides_in_format_of
+from .trial import (
+    are_tensors_of_their_own,
+    as_laid_out,
+    compared,
+    compared_aside,
+    corner_of,
+    is_flat,
+    strides_in_format_of,
+)
 
 logger = logging.getLogger("ffnet_kernels")
 
@@ -41,7 +49,7 @@ def optimize(model: ModuleT) -> ModuleT:
 
     1. Results are those of the plain model, to rounding, in every later state, or the plain model's own error is
        raised. The first call for each shape and layout of the map runs both and compares them (of a large map, on a
-       corner).
+       corner; with gradients, once).
     2. The model is left unchanged: modules, classes, parameters, buffers, hooks, state dict and both modes, and
        everything that can be done with them. Copies and pickles are plain models: optimize them again. Results have the
        strides of the plain model's.
@@ -138,12 +146,14 @@ class Shortcut:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module: Any = self.module()
-        if torch.compiler.is_compiling() or _local.is_plain:
+        if torch.compiler.is_compiling():
             return module._call_impl(*args, **kwargs)
         # DataParallel and others copy a module's attributes, this one included: then the copy is called.
         caller = sys._getframe(1).f_locals.get("self")
         if caller is not module and isinstance(caller, nn.Module) and vars(caller).get(PLACE) is self:
             return caller._call_impl(*args, **kwargs)
+        if _local.is_plain:
+            return module._call_impl(*args, **kwargs)
         differentiable = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         way = self.last = self.ways[differentiable + 2 * torch.is_autocast_enabled("cpu")]
         if way.program is None and way.waiting:
@@ -156,6 +166,10 @@ class Shortcut:
         way.bypass = why_not_program(way, args, kwargs)
         return module._call_impl(*args, **kwargs)
 
+    def __reduce__(self) -> tuple:
+        """Copied or pickled with a module's attributes, it is None: the copy is a plain module."""
+        return type(None), ()
+
 
 class Way:
     """The program of a module, with or without gradients, or the reason why there is none, and what is known of its
@@ -166,8 +180,6 @@ class Way:
         self.autocast: torch.dtype | None = None  # of the program
         self.program: Program | None = None
         self.refusal: str | None = None
-        self.layouts: dict[tuple, list[tuple]] = {}
-        self.grad_strides: dict[tuple, tuple] = {}  # of the map's gradient
         self.example: Tensor | None = None  # a map as the last one, without data
         self.lock = threading.Lock()
         self.patience = self.waiting = 0
@@ -195,17 +207,17 @@ class Way:
             except Exception as error:  # the model is wrong: its modules raise the error
                 self.refusal = f"no program can be made of it: {error}"
                 return None
-            self.layouts, self.grad_strides, self.refusal = {}, {}, None
+            self.refusal = None
             return self.program
 
     def run(self, module: Any, program: Program, x: Tensor) -> Any:
         key = (x.shape, x.stride(), *program.weight_strides())
-        strides = self.layouts.get(key)
+        strides = program.layouts.get(key)
         if strides is None:
             return self.first_run(module, program, x, key)
         given = x
         if self.differentiable and x.requires_grad:
-            grad_strides = self.grad_strides.get(key, x.stride() if x.is_contiguous() else None)
+            grad_strides = program.grad_strides.get(key, x.stride() if x.is_contiguous() else None)
             if grad_strides is not None:
                 given = x.view_as(x)
                 given.register_hook(lambda grad: grad if is_batched(grad) else as_laid_out(grad, [grad_strides]))
@@ -223,8 +235,9 @@ class Way:
         return as_laid_out(out, strides)
 
     def first_run(self, module: Any, program: Program, x: Tensor, key: tuple) -> Any:
-        """Runs the modules for the strides of the result and, if they have no side effects, to check that the program
-        computes the same. If the program is for maps of any size, a corner of a large map is enough."""
+        """Runs the modules for the strides of the result, and to check that the program computes the same; with
+        gradients only once, and not if it draws random numbers. If the program is for maps of any size, a corner of a
+        large map is enough."""
         self.example = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
         corner = None if self.differentiable or not program.is_for_any_size else corner_of(x)
         expected: Any = None
@@ -239,9 +252,11 @@ class Way:
         level, reason = logging.WARNING, None
         if not self.differentiable:
             result, reason = compared(program.run, functools.partial(plainly, module), tried, expected)
-        elif x.requires_grad:
-            watch_gradient(x, leaves, lambda grad: self.grad_strides.__setitem__(key, grad.stride()))
-        if reason is None and any(type(leaf) is not Tensor or shares_memory(leaf, tried) for leaf in leaves):
+        elif not (program.is_compared or program.draws or is_flat(x)):
+            reason, program.is_compared = compared_aside(program.run, x, expected), True
+        if self.differentiable and x.requires_grad:
+            watch_gradient(x, leaves, lambda grad: program.grad_strides.__setitem__(key, grad.stride()))
+        if reason is None and not are_tensors_of_their_own([*leaves, tried]):
             reason = "its result is no tensor of its own"
         if reason is None and (small := program.why_small(x)) is not None:
             level, reason = logging.DEBUG, str(small)
@@ -261,9 +276,9 @@ class Way:
             result = expected if corner is None else plainly(module, x)
             self.refuse(reason, level)
             return result
-        if len(self.layouts) >= _MOST_LAYOUTS:
-            self.layouts = {}
-        self.layouts[key] = strides
+        if len(program.layouts) >= _MOST_LAYOUTS:
+            program.layouts.clear()
+        program.layouts[key] = strides
         return as_laid_out(result, strides)
 
     def refuse(self, reason: str, level: int = logging.WARNING) -> None:

@@ -80,6 +80,10 @@ class Program:
             _call_natively(lowered, self.keeps_format)
             steps.join(lowered)
             self.direct = _compile(lowered)
+        #: The strides of results by the map's shape and strides and `weight_strides`; and of the map's gradient.
+        self.layouts: dict[tuple, list[tuple]] = {}
+        self.grad_strides: dict[tuple, tuple] = {}
+        self.is_compared = False  # a program with gradients, with what the modules compute
         for node in graph.nodes:  # nodes form reference cycles and outlive the model; its weights should not
             node.meta.pop("tensor", None), node.meta.pop("counted_by", None)
 
@@ -122,17 +126,21 @@ class Program:
         """The strides that, with the map's, determine those of results that are maps; nothing if none is."""
         return map(Tensor.stride, self.filters)
 
-    def run(self, x: Tensor) -> Any:
+    def run(self, x: Tensor, aside: bool = False) -> Any:
+        """Runs the program; with gradients ``aside``, on copies of what it may move, such as running statistics."""
         if self.autocast is None:
-            return self._run(x)
+            return self._run(x, aside)
         with autocast.SpelledOut():
-            return self._run(x)
+            return self._run(x, aside)
 
-    def _run(self, x: Tensor) -> Any:
+    def _run(self, x: Tensor, aside: bool) -> Any:
         if self.device.type == "cpu" and not self.keeps_format:
             x = x.contiguous(memory_format=torch.channels_last)
         if self.differentiable:
-            return self.code(None, x, *self.constants.values(self.tensors))
+            values = self.constants.values(self.tensors)
+            if aside:
+                values = [value if isinstance(value, nn.Parameter) else value.clone() for value in values]
+            return self.code(None, x, *values)
         with torch._C._AutoDispatchBelowAutograd():
             # So that a profile shows operators by name.
             is_direct = choice.prefers_cpu() and not torch._C._autograd._profiler_enabled()
@@ -171,6 +179,7 @@ class Constants:
         self.sources = [i for i, node in enumerate(self.leaves) if node in sources]
         counters = {id(t): t for t in (self.leaves[i].meta.get("counted_by") for i in self.sources) if t is not None}
         self.counters = list(counters.values())
+        self.shapes = [node.meta["tensor"].shape for node in self.leaves]
         self.known: Known | None = None
 
     def kind(self) -> tuple[torch.dtype, torch.device]:
@@ -200,6 +209,8 @@ class Constants:
             kinds = {(t.dtype, t.device) for t in tensors if t.is_floating_point()}
             if len(kinds) > 1:
                 raise RuntimeError(f"parameters are of {len(kinds)} kinds: {kinds}")
+            if [t.shape for t in tensors] != self.shapes:
+                raise RuntimeError("parameters have other shapes than when the program was made")
             memory = [StorageWeakRef(source.untyped_storage()) for source in sources]
             values = self._compute(tensors)
             storages = [reference.cdata for reference in memory]

@@ -65,6 +65,12 @@ def has_dimensions(node: Node, count: int) -> bool:
     return isinstance(value, Tensor) and value.dim() == count
 
 
+def has_dtype_of(node: Node, other: Node) -> bool:
+    """Whether two nodes have the same dtype: under autocast, sums and products may be wider than their maps."""
+    value, expected = node.meta.get("value"), other.meta.get("value")
+    return not (isinstance(value, Tensor) and isinstance(expected, Tensor)) or value.dtype == expected.dtype
+
+
 def _same(x: Tensor, *_: Any, **__: Any) -> Tensor | None:
     return x.new_empty(x.shape) if isinstance(x, Tensor) else None
 

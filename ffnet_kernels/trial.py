@@ -27,7 +27,22 @@ def compared(program: Callable, modules: Callable, x: Tensor, expected: Any) -> 
         raise
     except Exception as error:
         result, reason = expected, str(error)
-    return result, None if reason is None else f"its program is not what the modules are: {reason}"
+    return result, None if reason is None else _NOT_THE_SAME + reason
+
+
+def compared_aside(program: Callable, x: Tensor, expected: Any) -> str | None:
+    """Like `compared`, of a program with gradients, which must not move anything twice; the difference alone."""
+    try:
+        with torch.no_grad():
+            reason = difference(program(x, aside=True), expected)
+    except BackendError:  # of one that was asked for
+        raise
+    except Exception as error:
+        reason = str(error)
+    return None if reason is None else _NOT_THE_SAME + reason
+
+
+_NOT_THE_SAME = "its program is not what the modules are: "
 
 
 def corner_of(x: Tensor) -> Tensor | None:
@@ -91,5 +106,9 @@ def difference(out: Any, expected: Any) -> str | None:
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
 
 
-def shares_memory(a: Tensor, b: Tensor) -> bool:
-    return a.numel() > 0 and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+def are_tensors_of_their_own(values: list[Any]) -> bool:
+    """Whether all values are plain tensors, no two of which share memory."""
+    if not all(type(value) is Tensor for value in values):
+        return False
+    places = [value.untyped_storage().data_ptr() for value in values if value.numel()]
+    return len(set(places)) == len(places)

@@ -69,7 +69,10 @@ class _Narrow(torch.autograd.Function):
         ctx.bias = project_bias if scale is None or project_bias is None else project_bias.detach().clone()
         ctx.biases = [(b, b._version) for b in (expand_bias, project_bias) if b is not None]
         ctx.given, ctx.activation = (expand_bias, project_bias), activation
-        return plain.scaled_residual(out, scale, residual)
+        out = plain.scaled_residual(out, scale, residual)
+        # No view: those that a function of ours makes cannot be changed in place afterwards.
+        storage = out.untyped_storage(), out.storage_offset(), out.shape, out.stride()
+        return torch.empty(0, dtype=out.dtype, device=out.device).set_(*storage)
 
     @staticmethod
     def backward(ctx, grad):

@@ -11,14 +11,13 @@ from .. import kernels
 from ..nodes import (
     Convolution,
     activation,
-    has_dtype_of,
     is_node,
     is_parameter,
     is_permuted,
     is_permuted_to_channels_first,
 )
 from ..normalize import argument
-from ..shapes import Node, has_dimensions
+from ..shapes import Node, has_dimensions, has_dtype_of
 from .rewriter import Rewriter
 
 

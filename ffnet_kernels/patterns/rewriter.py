@@ -13,7 +13,6 @@ from ..nodes import (
     Convolution,
     activation,
     describe_constant,
-    has_dtype_of,
     has_shape_of,
     is_node,
     is_parameter,
@@ -24,7 +23,7 @@ from ..nodes import (
     vector_of_product,
 )
 from ..normalize import is_view
-from ..shapes import Node, values_of
+from ..shapes import Node, has_dtype_of, values_of
 
 
 class Rewriter:
