@@ -76,7 +76,11 @@ class _NoDraws(TorchFunctionMode):
     tag, but would import torch.compile, which takes two seconds.)"""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if str(getattr(function, "__name__", "")).rstrip("_") in _DRAWS:
+        name = str(getattr(function, "__name__", ""))
+        # A mode calls PyTorch's functions within themselves, which not all decorators bear, such as torch.autocast's.
+        if hasattr(function, "__wrapped__") and getattr(Tensor, name, None) is not function:
+            raise NotCapturable(f"{name} is decorated")
+        if name.rstrip("_") in _DRAWS:
             arguments = (*args, *(kwargs or {}).values())
             if not any(isinstance(a, fx.Proxy) or (isinstance(a, Tensor) and a.is_meta) for a in arguments):
                 raise NotCapturable("it draws random numbers that do not depend on its map")
@@ -113,6 +117,15 @@ def refuse_foreign(holder: Any, attributes: Any) -> None:
     for name, value in list(attributes.items()):  # torch.compile puts its own into modules, with two underscores
         if (holder is Tensor or not name.startswith("__")) and is_foreign(value):
             raise NotCapturable(f"{getattr(holder, '__name__', holder)}.{name} is not its own")
+
+
+def refuse_other_containers(result: Any) -> None:
+    """Refuses results in containers that a graph would turn into others, such as an OrderedDict into a dict."""
+    if isinstance(result, tuple | list | dict):
+        if type(result) not in (tuple, list, dict) and not hasattr(result, "_fields"):
+            raise NotCapturable(f"its result is a {type(result).__name__}")
+        for part in result.values() if isinstance(result, dict) else result:
+            refuse_other_containers(part)
 
 
 def named_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -308,6 +321,7 @@ class _Capture(fx.proxy.GraphAppendingTracer):
         symbol.node.meta[LARGER] = x.new_empty(larger, device="meta")
         try:
             result = self.stand_in(root)(symbol)
+            refuse_other_containers(result)
             self.graph.output(self.create_arg(result))
         except NotCapturable:
             raise

@@ -220,7 +220,7 @@ class Way:
             grad_strides = program.grad_strides.get(key, x.stride() if x.is_contiguous() else None)
             if grad_strides is not None:
                 given = x.view_as(x)
-                given.register_hook(lambda grad: grad if is_batched(grad) else as_laid_out(grad, [grad_strides]))
+                given.register_hook(functools.partial(gradient_as_laid_out, strides=grad_strides))
         effects = Effects(program) if self.differentiable else None
         try:
             out = program.run(given)
@@ -347,6 +347,7 @@ def is_plain_eager(x: Any) -> bool:
         and is_eager()  # first, as the rest cannot be compiled
         and torch._C._len_torch_function_stack() == 0  # before anything that a mode would see
         and x.layout is torch.strided
+        and not x.is_nested
         and x.device.type in ("cpu", "cuda")
         and x.is_floating_point()
         and not x.is_neg()
@@ -371,6 +372,13 @@ def why_not_program(way: Way, args: tuple, kwargs: dict) -> str | None:
 
 
 _NOT_PLAIN = "it was called in a way that is not plain eager PyTorch"
+
+
+def gradient_as_laid_out(grad: Tensor, strides: tuple) -> Tensor:
+    if not is_batched(grad):
+        return as_laid_out(grad, [strides])
+    is_row_major = torch.empty(grad.shape, device="meta").stride() == strides
+    return grad.contiguous() if is_row_major else grad  # no other strides can be asked for
 
 
 is_batched = torch._C._functorch.is_legacy_batchedtensor  # in a vectorised Jacobian

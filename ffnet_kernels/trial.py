@@ -110,5 +110,5 @@ def are_tensors_of_their_own(values: list[Any]) -> bool:
     """Whether all values are plain tensors, no two of which share memory."""
     if not all(type(value) is Tensor for value in values):
         return False
-    places = [value.untyped_storage().data_ptr() for value in values if value.numel()]
+    places = [value.untyped_storage()._cdata for value in values if value.numel()]
     return len(set(places)) == len(places)

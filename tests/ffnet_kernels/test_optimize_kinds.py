@@ -13,7 +13,7 @@ from patterns_zoo import of_a_library
 from torch import nn
 
 import ffnet_kernels as fk
-from ffnet import mixers
+from ffnet import layers, mixers
 
 X = torch.randn(2, 8, 9, 9, generator=torch.Generator().manual_seed(0))
 
@@ -63,6 +63,7 @@ def test_results_of_several_maps(kind, training):
     models = twins(made(lambda: Results(kind)))
     for model in models:
         model.train(training)
+        model.body.append(nn.Sequential(nn.Identity(), layers.DropPath(0.0 if kind == "named" else 0.3)))
     alike(models, ("grad", "grad", "grad", *(["no_grad"] * 3 if not training else [])))
     shared = []
     for model in models:
@@ -131,6 +132,18 @@ def test_results_of_training_steps_can_be_changed_in_place(make, change):
         torch.testing.assert_close(*grads, rtol=0.05, atol=0.05 * scale)
 
 
+def test_strides_of_many_gradients_at_once():
+    models = twins(made(net))
+    for _ in range(2):
+        found = []
+        for model in models:
+            x = X.clone().requires_grad_()
+            out = model(x)
+            found += torch.autograd.grad(out, x, torch.stack([out, out * 2]).detach(), is_grads_batched=True)
+        torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
+        assert found[0].stride() == found[1].stride()
+
+
 # ---- Contexts that code enters by itself ----
 
 
@@ -150,6 +163,19 @@ def test_decorators_of_pytorch_that_switch_gradients(switch, holder, name, when,
         model.eval()
     monkeypatch.undo()
     alike(models)
+
+
+@pytest.mark.parametrize("options", [{"enabled": False}, {"dtype": torch.bfloat16}], ids=str)
+@pytest.mark.parametrize("outer", [False, True])
+def test_functions_decorated_by_autocast(options, outer, monkeypatch):
+    """Such a decorator, entered within itself, leaves autocast as it found it the second time."""
+    models = twins(made(lambda: nn.Sequential(*net(), nn.SiLU(), nn.Conv2d(8, 8, 1))))
+    monkeypatch.setattr(F, "silu", torch.autocast("cpu", **options)(F.silu))
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16, enabled=outer):
+            found = [model(X) for model in models]
+            assert torch.is_autocast_enabled("cpu") == outer
+        assert found[0].dtype == found[1].dtype
 
 
 @pytest.mark.parametrize(
