@@ -146,13 +146,13 @@ class Shortcut:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module: Any = self.module()
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():  # which does not trace frames
             return module._call_impl(*args, **kwargs)
         # DataParallel and others copy a module's attributes, this one included: then the copy is called.
         caller = sys._getframe(1).f_locals.get("self")
         if caller is not module and isinstance(caller, nn.Module) and vars(caller).get(PLACE) is self:
             return caller._call_impl(*args, **kwargs)
-        if _local.is_plain:
+        if _local.is_plain or torch.compiler.is_compiling():
             return module._call_impl(*args, **kwargs)
         differentiable = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         way = self.last = self.ways[differentiable + 2 * torch.is_autocast_enabled("cpu")]

@@ -238,6 +238,8 @@ def test_a_layer_with_the_attributes_of_another_and_a_weight_of_its_own():
         layer._parameters = {**layer._parameters, "weight": nn.Parameter(layer.weight.detach() * 3)}
         model[0] = layer
     alike(models, list(MODES) * 2)
+    exported = [torch.export.export(model, (X,)).module() for model in models]
+    alike(exported, ["no_grad"])
 
 
 def test_weights_of_another_shape_through_data():
