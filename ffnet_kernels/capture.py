@@ -347,7 +347,7 @@ class _Capture(fx.proxy.GraphAppendingTracer):
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
         node.meta["paths"] = [self.inside[-1]] if self.inside else []
         if kind.startswith("call"):
-            with torch.no_grad():
+            with torch.no_grad(), _NoDraws():  # again, as a mode is off where it handles a call
                 node.meta["value"] = evaluate(node, lambda other: other.meta["value"])
                 node.meta[LARGER] = evaluate(node, lambda other: other.meta[LARGER])
         return node

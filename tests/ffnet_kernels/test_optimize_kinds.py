@@ -199,6 +199,24 @@ def test_methods_of_normalisation_taken_from_other_layers(holder, name, other, w
         monkeypatch.undo()
 
 
+@of_a_library
+class DrawsFromSizes(nn.Module):
+    """The numbers that it draws depend on the size of the map alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = net()
+
+    def forward(self, x):
+        return x + torch.bernoulli(torch.full((x.shape[0], 1, 1, 1), 0.5)) * self.body(x)
+
+
+def test_capture_draws_no_numbers_of_a_size():
+    models = twins(made(DrawsFromSizes))
+    for x in (X, X[..., :7]):
+        alike(models, ("grad", "no_grad"), x)
+
+
 # ---- Copied attributes ----
 
 
