@@ -84,7 +84,6 @@ INPUTS = {
     "large": lambda x: x * 1e18,
     "sparse": lambda x: x.to_sparse(),
     "mkldnn": lambda x: x.to_mkldnn(),
-    "nested": lambda x: torch.nested.nested_tensor([x[0], x[0, :, 1:]]),
     "quantised": lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
     "a list": lambda x: [x.clone()],
     "nothing": lambda x: None,

@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from contract import MODES, agree, autocast, depthwise, randomised, twins
+from contract import MODES, agree, autocast, depthwise, outcome, randomised, twins
 from patterns_zoo import of_a_library
 from torch import nn
 
@@ -130,6 +130,17 @@ def test_results_of_training_steps_can_be_changed_in_place(make, change):
             grads.append([p.grad for p in model.parameters()])
         scale = max(grad.abs().max().item() for grad in grads[1])
         torch.testing.assert_close(*grads, rtol=0.05, atol=0.05 * scale)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("grad", [False, True])
+def test_nested_tensors_raise_what_the_modules_raise(grad):
+    models = twins(made(net))
+    alike(models, ("grad", "no_grad"))
+    nested = torch.nested.nested_tensor([X[0], X[0, :, 1:]])
+    with torch.set_grad_enabled(grad):
+        errors = [outcome(model, nested) for model in models]
+    assert type(errors[0]) is type(errors[1]) is NotImplementedError
 
 
 def test_strides_of_many_gradients_at_once():
