@@ -17,6 +17,7 @@ from typing import NamedTuple
 from xml.sax.saxutils import escape
 
 from . import goals, memory, timm_models
+from .contenders import EAGER, EAGER_NCHW
 from .options import parser_of
 from .report import SLOWER, WRONG, error_text, growth_table, markdown, range_text, share_text
 from .results import OURS, Result, Roofs, Row, machine_line, replacing
@@ -64,6 +65,21 @@ def whole(result: Result) -> str:
     rows = [r for r in result.rows if r.parameters.get("kind") in ("layer", "model", "training")]
     lines = [(row.case, *_against_best(row, result)) for row in rows]
     return markdown(("case", "ms", "of roof", "fastest baseline", "its time"), lines, left=(0, 3))
+
+
+def against_pytorch(result: Result) -> str:
+    """Models or training steps against the better eager layout and torch.compile."""
+    lines = []
+    for row in result.rows:
+        ours = row.measurement(OURS)
+        ratios = [ratio for name in (EAGER_NCHW, EAGER) if (ratio := row.ratio(name)) is not None]
+        if ours is None or not ratios:
+            continue
+        share = share_text(row, ours, Roofs.of(result.machine))
+        compiled = _ratio_text(row.ratio("torch.compile"))
+        lines.append((row.case, f"{ours.median_ms:.1f}", share, _ratio_text(min(ratios)), compiled))
+    table = markdown(("case", "ms", "of roof", "better eager layout", "torch.compile"), lines)
+    return f"{_measured(result)}\n\n{table}"
 
 
 def record(result: Result) -> str:
@@ -232,6 +248,8 @@ TABLES = {
     "demo": Table("cpu-zen5-2threads-demo.json", demo),
     "operators": Table("cpu-zen5-2threads-quick.json", operators),
     "whole": Table("cpu-zen5-2threads-quick.json", whole),
+    "family": Table("cpu-zen5-2threads-family-2026-11-30.json", against_pytorch),
+    "training": Table("cpu-zen5-2threads-training-2026-11-30.json", against_pytorch),
     "growth": Table("cpu-zen5-2threads-quick.json", lambda result: growth_table(result.rows)),
     "record": Table("cpu-zen5-2threads-record.json", record),
     "memory": Table("cpu-zen5-2threads-memory.json", peak_memory),
