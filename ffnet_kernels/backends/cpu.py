@@ -39,7 +39,7 @@ def refusal(operator: str, args: tuple) -> str | None:
     return None
 
 
-def slower(operator: str, args: tuple) -> Slower | None:
+def slower(operator: str, args: tuple) -> Slower | str | None:
     if operator in _DEPTHWISE:
         return slower_map(args[0])
     if operator == "conv2d":
@@ -59,10 +59,12 @@ def slower_projection(args: tuple) -> Slower | None:
     return Slower(rule, values) if values <= getattr(crossover.now, rule) else None
 
 
-def slower_norm(x: Tensor, activation: str | None = None) -> Slower | None:
+def slower_norm(x: Tensor, activation: str | None = None) -> Slower | str | None:
     """Why plain PyTorch is as fast for batch normalisation in training."""
     if activation is None:  # it is not asked about that alone
         return None
+    if x.dtype != torch.float32 and activation in ("none", "relu"):
+        return "no faster in 16 bits with nothing or a ReLU behind it"
     kind = crossover.kind_of_norm(activation, x.is_contiguous(memory_format=torch.channels_last))
     return Slower("norm", kind) if kind in crossover.now.norm else None
 
