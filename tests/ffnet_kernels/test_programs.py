@@ -438,6 +438,7 @@ def test_compiled(own_dynamo):
         lambda: model.mixer.main.fc1.bias.add_(0.5),
         lambda: setattr(model.first[0], "weight", nn.Parameter(torch.randn(8, 1, 3, 3))),
         lambda: model.load_state_dict(randomised(Own()).state_dict()),
+        lambda: (model.train(), model(x), model.eval()),  # moves statistics, and none of their versions
     ):
         before = model(x)
         change()
