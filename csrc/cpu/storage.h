@@ -136,12 +136,14 @@ FFNET_INLINE void store(Vec x, T* p) {
 
 template <class T>
 FFNET_INLINE Vec load_first(const T* p, int64_t n) {
+  if (n == Vec::lanes) return load(p);
   T whole[Vec::lanes] = {};
   __builtin_memcpy(whole, p, static_cast<size_t>(n) * sizeof(T));
   return load(whole);
 }
 template <class T>
 FFNET_INLINE void store_first(Vec x, T* p, int64_t n) {
+  if (n == Vec::lanes) return store(x, p);
   T whole[Vec::lanes];
   store(x, whole);
   __builtin_memcpy(p, whole, static_cast<size_t>(n) * sizeof(T));
