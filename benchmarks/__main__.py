@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
+from . import options
 from .memory import restart_with_plain_heap
 
 #: What each command does, and the module whose ``main(arguments)`` runs it.
@@ -18,19 +19,20 @@ COMMANDS = {
     "tables": ("write the tables of README and docs from the results of record, or check them", "tables"),
     "gpu": ("everything there is to check and measure on a GPU", "gpu"),
 }
-USAGE = f"usage: python -m {__package__} COMMAND [OPTION ...]\n\n" + "\n".join(
-    f"  {name:9} {text}" for name, (text, _) in COMMANDS.items()
-)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, program: str = f"python -m {__package__}") -> int:
     """Returns what the command returns; 2 for an unknown one."""
+    options.program = program
     arguments = sys.argv[1:] if argv is None else argv
+    usage = f"usage: {program} COMMAND [OPTION ...]\n\n" + "\n".join(
+        f"  {name:9} {text}" for name, (text, _) in COMMANDS.items()
+    )
     if arguments[:1] in (["-h"], ["--help"]):
-        print(USAGE)
+        print(usage)
         return 0
     if not arguments or arguments[0] not in COMMANDS:
-        print(USAGE, file=sys.stderr)
+        print(usage, file=sys.stderr)
         return 2
     return importlib.import_module(f".{COMMANDS[arguments[0]][1]}", __package__).main(arguments[1:])
 

@@ -6,9 +6,12 @@ import argparse
 import functools
 from collections.abc import Callable, Iterable
 
+#: What a user wrote to get here, for usage and errors: ``ffnet-kernels bench`` is another name.
+program = f"python -m {__package__}"
+
 
 def parser_of(command: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(prog=f"python -m {__package__} {command}", description=description, epilog=epilog)
+    return argparse.ArgumentParser(prog=f"{program} {command}", description=description, epilog=epilog)
 
 
 def numbers(text: str) -> tuple[int, ...]:

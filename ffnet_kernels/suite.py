@@ -19,7 +19,8 @@ def package() -> str:
 
 
 def run(program: str, arguments: Sequence[str], *, may_restart: bool) -> int:
-    """Runs a command of the suite and returns its exit code; 2, with one line on stderr, if something is not installed.
+    """Runs a command of the suite, for which a user wrote `program`, and returns its exit code; 2, with one line on
+    stderr, if something is not installed.
 
     A command line may be restarted with heap settings suited to measuring; a caller in Python must not be.
     """
@@ -27,7 +28,7 @@ def run(program: str, arguments: Sequence[str], *, may_restart: bool) -> int:
     try:
         if may_restart:
             importlib.import_module(f"{name}.memory").restart_with_plain_heap()
-        return importlib.import_module(f"{name}.__main__").main(list(arguments))
+        return importlib.import_module(f"{name}.__main__").main(list(arguments), program)
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.partition(".")[0] in (name, "ffnet", "ffnet_kernels"):
             raise

@@ -106,6 +106,14 @@ def test_every_command_has_help(command, capsys):
     assert f"usage: {program} {command}" in capsys.readouterr().out
 
 
+def test_usage_and_errors_name_the_program_that_was_called(capsys):
+    assert main(["walk"], "ffnet-kernels bench") == 2
+    assert "usage: ffnet-kernels bench COMMAND" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["run", "--samples", "0"], "ffnet-kernels bench")
+    assert "ffnet-kernels bench run: error:" in capsys.readouterr().err
+
+
 def test_charts(tmp_path):
     rows = [row("first b1 float32", ours=1.0, baseline=2.0), row("second b1 float32", ours=1.0, baseline=0.5)]
     charts.latency_chart(rows[0], tmp_path / "latency.png", "title")
