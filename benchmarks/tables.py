@@ -254,7 +254,10 @@ TABLES = {
     "record": Table("cpu-zen5-2threads-record.json", record),
     "memory": Table("cpu-zen5-2threads-memory.json", peak_memory),
     "timm": Table("cpu-zen5-timm-2026-11-30.json", timm),
-    "timm, AVX2": Table("cpu-zen5-timm-avx2.json", timm),
+    "timm, AVX2": Table("cpu-zen3-timm-2026-11-30.json", timm),
+    "operators, AVX2": Table("cpu-zen3-2threads-quick-2026-11-30.json", operators),
+    "whole, AVX2": Table("cpu-zen3-2threads-quick-2026-11-30.json", whole),
+    "training, AVX2": Table("cpu-zen3-2threads-training-2026-11-30.json", against_pytorch),
 }
 #: The pages with tables.
 PAGES = {ROOT / "README.md": README_TABLES, ROOT / "docs" / "results.md": TABLES}
@@ -262,7 +265,7 @@ PAGES = {ROOT / "README.md": README_TABLES, ROOT / "docs" / "results.md": TABLES
 FILES = {
     RESULTS / "cpu-zen5-2threads-record.md": Table("cpu-zen5-2threads-record.json", goals.report),
     RESULTS / "cpu-zen5-timm-2026-11-30.md": Table("cpu-zen5-timm-2026-11-30.json", timm_models.report),
-    RESULTS / "cpu-zen5-timm-avx2.md": Table("cpu-zen5-timm-avx2.json", timm_models.report),
+    RESULTS / "cpu-zen3-timm-2026-11-30.md": Table("cpu-zen3-timm-2026-11-30.json", timm_models.report),
     ROOT / "docs" / "pictures" / "speedup-light.svg": Table("cpu-zen5-timm-2026-11-30.json", light),
     ROOT / "docs" / "pictures" / "speedup-dark.svg": Table("cpu-zen5-timm-2026-11-30.json", dark),
 }

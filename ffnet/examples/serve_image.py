@@ -1,14 +1,15 @@
 """Classifies a photograph with an exported model, in Python and in C++: ``python -m ffnet.examples.serve_image``.
 
 FFNet-1 is compiled by AOTInductor with the operators of ffnet_kernels and without; ``serving/classify.cpp``, which the
-machine's C++ compiler builds, runs both on the picture of a flower that scikit-learn ships. A table shows the latency
-for one picture, and how far probabilities are from plain PyTorch's. Weights are random unless a checkpoint is given,
-which affects neither.
+machine's C++ compiler builds, runs both on the picture of a flower that scikit-learn ships; so does ONNX Runtime in
+Python, where it is installed. A table shows the latency for one picture, and how far probabilities are from plain
+PyTorch's. Weights are random unless a checkpoint is given, which affects neither.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 import os
 import re
@@ -29,6 +30,7 @@ import ffnet_kernels
 from ffnet_kernels import native
 
 from ..commands.common import CommandError, model_arguments
+from ..commands.export import ONNX
 from ..commands.profile import milliseconds
 from ..registry import create_model
 
@@ -165,6 +167,23 @@ def rows(options: argparse.Namespace, folder: Path) -> Iterator[Row]:
         )
         worst = max(abs(probability - expected[index].item()) for index, probability in found.items())
         yield Row(f"C++, AOTInductor, {name}", median, p90, worst)
+    if all(importlib.util.find_spec(name) for name in (*ONNX, "onnxruntime")):
+        with torch.inference_mode():
+            yield row("Python, ONNX Runtime", _in_onnxruntime(model, x, options.threads))
+
+
+def _in_onnxruntime(model: Any, x: Tensor, threads: int) -> Callable[[Tensor], Tensor]:
+    import onnxruntime
+
+    exported = torch.onnx.export(
+        ffnet_kernels.export(model, x, operators=False), (x.clone(),), dynamo=True, verbose=False
+    )
+    assert exported is not None
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(exported.model_proto.SerializeToString(), options)
+    name = session.get_inputs()[0].name
+    return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
 
 
 def _compiled(model: Any, x: Tensor, config: dict[str, Any], operators: bool) -> bytes:

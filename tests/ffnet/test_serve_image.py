@@ -1,5 +1,6 @@
 """The example that serves a model in C++: it prints what Python computes, and says what is wrong."""
 
+import importlib.util
 import json
 import os
 import shlex
@@ -34,6 +35,7 @@ def test_the_program_computes_what_python_does(tmp_path):
         "Python, plain PyTorch", "Python, ffnet_kernels.optimize",
         "Python, AOTInductor, plain", "C++, AOTInductor, plain",
         "Python, AOTInductor, our operators", "C++, AOTInductor, our operators",
+        *["Python, ONNX Runtime"] * all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime"))),
     ]  # fmt: skip
     for row in rows:
         assert row.difference < 1e-5
