@@ -15,7 +15,7 @@ TEXTS = {
     ("report", "cpu-zen5-2threads-demo"): "aa99ace2cb1eddc7",
     ("report", "cpu-zen5-2threads-quick"): "9c75732e12a58412",
     ("report", "cpu-zen5-2threads-record"): "92b215be2050ea96",
-    ("report", "cpu-zen5-timm"): "6344e9d3a8c8ae3a",
+    ("report", "cpu-zen3-timm-2026-11-30"): "ce0e0ca5cfc48c01",
     ("report", "cpu-zen5-timm-compiled"): "a19f71b152582daf",
     ("report --goals", "cpu-zen5-2threads-avx2"): "a75b7857ed14e537",
     ("report --goals", "cpu-zen5-2threads-record"): "edbb1733cb664bc4",
