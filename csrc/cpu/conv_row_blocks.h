@@ -74,7 +74,7 @@ void conv_block(const RowInput& in, const PackedFilter& filter, int64_t first, f
 using Block = void (*)(const RowInput&, const PackedFilter&, int64_t first, float* out, int64_t out_pixel);
 
 // The code for blocks of B outputs: some of it knows the edges of a row. With 16 registers a block has few sums to each
-// pixel that would be compared, which costs a third of the time where another thread shares the core.
+// pixel that would be compared, which tells where another thread shares the core.
 template <class Taps, int K, int S, int B>
 struct BlockCode {
   static constexpr bool kEdges = Vec::registers == 16 && B + 1 >= kMaxBlock, kInside = kEdges || K <= 4;

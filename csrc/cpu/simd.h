@@ -61,7 +61,7 @@ struct Vec {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
   }
   static FFNET_INLINE Vec load_first(const float* p, int64_t n) { return {_mm256_maskload_ps(p, first(n))}; }
-  // A masked store takes AMD's processors a dozen cycles, whatever its mask.
+  // A masked store is slow on AMD's processors, whatever its mask.
   FFNET_INLINE void store_first(float* p, int64_t n) const {
     n == lanes ? store(p) : _mm256_maskstore_ps(p, first(n), v);
   }
