@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from . import autocast
+from . import autocast, opaque
 from .backends.choice import BackendError
 from .capture import PLACE, NotCapturable, globally_hooked, is_library, named_modules
 from .ops._operator import is_eager
@@ -143,11 +143,14 @@ class Shortcut:
         #: Without and with gradients, and both under autocast.
         self.ways = tuple(Way(differentiable) for _ in range(2) for differentiable in (False, True))
         self.last = self.ways[0]
+        self.name = opaque.name_of(module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module: Any = self.module()
         if torch.compiler.is_dynamo_compiling():  # which does not trace frames
-            return module._call_impl(*args, **kwargs)
+            result = module._call_impl(*args, **kwargs)
+            is_one = len(args) == 1 and not kwargs and self.ways[0].refusal is None
+            return opaque.in_graph(self.name, args[0], result) if is_one else result
         # DataParallel and others copy a module's attributes, this one included: then the copy is called.
         caller = sys._getframe(1).f_locals.get("self")
         if caller is not module and isinstance(caller, nn.Module) and vars(caller).get(PLACE) is self:
