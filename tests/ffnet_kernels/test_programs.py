@@ -510,6 +510,28 @@ def test_a_compiled_model_trains(own_dynamo, training):
         torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-4)
 
 
+class Means(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Sequential(depthwise(64), nn.ReLU())
+
+    def forward(self, x):
+        y = self.layer(x)
+        pooled = nn.functional.adaptive_avg_pool2d(y, 1).flatten(1)
+        return torch.cat([y.mean((2, 3)), y.mean((-2, -1), keepdim=True).flatten(1), pooled], 1)
+
+
+@pytest.mark.long
+@torch.no_grad()
+def test_compiled_means_of_many_pixels(own_dynamo):
+    """Inductor alone adds the pixels of a channels-last map one by one."""
+    model = randomised(Means())
+    compiled = torch.compile(model, backend=dynamo.backend, fullgraph=True)
+    x = torch.rand(1, 64, 112, 112).contiguous(memory_format=torch.channels_last)
+    expected = copy.deepcopy(model).double()(x.double())
+    torch.testing.assert_close(compiled(x).double(), expected, rtol=0, atol=4e-7 * expected.abs().max().item())
+
+
 # ---- Single layers, in models of other classes ----
 
 
