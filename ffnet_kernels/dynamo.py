@@ -123,8 +123,8 @@ def _name_training_norms(graph: fx.Graph) -> None:
 def _average_by_rows(graph: fx.Graph) -> None:
     """Means over pixels as means of rows' means.
 
-    Inductor adds the pixels of a channels-last map one after another, which for 112² of them rounds ten times as much as
-    PyTorch does. Maps are channels-last here where they need not be in the plain model.
+    Inductor adds the pixels of a channels-last map one after another, which for 112² of them rounds ten times as much
+    as PyTorch does. Maps are channels-last here where they need not be in the plain model.
     """
     for node in list(graph.nodes):
         x = node.args[0] if node.args else None
