@@ -47,7 +47,7 @@ test: $(READY) $(TOOLS) build/cuda_host/.built
 
 test-all: $(READY) $(TOOLS) build/cuda_host/.built
 	$(FOR_EVERY_MACHINE) $(BUILD) || [ $$? -eq 1 ]
-	$(PYTEST) $(ARGS)
+	env -u FFNET_CPU_ISAS -u FFNET_CUDA_ARCHS $(PYTEST) $(ARGS)
 
 lint: $(READY) $(TOOLS)
 	@$(RUN) -c "import ruff, mypy" 2>/dev/null || { echo "lint: ruff or mypy is not installed, skipped"; exit 0; }; \

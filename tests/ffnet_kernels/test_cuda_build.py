@@ -17,6 +17,7 @@ from ffnet_kernels import native
 ROOT = native_build.ROOT
 RESOURCES = ROOT / "tools" / "cuda_resources.py"
 TABLE = ROOT / "docs" / "cuda-resources.json"
+PREDICTED_ARCHITECTURE = "90"
 
 # A loop with an FFMA and a store a pass, and a kernel that does nothing; one whose array, indexed at run time, lies in
 # local memory.
@@ -137,14 +138,18 @@ def test_only_a_torch_with_cuda_loads_it(library, monkeypatch):
     assert error == (f"torch {torch.__version__} is a build without CUDA" if torch.version.cuda is None else None)
 
 
-def test_the_library_passes_the_gate(library):
-    if not TABLE.exists():
-        pytest.skip(f"{TABLE.name} was not written yet")
+def test_the_library_passes_the_gate(library, tmp_path):
+    """For the architectures it was built for."""
     built = {str(architecture) for architecture in native.build_record()["cuda"]["architectures"]}
-    expected = {a for rows in json.loads(TABLE.read_text())["kernels"].values() for a in rows}
-    if built != expected:
-        pytest.skip(f"built for {sorted(built, key=int)}, the table is of {sorted(expected, key=int)}")
-    result = gate(library, "--check", TABLE)
+    content = json.loads(TABLE.read_text())
+    kernels = {name: {a: row for a, row in rows.items() if a in built} for name, rows in content["kernels"].items()}
+    content["kernels"] = {name: rows for name, rows in kernels.items() if rows}
+    assert content["kernels"], f"the table has none of {sorted(built, key=int)}"
+    if PREDICTED_ARCHITECTURE not in built:
+        content["predictions"] = []
+    table = tmp_path / TABLE.name
+    table.write_text(json.dumps(content))
+    result = gate(library, "--check", table)
     assert result.returncode == 0, result.stderr
 
 
