@@ -12,7 +12,6 @@ from torch._dynamo import lookup_backend
 
 from . import autocast, kernels, patterns
 from .capture import NotCapturable
-from .nodes import is_node
 from .normalize import NORM_ARGUMENTS, argument, is_mean_of_pixels, normalize
 from .program import Constants, lower
 from .shapes import LARGER, Node
@@ -128,7 +127,7 @@ def _average_by_rows(graph: fx.Graph) -> None:
     """
     for node in list(graph.nodes):
         x = node.args[0] if node.args else None
-        value = x.meta.get("value") if is_node(x) else None
+        value = x.meta.get("value") if isinstance(x, fx.Node) else None
         if node.target in ("flatten", torch.flatten) or not is_mean_of_pixels(node) or node.kwargs.get("dtype"):
             continue
         if not isinstance(value, Tensor) or value.dim() != 4 or not value.is_cpu:

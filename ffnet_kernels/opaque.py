@@ -14,63 +14,47 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from .capture import globally_hooked, is_hooked, is_library, is_patched, named_modules
+from torch.utils._python_dispatch import _disable_current_modes
 
 _library = torch.library.Library("ffnet_kernels_modules", "DEF")
-# The shape and strides are those that tracing finds for the result. It must not be captured in a CUDA graph: the first
-# call for each shape compares results, and so waits for them.
+# The module is known by its key. The shape and strides are those that tracing finds for the result. It must not be
+# captured in a CUDA graph: the first call for each shape compares results, and so waits for them.
 _library.define(
-    "run(Tensor x, str module, SymInt[] shape, SymInt[] stride) -> Tensor",
+    "run(Tensor x, Tensor module, SymInt[] shape, SymInt[] stride) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe),
 )
 
-_modules: weakref.WeakValueDictionary[str, nn.Module] = weakref.WeakValueDictionary()
+_modules: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
 
 
-def name_of(module: nn.Module) -> str:
-    """A new name for a module, by which graphs refer to it: one that no other process has for another."""
-    name = f"{type(module).__name__}-{secrets.token_hex(8)}"
-    _modules[name] = module
-    return name
+def key_of(module: nn.Module) -> Tensor:
+    """A new key of a module for `run`, which no other process has for another.
 
-
-def in_graph(name: str, x: Any, result: Any) -> Any:
-    """What torch.compile is to return for a call of a module: its result from the operator, or as it was traced.
-
-    Args:
-        name: the module's.
-        x: what it is called with.
-        result: of its modules, as traced.
+    It is a tensor, and so an input of graphs: models of one class share one.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_exporting() or not isinstance(x, Tensor):
-        return result
-    if not isinstance(result, Tensor) or result.dtype != x.dtype or torch.is_autocast_enabled(x.device.type):
-        return result
-    if not _has_no_effects(name):
-        return result
-    return torch.ops.ffnet_kernels_modules.run(x, name, result.shape, result.stride())
+    number = secrets.randbits(63)
+    _modules[number] = module
+    with torch.inference_mode(False), _disable_current_modes():
+        return torch.tensor(number, dtype=torch.int64, device="cpu")
 
 
-def _has_no_effects(name: str) -> bool:
-    """Whether a call of a module does nothing but compute, and may be traced besides."""
-    modules = [module for _, module in named_modules(_modules[name])]
-    return not globally_hooked() and not any(
-        module.training or is_hooked(module) or is_patched(module) or not is_library(type(module)) for module in modules
-    )
+def may_stand_for(args: tuple, kwargs: dict, result: Any) -> bool:
+    """Whether the operator can take a call's arguments and return its result; traced by torch.compile."""
+    if torch.is_grad_enabled() or torch.compiler.is_exporting() or len(args) != 1 or kwargs:
+        return False
+    x = args[0]
+    if not (isinstance(x, Tensor) and isinstance(result, Tensor)) or x.device.type not in ("cpu", "cuda"):
+        return False
+    return result.dtype == x.dtype and not torch.is_autocast_enabled(x.device.type)
 
 
-# As torch.compiler.assume_constant_result does, which would import all of torch.compile.
-_has_no_effects._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _run(x: Tensor, name: str, shape: Sequence[int], stride: Sequence[int]) -> Tensor:
-    module = _modules.get(name)
-    if module is None:
-        raise RuntimeError(f"{name} is a module of another process, or gone: compile the model again")
-    result = module(x)
+def _run(x: Tensor, module: Tensor, shape: Sequence[int], stride: Sequence[int]) -> Tensor:
+    called = _modules.get(int(module))
+    if called is None:
+        raise RuntimeError("this graph calls a module of another process, or one that is gone: compile the model again")
+    result = called(x)
     if result.shape != torch.Size(shape):
-        raise RuntimeError(f"{name} returns {list(result.shape)} instead of {list(shape)}: it changed when it was run")
+        raise RuntimeError(f"{type(called).__name__} returned {list(result.shape)}, not {list(shape)} as when traced")
     if result.stride() == tuple(stride) and result.untyped_storage()._cdata != x.untyped_storage()._cdata:
         return result
     return x.new_empty_strided(shape, stride, dtype=result.dtype).copy_(result)
@@ -78,5 +62,5 @@ def _run(x: Tensor, name: str, shape: Sequence[int], stride: Sequence[int]) -> T
 
 _library.impl("run", _run, "CompositeExplicitAutograd")
 torch.library.register_fake(
-    "ffnet_kernels_modules::run", lambda x, name, shape, stride: x.new_empty_strided(shape, stride), lib=_library
+    "ffnet_kernels_modules::run", lambda x, module, shape, stride: x.new_empty_strided(shape, stride), lib=_library
 )

@@ -143,14 +143,15 @@ class Shortcut:
         #: Without and with gradients, and both under autocast.
         self.ways = tuple(Way(differentiable) for _ in range(2) for differentiable in (False, True))
         self.last = self.ways[0]
-        self.name = opaque.name_of(module)
+        self.key = opaque.key_of(module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module: Any = self.module()
         if torch.compiler.is_dynamo_compiling():  # which does not trace frames
             result = module._call_impl(*args, **kwargs)
-            is_one = len(args) == 1 and not kwargs and self.ways[0].refusal is None
-            return opaque.in_graph(self.name, args[0], result) if is_one else result
+            if self.ways[0].refusal is None and opaque.may_stand_for(args, kwargs, result) and _is_traced_alone():
+                return torch.ops.ffnet_kernels_modules.run(args[0], self.key, result.shape, result.stride())
+            return result
         # DataParallel and others copy a module's attributes, this one included: then the copy is called.
         caller = sys._getframe(1).f_locals.get("self")
         if caller is not module and isinstance(caller, nn.Module) and vars(caller).get(PLACE) is self:
@@ -172,6 +173,26 @@ class Shortcut:
     def __reduce__(self) -> tuple:
         """Copied or pickled with a module's attributes, it is None: the copy is a plain module."""
         return type(None), ()
+
+
+def _is_traced_alone() -> bool:
+    """Whether torch.compile traces the call of an optimised module that has a program, and nothing around it.
+
+    Then the module has no effects that would happen twice, and nothing traced before it changes what it computes.
+    """
+    frame = sys.modules["torch._dynamo.symbolic_convert"].InstructionTranslator.current_tx().output.root_tx
+    if frame.f_code is not Shortcut.__call__.__code__:
+        return False
+    shortcut, x = frame.f_locals["self"], frame.f_locals["args"][0]
+    module = shortcut.module()
+    if type(x) is not Tensor or x.dim() != 4 or vars(module).get(PLACE) is not shortcut or globally_hooked():
+        return False
+    program = shortcut.ways[0].current_program(module, x)
+    return program is not None and program.takes(x)
+
+
+# As torch.compiler.assume_constant_result does, which would import all of torch.compile.
+_is_traced_alone._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class Way:

@@ -148,6 +148,51 @@ def test_autocast():
     assert set(kept.calls()) == {0}
 
 
+def test_models_of_one_class_share_a_graph():
+    """Else the tenth would meet torch.compile's limit; each calls its own module."""
+    kept = Kept()
+    for seed in range(10):
+        torch.manual_seed(seed)
+        model = small()
+        agree(*kept.pair(fk.optimize(copy.deepcopy(model)), model), maps())
+        fk.optimize(fk.restore(model))
+    assert kept.calls() == [0, 1] or kept.calls() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.SiLU(inplace=True), nn.FractionalMaxPool2d(2, output_size=(12, 12))], ids=["in place", "draws"]
+)
+def test_effects_happen_once(layer):
+    """On the map itself, and of random numbers drawn in eval mode, too."""
+    fast, plain = twins(small)
+    for model in (fast, plain):
+        model.patch_embed[0].c = nn.Sequential(copy.deepcopy(layer), model.patch_embed[0].c)
+    kept = Kept()
+    pair = kept.pair(fast, plain)
+    for _ in range(2):
+        agree(*pair, maps())
+    assert set(kept.calls()) == {0}
+
+
+def test_a_function_that_changes_the_model():
+    """What is traced before a call takes effect after it: the model is computed as it is traced."""
+    fast, plain = twins(small)
+
+    def step(model, x):
+        model.head.weight.mul_(3.0)
+        return model.__call__(x)
+
+    x = maps()
+    with torch.no_grad():
+        found, expected = (torch.compile(step, backend="aot_eager")(model, x) for model in (fast, plain))
+    torch.testing.assert_close(found, expected)
+
+
+def test_meta_device():
+    fast, plain = twins(lambda: small().to("meta"))
+    agree(*Kept().pair(fast, plain), maps().to("meta"))
+
+
 def test_copies_are_plain():
     fast, plain = twins(small)
     kept = Kept()
@@ -156,9 +201,9 @@ def test_copies_are_plain():
 
 
 def test_a_graph_of_another_process():
-    """Its modules have other names here."""
+    """Its modules have other keys here."""
     with pytest.raises(RuntimeError, match="compile the model again"):
-        RUN(torch.ones(1, 8, 4, 4), "FFNet-00", [1, 5], [5, 1])
+        RUN(torch.ones(1, 8, 4, 4), torch.tensor(1), [1, 5], [5, 1])
 
 
 @pytest.mark.long
