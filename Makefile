@@ -1,6 +1,6 @@
 # make demo          FFNet-1 on photographs: plain PyTorch against the kernels; two minutes, most of it the build
 # make test          the tests to run at every change, lint and types among them: minutes
-# make test-all      all tests, sanitizers, every instruction set and GPU architecture among them: half an hour
+# make test-all      all tests, sanitizers, every instruction set and GPU architecture among them: an hour on two cores
 # make lint          lint and types only
 # make bench         the quick benchmark suite, minutes: tables, report and charts in build/bench
 # make timm          a table of timm's models, plain and optimised, in an environment made once (5.5 GB) in build/timm
