@@ -2,7 +2,7 @@
 
 ``torch.ops.ffnet_kernels_modules.run(x, module, ...)`` calls the module as eager code does, so that a compiled function
 has the programs of `ffnet_kernels.optimize` in it, whatever backend compiles the rest. The modules are traced, too: for
-the guards, and for the shape of the result; what is computed from them is not used, and no backend keeps it.
+the guards, and for the shape of the result; what is computed from them is not used.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 _library = torch.library.Library("ffnet_kernels_modules", "DEF")
@@ -46,6 +46,18 @@ def may_stand_for(args: tuple, kwargs: dict, result: Any) -> bool:
     if not (isinstance(x, Tensor) and isinstance(result, Tensor)) or x.device.type not in ("cpu", "cuda"):
         return False
     return result.dtype == x.dtype and not torch.is_autocast_enabled(x.device.type)
+
+
+def drop_unused(graph: fx.Graph) -> None:
+    """Removes what was traced, none of which is used, unless sizes are symbols, which may be.
+
+    Backends would remove it from what they compile, but take hundreds of parameters as arguments in every call.
+    """
+    if any(isinstance(node.meta.get("example_value"), torch.SymInt) for node in graph.nodes):
+        return
+    for node in reversed(graph.nodes):
+        if node.op != "placeholder" and not node.users:
+            graph.erase_node(node)
 
 
 def _run(x: Tensor, module: Tensor, shape: Sequence[int], stride: Sequence[int]) -> Tensor:

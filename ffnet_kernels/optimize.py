@@ -180,7 +180,8 @@ def _is_traced_alone() -> bool:
 
     Then the module has no effects that would happen twice, and nothing traced before it changes what it computes.
     """
-    frame = sys.modules["torch._dynamo.symbolic_convert"].InstructionTranslator.current_tx().output.root_tx
+    traced = sys.modules["torch._dynamo.symbolic_convert"].InstructionTranslator.current_tx().output
+    frame = traced.root_tx
     if frame.f_code is not Shortcut.__call__.__code__:
         return False
     shortcut, x = frame.f_locals["self"], frame.f_locals["args"][0]
@@ -188,7 +189,10 @@ def _is_traced_alone() -> bool:
     if type(x) is not Tensor or x.dim() != 4 or vars(module).get(PLACE) is not shortcut or globally_hooked():
         return False
     program = shortcut.ways[0].current_program(module, x)
-    return program is not None and program.takes(x)
+    if program is None or not program.takes(x):
+        return False
+    opaque.drop_unused(traced.graph)
+    return True
 
 
 # As torch.compiler.assume_constant_result does, which would import all of torch.compile.
